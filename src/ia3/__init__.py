@@ -1,0 +1,80 @@
+"""ia3: fine-tuning by vectors.
+
+(IA)³ (Liu et al. 2022) multiplies a frozen transformer's keys, values and feed-forward intermediate by
+learned vectors. The public names are PEFT's; they load lazily, so that `import ia3` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "config": ["IA3Config", "PeftConfig", "PeftType", "TaskType"],
+    "sites": ["Layout", "Site", "find_sites"],
+    "model": [
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_peft_model",
+        "inject_adapter_in_model",
+    ],
+    "status": ["get_layer_status", "get_model_status"],
+    "checkpoint": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
+    "auto": [
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+if TYPE_CHECKING:
+    from ia3.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from ia3.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+    from ia3.model import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+        inject_adapter_in_model,
+    )
+    from ia3.sites import Layout, Site, find_sites
+    from ia3.status import get_layer_status, get_model_status
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'ia3' has no attribute {name!r}; its public names are {__all__}")
+    value = getattr(import_module(f"ia3.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
