@@ -1,0 +1,70 @@
+"""Files on disk and on the hub: atomic writes, and reads that fall back to the hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name, flush it to disk and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def fetch(source: str | Path, filename: str, *, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """The path of `filename` in the directory `source`, or in the hub repository of that name.
+
+    Args:
+        source: a directory, or a hub repository where no such directory exists.
+        filename: the file's name.
+        subfolder: a folder inside `source`.
+        hub: arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        A local path, or None where the directory or repository has no such file.
+
+    Raises:
+        FileNotFoundError: `source` is neither a directory nor a repository that can be reached.
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        path = directory / (subfolder or "") / filename
+        return path if path.is_file() else None
+    return _fetch_from_hub(str(source), filename, subfolder=subfolder, **hub)
+
+
+def _fetch_from_hub(repository: str, filename: str, *, subfolder: str | None, **hub: Any) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, filename, subfolder=subfolder, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{repository} is neither a directory nor the name of a hub repository."
+        ) from error
+    except EntryNotFoundError as error:
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            raise FileNotFoundError(
+                f"{repository} is not a directory, and the hub could not be reached for {filename}: {error}"
+            ) from error
+        return None
