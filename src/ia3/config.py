@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,7 +13,7 @@ from ia3.files import fetch, write_atomically
 CONFIG_NAME = "adapter_config.json"
 
 # A key that another library wrote and this one doesn't know may be dropped only where it says nothing.
-_SAYS_NOTHING = (None, False, "", [], {})
+_SAYS_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
 class PeftType(StrEnum):
@@ -65,9 +65,7 @@ class PeftConfig:
         """The fields as a dictionary, sets as they are."""
         return asdict(self)
 
-    def save_pretrained(
-        self, save_directory: str | Path, auto_mapping_dict: dict[str, str] | None = None
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, str] | None = None) -> None:
         """Write `adapter_config.json` into `save_directory`, keys and lists sorted, atomically.
 
         Raises:
@@ -176,8 +174,8 @@ class IA3Config(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
-        if isinstance(self.modules_to_save, set | tuple):
-            self.modules_to_save = sorted(self.modules_to_save)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or leave it None.")
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):

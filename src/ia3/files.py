@@ -59,9 +59,7 @@ def _fetch_from_hub(repository: str, filename: str, *, subfolder: str | None, **
     try:
         return Path(hf_hub_download(repository, filename, subfolder=subfolder, **hub))
     except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{repository} is neither a directory nor the name of a hub repository."
-        ) from error
+        raise FileNotFoundError(f"{repository} is neither a directory nor the name of a hub repository.") from error
     except EntryNotFoundError as error:
         if type(error).__name__ == "LocalEntryNotFoundError":
             raise FileNotFoundError(

@@ -1,0 +1,394 @@
+"""Adapters on a model: putting their vectors on its modules, choosing which act, taking them away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ia3.config import IA3Config
+from ia3.hooks import SiteVectors, scale_input, scale_output
+from ia3.sites import SAVED_COPIES, VECTORS, Layout, Site, find_sites, logger
+from ia3.swap import SavedModule, swap_back
+
+if TYPE_CHECKING:
+    from ia3.merging import Originals
+
+BASE = "__base__"
+"""The name that stands for no adapter; no adapter may bear it."""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Adapter:
+    """An adapter on a model: a name, a configuration, its sites, and the modules it trains in full."""
+
+    name: str
+    config: IA3Config
+    layout: Layout
+    saved: tuple[str, ...]
+
+
+@dataclass
+class Attached:
+    """What a model carries: its adapters, and which of them act.
+
+    Args:
+        adapters: by name.
+        active: names of the adapters that act; the effect of several is their product.
+        enabled: False inside `disable_adapter`.
+        originals: the weights as they were before `merge_adapter`; None where nothing is merged.
+        merged: names of the merged adapters.
+        trained_before: names of the base parameters that required a gradient before attaching.
+    """
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    originals: Originals | None = None
+    merged: tuple[str, ...] = ()
+    trained_before: tuple[str, ...] = ()
+
+
+def attached(model: nn.Module) -> Attached:
+    """What the model carries.
+
+    Raises:
+        ValueError: it carries no adapter.
+    """
+    found: Attached | None = model.__dict__.get("_ia3")
+    if found is None:
+        raise ValueError(
+            f"This {type(model).__name__} carries no adapter: call get_peft_model(model, config) or "
+            "PeftModel.from_pretrained(model, path) first."
+        )
+    return found
+
+
+def get_adapter(model: nn.Module, name: str) -> Adapter:
+    """The adapter of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    adapters = attached(model).adapters
+    if name not in adapters:
+        raise ValueError(f"There is no adapter {name!r} here; this model has {sorted(adapters)}.")
+    return adapters[name]
+
+
+def vectors(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    """The adapter's parameters, one a site, in the layout's order."""
+    return [_container(model, site).get_parameter(adapter.name) for site in adapter.layout.sites]
+
+
+def saved_copies(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
+    """The adapter's copies of the modules it trains in full, with the modules' paths."""
+    for path in adapter.saved:
+        yield path, model.get_submodule(f"{path}.{SAVED_COPIES}.{adapter.name}")
+
+
+def parameters(model: nn.Module, adapter: Adapter) -> Iterator[nn.Parameter]:
+    """All that the adapter trains."""
+    yield from vectors(model, adapter)
+    for _, copy in saved_copies(model, adapter):
+        yield from copy.parameters()
+
+
+def attach(
+    model: nn.Module,
+    config: IA3Config,
+    name: str,
+    *,
+    half_to_fp32: bool = True,
+    on_meta: bool = False,
+    loading: bool = False,
+) -> Adapter:
+    """Put an adapter on the model, inactive and frozen; the first one freezes the base.
+
+    Args:
+        model: the base, changed in place: each site's module gets its vector and a hook.
+        config: copied, with its defaults filled in.
+        name: the adapter's name.
+        half_to_fp32: hold the vectors of a half-precision layer in fp32 (always so where the weights are not
+            floating-point).
+        on_meta: make vectors without memory, to be assigned by loading.
+        loading: see `find_sites`.
+
+    Raises:
+        ValueError: a bad or taken name, or what `find_sites` raises; the model is then unchanged.
+    """
+    state = model.__dict__.get("_ia3") or Attached()
+    _check_name(name, state)
+    found = find_sites(model, config, loading=loading)
+    for site in found.layout.sites:
+        _check_free(model.get_submodule(site.path), site)
+    if not state.adapters:
+        _freeze_base(model, state)
+    adapter = Adapter(name, found.config, found.layout, found.saved)
+    for site in found.layout.sites:
+        module = model.get_submodule(site.path)
+        vector = _new_vector(module, site, found.config.init_ia3_weights, half_to_fp32, on_meta)
+        _container_for(module, site).add(name, site, vector)
+    for path in found.saved:
+        _copy_in_full(model.get_submodule(path), name)
+    state.adapters[name] = adapter
+    model._ia3 = state  # type: ignore[assignment]
+    if found.note:
+        kind = model.config.model_type  # type: ignore[union-attr]
+        logger.warning("ia3's default for %s follows the paper (k, v, feed-forward); %s.", kind, found.note)
+    return adapter
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Remove an adapter; the last one leaves no trace on the modules and gives back their `requires_grad`."""
+    state = attached(model)
+    adapter = get_adapter(model, name)
+    activate(model, [other for other in state.active if other != name], trainable=None)
+    for site in adapter.layout.sites:
+        module = model.get_submodule(site.path)
+        container = _container(model, site)
+        container.remove(name)
+        if not container.sides:
+            del module._modules[VECTORS]
+        _drop_idle_hooks(module)
+    for path in adapter.saved:
+        module = model.get_submodule(path)
+        assert isinstance(module, SavedModule)
+        del module.modules_to_save[name]
+        if not len(module.modules_to_save):
+            _unwrap(module)
+    del state.adapters[name]
+    if not state.adapters:
+        del model._ia3
+        for parameter in state.trained_before:
+            model.get_parameter(parameter).requires_grad_(True)
+
+
+def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) -> None:
+    """Choose the adapters that act.
+
+    Args:
+        model: the model.
+        names: adapters that it has.
+        trainable: whether they require a gradient (all others don't); None leaves that as it is.
+
+    Raises:
+        ValueError: an unknown adapter, or two that both train the same module in full.
+    """
+    state = attached(model)
+    chosen = [get_adapter(model, name) for name in names]
+    paths = [path for adapter in chosen for path in adapter.saved]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(f"Adapters {list(names)} each train {twice} in full: activate one of them at a time.")
+    before = [state.adapters[name] for name in state.active]
+    if trainable is not None:
+        for adapter in before:
+            require_grad(model, adapter, False)
+        for adapter in chosen:
+            require_grad(model, adapter, trainable)
+    state.active = tuple(adapter.name for adapter in chosen)
+    _point(model, [*before, *chosen])
+
+
+def repoint(model: nn.Module) -> None:
+    """Let the hooks follow `enabled` and `originals`."""
+    state = attached(model)
+    _point(model, [state.adapters[name] for name in state.active])
+
+
+def require_grad(model: nn.Module, adapter: Adapter, required: bool) -> None:
+    """Freeze or thaw an adapter."""
+    for parameter in parameters(model, adapter):
+        parameter.requires_grad_(required)
+
+
+def keep_every_channel(model: nn.Module, adapter: Adapter) -> None:
+    """Let the adapter hold the whole width of its fused projections, queries included."""
+    sites = []
+    for site in adapter.layout.sites:
+        if site.intervals is not None:
+            container = _container(model, site)
+            old = container.get_parameter(adapter.name)
+            vector = nn.Parameter(site.widen(old.detach()), requires_grad=old.requires_grad)
+            setattr(container, adapter.name, vector)
+        sites.append(_whole(site))
+    adapter.layout = Layout(tuple(sites))
+
+
+def _point(model: nn.Module, changed: list[Adapter]) -> None:
+    state = attached(model)
+    acting = state.active if state.enabled else ()
+    multiplying = acting if state.originals is None else ()
+    for path in {site.path: None for adapter in changed for site in adapter.layout.sites}:
+        container = model.get_submodule(path)._modules[VECTORS]
+        assert isinstance(container, SiteVectors)
+        container.activate(multiplying)
+    for path in {path: None for adapter in changed for path in adapter.saved}:
+        module = model.get_submodule(path)
+        assert isinstance(module, SavedModule)
+        module._ia3_active_copy = next((name for name in acting if name in module.modules_to_save), None)
+
+
+def _check_name(name: str, state: Attached) -> None:
+    if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(SiteVectors(0), name):
+        raise ValueError(
+            f"{name!r} can't name an adapter: expected a non-empty string without dots, not {BASE!r} and not "
+            "the name of an attribute of torch modules."
+        )
+    if name in state.adapters:
+        raise ValueError(
+            f"The model already carries an adapter {name!r}: choose another name, delete_adapter({name!r}), or "
+            "unload() to get the bare base back."
+        )
+
+
+def _check_free(module: nn.Module, site: Site) -> None:
+    taken = getattr(module, VECTORS, None)
+    if taken is not None and not isinstance(taken, SiteVectors):
+        raise ValueError(
+            f"{site.path} already has an attribute {VECTORS!r} of another library: unload that adapter first."
+        )
+
+
+def _freeze_base(model: nn.Module, state: Attached) -> None:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for _, parameter in trained:
+        parameter.requires_grad_(False)
+    state.trained_before = tuple(name for name, _ in trained)
+
+
+def _new_vector(module: nn.Module, site: Site, ones: bool, half_to_fp32: bool, on_meta: bool) -> torch.Tensor:
+    weight = getattr(module, "weight", None)
+    dtype = torch.float32
+    device = torch.device("cpu")
+    if isinstance(weight, torch.Tensor):
+        if weight.is_floating_point() and not (half_to_fp32 and weight.dtype in _HALF):
+            dtype = weight.dtype
+        # An offloaded weight is on no device until accelerate brings it to the one where it runs.
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) or weight.device
+    if on_meta:
+        device = torch.device("meta")
+    make = torch.ones if ones else torch.randn
+    return make(site.trained_shape, dtype=dtype, device=device)
+
+
+def _container(model: nn.Module, site: Site) -> SiteVectors:
+    container = model.get_submodule(site.path)._modules[VECTORS]
+    assert isinstance(container, SiteVectors)
+    return container
+
+
+def _container_for(module: nn.Module, site: Site) -> SiteVectors:
+    """The module's container, made where it is missing, and the site's hook on the module."""
+    if VECTORS not in module._modules:
+        module.add_module(VECTORS, SiteVectors(len(site.shape) - 2))
+    if site.side == "input" and scale_input not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(scale_input)
+    if site.side == "output" and scale_output not in module._forward_hooks.values():
+        module.register_forward_hook(scale_output)
+    container = module._modules[VECTORS]
+    assert isinstance(container, SiteVectors)
+    return container
+
+
+def _drop_idle_hooks(module: nn.Module) -> None:
+    container = module._modules.get(VECTORS)
+    sides = set(container.sides.values()) if isinstance(container, SiteVectors) else set()
+    for side, hooks, ours in (
+        ("input", module._forward_pre_hooks, scale_input),
+        ("output", module._forward_hooks, scale_output),
+    ):
+        for key in [key for key, hook in hooks.items() if hook is ours and side not in sides]:
+            del hooks[key]
+
+
+def _copy_in_full(module: nn.Module, name: str) -> None:
+    """Give the module a trainable copy of itself for the adapter."""
+    wrapped = SavedModule.wrap(module)
+    copies = wrapped._modules.pop(SAVED_COPIES)
+    copy = deepcopy(module)
+    wrapped._modules[SAVED_COPIES] = copies
+    _unwrap(copy)
+    wrapped.modules_to_save[name] = copy.requires_grad_(False)
+
+
+def _unwrap(module: nn.Module) -> None:
+    module._modules.pop(SAVED_COPIES, None)
+    del module._ia3_active_copy
+    swap_back(module)
+
+
+def install_copies(model: nn.Module, adapter: Adapter) -> None:
+    """Put the modules that the adapter trained in full in the place of the base's own weights, for good."""
+    tied = [id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False)]
+    for path, copy in saved_copies(model, adapter):
+        module = model.get_submodule(path)
+        for owner_path, owner in copy.named_modules():
+            target = module.get_submodule(owner_path)
+            for name, parameter in owner.named_parameters(recurse=False):
+                if tied.count(id(target._parameters[name])) > 1:
+                    logger.warning("%s was tied; it now has the weights trained for it alone.", path)
+                target._parameters[name] = parameter
+            for name, buffer in owner.named_buffers(recurse=False):
+                target._buffers[name] = buffer
+
+
+def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values: dict[Site, torch.Tensor]) -> None:
+    """Attach a new adapter with these values, inactive and frozen, where any of the sources has a site.
+
+    Args:
+        model: the model.
+        name: the new adapter's name.
+        sources: the adapters that it is made of.
+        values: full vectors by whole site.
+
+    Raises:
+        ValueError: a taken name, sources that use both sides of one module, or train one module in full twice.
+    """
+    sides: dict[str, set[str]] = {}
+    for site in values:
+        sides.setdefault(site.path, set()).add(site.side)
+    both = sorted(path for path, used in sides.items() if len(used) > 1)
+    if both:
+        raise ValueError(
+            f"The adapters multiply both the input and the output of {both[:3]}; one adapter holds one vector a "
+            "module. Combine adapters with the same feedforward_modules."
+        )
+    with_copies = [source for source in sources if source.saved]
+    if len(with_copies) > 1:
+        raise ValueError(
+            f"{[source.name for source in with_copies]} all train modules in full, which have no combination: "
+            "combine adapters of which at most one does."
+        )
+    config = deepcopy((with_copies or sources)[0].config)
+    config.exclude_modules = None
+    config.target_modules = set(sides)
+    config.feedforward_modules = {path for path, used in sides.items() if used == {"input"}}
+    config.inference_mode = False
+    adapter = attach(model, config, name, loading=True)
+    if any(not site.fits(values[_whole(site)]) for site in adapter.layout.sites):
+        keep_every_channel(model, adapter)
+    with torch.no_grad():
+        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True):
+            vector.copy_(site.narrow(values[_whole(site)]))
+        for source in with_copies:
+            for (_, copy), (_, trained) in zip(saved_copies(model, adapter), saved_copies(model, source), strict=True):
+                copy.load_state_dict(trained.state_dict())
+
+
+def whole_vectors(model: nn.Module, adapter: Adapter) -> dict[Site, torch.Tensor]:
+    """The adapter's vectors over every channel, by whole site."""
+    return {
+        _whole(site): site.widen(vector.detach())
+        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True)
+    }
+
+
+def _whole(site: Site) -> Site:
+    return Site(site.path, site.side, site.shape)

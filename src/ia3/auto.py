@@ -1,0 +1,164 @@
+"""Loading an adapter together with the base model that its configuration names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from ia3.config import PeftConfig, TaskType
+from ia3.files import fetch
+from ia3.model import _HUB_ARGUMENTS, CLASS_FOR_TASK, PeftModel
+
+# A configuration can name a class to import; only from here unless the caller trusts more.
+_TRUSTED = ("transformers", "diffusers")
+
+
+class AutoPeftModel:
+    """Loads any adapter whose configuration names the class of its base model."""
+
+    _task: ClassVar[TaskType | None] = None
+    _auto_class: ClassVar[str] = ""
+
+    def __init__(self) -> NoReturn:
+        raise OSError(f"{type(self).__name__} is not made by calling it: use from_pretrained(path).")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load the base model that the adapter names, and attach the adapter.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's directory or hub repository.
+            adapter_name: its name in the model.
+            is_trainable: go on training it.
+            config: a configuration to use instead of the saved one.
+            revision: the adapter's revision; the base's stands in the configuration.
+            import_allowlist: packages besides transformers that a configuration without a task may name.
+            kwargs: hub arguments for both, the rest for the base model's `from_pretrained`.
+
+        Raises:
+            FileNotFoundError: no such adapter.
+            ValueError: an adapter for another task, a configuration that names no base model, a class outside
+                the allowed packages, or what `PeftModel.from_pretrained` raises.
+        """
+        hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
+        subfolder = hub.pop("subfolder", None)
+        for_base = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
+        here = {**hub, "revision": revision, "subfolder": subfolder}
+        config = config or PeftConfig.from_pretrained(
+            pretrained_model_name_or_path, **{key: value for key, value in here.items() if value is not None}
+        )
+        if not config.base_model_name_or_path:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} names no base model: load that yourself and use "
+                "PeftModel.from_pretrained(base, path)."
+            )
+        base = _load_base(cls._base_class(config, import_allowlist), config, {**hub, **for_base})
+        _grow_vocabulary(base, pretrained_model_name_or_path, here)
+        return CLASS_FOR_TASK[cls._task].from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here
+        )
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig, allowed: list[str] | None) -> Any:
+        if config.task_type != cls._task:
+            right = _class_for(config.task_type)
+            raise ValueError(
+                f"This adapter's task is {config.task_type}, {cls.__name__} loads {cls._task}: use {right}."
+            )
+        if cls._auto_class:
+            return getattr(import_module("transformers"), cls._auto_class)
+        mapping = config.auto_mapping
+        if mapping is None:
+            raise ValueError(
+                "The configuration names neither a task nor the base model's class: load the base yourself and "
+                "use PeftModel.from_pretrained(base, path)."
+            )
+        package = mapping["parent_library"].partition(".")[0]
+        if package not in (*_TRUSTED, *(allowed or ())):
+            raise ValueError(
+                f"The adapter wants to import {mapping['parent_library']!r}: if you trust it, pass "
+                f"import_allowlist=[{package!r}]."
+            )
+        return getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])
+
+
+def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> Any:
+    from ia3.bundled import resolve_model
+
+    name = config.base_model_name_or_path
+    assert name is not None
+    if config.revision is not None:
+        kwargs = {**kwargs, "revision": config.revision}
+    base = base_class.from_pretrained(resolve_model(name), **kwargs)
+    base.name_or_path = name
+    return base
+
+
+def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any]) -> None:
+    """Make room for tokens that the tokenizer beside the adapter has and the base hasn't."""
+    arguments = {key: value for key, value in hub.items() if value is not None}
+    if not hasattr(base, "resize_token_embeddings"):
+        return
+    if fetch(source, "tokenizer_config.json", **arguments) is None:
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+
+
+def _class_for(task: str | None) -> str:
+    return f"Auto{CLASS_FOR_TASK[task].__name__}"
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For `TaskType.CAUSAL_LM`."""
+
+    _task = TaskType.CAUSAL_LM
+    _auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For `TaskType.SEQ_2_SEQ_LM`."""
+
+    _task = TaskType.SEQ_2_SEQ_LM
+    _auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For `TaskType.SEQ_CLS`."""
+
+    _task = TaskType.SEQ_CLS
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For `TaskType.TOKEN_CLS`."""
+
+    _task = TaskType.TOKEN_CLS
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For `TaskType.QUESTION_ANS`."""
+
+    _task = TaskType.QUESTION_ANS
+    _auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For `TaskType.FEATURE_EXTRACTION`."""
+
+    _task = TaskType.FEATURE_EXTRACTION
+    _auto_class = "AutoModel"

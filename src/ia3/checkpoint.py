@@ -1,0 +1,362 @@
+"""PEFT's files: an adapter's tensors to a dictionary, to disk, and back, everything checked first."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ia3.adapter import Adapter, get_adapter, keep_every_channel, saved_copies, vectors
+from ia3.files import fetch, write_atomically
+from ia3.sites import SAVED_COPIES, VECTORS, Site, logger
+from ia3.swap import Swapped
+
+PREFIX = "base_model.model."
+"""What PEFT puts before each module path."""
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> Tensors:
+    """An adapter's tensors under PEFT's names, without the adapter's own name.
+
+    Args:
+        model: a model that carries the adapter.
+        state_dict: take the values from this dictionary of the model's own names instead of the model, as
+            distributed training gathers it.
+        adapter_name: which adapter.
+        unwrap_compiled: look inside a module made by `torch.compile`.
+        save_embedding_layers: whether to add the embeddings; "auto" adds them where the vocabulary was
+            resized since the base was loaded from disk.
+
+    Returns:
+        Vectors of the shapes in `Site.shape` and the modules trained in full, on their devices; the keys begin
+        with `base_model.model.` where the model is a `PeftModel`.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    adapter = get_adapter(model, adapter_name)
+    own = state_dict if state_dict is not None else _own_tensors(model, adapter)
+    tensors = {site.key: site.widen(own[f"{site.key}.{adapter_name}"].detach()) for site in adapter.layout.sites}
+    for path, copy in saved_copies(model, adapter):
+        for name in copy.state_dict():
+            tensors[f"{path}.{name}"] = own[f"{path}.{SAVED_COPIES}.{adapter_name}.{name}"].detach()
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and _was_resized(model)):
+        for path, embedding in _embeddings(model):
+            tensors.setdefault(f"{path}.weight", embedding.weight.detach())  # type: ignore[operator]
+    prefix = PREFIX if isinstance(model, Swapped) else ""
+    return {prefix + key: _gathered(tensor) for key, tensor in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
+    """Load an adapter's tensors, all or nothing.
+
+    Args:
+        model: a model that carries the adapter.
+        peft_model_state_dict: names as `get_peft_model_state_dict` gives them, with or without the prefix.
+        adapter_name: the adapter that takes the values.
+        ignore_mismatched_sizes: leave out tensors of another shape, saying which, instead of refusing.
+        low_cpu_mem_usage: accepted for PEFT's sake; vectors without memory are filled either way.
+
+    Returns:
+        Two empty lists: a missing or unknown key is an error.
+
+    Raises:
+        ValueError: unknown or missing keys, another shape or side, numbers that are not finite. Nothing has
+            changed then.
+    """
+    adapter = get_adapter(model, adapter_name)
+    tensors = {_plain_key(key, adapter_name): tensor for key, tensor in peft_model_state_dict.items()}
+    sites = {site.key: site for site in adapter.layout.sites}
+    targets = _plain_targets(model, adapter, tensors)
+    _check_keys(model, tensors, sites, targets)
+    mismatched = {
+        key: problem
+        for key, tensor in tensors.items()
+        if (problem := _mismatch(key, tensor, sites.get(key), targets.get(key)))
+    }
+    if mismatched and not ignore_mismatched_sizes:
+        raise ValueError("This adapter doesn't fit the model: " + " ".join(list(mismatched.values())[:3]))
+    for problem in mismatched.values():
+        logger.warning("Left out: %s", problem)
+    _check_finite(tensors)
+
+    fitting = {key: tensor for key, tensor in tensors.items() if key not in mismatched}
+    if any(not sites[key].fits(tensor) for key, tensor in fitting.items() if key in sites):
+        keep_every_channel(model, adapter)
+    with torch.no_grad():
+        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True):
+            if site.key in fitting:
+                _fill(model.get_submodule(site.path), adapter.name, vector, site.narrow(fitting[site.key]))
+        for key, target in targets.items():
+            if key in fitting:
+                target.copy_(fitting[key])
+    return _IncompatibleKeys([], [])
+
+
+def load_peft_weights(
+    model_id: str | Path,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
+) -> Tensors:
+    """Read an adapter's tensors from a directory or the hub.
+
+    Args:
+        model_id: a directory or a hub repository.
+        device: where to put them; the CPU by default.
+        key_mapping: regular expressions and replacements applied to the keys without their prefix, for
+            modules that were renamed since.
+        subfolder: a folder inside.
+        hub: arguments of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: no adapter file.
+        ValueError: a file that is truncated, or a pickle that holds more than tensors.
+    """
+    path = fetch(model_id, SAFETENSORS_NAME, subfolder=subfolder, **hub) or fetch(
+        model_id, PICKLE_NAME, subfolder=subfolder, **hub
+    )
+    if path is None:
+        where = f"{model_id}/{subfolder}" if subfolder else model_id
+        raise FileNotFoundError(f"No {SAFETENSORS_NAME} or {PICKLE_NAME} in {where}.")
+    tensors = read_tensors(path, device or "cpu")
+    return _renamed(tensors, key_mapping) if key_mapping else tensors
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> Tensors:
+    """Read a safetensors file, or a pickle that holds nothing but tensors; see `load_peft_weights`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            loaded: Tensors = load_file(path, device=str(device))
+        else:
+            loaded = torch.load(path, map_location=device, weights_only=True)
+    except (SafetensorError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again.") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is a pickle that holds more than tensors, which could run code: ask its author for a "
+            "safetensors file."
+        ) from error
+    return loaded
+
+
+def save_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    directory: Path,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    safe_serialization: bool = True,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> None:
+    """Write an adapter's tensors and configuration into a directory, each file atomically, off the network."""
+    adapter = get_adapter(model, adapter_name)
+    tensors = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
+    tensors = {
+        key if key.startswith(PREFIX) else PREFIX + key: tensor.cpu().contiguous() for key, tensor in tensors.items()
+    }
+    if safe_serialization:
+        write_tensors(directory / SAFETENSORS_NAME, tensors)
+    else:
+        write_atomically(directory / PICKLE_NAME, _pickled(tensors))
+    (directory / (PICKLE_NAME if safe_serialization else SAFETENSORS_NAME)).unlink(missing_ok=True)
+    config = adapter.config
+    base = getattr(model, "_ia3_old_class", type(model))
+    auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    inference_mode, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(directory, auto_mapping if config.task_type is None else None)
+    finally:
+        config.inference_mode = inference_mode
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file atomically, tensors that share memory apart."""
+    from safetensors.torch import save
+
+    apart = {key: tensor.clone() for key, tensor in tensors.items()}
+    write_atomically(path, save(apart, metadata={"format": "pt"}))
+
+
+def own_tensors(model: nn.Module, adapters: Iterable[Adapter]) -> Tensors:
+    """What the adapters train, under the model's own names, as `load_state_dict` takes it."""
+    tensors: Tensors = {}
+    for adapter in adapters:
+        own = _own_tensors(model, adapter)
+        tensors.update({key: _gathered(tensor).cpu().contiguous() for key, tensor in own.items()})
+    return tensors
+
+
+def _own_tensors(model: nn.Module, adapter: Adapter) -> Tensors:
+    own: Tensors = {
+        f"{site.key}.{adapter.name}": vector.detach()
+        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True)
+    }
+    for path, copy in saved_copies(model, adapter):
+        for name, tensor in copy.state_dict().items():
+            own[f"{path}.{SAVED_COPIES}.{adapter.name}.{name}"] = tensor
+    return own
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor in full; every process must take part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _pickled(tensors: Tensors) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def _embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The input and output embeddings with their paths."""
+    wanted = [
+        getattr(model, getter)()
+        for getter in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, getter)
+    ]
+    return [(path, module) for path, module in model.named_modules() if any(module is w for w in wanted)]
+
+
+def _was_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary differs from the base's on disk, as far as can be told without the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = getattr(model, "name_or_path", None)
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not name or size is None:
+        return False
+    path: Any = Path(name) / "config.json"
+    if not path.is_file():
+        try:
+            path = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # not a repository's name
+            return False
+    if not isinstance(path, str | Path):
+        return False
+    return bool(json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size", size) != size)
+
+
+def _renamed(tensors: Tensors, key_mapping: Mapping[str, str]) -> Tensors:
+    renamed: Tensors = {}
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(PREFIX)
+        for pattern, replacement in key_mapping.items():
+            plain, hits = re.subn(pattern, replacement, plain)
+            if hits:
+                break
+        renamed[PREFIX + plain] = tensor
+    return renamed
+
+
+def _plain_key(key: str, adapter_name: str) -> str:
+    """A key without PEFT's prefix and without the adapter's name."""
+    plain = key.removeprefix(PREFIX)
+    if plain.endswith(f".{VECTORS}.{adapter_name}"):
+        return plain.removesuffix(f".{adapter_name}")
+    return plain.replace(f".{SAVED_COPIES}.{adapter_name}.", ".")
+
+
+def _plain_targets(model: nn.Module, adapter: Adapter, tensors: Tensors) -> Tensors:
+    """What the keys other than vectors may fill: modules trained in full, and embeddings saved as they are."""
+    targets = {
+        f"{path}.{name}": tensor
+        for path, copy in saved_copies(model, adapter)
+        for name, tensor in copy.state_dict().items()
+    }
+    for path, embedding in _embeddings(model):
+        if f"{path}.weight" in tensors and f"{path}.weight" not in targets:
+            targets[f"{path}.weight"] = embedding.weight.data
+    return targets
+
+
+def _check_keys(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site], targets: Mapping[str, Any]) -> None:
+    expected = [*sites, *targets]
+    unknown = [key for key in tensors if key not in sites and key not in targets]
+    missing = [key for key in expected if key not in tensors]
+    if not unknown and not missing:
+        return
+    parts = []
+    for title, keys in (("unknown", unknown), ("missing", missing)):
+        if keys:
+            parts.append(f"{len(keys)} {title} (such as {', '.join(keys[:2])})")
+    raise ValueError(
+        f"This adapter's {len(tensors)} tensors don't fit {type(model).__name__}, which expects "
+        f"{len(expected)}: {'; '.join(parts)}. Was it made for another base model or another configuration?"
+    )
+
+
+def _mismatch(key: str, tensor: torch.Tensor, site: Site | None, target: torch.Tensor | None) -> str:
+    """What is wrong with a tensor's shape; empty where nothing is."""
+    expected = site.shape if site is not None else tuple(target.shape) if target is not None else ()
+    if tuple(tensor.shape) == expected:
+        return ""
+    text = f"{key} has the shape {tuple(tensor.shape)} in the file and {expected} in the model."
+    if site is not None and len(site.shape) == 2 and tensor.dim() == 2:
+        in_file = "input" if tensor.shape[0] == 1 else "output"
+        if in_file != site.side:
+            return text + (
+                f" The file's vector multiplies the module's {in_file}, the configuration's its {site.side}: "
+                "check feedforward_modules."
+            )
+    if site is None:
+        return text + " If the vocabulary was resized, call model.resize_token_embeddings first."
+    return text + " It was made for another base model."
+
+
+def _check_finite(tensors: Tensors) -> None:
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} tensors hold NaN or infinity (such as {broken[0]}): the training that wrote this "
+            "file had diverged. Take an earlier checkpoint."
+        )
+
+
+def _fill(module: Any, name: str, vector: nn.Parameter, value: torch.Tensor) -> None:
+    """Copy a value into a vector; one without memory gets it on its module's device."""
+    if vector.is_meta:
+        filled = nn.Parameter(value.to(module.weight.device, vector.dtype), requires_grad=vector.requires_grad)
+        setattr(module._modules[VECTORS], name, filled)
+    else:
+        vector.copy_(_like(vector, value))
+
+
+def _like(vector: Any, value: torch.Tensor) -> torch.Tensor:
+    """The value, sharded as the vector is."""
+    if not hasattr(vector, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(vector.device), vector.device_mesh, vector.placements)

@@ -1,0 +1,106 @@
+"""The hot path: two hooks that multiply an activation, and the vectors that they find on the module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ia3.sites import VECTORS, Side, Site
+
+
+class SiteVectors(nn.Module):
+    """The vectors of one module, one `Parameter` an adapter, named after it: `….k.ia3_l.default`.
+
+    The hooks read `input_vectors` and `output_vectors`, tuples of the active adapters' parameters. Switching
+    adapters re-points these tuples: a compiled graph takes the tensors as inputs and stays valid, which a
+    look-up by name would not allow. `self._parameters` stays the truth; whoever replaces a parameter there
+    (moving, sharding, assigning) goes through one of the methods below, and the tuples follow.
+    """
+
+    input_vectors: tuple[nn.Parameter, ...]
+    output_vectors: tuple[nn.Parameter, ...]
+    channels: torch.Tensor | None
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.view = (-1,) + (1,) * dims
+        self.sides: dict[str, Side] = {}
+        self.active: tuple[str, ...] = ()
+        self.input_vectors = self.output_vectors = ()
+        self.register_buffer("channels", None, persistent=False)
+        self.width = 0
+
+    def add(self, adapter: str, site: Site, vector: torch.Tensor) -> None:
+        """Hold a vector of `site.trained_shape` for an adapter, frozen until it is activated."""
+        if site.intervals is not None:
+            self.channels = site.channels().to(vector.device)
+            self.width = site.width
+        self.sides[adapter] = site.side
+        self.register_parameter(adapter, nn.Parameter(vector, requires_grad=False))
+
+    def remove(self, adapter: str) -> None:
+        del self.sides[adapter], self._parameters[adapter]
+        self.activate(name for name in self.active if name != adapter)
+
+    def activate(self, adapters: Iterable[str]) -> None:
+        """Make these adapters act, those that have a vector here."""
+        self.active = tuple(name for name in adapters if name in self._parameters)
+        self._point()
+
+    def _point(self) -> None:
+        for side in ("input", "output"):
+            vectors = tuple(self._parameters[name] for name in self.active if self.sides[name] == side)
+            self.__dict__[f"{side}_vectors"] = vectors
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Sharding and `load_state_dict(assign=True)` set the attribute; FSDP2 does so before each forward.
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_parameters", ()):
+            self._point()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SiteVectors:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._point()
+        return self
+
+    def scale(self, vectors: tuple[nn.Parameter, ...], activation: torch.Tensor) -> torch.Tensor:
+        """The product of the vectors, shaped and cast for the activation."""
+        if not activation.is_floating_point():
+            raise TypeError(
+                f"ia3 multiplies floating-point activations; this layer's is {activation.dtype}. Load the model "
+                "so that its activations stay floating, or exclude the layer with exclude_modules."
+            )
+        product = self._full(vectors[0])
+        for vector in vectors[1:]:
+            product = product * self._full(vector)
+        return product.view(self.view).to(activation.dtype)
+
+    def _full(self, vector: torch.Tensor) -> torch.Tensor:
+        """A vector over the trained channels of a fused projection, among ones."""
+        if self.channels is None or vector.numel() == self.width:
+            return vector
+        ones = vector.new_ones(self.width)
+        return ones.index_copy(0, self.channels, vector.view(-1))
+
+
+def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
+    site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
+    if not site.input_vectors:
+        return None
+    if not args:
+        raise TypeError(
+            f"{type(module).__name__} was called without a positional argument, so ia3 can't tell its input."
+        )
+    return (args[0] * site.scale(site.input_vectors, args[0]), *args[1:])
+
+
+def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    """Forward hook: multiply the module's output `[…, width]`."""
+    site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
+    if not site.output_vectors:
+        return None
+    return output * site.scale(site.output_vectors, output)

@@ -1,0 +1,744 @@
+"""The facade: PEFT's classes and functions. An adapted model stays the base model's own object."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ia3 import adapter as adapters
+from ia3 import merging
+from ia3.arithmetic import CombinationType, combine
+from ia3.card import write_card
+from ia3.checkpoint import (
+    Tensors,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    own_tensors,
+    save_adapter,
+    set_peft_model_state_dict,
+    write_tensors,
+)
+from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+from ia3.sites import SAVED_COPIES, VECTORS, logger
+from ia3.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
+from ia3.swap import Swapped, swap, swap_back
+
+# A task's freshly initialised head, which a frozen base would keep random: it is trained in full.
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score", "pre_classifier"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+_HUB_ARGUMENTS = {
+    "cache_dir",
+    "force_download",
+    "library_name",
+    "library_version",
+    "local_dir",
+    "local_files_only",
+    "proxies",
+    "repo_type",
+    "revision",
+    "subfolder",
+    "token",
+    "user_agent",
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Freeze a model and attach a new (IA)³ adapter, active and trainable.
+
+    Args:
+        model: the base model, changed in place and returned: its class becomes a subclass of its own and of
+            `PeftModel`.
+        peft_config: an `IA3Config`; a copy with its defaults filled in is kept under `model.peft_config`.
+        adapter_name: the adapter's name.
+        mixed: PEFT's mixing of methods; there is one method here, so True is refused.
+        autocast_adapter_dtype: hold the vectors of half-precision layers in fp32.
+        revision: the base model's revision, recorded in the configuration.
+        low_cpu_mem_usage: make the vectors without memory, to be filled by loading.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model carries an adapter already, or what `find_sites` raises. The model is then
+            unchanged.
+
+    Example:
+        >>> model = get_peft_model(model, IA3Config(task_type="SEQ_2_SEQ_LM"))
+        >>> model.print_trainable_parameters()
+    """
+    if mixed:
+        raise ValueError("mixed=True combines fine-tuning methods; ia3 has one. Leave it out.")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model already carries the adapters {sorted(model.peft_config)}: use add_adapter(name, config) "
+            "for one more, or unload() to begin anew."
+        )
+    config = _checked(peft_config)
+    config.base_model_name_or_path = _base_name(model, config)
+    config.revision = revision or config.revision
+    return _become(model, config, adapter_name, autocast_adapter_dtype, on_meta=low_cpu_mem_usage, loading=False)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Attach a new adapter and leave the model's class as it is.
+
+    Args:
+        peft_config: an `IA3Config`.
+        model: any module, changed in place.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: make the vectors without memory.
+        state_dict: load these tensors into it, as `set_peft_model_state_dict` does.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: what `find_sites` or `set_peft_model_state_dict` raises.
+    """
+    config = _checked(peft_config)
+    first = "_ia3" not in model.__dict__
+    adapter = adapters.attach(model, config, adapter_name, on_meta=low_cpu_mem_usage)
+    model.__dict__.setdefault("peft_config", {})[adapter_name] = adapter.config
+    if state_dict is not None:
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+    if first:
+        adapters.activate(model, [adapter_name], trainable=not config.inference_mode)
+    return model
+
+
+class PeftModel(Swapped):
+    """A base model that carries (IA)³ adapters.
+
+    `PeftModel(model, config)` is `get_peft_model(model, config)`. The instance is the base model itself, so
+    everything that it could do it still does; `base_model` stays what transformers means by it.
+    """
+
+    peft_config: dict[str, IA3Config]
+    _hf_peft_config_loaded: bool
+
+    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if "_ia3_old_class" in cls.__dict__:  # type(model)(config): a fresh base model
+            return cls._ia3_old_class(model, *args, **kwargs)
+        return get_peft_model(model, *args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do: `__new__` returned a model that was made long ago."""
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Attach a saved adapter to its base model.
+
+        Args:
+            model: the base model, changed in place and returned.
+            model_id: a directory or a hub repository.
+            adapter_name: the adapter's name here.
+            is_trainable: go on training it; otherwise it is frozen and the model put in evaluation mode.
+            config: a configuration to use instead of the saved one.
+            autocast_adapter_dtype: hold the vectors of half-precision layers in fp32.
+            ephemeral_gpu_offload: not supported; True is refused.
+            low_cpu_mem_usage: accepted for PEFT's sake: the vectors take what their file takes.
+            key_mapping: see `load_peft_weights`; by default the model's own.
+            kwargs: `torch_device`, `subfolder`, `revision`, `token`, `cache_dir` and the like.
+
+        Raises:
+            FileNotFoundError: no such adapter.
+            ValueError: what `get_peft_model`, `load_peft_weights` and `set_peft_model_state_dict` raise. The
+                model is then unchanged.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"from_pretrained takes the base model first, got {type(model).__name__}. To load the base too, "
+                "use AutoPeftModelFor….from_pretrained(path)."
+            )
+        if isinstance(model, PeftModel):
+            raise ValueError("The model carries an adapter already: use model.load_adapter(path, name).")
+        _refuse_offload(ephemeral_gpu_offload)
+        device, ignore_sizes, hub = _loading_arguments(kwargs)
+        config = _checked(config or PeftConfig.from_pretrained(model_id, **hub))
+        config.inference_mode = not is_trainable
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        tensors = load_peft_weights(model_id, device, key_mapping, **hub)
+        _warn_of_other_base(model, config)
+        peft_model = _become(model, config, adapter_name, autocast_adapter_dtype, on_meta=False, loading=True)
+        try:
+            set_peft_model_state_dict(peft_model, tensors, adapter_name, ignore_sizes)
+        except BaseException:
+            peft_model.unload()
+            raise
+        if not is_trainable:
+            model.eval()
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> _IncompatibleKeys:
+        """Load a saved adapter beside the others, inactive; a name that exists takes the file's values.
+
+        The arguments are those of `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`; the model is then unchanged.
+        """
+        _refuse_offload(ephemeral_gpu_offload)
+        _, ignore_sizes, hub = _loading_arguments(kwargs)
+        if key_mapping is None:
+            key_mapping = getattr(self, "_checkpoint_conversion_mapping", None)
+        tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub)
+        new = adapter_name not in self.peft_config
+        if new:
+            config = _checked(PeftConfig.from_pretrained(model_id, **hub))
+            config.inference_mode = not is_trainable
+            self._attach(adapter_name, config, autocast_adapter_dtype, on_meta=False, loading=True)
+        try:
+            result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_sizes)
+        except BaseException:
+            if new:
+                self.delete_adapter(adapter_name)
+            raise
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        else:
+            self.eval()
+        return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write the adapters in PEFT's format, each file atomically, without touching the network.
+
+        Args:
+            save_directory: "default" goes into it, others into a folder of their name; a `README.md` is made
+                or kept. In a Trainer's `checkpoint-N` folder a `model.safetensors` with the adapters alone
+                stands beside, from which `Trainer` resumes and loads its best model.
+            safe_serialization: safetensors; False writes a pickle.
+            selected_adapters: names; all by default.
+            save_embedding_layers: see `get_peft_model_state_dict`.
+            is_main_process: False takes part in gathering sharded tensors and writes nothing.
+            state_dict: see `get_peft_model_state_dict`.
+            max_shard_size: accepted because transformers passes it; an adapter is one file.
+
+        Raises:
+            ValueError: an unknown adapter.
+            NotADirectoryError: `save_directory` is a file.
+        """
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise NotADirectoryError(f"{directory} is a file; save_pretrained expects a directory.")
+        names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
+        chosen = [adapters.get_adapter(self, name) for name in names]
+        if not is_main_process:
+            own_tensors(self, chosen)
+            return
+        for name in names:
+            save_adapter(
+                self,
+                name,
+                directory if name == "default" else directory / name,
+                state_dict=state_dict,
+                safe_serialization=safe_serialization,
+                save_embedding_layers=save_embedding_layers,
+            )
+        if re.fullmatch(r"checkpoint-\d+", directory.name):
+            write_tensors(directory / "model.safetensors", own_tensors(self, chosen))
+        write_card(directory, self.peft_config[names[0]])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+    ) -> Any:
+        """Save the adapters into a temporary folder and upload it to the hub.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization)
+            return api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=commit_message or "Upload (IA)³ adapter",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """As any module's; a dictionary of adapters alone, loaded unstrictly, doesn't miss the base."""
+        result: _IncompatibleKeys = super().load_state_dict(state_dict, strict, assign)
+        if not strict and all(_is_adapters(key) for key in state_dict):
+            result.missing_keys[:] = [key for key in result.missing_keys if _is_adapters(key)]
+        return result
+
+    # Choosing adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Attach one more new adapter, inactive and frozen; the arguments are those of `get_peft_model`.
+
+        Raises:
+            ValueError: the name is taken, or what `find_sites` raises.
+        """
+        if not isinstance(adapter_name, str):
+            raise TypeError("add_adapter takes the adapter's name first: add_adapter(name, config).")
+        config = _checked(peft_config)
+        config.base_model_name_or_path = _base_name(self, config)
+        self._attach(adapter_name, config, autocast_adapter_dtype, on_meta=low_cpu_mem_usage, loading=False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate an adapter, or several whose vectors multiply; only they train.
+
+        Args:
+            adapter_name: a name or names.
+            inference_mode: activate without requiring a gradient.
+
+        Raises:
+            ValueError: an unknown adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            adapters.get_adapter(self, name)
+        if self._state.originals is not None and set(names) != set(self._state.merged):
+            logger.warning("set_adapter(%s): unmerging %s first.", names, list(self._state.merged))
+            self.unmerge_adapter()
+        adapters.activate(self, names, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; where it was the only active one, another becomes active.
+
+        Raises:
+            ValueError: an unknown adapter, one that is merged, or the last one (`unload` removes that).
+        """
+        adapters.get_adapter(self, adapter_name)
+        if adapter_name in self._state.merged:
+            raise ValueError(f"{adapter_name!r} is merged: call unmerge_adapter() before deleting it.")
+        if len(self.peft_config) == 1:
+            raise ValueError(f"{adapter_name!r} is the last adapter: unload() gives the base back.")
+        adapters.detach(self, adapter_name)
+        del self.peft_config[adapter_name]
+        if not self._state.active:
+            other = next(iter(self.peft_config))
+            logger.warning("delete_adapter(%r): %r is active now.", adapter_name, other)
+            adapters.activate(self, [other], trainable=not self.peft_config[other].inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Thaw or freeze adapters.
+
+        Raises:
+            ValueError: an unknown adapter.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for adapter in [adapters.get_adapter(self, name) for name in names]:
+            adapters.require_grad(self, adapter, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is the base; afterwards it is as it was, merged weights included.
+
+        It acts on the model, so on every thread that uses it.
+        """
+        state = self._state
+        if not state.enabled:
+            yield
+            return
+        merged = {name: self.get_parameter(name).detach().clone() for name in state.originals or {}}
+        self.disable_adapters()
+        merging.restore(self, state.originals or {})
+        try:
+            yield
+        finally:
+            merging.restore(self, merged)
+            self.enable_adapters()
+
+    def disable_adapters(self) -> None:
+        """Let the adapters rest until `enable_adapters`; merged weights stay."""
+        self._state.enabled = False
+        adapters.repoint(self)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters act again."""
+        self._state.enabled = True
+        adapters.repoint(self)
+
+    # Merging and combining
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the weights, keeping the originals in CPU memory; see `merging.merge`.
+
+        Args:
+            adapter_names: the active ones by default.
+            safe_merge: accepted for PEFT's sake; merging is always checked first.
+        """
+        merging.merge(self, adapter_names, keep_originals=True)
+
+    def unmerge_adapter(self) -> None:
+        """Put the very bits of the original weights back; see `merging.unmerge`."""
+        merging.unmerge(self)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Fold adapters into the weights for good and give the base model back, with its own class.
+
+        Args:
+            progressbar: accepted for PEFT's sake; merging takes no time worth a bar.
+            safe_merge: accepted for PEFT's sake; merging is always checked first.
+            adapter_names: the active ones by default.
+
+        Raises:
+            ValueError: as `merging.merge`.
+        """
+        names = list(adapter_names) if adapter_names is not None else self.active_adapters
+        if self._state.originals is None:
+            merging.merge(self, names, keep_originals=False)
+        elif set(names) != set(self._state.merged):
+            raise ValueError(f"{sorted(self._state.merged)} are merged, not {names}: unmerge_adapter() first.")
+        for name in names:
+            adapters.install_copies(self, adapters.get_adapter(self, name))
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """Remove every adapter and give the base model back: the same object with its own class and keys."""
+        for name in list(self.peft_config):
+            adapters.detach(self, name)
+        return _become_base(self)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType = "mean",
+    ) -> None:
+        """Make a new adapter, inactive and frozen, of several; see `arithmetic.combine`.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one each.
+            adapter_name: the new adapter's name.
+            combination_type: `"mean"`, or `"sum"` for PEFT's rule.
+
+        Raises:
+            ValueError: an unknown adapter, a taken name, two that train the same module in full, or what
+                `combine` raises.
+        """
+        _add_weighted(self, adapters, weights, adapter_name, combination_type)
+        self.peft_config[adapter_name] = self._state.adapters[adapter_name].config
+
+    # Looking
+
+    def get_base_model(self) -> Self:
+        """The base model, which is this very object; its adapters still act."""
+        return self
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._state.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> IA3Config:
+        return self.peft_config[self._state.active[0]]
+
+    @property
+    def peft_type(self) -> PeftType:
+        return PeftType.IA3
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that some adapter trains in full; None where there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self, "dtype", None)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, vectors included."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the share, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of each adapted module."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of the whole model."""
+        return get_model_status(self)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> Tensors:
+        """As `get_peft_model_state_dict`, of the active adapter by default."""
+        return get_peft_model_state_dict(self, state_dict, adapter_name or self._state.active[0])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`.
+
+        Raises:
+            ValueError: `adapter_names` was passed.
+        """
+        _refuse_adapter_names(kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    # Inside
+
+    @property
+    def _state(self) -> adapters.Attached:
+        return adapters.attached(self)
+
+    def _attach(self, name: str, config: IA3Config, half_to_fp32: bool, *, on_meta: bool, loading: bool) -> None:
+        _with_head(self, config)
+        adapter = adapters.attach(self, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
+        self.peft_config[name] = adapter.config
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For `TaskType.SEQ_CLS`: the classification head is trained in full."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For `TaskType.SEQ_2_SEQ_LM`."""
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For `TaskType.CAUSAL_LM`."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For `TaskType.TOKEN_CLS`: the classification head is trained in full."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For `TaskType.QUESTION_ANS`: the answer head is trained in full."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For `TaskType.FEATURE_EXTRACTION`."""
+
+
+CLASS_FOR_TASK: dict[str | None, type[PeftModel]] = {
+    None: PeftModel,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def _become(
+    model: nn.Module, config: IA3Config, name: str, half_to_fp32: bool, *, on_meta: bool, loading: bool
+) -> PeftModel:
+    """Attach the first adapter, active, and give the model its new class."""
+    _with_head(model, config)
+    adapter = adapters.attach(model, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
+    adapters.activate(model, [name], trainable=not config.inference_mode)
+    swap(model, CLASS_FOR_TASK[config.task_type])
+    assert isinstance(model, PeftModel)
+    model.peft_config = {name: adapter.config}
+    model.register_forward_pre_hook(_refuse_adapter_names_in_forward, with_kwargs=True)
+    model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if checkpoints and hasattr(model, "enable_input_require_grads"):
+        # Reentrant checkpointing gives no gradient to what lies behind an input that requires none.
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def _become_base(model: PeftModel) -> nn.Module:
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refuse_adapter_names_in_forward]:
+        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    del model._hf_peft_config_loaded, model.peft_config
+    swap_back(model)
+    return model
+
+
+def _checked(config: PeftConfig) -> IA3Config:
+    """A copy of the configuration.
+
+    Raises:
+        TypeError: not an `IA3Config`.
+    """
+    if not isinstance(config, IA3Config):
+        raise TypeError(f"Expected an ia3.IA3Config, got {type(config).__module__}.{type(config).__name__}.")
+    return deepcopy(config)
+
+
+def _with_head(model: nn.Module, config: IA3Config) -> None:
+    """Add the task's head to the modules trained in full."""
+    heads = _HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+    ends = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
+    present = [head for head in heads if head in ends]
+    if present:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *present})
+
+
+def _base_name(model: nn.Module, config: IA3Config) -> str | None:
+    name = model.__dict__.get("name_or_path") or None
+    if config.base_model_name_or_path not in (None, name):
+        logger.warning(
+            "The configuration's base_model_name_or_path %r becomes %r, this model's name.",
+            config.base_model_name_or_path,
+            name,
+        )
+    return name
+
+
+def _warn_of_other_base(model: nn.Module, config: IA3Config) -> None:
+    name, wanted = model.__dict__.get("name_or_path"), config.base_model_name_or_path
+    if name and wanted and Path(name).name != Path(wanted).name:
+        logger.warning("The adapter was made for the base model %r; this one is %r.", wanted, name)
+
+
+def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload:
+        raise ValueError("ephemeral_gpu_offload is not supported: a vector is too small to be worth it.")
+
+
+def _loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, bool, dict[str, Any]]:
+    """The device, whether to leave out mismatched sizes, and the hub's arguments.
+
+    Raises:
+        TypeError: anything else.
+    """
+    kwargs = dict(kwargs)
+    device = kwargs.pop("torch_device", None)
+    ignore_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+    unknown = sorted(set(kwargs) - _HUB_ARGUMENTS)
+    if unknown:
+        raise TypeError(f"Unknown arguments {unknown}: expected torch_device or {sorted(_HUB_ARGUMENTS)}.")
+    return device, ignore_sizes, {key: value for key, value in kwargs.items() if value is not None}
+
+
+def _is_adapters(key: str) -> bool:
+    return f".{VECTORS}." in f".{key}" or f".{SAVED_COPIES}." in f".{key}"
+
+
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("adapter_names", None) is not None:
+        raise ValueError(
+            "adapter_names: a batch that mixes adapters is not supported yet. Call set_adapter(name) and run the "
+            "examples of each adapter in a batch of their own."
+        )
+
+
+def _refuse_adapter_names_in_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if "adapter_names" not in kwargs:
+        return None
+    _refuse_adapter_names(kwargs)
+    return args, kwargs
+
+
+def _add_weighted(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float],
+    new_name: str,
+    combination_type: CombinationType,
+) -> None:
+    chosen = [adapters.get_adapter(model, name) for name in names]
+    values = combine([adapters.whole_vectors(model, adapter) for adapter in chosen], weights, combination_type)
+    if combination_type == "mean" and abs(sum(weights) - 1) > 1e-6:
+        logger.warning(
+            "add_weighted_adapter: the weights add up to %g and are divided by that; PEFT would scale every "
+            "activation by it (combination_type='sum').",
+            sum(weights),
+        )
+    adapters.attach_combined(model, new_name, chosen, values)

@@ -1,0 +1,352 @@
+"""Where the vectors go: sites, their order, and finding them in a model."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ia3.config import IA3Config
+from ia3.families import FAMILIES, FEEDFORWARD_NAMES, Family, Intervals
+
+logger = logging.getLogger("ia3")
+
+VECTORS = "ia3_l"
+"""The name under which a module holds its vectors, as in PEFT."""
+SAVED_COPIES = "modules_to_save"
+"""The name under which a module holds its copies trained in full, as in PEFT."""
+
+Side = Literal["input", "output"]
+Names = set[str] | list[str] | str | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a vector multiplies an activation.
+
+    Args:
+        path: the module's path in the model.
+        side: whether the module's input or its output is multiplied.
+        shape: the vector's shape in a file: output `(out, 1)`, input `(1, in)`, convolution `(1, n, 1, …)`.
+        intervals: the channels that are trained, as half-open ranges; None for all.
+    """
+
+    path: str
+    side: Side
+    shape: tuple[int, ...]
+    intervals: Intervals | None = None
+
+    @property
+    def key(self) -> str:
+        """The vector's key in a file, without PEFT's prefix."""
+        return f"{self.path}.{VECTORS}" if self.path else VECTORS
+
+    @property
+    def width(self) -> int:
+        """Channels of the activation."""
+        return prod(self.shape)
+
+    @property
+    def trained_width(self) -> int:
+        """Channels that the vector holds."""
+        if self.intervals is None:
+            return self.width
+        return sum(stop - start for start, stop in self.intervals)
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """The shape of the trained parameter."""
+        return self.shape if self.intervals is None else (self.trained_width, 1)
+
+    def channels(self) -> torch.Tensor:
+        """Indices of the trained channels, `[trained_width]`."""
+        intervals = self.intervals or ((0, self.width),)
+        return torch.cat([torch.arange(start, stop) for start, stop in intervals])
+
+    def widen(self, vector: torch.Tensor) -> torch.Tensor:
+        """The trained channels among ones: `trained_shape -> shape`."""
+        if self.intervals is None:
+            return vector
+        full = torch.ones(self.width, dtype=vector.dtype, device=vector.device)
+        return full.index_copy(0, self.channels().to(vector.device), vector.reshape(-1)).view(self.shape)
+
+    def narrow(self, vector: torch.Tensor) -> torch.Tensor:
+        """The trained channels of a full vector: `shape -> trained_shape`."""
+        if self.intervals is None:
+            return vector
+        return vector.reshape(-1)[self.channels().to(vector.device)].view(self.trained_shape)
+
+    def fits(self, vector: torch.Tensor) -> bool:
+        """Whether a full vector is one outside the trained channels, so that `narrow` loses nothing."""
+        if self.intervals is None:
+            return True
+        rest = torch.ones(self.width, dtype=torch.bool)
+        rest[self.channels()] = False
+        return bool((vector.reshape(-1).cpu()[rest] == 1).all())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ordered sites of an adapter: an adapter is one vector of `size` numbers."""
+
+    sites: tuple[Site, ...]
+
+    @cached_property
+    def widths(self) -> list[int]:
+        return [site.trained_width for site in self.sites]
+
+    @property
+    def size(self) -> int:
+        """D, the adapter's trained numbers."""
+        return sum(self.widths)
+
+    def flatten(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One vector a site, of any shape with the site's trained width, to `[D]`.
+
+        Raises:
+            ValueError: another number of vectors than sites, or another width.
+        """
+        widths = [vector.numel() for vector in vectors]
+        if widths != self.widths:
+            raise ValueError(
+                f"The layout has {len(self.widths)} sites of {self.size} numbers; got {len(widths)} vectors "
+                f"of {sum(widths)} numbers. Pass one vector a site, in the layout's order."
+            )
+        return torch.cat([vector.reshape(-1) for vector in vectors])
+
+    def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`[…, D]` to one slice `[…, trained width]` a site; its backward is one concatenation.
+
+        Raises:
+            ValueError: the last dimension is not D.
+        """
+        if flat.shape[-1] != self.size:
+            raise ValueError(f"Expected a last dimension of {self.size}, got {tuple(flat.shape)}.")
+        return torch.split(flat, self.widths, dim=-1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_sites` found.
+
+    Args:
+        layout: the sites, in the order of the model's modules.
+        config: the configuration with its defaults filled in; the one passed stays as it is.
+        saved: paths of the modules to be trained in full.
+        note: how the default differs from PEFT's; empty where it doesn't or no default was used.
+    """
+
+    layout: Layout
+    config: IA3Config
+    saved: tuple[str, ...]
+    note: str = ""
+
+
+def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) -> Found:
+    """Match a configuration against a model.
+
+    Args:
+        model: the base model.
+        config: what to adapt; defaults by `model.config.model_type` where it leaves them out.
+        loading: the configuration comes with a checkpoint whose keys will be compared with the sites, so a
+            name that matches nothing is no error here, and a fused projection is narrowed to its keys and
+            values until its vectors say otherwise.
+
+    Raises:
+        ValueError: nothing matched, a name or pattern matched nothing, a module of a kind that can't carry a
+            vector, an unknown model type without targets.
+    """
+    family = FAMILIES.get(_model_type(model))
+    by_default = config.target_modules is None
+    config = _with_defaults(model, config, family)
+    modules = dict(_base_modules(model))
+    saved = tuple(_find_saved(modules, config.modules_to_save or ()))
+    candidates = {p: m for p, m in modules.items() if not any(_is_inside(p, s) for s in saved)}
+
+    if config.target_modules == "all-linear":
+        config.target_modules = set(_linear_paths(model, candidates))
+    excluded = _matching(config.exclude_modules, candidates)
+    targets = _matching(config.target_modules, candidates) - excluded
+    if config.feedforward_modules is None:
+        config.feedforward_modules = _default_feedforward(family, targets, config.target_modules)
+    feedforward = _matching(config.feedforward_modules, targets)
+    if not loading:
+        _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
+    if not targets:
+        raise ValueError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
+
+    narrow = family.fused if family is not None and (by_default or loading) else {}
+    sites = [
+        _site(model, path, modules[path], "input" if path in feedforward else "output", narrow)
+        for path in modules
+        if path in targets
+    ]
+    note = family.differs if family is not None and by_default else ""
+    return Found(Layout(tuple(sites)), config, saved, note)
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or ""
+
+
+def _with_defaults(model: nn.Module, config: IA3Config, family: Family | None) -> IA3Config:
+    config = deepcopy(config)
+    if config.target_modules is not None:
+        return config
+    if family is None:
+        kind = _model_type(model) or type(model).__name__
+        raise ValueError(
+            f"ia3 has no default for {kind!r}: pass target_modules (the modules that make keys, values and "
+            f"the feed-forward intermediate) and feedforward_modules. Defaults exist for {sorted(FAMILIES)}."
+        )
+    if config.feedforward_modules is not None or config.exclude_modules is not None:
+        raise ValueError(
+            "feedforward_modules and exclude_modules refine target_modules: pass target_modules too "
+            f"(the default here is {sorted(family.targets)})."
+        )
+    config.target_modules = set(family.targets)
+    config.exclude_modules = set(family.exclude) or None
+    return config
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules with their paths, leaving out what adapters put there."""
+    for path, module in model.named_modules():
+        if path and not {VECTORS, SAVED_COPIES} & set(path.split(".")):
+            yield path, module
+
+
+def _matches_name(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _is_inside(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(f"{parent}.")
+
+
+def _matching(names: Names, paths: Iterable[str]) -> set[str]:
+    """The paths that a regular expression matches in full or that end with one of the names."""
+    if names is None:
+        return set()
+    if isinstance(names, str):
+        try:
+            pattern = re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{names!r} is not a valid regular expression: {error}.") from error
+        return {path for path in paths if pattern.fullmatch(path)}
+    return {path for path in paths if any(_matches_name(path, name) for name in names)}
+
+
+def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
+    """The outermost modules with one of these names."""
+    paths = [path for path in modules if any(_matches_name(path, name) for name in names)]
+    yield from (path for path in paths if not any(_is_inside(path, p) for p in paths if p != path))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
+
+
+def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[str]:
+    """Every linear layer but the output layer."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for path, module in candidates.items():
+        if module is not head and (_is_conv1d(module) or hasattr(module, "in_features")):
+            yield path
+
+
+def _default_feedforward(family: Family | None, targets: set[str], target_modules: Names) -> Names:
+    """The usual feed-forward modules among the targets, in a form that `IA3Config` and PEFT take back.
+
+    Both demand that listed feed-forward names be among listed target names; a pattern is free of that.
+    """
+    known = family.feedforward if family is not None else FEEDFORWARD_NAMES
+    names = {name for name in known if _matching({name}, targets)}
+    if not isinstance(target_modules, set) or names <= target_modules:
+        return names
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in sorted(names))})"
+
+
+def _check_all_matched(
+    model: nn.Module,
+    candidates: dict[str, nn.Module],
+    config: IA3Config,
+    targets: set[str],
+    excluded: set[str],
+    feedforward: set[str],
+    saved: tuple[str, ...],
+) -> None:
+    for field, names, matched in (
+        ("target_modules", config.target_modules, targets),
+        ("exclude_modules", config.exclude_modules, excluded),
+        ("feedforward_modules", config.feedforward_modules, feedforward),
+        ("modules_to_save", set(config.modules_to_save or ()), saved),
+    ):
+        for name in [names] if isinstance(names, str) else sorted(names or ()):
+            if not _matching(names if isinstance(names, str) else {name}, matched):
+                raise ValueError(_nothing_matched(model, candidates, field, name))
+
+
+def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: str, names: Names) -> str:
+    ends = sorted({path.rsplit(".", 1)[-1] for path, module in candidates.items() if _widths(module)})
+    wanted = names if isinstance(names, str) else " ".join(sorted(names or ()))
+    near = difflib.get_close_matches(wanted, ends, n=3)
+    hint = f"Did you mean {near}? " if near else ""
+    shown = ends if len(ends) <= 30 else [*ends[:30], "…"]
+    return (
+        f"{field}: {names!r} matches no module of {type(model).__name__}. {hint}A name matches a module's "
+        f"whole path or its end after a dot, a regular expression the whole path. Its layers end with {shown}."
+    )
+
+
+def _widths(module: Any) -> tuple[int | None, int] | None:
+    """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
+    if isinstance(module, _ConvTransposeNd):
+        return None
+    if isinstance(module, _ConvNd):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Embedding):
+        return None, module.embedding_dim
+    if _is_conv1d(module):
+        return module.weight.shape[0], module.nf
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    return None
+
+
+def _site(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    side: Side,
+    fused: dict[str, Callable[..., Intervals | None]],
+) -> Site:
+    widths = _widths(module)
+    if widths is None:
+        raise ValueError(
+            f"{path} is a {type(module).__name__}, which can't carry a vector: expected a linear, convolution "
+            "or embedding layer. Name such layers in target_modules, or leave this one to exclude_modules."
+        )
+    width = widths[0] if side == "input" else widths[1]
+    if width is None:
+        raise ValueError(
+            f"{path} is an embedding: its input are token numbers, which no vector can multiply. Remove it "
+            "from feedforward_modules."
+        )
+    if isinstance(module, _ConvNd):
+        return Site(path, side, (1, width) + (1,) * len(module.kernel_size))
+    if side == "input":
+        return Site(path, side, (1, width))
+    split = next((split for name, split in fused.items() if _matches_name(path, name)), None)
+    return Site(path, side, (width, 1), split(model.config, width) if split else None)

@@ -1,0 +1,125 @@
+"""What a model carries, as PEFT reports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ia3.adapter import attached, parameters
+from ia3.hooks import SiteVectors
+from ia3.sites import VECTORS
+from ia3.swap import SavedModule
+
+Irregular = Literal["irregular"]
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted module: its path, which adapters it has, and which of them act, are merged, train."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """The whole model: PEFT's fields with PEFT's meaning."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of each adapted module, in the model's order.
+
+    Raises:
+        ValueError: the model carries no adapter.
+    """
+    state = attached(model)
+    statuses = []
+    for path, module in model.named_modules():
+        held: dict[str, list[nn.Parameter]] = {}
+        container = module._modules.get(VECTORS)
+        if isinstance(container, SiteVectors):
+            kind = f"ia3.{type(module).__name__}"
+            held = {name: [vector] for name, vector in container.named_parameters()}
+        elif isinstance(module, SavedModule):
+            kind = f"modules_to_save.{type(module).__name__}"
+            held = {name: list(copy.parameters()) for name, copy in module.modules_to_save.items()}
+        if held:
+            statuses.append(
+                TunerLayerStatus(
+                    name=path,
+                    module_type=kind,
+                    enabled=state.enabled,
+                    active_adapters=list(state.active),
+                    merged_adapters=[name for name in state.merged if name in held],
+                    requires_grad={name: _agreed([p.requires_grad for p in ps]) for name, ps in held.items()},
+                    available_adapters=sorted(held),
+                    devices={name: sorted({p.device.type for p in ps}) for name, ps in held.items()},
+                )
+            )
+    return statuses
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of the whole model.
+
+    Raises:
+        ValueError: the model carries no adapter.
+    """
+    state = attached(model)
+    trainable, total = count_parameters(model)
+    held = {name: list(parameters(model, adapter)) for name, adapter in state.adapters.items()}
+    return TunerModelStatus(
+        base_model_type=type(model).__name__,
+        adapter_model_type="IA3Model",
+        peft_types=dict.fromkeys(state.adapters, "IA3"),
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(get_layer_status(model)),
+        enabled=state.enabled,
+        active_adapters=list(state.active),
+        merged_adapters=sorted(state.merged),
+        requires_grad={name: _agreed([p.requires_grad for p in ps]) for name, ps in held.items()},
+        available_adapters=sorted(state.adapters),
+        devices={name: sorted({p.device.type for p in ps}) for name, ps in held.items()},
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; two 4-bit numbers packed in a byte count as two."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _agreed(flags: list[bool]) -> bool | Irregular:
+    if all(flags):
+        return True
+    return "irregular" if any(flags) else False
