@@ -93,15 +93,13 @@ class AutoPeftModel:
 
 
 def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> Any:
-    from ia3.bundled import resolve_model
+    from ia3.bundled import load_model
 
     name = config.base_model_name_or_path
     assert name is not None
     if config.revision is not None:
         kwargs = {**kwargs, "revision": config.revision}
-    base = base_class.from_pretrained(resolve_model(name), **kwargs)
-    base.name_or_path = name
-    return base
+    return load_model(name, base_class, **kwargs)
 
 
 def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Training: reading data, the loop, its measures and its report."""

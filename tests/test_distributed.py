@@ -1,0 +1,149 @@
+"""Two gloo processes: DDP with and without checkpointing, and FSDP2."""
+
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from builders import adapted, seq2seq_batch, t5, vector_gradients
+from ia3 import IA3Config, PeftModel, get_peft_model
+
+WORLD = 2
+STEPS = 3
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def in_two_processes(function, *args):
+    """Run `function(rank, *args)` in two processes of one gloo group and return what rank 0 returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.pt"
+        multiprocessing.spawn(worker, (free_port(), result, function, args), nprocs=WORLD)
+        return torch.load(result, weights_only=False)
+
+
+def worker(rank, port, result, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    try:
+        returned = function(rank, *args)
+        if rank == 0:
+            torch.save(returned, result)
+    finally:
+        dist.destroy_process_group()
+
+
+def trained(model, batches):
+    """The model after a few steps of SGD."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def whole_batches():
+    """Batches without padding, so that the mean over two halves is the mean over the whole."""
+    batches = [seq2seq_batch(4, seed) for seed in range(STEPS)]
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return batches
+
+
+def half(batch, rank):
+    return {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+
+
+def vectors_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".ia3_l." in name}
+
+
+def alone():
+    return vectors_of(trained(adapted(t5()).train(), whole_batches()))
+
+
+def with_ddp(rank, reentrant):
+    model = adapted(t5()).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    trained(wrapped, [half(batch, rank) for batch in whole_batches()])
+    return vectors_of(model)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_ddp_trains_as_one_process_does(reentrant):
+    got = in_two_processes(with_ddp, reentrant)
+    expected = alone()
+    assert got.keys() == expected.keys()
+    for name, vector in expected.items():
+        torch.testing.assert_close(got[name], vector, atol=1e-6, rtol=1e-5)
+    start = vectors_of(adapted(t5()))
+    assert all(not torch.equal(vector, start[name]) for name, vector in expected.items())
+
+
+def sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted(t5()).train()
+    for block in (*model.encoder.block, *model.decoder.block):
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def with_fsdp(rank, folder):
+    model = sharded()
+    assert isinstance(model, PeftModel)
+    assert type(model).__name__.startswith("FSDP")
+    trained(model, [half(batch, rank) for batch in whole_batches()])
+    model.save_pretrained(folder, is_main_process=rank == 0)
+    full = {name: p.full_tensor().detach().clone() for name, p in model.named_parameters() if ".ia3_l." in name}
+    gradients_on_base = [name for name, p in model.named_parameters() if p.grad is not None and ".ia3_l." not in name]
+    return full, gradients_on_base
+
+
+def test_fsdp2_trains_as_one_process_does(tmp_path):
+    got, gradients_on_base = in_two_processes(with_fsdp, str(tmp_path))
+    expected = alone()
+    assert got.keys() == expected.keys()
+    assert not gradients_on_base
+    for name, vector in expected.items():
+        torch.testing.assert_close(got[name], vector, atol=1e-6, rtol=1e-5)
+    saved = PeftModel.from_pretrained(t5(), tmp_path)
+    for name, vector in vectors_of(saved).items():
+        assert torch.equal(vector, got[name])
+
+
+def load_into_fsdp(rank, folder):
+    model = sharded()
+    model.load_adapter(folder, "default", is_trainable=True)
+    with torch.no_grad():
+        loss = model(**seq2seq_batch()).loss
+    base = model.unload()
+    return loss, type(base).__name__, isinstance(base, PeftModel), [n for n, _ in base.named_parameters()]
+
+
+def test_fsdp2_loads_and_unloads(tmp_path):
+    source = adapted(t5(), seed=7)
+    source.save_pretrained(tmp_path)
+    loss, name, is_peft, keys = in_two_processes(load_into_fsdp, str(tmp_path))
+    torch.testing.assert_close(loss, source(**seq2seq_batch()).loss.detach())
+    assert name == "FSDPT5ForConditionalGeneration"
+    assert not is_peft
+    assert keys == [n for n, _ in t5().named_parameters()]
+
+
+def test_gradients_of_the_oracle_are_not_zero():
+    model = get_peft_model(t5(), IA3Config(task_type="SEQ_2_SEQ_LM"))
+    model(**seq2seq_batch()).loss.backward()
+    assert all(gradient.abs().sum() > 0 for gradient in vector_gradients(model).values())
