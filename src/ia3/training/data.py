@@ -121,6 +121,8 @@ def load_examples(
             read, a line without `@`, or a `split` of a source that has none.
     """
     name = str(source)
+    if not name:
+        raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
     if name.startswith("bundled:"):
         return _bundled(name, split)
     read = _READERS[".zip"] if name in _PHRASEBANK else _READERS.get(Path(name).suffix.lower())
