@@ -32,7 +32,7 @@ def decoder(library_name: str | None, folder: str):
 
     def decode() -> None:
         model(decoder_input_ids=token, past_key_values=cache, **given)
-        cache.self_attention_cache.crop(8)
+        cache.self_attention_cache.crop(-1)
 
     return decode
 

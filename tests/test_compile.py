@@ -9,6 +9,15 @@ from builders import CAUSAL, SEQ2SEQ, adapted, gpt2, llama, randomise, seq2seq_b
 MODELS = {"t5": (t5, SEQ2SEQ), "llama": (llama, CAUSAL), "gpt2": (gpt2, CAUSAL)}
 
 
+def needs_a_compilable_base(build, batch):
+    """Skip where the bare base doesn't compile in one graph with these versions of torch and transformers."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(build(), backend="eager", fullgraph=True)(**batch)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"the bare base model doesn't compile in one graph: {str(error).splitlines()[0]}")
+
+
 def inputs(kind):
     batch = seq2seq_batch()
     if kind == "t5":
@@ -19,6 +28,7 @@ def inputs(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_switching_adapters_does_not_recompile(kind):
     build, config = MODELS[kind]
+    needs_a_compilable_base(build, inputs(kind))
     model = adapted(build(), "a", "b", "c", **config)
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -36,6 +46,7 @@ def test_switching_adapters_does_not_recompile(kind):
 
 
 def test_one_graph_without_breaks():
+    needs_a_compilable_base(t5, seq2seq_batch())
     model = adapted(t5())
     torch._dynamo.reset()
     explanation = torch._dynamo.explain(model)(**seq2seq_batch())
@@ -44,6 +55,7 @@ def test_one_graph_without_breaks():
 
 
 def test_compiled_gradients_equal_eager_ones():
+    needs_a_compilable_base(t5, seq2seq_batch())
     model = adapted(t5())
     batch = seq2seq_batch()
     model(**batch).loss.backward()
@@ -58,6 +70,7 @@ def test_compiled_gradients_equal_eager_ones():
 
 
 def test_disabling_compiles_once_more_and_both_graphs_stay():
+    needs_a_compilable_base(t5, seq2seq_batch())
     model = adapted(t5(), "a")
     batch = seq2seq_batch()
     torch._dynamo.reset()
@@ -71,6 +84,7 @@ def test_disabling_compiles_once_more_and_both_graphs_stay():
 
 
 def test_a_compiled_graph_sees_new_values():
+    needs_a_compilable_base(t5, seq2seq_batch())
     model = adapted(t5())
     batch = seq2seq_batch()
     torch._dynamo.reset()

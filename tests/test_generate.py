@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from builders import CAUSAL, SEQ2SEQ, adapted, gpt2, llama, randomise, seq2seq_batch, t5
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,6 +19,7 @@ from transformers import (
 )
 from transformers.pipelines import SUPPORTED_TASKS
 
+from builders import CAUSAL, SEQ2SEQ, adapted, gpt2, llama, randomise, seq2seq_batch, t5
 from ia3 import IA3Config, get_peft_model
 
 WAYS = {

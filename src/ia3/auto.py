@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from ia3.config import PeftConfig, TaskType
 from ia3.files import fetch
@@ -20,7 +20,7 @@ class AutoPeftModel:
     _task: ClassVar[TaskType | None] = None
     _auto_class: ClassVar[str] = ""
 
-    def __init__(self) -> NoReturn:
+    def __init__(self) -> None:
         raise OSError(f"{type(self).__name__} is not made by calling it: use from_pretrained(path).")
 
     @classmethod

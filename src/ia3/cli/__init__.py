@@ -1,0 +1,1 @@
+"""The command `ia3`, one file a subcommand."""

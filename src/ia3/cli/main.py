@@ -1,0 +1,77 @@
+"""The command `ia3`: its subcommands, and errors on one screen instead of a traceback."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ImportError as missing:
+    raise SystemExit('The command ia3 needs more than the library: pip install "ia3[train]"') from missing
+
+import ia3
+from ia3.cli.predict import predict
+from ia3.cli.quickstart import quickstart
+from ia3.cli.train import train
+
+# What the library raises for input that it cannot use, with the remedy in the message.
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
+_EXIT_CODE = 2
+
+
+class _ErrorsOnOneScreen(TyperGroup):
+    """Print an expected error and leave with exit code 2; `--debug` shows the traceback instead."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except _EXPECTED as error:
+            if ctx.params.get("debug"):
+                raise
+            _show(error)
+            raise typer.Exit(_EXIT_CODE) from error
+
+
+def _show(error: Exception) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    text = Text(str(error) or type(error).__name__)
+    Console(stderr=True).print(Panel(text, title="Error", title_align="left", border_style="red"))
+
+
+app = typer.Typer(
+    cls=_ErrorsOnOneScreen,
+    help="Fine-tune frozen transformers by learning vectors: (IA)³.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(predict)
+app.command()(quickstart)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ia3 {ia3.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point of the command `ia3`."""
+    app()

@@ -1,0 +1,123 @@
+"""Labelled texts as batches of token ids: labels are never cut, batches padded to their longest row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ia3.training.data import Example
+
+# What the loss ignores, as in torch's cross-entropy.
+IGNORED = -100
+# Batches in one stretch of the shuffled order that is sorted by length.
+_BATCHES_A_GROUP = 50
+
+
+@dataclass(frozen=True)
+class TokenisedExample:
+    """An input, cut at the longest length allowed, and its whole label, both with their end token."""
+
+    input_ids: list[int]
+    label_ids: list[int]
+    label: str
+
+
+def tokenise(
+    examples: Sequence[Example], tokenizer: Any, *, max_length: int, max_label_length: int | None = None
+) -> list[TokenisedExample]:
+    """Turn examples into token ids.
+
+    Args:
+        examples: texts with their label words.
+        tokenizer: the base model's tokenizer.
+        max_length: where longer inputs are cut, in tokens.
+        max_label_length: the most tokens a label may have, its end token included; None for any number.
+
+    Raises:
+        ValueError: a label is longer than `max_label_length`, or is spelt differently by the tokenizer.
+    """
+    if not examples:
+        return []
+    inputs = tokenizer([row.text for row in examples], truncation=True, max_length=max_length)["input_ids"]
+    words = sorted({row.label for row in examples})
+    labels = {word: _tokenise_label(word, tokenizer, max_label_length) for word in words}
+    return [TokenisedExample(ids, labels[row.label], row.label) for ids, row in zip(inputs, examples, strict=True)]
+
+
+def _tokenise_label(word: str, tokenizer: Any, max_label_length: int | None) -> list[int]:
+    ids: list[int] = tokenizer(text_target=word)["input_ids"]
+    if max_label_length is not None and len(ids) > max_label_length:
+        raise ValueError(
+            f"The label {word!r} takes {len(ids)} tokens, its end token included, but the label length is "
+            f"{max_label_length}: labels are never cut. Raise the label length, or choose a shorter word."
+        )
+    spelt = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    if spelt != word:
+        raise ValueError(
+            f"The tokenizer spells the label {word!r} as {spelt!r}, so no answer could ever match it. "
+            "Choose a label word that the tokenizer gives back unchanged."
+        )
+    return ids
+
+
+def collate(
+    examples: Sequence[TokenisedExample], *, pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, Tensor]:
+    """Pad examples to the longest of them and stack them.
+
+    Args:
+        examples: the rows of the batch.
+        pad_token_id: what input ids are padded with; the attention mask is 0 there.
+        pad_to_multiple_of: round the input length up to a multiple of this, for fewer distinct shapes.
+
+    Returns:
+        `input_ids` and `attention_mask` `[batch, length]`, `labels` `[batch, label length]` padded with -100.
+    """
+    length = max(len(row.input_ids) for row in examples)
+    if pad_to_multiple_of is not None:
+        length += -length % pad_to_multiple_of
+    label_length = max(len(row.label_ids) for row in examples)
+    return {
+        "input_ids": torch.tensor([_pad(row.input_ids, length, pad_token_id) for row in examples]),
+        "attention_mask": torch.tensor([_pad([1] * len(row.input_ids), length, 0) for row in examples]),
+        "labels": torch.tensor([_pad(row.label_ids, label_length, IGNORED) for row in examples]),
+    }
+
+
+def _pad(ids: list[int], length: int, filler: int) -> list[int]:
+    return ids + [filler] * (length - len(ids))
+
+
+def shuffled_batches(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, group_by_length: bool = False
+) -> list[list[int]]:
+    """The batches of one epoch as indices, the same for the same seed and epoch.
+
+    Args:
+        lengths: the input length of each example.
+        batch_size: examples a batch; the last batch of an epoch may be smaller.
+        seed: the run's seed.
+        epoch: counted from 0; each has its own order.
+        group_by_length: put rows of like length together: the shuffled order is sorted within stretches of
+            50 batches, then the batches are shuffled, which saves padding and keeps most of the chance.
+    """
+    chance = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    chance.shuffle(order)
+    if not group_by_length:
+        return _cut(order, batch_size)
+    stretches = _cut(order, batch_size * _BATCHES_A_GROUP)
+    batches = [
+        batch for stretch in stretches for batch in _cut(sorted(stretch, key=lambda index: lengths[index]), batch_size)
+    ]
+    chance.shuffle(batches)
+    return batches
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]

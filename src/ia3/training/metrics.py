@@ -1,0 +1,90 @@
+"""What an evaluation says: accuracy with its interval, the majority baseline, the confusion matrix."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import sqrt
+
+# The standard normal's 97.5 % quantile: two-sided 95 % intervals.
+_Z_95 = 1.959963984540054
+
+
+def count_correct(truth: Sequence[str], predictions: Sequence[str]) -> int:
+    """How many predictions equal the truth, letter for letter.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    if len(truth) != len(predictions):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(truth)} examples: expected one prediction an example."
+        )
+    return sum(right == predicted for right, predicted in zip(truth, predictions, strict=True))
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's score, which stays inside [0, 1] and never has width 0.
+
+    Args:
+        correct: how many were right.
+        total: out of how many.
+
+    Returns:
+        The lower and the upper end.
+
+    Raises:
+        ValueError: `total` is 0, or `correct` is not between 0 and `total`.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    _expect_some(total)
+    if not 0 <= correct <= total:
+        raise ValueError(f"{correct} correct of {total}: expected a number from 0 to {total}.")
+    share = correct / total
+    shrink = 1 + _Z_95**2 / total
+    centre = (share + _Z_95**2 / (2 * total)) / shrink
+    half = _Z_95 * sqrt(share * (1 - share) / total + _Z_95**2 / (4 * total**2)) / shrink
+    # Exact where the formula is exact but its floats are not.
+    return 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half
+
+
+def majority_baseline(truth: Sequence[str]) -> float:
+    """The accuracy of always answering the most frequent label.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    _expect_some(len(truth))
+    return max(Counter(truth).values()) / len(truth)
+
+
+def confusion_matrix(truth: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
+    """Count how often each label was answered by each label.
+
+    Args:
+        truth: the right labels.
+        predictions: what the model generated; anything may come.
+        labels: the label words, the order of rows and columns.
+
+    Returns:
+        `[len(labels), len(labels) + 1]` counts: a row a true label, a column a prediction, the last column
+        for predictions that are no label.
+
+    Raises:
+        ValueError: a true label is not among `labels`, or the two sequences differ in length.
+    """
+    count_correct(truth, predictions)
+    position = {label: index for index, label in enumerate(labels)}
+    unknown = sorted(set(truth) - set(labels))
+    if unknown:
+        raise ValueError(f"Labels {unknown} are not among {list(labels)}.")
+    matrix = [[0] * (len(labels) + 1) for _ in labels]
+    for right, predicted in zip(truth, predictions, strict=True):
+        matrix[position[right]][position.get(predicted, len(labels))] += 1
+    return matrix
+
+
+def _expect_some(total: int) -> None:
+    if total < 1:
+        raise ValueError("There are no examples to evaluate: expected at least one.")
