@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 
 from ia3.config import IA3Config
 from ia3.hooks import SiteVectors, scale_input, scale_output
-from ia3.sites import SAVED_COPIES, VECTORS, Layout, Site, find_sites, logger
+from ia3.sites import SAVED_COPIES, VECTORS, Layout, Site, find_sites, is_inside, logger
 from ia3.swap import SavedModule, swap_back
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Attached:
         originals: the weights as they were before `merge_adapter`; None where nothing is merged.
         merged: names of the merged adapters.
         trained_before: names of the base parameters that required a gradient before attaching.
+        input_gradients: whether attaching made the embeddings' output require a gradient.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Attached:
     originals: Originals | None = None
     merged: tuple[str, ...] = ()
     trained_before: tuple[str, ...] = ()
+    input_gradients: bool = False
 
 
 def attached(model: nn.Module) -> Attached:
@@ -132,8 +135,10 @@ def attach(
     adapter = Adapter(name, found.config, found.layout, found.saved)
     for site in found.layout.sites:
         module = model.get_submodule(site.path)
-        vector = _new_vector(module, site, found.config.init_ia3_weights, half_to_fp32, on_meta)
-        _container_for(module, site).add(name, site, vector)
+        dtype, device = _kind_of_vector(module, half_to_fp32)
+        make = torch.ones if found.config.init_ia3_weights else torch.randn
+        vector = make(site.trained_shape, dtype=dtype, device="meta" if on_meta else device)
+        _container_for(module, site).add(name, site, vector, device)
     for path in found.saved:
         _copy_in_full(model.get_submodule(path), name)
     state.adapters[name] = adapter
@@ -182,10 +187,7 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
     """
     state = attached(model)
     chosen = [get_adapter(model, name) for name in names]
-    paths = [path for adapter in chosen for path in adapter.saved]
-    twice = sorted({path for path in paths if paths.count(path) > 1})
-    if twice:
-        raise ValueError(f"Adapters {list(names)} each train {twice} in full: activate one of them at a time.")
+    check_copies(chosen)
     before = [state.adapters[name] for name in state.active]
     if trainable is not None:
         for adapter in before:
@@ -194,6 +196,19 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
             require_grad(model, adapter, trainable)
     state.active = tuple(adapter.name for adapter in chosen)
     _point(model, [*before, *chosen])
+
+
+def check_copies(chosen: list[Adapter]) -> None:
+    """Refuse adapters that train the same module in full: only one copy can act.
+
+    Raises:
+        ValueError: there are such adapters.
+    """
+    paths = [path for adapter in chosen for path in adapter.saved]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        names = [adapter.name for adapter in chosen]
+        raise ValueError(f"Adapters {names} each train {twice} in full: use one of them at a time.")
 
 
 def repoint(model: nn.Module) -> None:
@@ -236,11 +251,14 @@ def _point(model: nn.Module, changed: list[Adapter]) -> None:
 
 
 def _check_name(name: str, state: Attached) -> None:
-    if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(SiteVectors(0), name):
+    # It becomes the name of a parameter, of a module in a ModuleDict and of a folder.
+    taken = (SiteVectors(0), nn.ModuleDict())
+    if not isinstance(name, str) or not name or set(name) & set("./\\") or name == BASE:
         raise ValueError(
-            f"{name!r} can't name an adapter: expected a non-empty string without dots, not {BASE!r} and not "
-            "the name of an attribute of torch modules."
+            f"{name!r} can't name an adapter: expected a non-empty string without dots and slashes, not {BASE!r}."
         )
+    if any(hasattr(module, name) for module in taken):
+        raise ValueError(f"{name!r} can't name an adapter: torch modules have an attribute of that name.")
     if name in state.adapters:
         raise ValueError(
             f"The model already carries an adapter {name!r}: choose another name, delete_adapter({name!r}), or "
@@ -263,7 +281,7 @@ def _freeze_base(model: nn.Module, state: Attached) -> None:
     state.trained_before = tuple(name for name, _ in trained)
 
 
-def _new_vector(module: nn.Module, site: Site, ones: bool, half_to_fp32: bool, on_meta: bool) -> torch.Tensor:
+def _kind_of_vector(module: nn.Module, half_to_fp32: bool) -> tuple[torch.dtype, torch.device]:
     weight = getattr(module, "weight", None)
     dtype = torch.float32
     device = torch.device("cpu")
@@ -272,10 +290,7 @@ def _new_vector(module: nn.Module, site: Site, ones: bool, half_to_fp32: bool, o
             dtype = weight.dtype
         # An offloaded weight is on no device until accelerate brings it to the one where it runs.
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) or weight.device
-    if on_meta:
-        device = torch.device("meta")
-    make = torch.ones if ones else torch.randn
-    return make(site.trained_shape, dtype=dtype, device=device)
+    return dtype, torch.device(device)
 
 
 def _container(model: nn.Module, site: Site) -> SiteVectors:
@@ -314,7 +329,11 @@ def _copy_in_full(module: nn.Module, name: str) -> None:
     copies = wrapped._modules.pop(SAVED_COPIES)
     copy = deepcopy(module)
     wrapped._modules[SAVED_COPIES] = copies
-    _unwrap(copy)
+    for part in list(copy.modules()):  # without what other adapters have in it
+        part._modules.pop(VECTORS, None)
+        _drop_idle_hooks(part)
+        if isinstance(part, SavedModule):
+            _unwrap(part)
     wrapped.modules_to_save[name] = copy.requires_grad_(False)
 
 
@@ -329,6 +348,7 @@ def install_copies(model: nn.Module, adapter: Adapter) -> None:
     tied = [id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False)]
     for path, copy in saved_copies(model, adapter):
         module = model.get_submodule(path)
+        copy.requires_grad_(False)
         for owner_path, owner in copy.named_modules():
             target = module.get_submodule(owner_path)
             for name, parameter in owner.named_parameters(recurse=False):
@@ -349,7 +369,8 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
         values: full vectors by whole site.
 
     Raises:
-        ValueError: a taken name, sources that use both sides of one module, or train one module in full twice.
+        ValueError: a taken name, sources that use both sides of one module, train one module in full twice, or
+            have vectors in a module that another trains in full.
     """
     sides: dict[str, set[str]] = {}
     for site in values:
@@ -366,10 +387,18 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
             f"{[source.name for source in with_copies]} all train modules in full, which have no combination: "
             "combine adapters of which at most one does."
         )
+    hidden = sorted(path for path in sides for source in with_copies for s in source.saved if is_inside(path, s))
+    if hidden:
+        raise ValueError(
+            f"One adapter has vectors in {hidden[:3]}, which is trained in full by {with_copies[0].name!r}: the two "
+            "have no combination."
+        )
     config = deepcopy((with_copies or sources)[0].config)
     config.exclude_modules = None
-    config.target_modules = set(sides)
-    config.feedforward_modules = {path for path, used in sides.items() if used == {"input"}}
+    # Patterns, because a path listed as a name would also match longer paths that end with it.
+    config.target_modules = "|".join(re.escape(path) for path in sides)
+    inputs = [path for path, used in sides.items() if used == {"input"}]
+    config.feedforward_modules = "|".join(re.escape(path) for path in inputs) or set()
     config.inference_mode = False
     adapter = attach(model, config, name, loading=True)
     if any(not site.fits(values[_whole(site)]) for site in adapter.layout.sites):

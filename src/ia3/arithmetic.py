@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -24,12 +25,15 @@ def combine(
     `"sum"` is Σ w l, PEFT's rule, which scales every activation by Σ w. They agree where Σ w = 1.
 
     Raises:
-        ValueError: another number of weights than adapters, weights that add up to 0, an unknown type.
+        ValueError: another number of weights than adapters, weights that are not finite or whose mean would
+            divide by 0, an unknown type.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Got {len(adapters)} adapters and {len(weights)} weights: pass one weight each.")
     if combination_type not in ("mean", "sum"):
         raise ValueError(f"Unknown combination_type {combination_type!r}: expected 'mean' or 'sum'.")
+    if not all(isfinite(weight) for weight in weights):
+        raise ValueError(f"The weights {list(weights)} are not all finite.")
     total = sum(weights)
     if combination_type == "mean" and total == 0:
         raise ValueError(f"The weights {list(weights)} add up to 0, so they have no mean.")

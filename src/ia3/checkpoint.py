@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ia3.adapter import Adapter, get_adapter, keep_every_channel, saved_copies, vectors
+from ia3.adapter import Adapter, attached, get_adapter, keep_every_channel, saved_copies, vectors
 from ia3.files import fetch, write_atomically
-from ia3.sites import SAVED_COPIES, VECTORS, Site, logger
+from ia3.sites import SAVED_COPIES, VECTORS, Site, logger, matches_name
 from ia3.swap import Swapped
 
 PREFIX = "base_model.model."
@@ -87,11 +87,17 @@ def set_peft_model_state_dict(
         Two empty lists: a missing or unknown key is an error.
 
     Raises:
-        ValueError: unknown or missing keys, another shape or side, numbers that are not finite. Nothing has
-            changed then.
+        ValueError: unknown, missing or repeated keys, another shape or side, numbers that are not finite, a
+            merged adapter. Nothing has changed then.
     """
     adapter = get_adapter(model, adapter_name)
+    if adapter_name in attached(model).merged:
+        raise ValueError(f"{adapter_name!r} is merged, so new values wouldn't act: call unmerge_adapter() first.")
     tensors = {_plain_key(key, adapter_name): tensor for key, tensor in peft_model_state_dict.items()}
+    if len(tensors) < len(peft_model_state_dict):
+        plain = [_plain_key(key, adapter_name) for key in peft_model_state_dict]
+        twice = sorted({key for key in plain if plain.count(key) > 1})
+        raise ValueError(f"{len(twice)} tensors come twice, with and without a prefix (such as {twice[0]}).")
     sites = {site.key: site for site in adapter.layout.sites}
     targets = _plain_targets(model, adapter, tensors)
     _check_keys(model, tensors, sites, targets)
@@ -104,7 +110,8 @@ def set_peft_model_state_dict(
         raise ValueError("This adapter doesn't fit the model: " + " ".join(list(mismatched.values())[:3]))
     for problem in mismatched.values():
         logger.warning("Left out: %s", problem)
-    _check_finite(tensors)
+    held = dict(zip(sites, vectors(model, adapter), strict=True)) | targets
+    _check_finite({key: tensor.to(held[key].dtype) for key, tensor in tensors.items()})
 
     fitting = {key: tensor for key, tensor in tensors.items() if key not in mismatched}
     if any(not sites[key].fits(tensor) for key, tensor in fitting.items() if key in sites):
@@ -150,9 +157,22 @@ def load_peft_weights(
     return _renamed(tensors, key_mapping) if key_mapping else tensors
 
 
+def saved_modules_in(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> set[str]:
+    """Paths of modules that a file holds in full only because PEFT matches their names without a dot boundary.
+
+    For PEFT, `norm` in modules_to_save also means `input_layernorm`, and its file holds that module too.
+    """
+    paths = set()
+    for key in tensors:
+        parts = key.removeprefix(PREFIX).split(".")
+        if parts[-1] != VECTORS:
+            modules = [".".join(parts[:length]) for length in range(1, len(parts))]
+            paths |= {path for path in modules if path.endswith(tuple(names)) and not matches_name(path, names)}
+    return paths
+
+
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> Tensors:
     """Read a safetensors file, or a pickle that holds nothing but tensors; see `load_peft_weights`."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -160,13 +180,17 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> Tensors:
             loaded: Tensors = load_file(path, device=str(device))
         else:
             loaded = torch.load(path, map_location=device, weights_only=True)
-    except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again.") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is a pickle that holds more than tensors, which could run code: ask its author for a "
             "safetensors file."
         ) from error
+    except Exception as error:  # damaged bytes make torch.load raise almost anything
+        raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again.") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+    ):
+        raise ValueError(f"{path} holds no dictionary of tensors: it isn't an adapter's file.")
     return loaded
 
 
@@ -339,8 +363,8 @@ def _check_finite(tensors: Tensors) -> None:
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
-            f"{len(broken)} tensors hold NaN or infinity (such as {broken[0]}): the training that wrote this "
-            "file had diverged. Take an earlier checkpoint."
+            f"{len(broken)} tensors hold NaN or infinity in the model's precision (such as {broken[0]}): the "
+            "training that wrote this file had diverged. Take an earlier checkpoint."
         )
 
 

@@ -179,7 +179,8 @@ class IA3Config(PeftConfig):
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or leave it None.")
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
-            stray = sorted(self.feedforward_modules - self.target_modules)
+            # `wo` is among the full paths that "all-linear" stands for, and `mlp.wo` among what `wo` means.
+            stray = sorted(name for name in self.feedforward_modules if not _is_among(name, self.target_modules))
             if stray:
                 raise ValueError(
                     f"feedforward_modules {stray} are not among target_modules "
@@ -193,3 +194,7 @@ class IA3Config(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **hub)
         assert isinstance(config, cls)
         return config
+
+
+def _is_among(name: str, targets: set[str]) -> bool:
+    return any(f".{target}".endswith(f".{name}") or f".{name}".endswith(f".{target}") for target in targets)

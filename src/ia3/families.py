@@ -22,7 +22,7 @@ class Family:
     Args:
         targets: names of the modules that carry a vector.
         feedforward: those whose vector multiplies the input.
-        exclude: longer names that a target's name would also match.
+        exclude: longer names that a target's name would also match, where the model has them.
         fused: for a projection that makes queries too, the function from (model configuration, width) to
             the key and value channels; None where all its channels are keys and values.
         differs: how the default differs from PEFT's, in a few words; empty where it doesn't.
@@ -69,7 +69,7 @@ _DECODER_WITHOUT_Q = Family(("k_proj", "v_proj", "down_proj"), ("down_proj",), d
 _ENCODER = Family(
     ("key", "value", "output.dense"),
     ("output.dense",),
-    exclude=("attention.output.dense",),
+    exclude=("attention.output.dense", "crossattention.output.dense"),
     differs=_SCALES_ATTENTION_OUTPUT,
 )
 

@@ -54,12 +54,14 @@ def fetch(source: str | Path, filename: str, *, subfolder: str | None = None, **
 
 def _fetch_from_hub(repository: str, filename: str, *, subfolder: str | None, **hub: Any) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, filename, subfolder=subfolder, **hub))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repository} is neither a directory nor the name of a hub repository.") from error
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{repository} is neither a directory nor the name of a hub repository that you may read."
+        ) from error
     except EntryNotFoundError as error:
         if type(error).__name__ == "LocalEntryNotFoundError":
             raise FileNotFoundError(

@@ -33,10 +33,13 @@ class SiteVectors(nn.Module):
         self.register_buffer("channels", None, persistent=False)
         self.width = 0
 
-    def add(self, adapter: str, site: Site, vector: torch.Tensor) -> None:
-        """Hold a vector of `site.trained_shape` for an adapter, frozen until it is activated."""
-        if site.intervals is not None:
-            self.channels = site.channels().to(vector.device)
+    def add(self, adapter: str, site: Site, vector: torch.Tensor, device: torch.device) -> None:
+        """Hold a vector of `site.trained_shape` for an adapter, frozen until it is activated.
+
+        `device` is the module's, which that of a vector without memory is not.
+        """
+        if site.intervals is not None and self.channels is None:
+            self.channels = site.channels().to(device)
             self.width = site.width
         self.sides[adapter] = site.side
         self.register_parameter(adapter, nn.Parameter(vector, requires_grad=False))
@@ -80,8 +83,10 @@ class SiteVectors(nn.Module):
 
     def _full(self, vector: torch.Tensor) -> torch.Tensor:
         """A vector over the trained channels of a fused projection, among ones."""
-        if self.channels is None or vector.numel() == self.width:
+        if self.channels is None:
             return vector
+        if vector.shape[0] != self.channels.shape[0]:  # it holds every channel, or belongs to the input
+            return vector.view(-1)
         ones = vector.new_ones(self.width)
         return ones.index_copy(0, self.channels, vector.view(-1))
 

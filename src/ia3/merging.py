@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ia3.adapter import attached, get_adapter, repoint, vectors
+from ia3.adapter import attached, check_copies, get_adapter, repoint, vectors
 from ia3.sites import Side, Site, _is_conv1d
 
 Originals = dict[str, torch.Tensor]
@@ -30,7 +30,10 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
             weight that is not floating-point, a vector or product that is not finite.
     """
     state = attached(model)
+    if isinstance(names, str):
+        raise TypeError(f"merging takes a list of names, got {names!r}: write [{names!r}].")
     chosen = tuple(state.active if names is None else names)
+    check_copies([get_adapter(model, name) for name in chosen])
     if state.originals is not None:
         raise ValueError(f"Adapters {list(state.merged)} are merged already: call unmerge_adapter() first.")
     scales = _scales(model, chosen)
@@ -85,23 +88,31 @@ def _check_mergeable(model: nn.Module, scales: dict[tuple[str, Side], tuple[Site
     users: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(f"{path}.{name}")
+            users.setdefault(_memory(parameter), []).append(f"{path}.{name}")
     for site, _ in scales.values():
-        weight = model.get_submodule(site.path).weight
+        module = model.get_submodule(site.path)
+        weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise ValueError(
                 f"{site.path} has no floating-point weight to merge into: dequantise the base, or leave the "
                 "adapter unmerged."
             )
-        shared = users.get(id(weight), [])
-        if len(shared) > 1:
-            raise ValueError(
-                f"{' and '.join(shared)} are one tied weight: merging into {site.path} would change the other "
-                f"too. Untie it first (give {site.path} a weight of its own: nn.Parameter(weight.clone())), "
-                "or leave the adapter unmerged."
-            )
-        if getattr(model.get_submodule(site.path), "max_norm", None) is not None:
+        bias = getattr(module, "bias", None) if site.side == "output" else None
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            shared = users.get(_memory(parameter), []) if parameter is not None else []
+            if len(shared) > 1:
+                raise ValueError(
+                    f"{' and '.join(shared)} are one tied {name}: merging into {site.path} would change the other "
+                    f"too. Untie it first (give {site.path} a {name} of its own: nn.Parameter({name}.clone())), "
+                    "or leave the adapter unmerged."
+                )
+        if getattr(module, "max_norm", None) is not None:
             raise ValueError(f"{site.path} renormalises its rows (max_norm), so no merged weight equals it.")
+
+
+def _memory(parameter: torch.Tensor) -> int:
+    """What tells tied parameters: their address; a parameter on no device of its own has none."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def _merged_values(

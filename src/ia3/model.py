@@ -24,6 +24,7 @@ from ia3.checkpoint import (
     load_peft_weights,
     own_tensors,
     save_adapter,
+    saved_modules_in,
     set_peft_model_state_dict,
     write_tensors,
 )
@@ -125,14 +126,18 @@ def inject_adapter_in_model(
         The same object.
 
     Raises:
-        ValueError: what `find_sites` or `set_peft_model_state_dict` raises.
+        ValueError: what `find_sites` or `set_peft_model_state_dict` raises. The model is then unchanged.
     """
     config = _checked(peft_config)
     first = "_ia3" not in model.__dict__
     adapter = adapters.attach(model, config, adapter_name, on_meta=low_cpu_mem_usage)
-    model.__dict__.setdefault("peft_config", {})[adapter_name] = adapter.config
     if state_dict is not None:
-        set_peft_model_state_dict(model, state_dict, adapter_name)
+        try:
+            set_peft_model_state_dict(model, state_dict, adapter_name)
+        except BaseException:
+            adapters.detach(model, adapter_name)
+            raise
+    model.__dict__.setdefault("peft_config", {})[adapter_name] = adapter.config
     if first:
         adapters.activate(model, [adapter_name], trainable=not config.inference_mode)
     return model
@@ -148,10 +153,12 @@ class PeftModel(Swapped):
     peft_config: dict[str, IA3Config]
     _hf_peft_config_loaded: bool
 
-    def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "_ia3_old_class" in cls.__dict__:  # type(model)(config): a fresh base model
-            return cls._ia3_old_class(model, *args, **kwargs)
-        return get_peft_model(model, *args, **kwargs)
+            return cls._ia3_old_class(*args, **kwargs)
+        if hasattr(cls, "_ia3_old_class"):  # copying, where another library made a subclass of the swapped one
+            return object.__new__(cls)
+        return get_peft_model(*args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to do: `__new__` returned a model that was made long ago."""
@@ -205,6 +212,7 @@ class PeftModel(Swapped):
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, device, key_mapping, **hub)
+        _add_saved(config, tensors)
         _warn_of_other_base(model, config)
         peft_model = _become(model, config, adapter_name, autocast_adapter_dtype, on_meta=False, loading=True)
         try:
@@ -244,6 +252,7 @@ class PeftModel(Swapped):
         if new:
             config = _checked(PeftConfig.from_pretrained(model_id, **hub))
             config.inference_mode = not is_trainable
+            _add_saved(config, tensors)
             self._attach(adapter_name, config, autocast_adapter_dtype, on_meta=False, loading=True)
         try:
             result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_sizes)
@@ -281,13 +290,15 @@ class PeftModel(Swapped):
             max_shard_size: accepted because transformers passes it; an adapter is one file.
 
         Raises:
-            ValueError: an unknown adapter.
+            ValueError: an unknown adapter, or none selected.
             NotADirectoryError: `save_directory` is a file.
         """
         directory = Path(save_directory)
         if directory.is_file():
             raise NotADirectoryError(f"{directory} is a file; save_pretrained expects a directory.")
         names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
+        if not names:
+            raise ValueError(f"selected_adapters is empty: name some of {sorted(self.peft_config)}, or leave it out.")
         chosen = [adapters.get_adapter(self, name) for name in names]
         if not is_main_process:
             own_tensors(self, chosen)
@@ -396,7 +407,7 @@ class PeftModel(Swapped):
         adapters.detach(self, adapter_name)
         del self.peft_config[adapter_name]
         if not self._state.active:
-            other = next(iter(self.peft_config))
+            other = min(self.peft_config)  # the one that PEFT takes
             logger.warning("delete_adapter(%r): %r is active now.", adapter_name, other)
             adapters.activate(self, [other], trainable=not self.peft_config[other].inference_mode)
 
@@ -420,13 +431,15 @@ class PeftModel(Swapped):
         if not state.enabled:
             yield
             return
-        merged = {name: self.get_parameter(name).detach().clone() for name in state.originals or {}}
+        originals = state.originals or {}
+        merged = {name: self.get_parameter(name).detach().clone() for name in originals}
         self.disable_adapters()
-        merging.restore(self, state.originals or {})
+        merging.restore(self, originals)
         try:
             yield
         finally:
-            merging.restore(self, merged)
+            if state.originals is originals:  # nobody unmerged in between
+                merging.restore(self, merged)
             self.enable_adapters()
 
     def disable_adapters(self) -> None:
@@ -481,9 +494,10 @@ class PeftModel(Swapped):
 
     def unload(self) -> nn.Module:
         """Remove every adapter and give the base model back: the same object with its own class and keys."""
+        state = self._state
         for name in list(self.peft_config):
             adapters.detach(self, name)
-        return _become_base(self)
+        return _become_base(self, state)
 
     def add_weighted_adapter(
         self,
@@ -629,17 +643,21 @@ def _become(
     adapters.activate(model, [name], trainable=not config.inference_mode)
     swap(model, CLASS_FOR_TASK[config.task_type])
     assert isinstance(model, PeftModel)
-    model.peft_config = {name: adapter.config}
+    model.peft_config = {**model.__dict__.get("peft_config", {}), name: adapter.config}
     model.register_forward_pre_hook(_refuse_adapter_names_in_forward, with_kwargs=True)
     model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if checkpoints and hasattr(model, "enable_input_require_grads"):
+    if checkpoints and hasattr(model, "enable_input_require_grads") and not model.__dict__.get("_require_grads_hooks"):
         # Reentrant checkpointing gives no gradient to what lies behind an input that requires none.
         model.enable_input_require_grads()  # type: ignore[operator]
+        model._state.input_gradients = True
     return model
 
 
-def _become_base(model: PeftModel) -> nn.Module:
+def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:
+    if state.input_gradients:
+        model.disable_input_require_grads()  # type: ignore[operator]
+        model.__dict__.pop("_require_grads_hooks", None)
     hooks = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _refuse_adapter_names_in_forward]:
         del hooks[key], model._forward_pre_hooks_with_kwargs[key]
@@ -666,6 +684,13 @@ def _with_head(model: nn.Module, config: IA3Config) -> None:
     present = [head for head in heads if head in ends]
     if present:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *present})
+
+
+def _add_saved(config: IA3Config, tensors: Tensors) -> None:
+    """Name the modules that the file holds in full and the configuration means by PEFT's rule alone."""
+    if config.modules_to_save:
+        more = saved_modules_in(tensors, config.modules_to_save)
+        config.modules_to_save = sorted({*config.modules_to_save, *more})
 
 
 def _base_name(model: nn.Module, config: IA3Config) -> str | None:

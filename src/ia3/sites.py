@@ -171,14 +171,16 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     config = _with_defaults(model, config, family)
     modules = dict(_base_modules(model))
     saved = tuple(_find_saved(modules, config.modules_to_save or ()))
-    candidates = {p: m for p, m in modules.items() if not any(_is_inside(p, s) for s in saved)}
+    candidates = {p: m for p, m in modules.items() if not any(is_inside(p, s) for s in saved)}
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
     excluded = _matching(config.exclude_modules, candidates)
     targets = _matching(config.target_modules, candidates) - excluded
     if config.feedforward_modules is None:
-        config.feedforward_modules = _default_feedforward(family, targets, config.target_modules)
+        known = family.feedforward if family is not None else FEEDFORWARD_NAMES
+        config.feedforward_modules = {name for name in known if _matching({name}, targets)}
+    config.feedforward_modules = _as_peft_takes_it(config.feedforward_modules, config.target_modules)
     feedforward = _matching(config.feedforward_modules, targets)
     if not loading:
         _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
@@ -215,7 +217,8 @@ def _with_defaults(model: nn.Module, config: IA3Config, family: Family | None) -
             f"(the default here is {sorted(family.targets)})."
         )
     config.target_modules = set(family.targets)
-    config.exclude_modules = set(family.exclude) or None
+    paths = [path for path, _ in _base_modules(model)]
+    config.exclude_modules = {name for name in family.exclude if _matching({name}, paths)} or None
     return config
 
 
@@ -226,11 +229,12 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _matches_name(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+def matches_name(path: str, names: Iterable[str]) -> bool:
+    """Whether a path is one of the names, or ends with one after a dot."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _is_inside(path: str, parent: str) -> bool:
+def is_inside(path: str, parent: str) -> bool:
     return path == parent or path.startswith(f"{parent}.")
 
 
@@ -244,13 +248,13 @@ def _matching(names: Names, paths: Iterable[str]) -> set[str]:
         except re.error as error:
             raise ValueError(f"{names!r} is not a valid regular expression: {error}.") from error
         return {path for path in paths if pattern.fullmatch(path)}
-    return {path for path in paths if any(_matches_name(path, name) for name in names)}
+    return {path for path in paths if matches_name(path, names)}
 
 
 def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
     """The outermost modules with one of these names."""
-    paths = [path for path in modules if any(_matches_name(path, name) for name in names)]
-    yield from (path for path in paths if not any(_is_inside(path, p) for p in paths if p != path))
+    paths = [path for path in modules if matches_name(path, names)]
+    yield from (path for path in paths if not any(is_inside(path, p) for p in paths if p != path))
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -262,20 +266,15 @@ def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterato
     """Every linear layer but the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in candidates.items():
-        if module is not head and (_is_conv1d(module) or hasattr(module, "in_features")):
+        if module is not head and _widths(module) and (_is_conv1d(module) or hasattr(module, "in_features")):
             yield path
 
 
-def _default_feedforward(family: Family | None, targets: set[str], target_modules: Names) -> Names:
-    """The usual feed-forward modules among the targets, in a form that `IA3Config` and PEFT take back.
-
-    Both demand that listed feed-forward names be among listed target names; a pattern is free of that.
-    """
-    known = family.feedforward if family is not None else FEEDFORWARD_NAMES
-    names = {name for name in known if _matching({name}, targets)}
-    if not isinstance(target_modules, set) or names <= target_modules:
-        return names
-    return rf"(.*\.)?({'|'.join(re.escape(name) for name in sorted(names))})"
+def _as_peft_takes_it(feedforward: Names, targets: Names) -> Names:
+    """PEFT demands that listed feed-forward names be among listed target names; a pattern is free of that."""
+    if not isinstance(feedforward, set) or not isinstance(targets, set) or feedforward <= targets:
+        return feedforward
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in sorted(feedforward))})"
 
 
 def _check_all_matched(
@@ -312,7 +311,8 @@ def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: 
 
 def _widths(module: Any) -> tuple[int | None, int] | None:
     """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
-    if isinstance(module, _ConvTransposeNd):
+    # The latter is the last projection of torch's MultiheadAttention, which reads its weight and never calls it.
+    if isinstance(module, _ConvTransposeNd | nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     if isinstance(module, _ConvNd):
         return module.in_channels, module.out_channels
@@ -348,5 +348,5 @@ def _site(
         return Site(path, side, (1, width) + (1,) * len(module.kernel_size))
     if side == "input":
         return Site(path, side, (1, width))
-    split = next((split for name, split in fused.items() if _matches_name(path, name)), None)
+    split = next((split for name, split in fused.items() if matches_name(path, [name])), None)
     return Site(path, side, (width, 1), split(model.config, width) if split else None)

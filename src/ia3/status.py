@@ -17,7 +17,10 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
-    """One adapted module: its path, which adapters it has, and which of them act, are merged, train."""
+    """One adapted module: its path, which adapters it has, and which of them act, are merged, train.
+
+    `module_type` is the layer's class, and for a module trained in full PEFT's `ModulesToSaveWrapper`.
+    """
 
     name: str
     module_type: str
@@ -61,10 +64,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         held: dict[str, list[nn.Parameter]] = {}
         container = module._modules.get(VECTORS)
         if isinstance(container, SiteVectors):
-            kind = f"ia3.{type(module).__name__}"
+            kind = type(module).__name__
             held = {name: [vector] for name, vector in container.named_parameters()}
         elif isinstance(module, SavedModule):
-            kind = f"modules_to_save.{type(module).__name__}"
+            kind = "ModulesToSaveWrapper"
             held = {name: list(copy.parameters()) for name, copy in module.modules_to_save.items()}
         if held:
             statuses.append(

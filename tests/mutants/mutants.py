@@ -1,0 +1,166 @@
+"""Mutations of the core that the tests must notice: file, old text (found exactly once), new text, what breaks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    breaks: str
+
+
+MUTANTS = [
+    Mutant(
+        "hooks.py",
+        "return product.view(self.view).to(activation.dtype)",
+        "return product.view(self.view)",
+        "half-precision activations become fp32",
+    ),
+    Mutant(
+        "hooks.py",
+        "if self.sides[name] == side)",
+        "if self.sides[name] != side)",
+        "vectors multiply the other side",
+    ),
+    Mutant(
+        "hooks.py",
+        'if name in self.__dict__.get("_parameters", ()):',
+        "if False:",
+        "a sharded or assigned parameter leaves the hook with the old one",
+    ),
+    Mutant(
+        "hooks.py",
+        "ones = vector.new_ones(self.width)",
+        "ones = vector.new_zeros(self.width)",
+        "queries of fused projections vanish",
+    ),
+    Mutant(
+        "hooks.py",
+        "product = product * self._full(vector)",
+        "product = self._full(vector)",
+        "of several active adapters only the last acts",
+    ),
+    Mutant(
+        "sites.py",
+        'path == name or path.endswith(f".{name}")',
+        "path.endswith(name)",
+        "`o` also means `wo`",
+    ),
+    Mutant(
+        "sites.py",
+        "family is not None and (by_default or loading) else {}",
+        "family is not None else {}",
+        "explicit targets lose the query channels",
+    ),
+    Mutant(
+        "sites.py",
+        "return bool((vector.reshape(-1).cpu()[rest] == 1).all())",
+        "return True",
+        "a file's query vector is dropped in silence",
+    ),
+    Mutant(
+        "families.py",
+        "(3 * head + 1) * size",
+        "(3 * head) * size",
+        "GPT-NeoX and BLOOM train queries too",
+    ),
+    Mutant(
+        "families.py",
+        "(group + 1) * per_group - 2",
+        "(group + 1) * per_group - 1",
+        "Falcon trains values alone",
+    ),
+    Mutant(
+        "merging.py",
+        'scaled = bias.detach() * scales[path, "output"][1].to(bias.device)',
+        "scaled = bias.detach()",
+        "merging forgets the bias",
+    ),
+    Mutant(
+        "merging.py",
+        "if len(shared) > 1:",
+        "if len(shared) > 2:",
+        "merging a tied head scales the embedding",
+    ),
+    Mutant(
+        "merging.py",
+        "if not torch.isfinite(new).all():",
+        "if False:",
+        "NaN and overflow are merged into the weights",
+    ),
+    Mutant(
+        "merging.py",
+        "originals[name] = parameter.detach().cpu().clone()",
+        "originals[name] = parameter.detach().cpu()",
+        "unmerging puts the merged weights back",
+    ),
+    Mutant(
+        "merging.py",
+        "by_group = scale.view(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)",
+        "by_group = scale.view(1, module.groups, -1).expand(module.out_channels // module.groups, -1, -1)",
+        "grouped convolutions get another group's inputs",
+    ),
+    Mutant(
+        "adapter.py",
+        "multiplying = acting if state.originals is None else ()",
+        "multiplying = acting",
+        "a merged adapter acts twice",
+    ),
+    Mutant(
+        "adapter.py",
+        "acting = state.active if state.enabled else ()",
+        "acting = state.active",
+        "disable_adapter does nothing",
+    ),
+    Mutant(
+        "adapter.py",
+        "            require_grad(model, adapter, False)\n",
+        "            require_grad(model, adapter, True)\n",
+        "an adapter goes on training after another was activated",
+    ),
+    Mutant(
+        "adapter.py",
+        "        parameter.requires_grad_(False)\n    state.trained_before",
+        "        pass\n    state.trained_before",
+        "the base is not frozen",
+    ),
+    Mutant(
+        "checkpoint.py",
+        "    unknown = [key for key in tensors if key not in sites and key not in targets]\n",
+        "    unknown: list[str] = []\n",
+        "a file's unknown keys are dropped in silence",
+    ),
+    Mutant(
+        "checkpoint.py",
+        "    if tuple(tensor.shape) == expected:\n",
+        "    if True:\n",
+        "a vector of the wrong side is broadcast into place",
+    ),
+    Mutant(
+        "checkpoint.py",
+        'prefix = PREFIX if isinstance(model, Swapped) else ""',
+        'prefix = ""',
+        "PEFT's prefix is missing",
+    ),
+    Mutant(
+        "arithmetic.py",
+        "weight * (adapter[site] - 1)",
+        "weight * adapter[site]",
+        "combining works on l instead of l - 1",
+    ),
+    Mutant(
+        "config.py",
+        "    if telling:\n",
+        "    if False:\n",
+        "a configuration's unknown field is ignored",
+    ),
+    Mutant(
+        "files.py",
+        "        Path(temporary).replace(path)\n",
+        "        path.write_bytes(content)\n",
+        "a save is not atomic and leaves its temporary file",
+    ),
+]

@@ -1,0 +1,125 @@
+"""Atomic writes, and reads that fall back to the hub."""
+
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from ia3.files import fetch, write_atomically
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os if step == "fsync" else Path, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new and longer")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_interruption_leaves_no_temporary(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_content_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, seen = tmp_path / "deep" / "file", []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append((path.exists(), os.fstat(handle).st_size)))
+    write_atomically(path, b"12345")
+    assert seen == [(False, 5)]
+    assert path.read_bytes() == b"12345"
+
+
+def test_rights_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_fetch_from_a_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_text("x")
+    assert fetch(tmp_path, "a", subfolder="sub") == tmp_path / "sub" / "a"
+    assert fetch(str(tmp_path), "a") is None
+    assert fetch(tmp_path, "sub") is None
+
+
+def _answer(monkeypatch, error):
+    def download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def test_fetch_passes_its_arguments_to_the_hub(monkeypatch, tmp_path):
+    calls = []
+
+    def download(*args, **kwargs):
+        calls.append((args, kwargs))
+        return str(tmp_path / "a")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert fetch("some/repo", "a", subfolder="s", revision="r", token="t") == tmp_path / "a"
+    assert calls == [(("some/repo", "a"), {"subfolder": "s", "revision": "r", "token": "t"})]
+
+
+def _http_error(kind):
+    return kind.__new__(kind, "404")  # made without the response that its constructor wants
+
+
+@pytest.mark.parametrize("error", [EntryNotFoundError("404"), _http_error(RemoteEntryNotFoundError)])
+def test_a_repository_without_the_file_has_none(monkeypatch, error):
+    _answer(monkeypatch, error)
+    assert fetch("some/repo", "a") is None
+
+
+def test_an_unreachable_hub_is_said(monkeypatch):
+    _answer(monkeypatch, LocalEntryNotFoundError("offline mode"))
+    with pytest.raises(FileNotFoundError, match=r"some/repo is not a directory.*could not be reached for a.*offline"):
+        fetch("some/repo", "a")
+
+
+def test_offline_for_real():
+    with pytest.raises(FileNotFoundError, match="nobody/nothing is not a directory"):
+        fetch("nobody/nothing", "adapter_config.json")
+
+
+def test_what_is_no_repository_name_is_said(monkeypatch):
+    _answer(monkeypatch, HFValidationError("bad"))
+    with pytest.raises(FileNotFoundError, match="neither a directory nor the name"):
+        fetch("a/b/c/d", "a")
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="neither a directory nor the name"):
+        fetch("/no/such/directory", "a")
+
+
+@pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError])
+def test_an_unknown_or_closed_repository_is_said(monkeypatch, kind):
+    _answer(monkeypatch, _http_error(kind))
+    with pytest.raises(FileNotFoundError, match=r"some/repo is neither .* that you may read"):
+        fetch("some/repo", "a")

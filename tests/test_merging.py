@@ -1,0 +1,453 @@
+"""Folding vectors into weights: the same function, and out again to the very bit."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ia3 import IA3Config, get_peft_model
+
+LAYERS = ["embed", "biased", "plain", "transposed", "conv1", "grouped1", "conv2", "grouped2", "conv3", "grouped3"]
+TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
+
+
+@st.composite
+def choices(draw) -> dict:
+    targets = draw(st.sets(st.sampled_from(LAYERS), min_size=1))
+    inputs = draw(st.sets(st.sampled_from(sorted(targets)))) - {"embed"}
+    return {"target_modules": targets, "feedforward_modules": inputs}
+
+
+def _draw_vectors(model, name, numbers) -> None:
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(f".ia3_l.{name}"):
+                values = [numbers() for _ in range(parameter.numel())]
+                parameter.copy_(torch.tensor(values, dtype=parameter.dtype).view_as(parameter))
+
+
+numbers = st.one_of(st.just(0.0), st.floats(-3, 3), st.just(1.0))
+seeds = st.integers(0, 2**16)
+
+
+def _randomly(seed):
+    """Zeros, ones and negative numbers among the usual."""
+    generator = torch.Generator().manual_seed(seed)
+    special = (0.0, 1.0, -1.0)
+
+    def number():
+        which = int(torch.randint(0, 6, (), generator=generator))
+        return special[which] if which < 3 else float(torch.randn((), generator=generator))
+
+    return number
+
+
+@given(config=choices(), other=choices(), dtype=st.sampled_from(list(TOLERANCE)), seed=seeds, both=st.booleans())
+def test_merged_equals_unmerged_and_unmerging_gives_the_very_bits(zoo, output, trace, config, other, dtype, seed, both):
+    model = zoo(dtype, seed=seed % 7)
+    base = trace(model)
+    get_peft_model(model, IA3Config(**config), adapter_name="a")
+    model.add_adapter("b", IA3Config(**other))
+    draw = _randomly(seed)
+    _draw_vectors(model, "a", draw)
+    _draw_vectors(model, "b", draw)
+    if both:
+        model.set_adapter(["a", "b"])
+    expected, before = output(model), trace(model)
+    model.merge_adapter()
+    assert all(parameter.data_ptr() for parameter in model.parameters())
+    torch.testing.assert_close(output(model), expected, **TOLERANCE[dtype])
+    model.unmerge_adapter()
+    assert before.differences(trace(model)) == []
+    assert torch.equal(output(model), expected)
+    model.unload()
+    assert base.differences(trace(model)) == []
+
+
+@given(config=choices(), seed=seeds)
+def test_merge_and_unload_gives_the_base_class_and_keys(zoo, output, config, seed):
+    model = zoo(torch.float64)
+    keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    get_peft_model(model, IA3Config(**config))
+    _draw_vectors(model, "default", _randomly(seed))
+    expected = output(model)
+    assert model.merge_and_unload() is model
+    assert type(model).__name__ == "Zoo"
+    assert "_ia3" not in model.__dict__
+    assert not hasattr(model, "merge_adapter")
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == flags
+    torch.testing.assert_close(output(model), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_against_the_closed_form(zoo, layer, side):
+    if (layer, side) == ("embed", "input"):
+        pytest.skip("token numbers have no channels")
+    model = zoo(torch.float64)
+    module = model.get_submodule(layer)
+    weight, bias = module.weight.detach().clone(), getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach().clone()
+    feedforward = [layer] if side == "input" else []
+    get_peft_model(model, IA3Config(target_modules=[layer], feedforward_modules=feedforward))
+    _draw_vectors(model, "default", _randomly(3))
+    vector = module.ia3_l.default.detach().view(-1)
+    model.merge_adapter()
+    expected = weight.clone()
+    groups = getattr(module, "groups", 1)
+    for out in range(module.weight.shape[0]):
+        for column in range(module.weight.shape[1]):
+            if layer in ("embed", "transposed"):  # [in, out]
+                channel = column if side == "output" else out
+            elif side == "output":
+                channel = out
+            else:
+                channel = out // (weight.shape[0] // groups) * weight.shape[1] + column
+            expected[out, column] *= vector[channel]
+    torch.testing.assert_close(module.weight.detach(), expected, rtol=1e-15, atol=0)
+    if bias is not None:
+        torch.testing.assert_close(module.bias.detach(), bias * (vector if side == "output" else 1), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5", "bart", "gpt2", "llama", "bert", "opt", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merged_models_equal_unmerged(tiny, randomise, output, name, dtype):
+    model = randomise(
+        get_peft_model(tiny(name, dtype=dtype), IA3Config(task_type="SEQ_CLS" if name == "bert" else None))
+    )
+    expected = output(model)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model), expected, **TOLERANCE[dtype])
+    model.merge_and_unload()
+    torch.testing.assert_close(output(model), expected, **TOLERANCE[dtype])
+
+
+def test_heads_trained_in_full_take_the_place_of_the_bases(tiny, randomise, output):
+    model = tiny("bert")
+    keys = list(model.state_dict())
+    randomise(get_peft_model(model, IA3Config(task_type="SEQ_CLS")))
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].bias += 1
+    expected = output(model)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model), expected)
+    with model.disable_adapter():
+        assert (output(model) - expected).abs().max() > 0.5
+    model.merge_and_unload()
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(output(model), expected)
+
+
+def test_a_head_that_was_frozen_before_is_frozen_after(tiny):
+    model = tiny("bert").requires_grad_(False)
+    get_peft_model(model, IA3Config(task_type="SEQ_CLS")).merge_and_unload()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_two_heads_for_one_module_are_refused(tiny, randomise, trace):
+    model = get_peft_model(tiny("bert"), IA3Config(task_type="SEQ_CLS"), adapter_name="a")
+    model.add_adapter("b", IA3Config(task_type="SEQ_CLS"))
+    randomise(model)
+    before = trace(model)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"\['a', 'b'\] each train \['classifier'\] in full"):
+            merge(adapter_names=["a", "b"])
+        assert before.differences(trace(model)) == []
+
+
+def test_a_tied_head_trained_in_full_is_untied_with_a_warning(tiny, output, caplog):
+    model = tiny("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    get_peft_model(model, IA3Config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.mul_(2)
+    expected = output(model)
+    model.merge_and_unload()
+    assert "lm_head was tied" in caplog.text
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    torch.testing.assert_close(output(model), expected)
+
+
+def test_buffers_of_modules_trained_in_full_are_installed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)))
+    get_peft_model(model, IA3Config(target_modules=["0"], modules_to_save=["1"]))
+    model.train()
+    model(torch.randn(8, 3) + 5)
+    trained = model[1].modules_to_save["default"][0].running_mean.clone()
+    assert not torch.equal(trained, model[1][0].running_mean)
+    model.merge_and_unload()
+    assert torch.equal(model[1][0].running_mean, trained)
+
+
+# Refusals
+
+
+def _tied(make):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+            make(self)
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    return Tied()
+
+
+def _tie_weights(model):
+    model.two.weight = model.one.weight
+
+
+def _tie_biases(model):
+    model.two.bias = model.one.bias
+
+
+def _share_memory(model):
+    model.two.weight = nn.Parameter(model.one.weight.data)
+
+
+@pytest.mark.parametrize(("tie", "what"), [(_tie_weights, "weight"), (_tie_biases, "bias"), (_share_memory, "weight")])
+def test_tied_weights_are_refused(trace, tie, what):
+    model = get_peft_model(_tied(tie), IA3Config(target_modules=["one"]))
+    _draw_vectors(model, "default", _randomly(1))
+    before = trace(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=rf"one\.{what} and two\.{what} are one tied {what}: .*Untie it first"):
+            merge()
+        assert before.differences(trace(model)) == []
+
+
+def test_a_tied_bias_matters_only_at_outputs(output):
+    config = IA3Config(target_modules=["one"], feedforward_modules=["one"])
+    model = get_peft_model(_tied(_tie_biases), config)
+    _draw_vectors(model, "default", _randomly(1))
+    x = torch.randn(2, 3)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_tied_head_is_refused_and_untied_as_told(tiny, randomise, output, trace):
+    model = randomise(get_peft_model(tiny("gpt2"), IA3Config(target_modules=["lm_head"])))
+    before, expected = trace(model), output(model)
+    with pytest.raises(ValueError, match=r"wte\.weight and lm_head\.weight are one tied weight.*nn\.Parameter"):
+        model.merge_adapter()
+    assert before.differences(trace(model)) == []
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    model.merge_adapter()
+    torch.testing.assert_close(output(model), expected)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_broken_vector_is_refused_before_anything_changes(zoo, randomise, trace, broken, position):
+    model = randomise(get_peft_model(zoo(), IA3Config(target_modules=LAYERS, feedforward_modules=LAYERS[2::2])))
+    vectors = [p for key, p in model.named_parameters() if ".ia3_l." in key]
+    vectors[position].data.view(-1)[-1] = broken
+    before = trace(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"would make \w+\.weight non-finite.*nothing was merged"):
+            merge()
+        assert before.differences(trace(model)) == []
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_a_bias_that_overflows_is_refused(trace):
+    model = nn.Sequential(nn.Linear(2, 2)).half()
+    model[0].bias.data.fill_(6e4)
+    get_peft_model(model, IA3Config(target_modules=["0"]))
+    model[0].ia3_l.default.data.fill_(2.0)
+    before = trace(model)
+    with pytest.raises(ValueError, match=r"would make 0\.bias non-finite .*overflows torch\.float16"):
+        model.merge_adapter()
+    assert before.differences(trace(model)) == []
+
+
+def test_weights_that_overflow_half_precision_are_refused(tiny, trace):
+    model = get_peft_model(tiny("llama", dtype=torch.float16), IA3Config())
+    _draw_vectors(model, "default", lambda: 1e7)
+    before = trace(model)
+    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
+        model.merge_adapter()
+    assert before.differences(trace(model)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    model = nn.Sequential(nn.Linear(8, 8)).to(dtype)
+    weight, bias = model[0].weight.detach().double(), model[0].bias.detach().double()
+    get_peft_model(model, IA3Config(target_modules=["0"]))
+    _draw_vectors(model, "default", _randomly(5))
+    vector = model[0].ia3_l.default.detach().double()
+    model.merge_adapter()
+    assert model[0].weight.dtype == dtype
+    assert torch.equal(model[0].weight, (weight * vector).float().to(dtype))
+    assert torch.equal(model[0].bias, (bias * vector.view(-1)).float().to(dtype))
+
+
+def test_a_layer_that_renormalises_is_refused():
+    model = get_peft_model(nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)), IA3Config(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"0 renormalises its rows \(max_norm\)"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("weight", [torch.ones(3, 3, dtype=torch.int8), None])
+def test_a_weight_that_is_not_floating_is_refused(weight):
+    class Quantised(nn.Module):
+        in_features = out_features = 3
+
+        def __init__(self):
+            super().__init__()
+            if weight is not None:
+                self.register_buffer("weight", weight)
+
+    model = get_peft_model(nn.Sequential(Quantised()), IA3Config(target_modules=["0"]))
+    assert model[0].ia3_l.default.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"0 has no floating-point weight.*dequantise the base"):
+        model.merge_adapter()
+
+
+def test_merging_twice_and_unmerging_nothing_are_refused(tiny):
+    model = get_peft_model(tiny("t5"), IA3Config())
+    with pytest.raises(ValueError, match="Nothing is merged"):
+        model.unmerge_adapter()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"\['default'\] are merged already: call unmerge_adapter"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="Nothing is merged"):
+        model.unmerge_adapter()
+
+
+def test_an_unknown_adapter_is_refused(tiny, trace):
+    model = get_peft_model(tiny("t5"), IA3Config())
+    before = trace(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="no adapter 'other'"):
+            merge(adapter_names=["default", "other"])
+    with pytest.raises(TypeError, match=r"a list of names, got 'default'"):
+        model.merge_adapter("default")
+    assert before.differences(trace(model)) == []
+
+
+# Merged models in use
+
+
+def _two(tiny, randomise, output, name="llama"):
+    """A model with adapters a (active) and b, and the outputs of base, a, b and both."""
+    model = tiny(name)
+    outputs = {"base": output(model)}
+    get_peft_model(model, IA3Config(), adapter_name="a")
+    model.add_adapter("b", IA3Config())
+    randomise(model)
+    for names in ("b", ["a", "b"], "a"):
+        model.set_adapter(names)
+        outputs["".join(names)] = output(model)
+    return model, outputs
+
+
+def test_disabling_a_merged_model_gives_the_base_and_leaves_it_merged(tiny, randomise, output, trace):
+    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter()
+    merged, before = output(model), trace(model)
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(output(model), outputs["base"])
+            with model.disable_adapter():
+                assert torch.equal(output(model), outputs["base"])
+            assert torch.equal(output(model), outputs["base"])
+        assert before.differences(trace(model)) == []
+        assert torch.equal(output(model), merged)
+        assert model.get_model_status().merged_adapters == ["a"]
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert before.differences(trace(model)) == []
+    model.unmerge_adapter()
+    assert torch.equal(output(model), outputs["a"])
+
+
+def test_unmerging_while_disabled(tiny, randomise, output):
+    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter()
+    with model.disable_adapter():
+        model.unmerge_adapter()
+        assert torch.equal(output(model), outputs["base"])
+    assert torch.equal(output(model), outputs["a"])
+
+
+def test_merging_while_disabled(tiny, randomise, output):
+    model, outputs = _two(tiny, randomise, output)
+    with model.disable_adapter():
+        model.merge_adapter()
+    torch.testing.assert_close(output(model), outputs["a"])
+    model.unmerge_adapter()
+    assert torch.equal(output(model), outputs["a"])
+
+
+def test_switching_while_merged_unmerges(tiny, randomise, output, caplog):
+    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter()
+    model.set_adapter("a")
+    assert model.get_model_status().merged_adapters == ["a"]
+    model.set_adapter("b")
+    assert "unmerging ['a'] first" in caplog.text
+    assert model.get_model_status().merged_adapters == []
+    assert torch.equal(output(model), outputs["b"])
+
+
+@pytest.mark.parametrize("names", [["a"], ["b"], ["a", "b"], ["b", "a"]])
+def test_merging_a_list(tiny, randomise, output, names):
+    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter(adapter_names=names)
+    torch.testing.assert_close(output(model), outputs["".join(sorted(names))], rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(output(model), outputs["a"])
+    model.merge_and_unload(adapter_names=names)
+    torch.testing.assert_close(output(model), outputs["".join(sorted(names))], rtol=1e-5, atol=1e-5)
+
+
+def test_merge_and_unload_of_a_merged_model(tiny, randomise, output):
+    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter(["b"])
+    with pytest.raises(ValueError, match=r"\['b'\] are merged, not \['a'\]"):
+        model.merge_and_unload()
+    model.merge_and_unload(adapter_names=["b"])
+    torch.testing.assert_close(output(model), outputs["b"], rtol=1e-5, atol=1e-5)
+
+
+def test_another_adapter_comes_and_goes_while_merged(tiny, randomise, output, trace):
+    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter()
+    merged = output(model)
+    model.add_adapter("c", IA3Config())
+    assert torch.equal(output(model), merged)
+    model.delete_adapter("c")
+    assert torch.equal(output(model), merged)
+    model.unmerge_adapter()
+    assert torch.equal(output(model), outputs["a"])
+
+
+def test_originals_stay_in_cpu_memory_only_where_asked(tiny, randomise):
+    model = randomise(get_peft_model(tiny("llama"), IA3Config()))
+    model.merge_adapter()
+    kept = model._ia3.originals
+    assert {key.rsplit(".", 1)[0] for key in kept} == {
+        site.path for site in model._ia3.adapters["default"].layout.sites
+    }
+    assert all(tensor.device.type == "cpu" for tensor in kept.values())
+    assert {p.data_ptr() for p in model.parameters()}.isdisjoint(tensor.data_ptr() for tensor in kept.values())
+
+
+def test_merging_says_nothing(tiny, randomise):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = randomise(get_peft_model(tiny("llama"), IA3Config()))
+        model.merge_adapter(safe_merge=True)
+        model.unmerge_adapter()
+        model.merge_and_unload(progressbar=True, safe_merge=True)
