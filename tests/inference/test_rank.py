@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import builders
+import tiny_seq2seq
+from ia3.inference.rank import rank, score_labels
+
+TOKENIZER = tiny_seq2seq.tokenizer()
+LABELS = ("negative", "very much positive", "the share stays", "neutral")
+TEXTS = [row.text for row in tiny_seq2seq.examples(7)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """In float64, with vectors far from one, and dropout that must not act."""
+    model = tiny_seq2seq.adapted(dropout=0.3).double()
+    builders.randomise(model, spread=2.0)
+    return model
+
+
+def alone(model: Any, text: str, label: str, *, length_normalised: bool = True) -> float:
+    """The model's own loss on one text and one label."""
+    labels = TOKENIZER(text_target=label, return_tensors="pt")["input_ids"]
+    loss = model(**TOKENIZER(text, return_tensors="pt"), labels=labels).loss.item()
+    return -loss if length_normalised else -loss * labels.shape[1]
+
+
+@pytest.mark.parametrize("length_normalised", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_scores_are_those_of_each_pair_alone(model: Any, length_normalised: bool, batch_size: int) -> None:
+    model.train()
+    scores = score_labels(model, TOKENIZER, TEXTS, LABELS, length_normalised=length_normalised, batch_size=batch_size)
+    assert scores.dtype == torch.float64
+    expected = [[alone(model, text, label, length_normalised=length_normalised) for label in LABELS] for text in TEXTS]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_the_adapter_decides(model: Any) -> None:
+    adapted = score_labels(model, TOKENIZER, TEXTS, LABELS)
+    with model.disable_adapter():
+        plain = score_labels(model, TOKENIZER, TEXTS, LABELS)
+    assert (adapted - plain).abs().max() > 0.01
+
+
+def test_the_likeliest_label_with_its_probability(model: Any) -> None:
+    rankings = rank(model, TOKENIZER, TEXTS, LABELS, batch_size=2)
+    assert len(rankings) == len(TEXTS)
+    for text, ranking in zip(TEXTS, rankings, strict=True):
+        weights = [math.exp(alone(model, text, label)) for label in LABELS]
+        expected = {label: weight / sum(weights) for label, weight in zip(LABELS, weights, strict=True)}
+        assert ranking.probabilities == pytest.approx(expected, abs=1e-10)
+        assert list(ranking.probabilities) == list(LABELS)
+        assert ranking.label == max(expected, key=expected.__getitem__)
+
+
+def test_sums_favour_short_labels(model: Any) -> None:
+    labels = ("the share of a company", "neutral")
+    by_sum = rank(model, TOKENIZER, TEXTS, labels, length_normalised=False)
+    assert by_sum != rank(model, TOKENIZER, TEXTS, labels)
+    assert {ranking.label for ranking in by_sum} == {"neutral"}
+
+
+def test_the_encoder_runs_once_a_text(model: Any) -> None:
+    rows = []
+    handle = model.get_encoder().register_forward_hook(
+        lambda module, args, output: rows.append(output.last_hidden_state.shape[0])
+    )
+    rank(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
+    handle.remove()
+    assert rows == [3, 3, 1]
+
+
+def test_long_texts_are_cut(model: Any) -> None:
+    cut = score_labels(model, TOKENIZER, ["the share of a company falls"], LABELS, max_length=4)
+    torch.testing.assert_close(cut, score_labels(model, TOKENIZER, ["the share of"], LABELS))
+
+
+def test_no_texts(model: Any) -> None:
+    assert rank(model, TOKENIZER, [], LABELS) == []
+    assert score_labels(model, TOKENIZER, [], LABELS).shape == (0, len(LABELS))
+
+
+@pytest.mark.parametrize("labels", [[], ["neutral"]])
+def test_too_few_labels_are_refused(model: Any, labels: list[str]) -> None:
+    with pytest.raises(ValueError, match="at least two to choose from"):
+        rank(model, TOKENIZER, TEXTS, labels)
+
+
+@pytest.mark.parametrize("labels", [["neutral", "neutral"], ["neutral", "red", "blue"]])
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused(model: Any, labels: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"The labels '{labels[-2]}' and '{labels[-1]}' are the same"):
+        rank(model, TOKENIZER, TEXTS, labels)
