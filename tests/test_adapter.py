@@ -671,3 +671,11 @@ def test_the_thousandth_adapter_is_as_quick_as_the_first(tiny):
     few.add_adapter("b", config)
     alone = [time_of(lambda n=n: few.set_adapter(("default", "b")[n % 2])) for n in range(100)]
     assert statistics.median(switching[-50:]) < 3 * statistics.median(alone)
+
+
+def test_an_argument_for_the_base_is_said_to_do_nothing(tiny, tmp_path, caplog):
+    get_peft_model(tiny("t5"), IA3Config()).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny("t5"), tmp_path, device_map={"": "cpu"})
+    assert "device_map does nothing here" in caplog.text
+    with pytest.raises(TypeError, match=r"Unknown arguments \['nonsense'\]"):
+        PeftModel.from_pretrained(tiny("t5"), tmp_path, nonsense=1)

@@ -1,5 +1,6 @@
 """The configuration: PEFT's fields, PEFT's JSON, and what is refused."""
 
+import dataclasses
 import json
 
 import peft
@@ -173,3 +174,9 @@ def test_saving_over_a_file_is_refused(tmp_path):
     with pytest.raises(NotADirectoryError, match="is a file"):
         IA3Config().save_pretrained(path)
     assert path.read_text() == "kept"
+
+
+def test_positional_arguments_are_pefts():
+    names = [field.name for field in dataclasses.fields(peft.IA3Config)]
+    assert [field.name for field in dataclasses.fields(IA3Config)] == names
+    assert IA3Config("CAUSAL_LM").task_type == "CAUSAL_LM"

@@ -33,7 +33,7 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PeftConfig:
     """What every adapter's configuration holds. `from_pretrained` gives the class that the file names.
 
@@ -49,13 +49,13 @@ class PeftConfig:
         ValueError: an unknown `task_type`.
     """
 
-    peft_type: PeftType | str | None = None
     task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, str] | None = None
+    peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    auto_mapping: dict[str, str] | None = None
-    peft_version: str | None = None
 
     def __post_init__(self) -> None:
         if self.task_type is not None and self.task_type not in list(TaskType):
@@ -140,7 +140,7 @@ class PeftConfig:
         return IA3Config(**{key: value for key, value in content.items() if key in known})
 
 
-@dataclass(kw_only=True)
+@dataclass
 class IA3Config(PeftConfig):
     """Where the vectors of an (IA)³ adapter go (Liu et al. 2022, section 3.3). PEFT's fields.
 

@@ -61,6 +61,10 @@ _HUB_ARGUMENTS = {
 }
 
 
+# What scripts pass along although it concerns the base model, which is loaded by then.
+_BASE_ARGUMENTS = {"device_map", "dtype", "max_memory", "offload_dir", "offload_folder", "offload_index", "torch_dtype"}
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -724,6 +728,9 @@ def _loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, bool, dict[str, Any
     kwargs = dict(kwargs)
     device = kwargs.pop("torch_device", None)
     ignore_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+    for name in sorted(set(kwargs) & _BASE_ARGUMENTS):
+        del kwargs[name]
+        logger.warning("%s does nothing here: the vectors follow their layers. Pass it when loading the base.", name)
     unknown = sorted(set(kwargs) - _HUB_ARGUMENTS)
     if unknown:
         raise TypeError(f"Unknown arguments {unknown}: expected torch_device or {sorted(_HUB_ARGUMENTS)}.")
