@@ -612,9 +612,10 @@ def test_injecting_keeps_the_class(tiny, randomise, output):
     assert model.peft_config["default"].target_modules == {"k", "v", "wo"}
     expected = output(randomise(get_peft_model(tiny("t5"), IA3Config())))
     assert torch.equal(output(randomise(model)), expected)
-    inject_adapter_in_model(config, model, "second")
-    assert torch.equal(output(model), expected)
-    assert not any(_flags(model, "second"))
+    inject_adapter_in_model(config, model, "second")  # active then, as in PEFT
+    assert torch.equal(output(model), output(tiny("t5")))
+    assert all(_flags(model, "second"))
+    assert not any(_flags(model, "default"))
     assert config.target_modules is None
 
 
@@ -679,3 +680,54 @@ def test_an_argument_for_the_base_is_said_to_do_nothing(tiny, tmp_path, caplog):
     assert "device_map does nothing here" in caplog.text
     with pytest.raises(TypeError, match=r"Unknown arguments \['nonsense'\]"):
         PeftModel.from_pretrained(tiny("t5"), tmp_path, nonsense=1)
+
+
+def test_a_class_of_a_task_gives_it_to_a_configuration_without_one(tiny, tmp_path):
+    model = PeftModelForSequenceClassification(tiny("bert"), IA3Config(target_modules=["key"]))
+    assert isinstance(model, PeftModelForSequenceClassification)
+    assert all(p.requires_grad for p in model.classifier.modules_to_save["default"].parameters())
+    get_peft_model(tiny("t5"), IA3Config()).save_pretrained(tmp_path)
+    loaded = PeftModelForSeq2SeqLM.from_pretrained(tiny("t5"), tmp_path)
+    assert isinstance(loaded, PeftModelForSeq2SeqLM)
+
+
+def test_arguments_that_scripts_pass_on_saving(tiny, tmp_path):
+    model = get_peft_model(tiny("t5"), IA3Config())
+    model.save_pretrained(tmp_path, save_function=torch.save, is_main_process=True)
+    with pytest.raises(ValueError, match="concerns other methods"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
+    with pytest.raises(TypeError, match=r"write \['default'\]"):
+        model.save_pretrained(tmp_path, selected_adapters="default")
+    with pytest.raises(ValueError, match="needs a name"):
+        model.set_adapter([])
+    with pytest.raises(ValueError, match="names an adapter twice"):
+        model.set_adapter(["default", "default"])
+    with pytest.raises(TypeError, match="takes a list of names"):
+        IA3Config(modules_to_save="classifier")
+    with pytest.raises(ValueError, match="one method, IA3"):
+        IA3Config(peft_type="LORA")
+    with pytest.raises(ValueError, match=r"lacks 16.*such as"):
+        model.save_pretrained(tmp_path, state_dict={})
+
+
+def test_a_failing_copy_leaves_the_model_as_it_was(tiny, trace, monkeypatch):
+    model = tiny("bert")
+    before = trace(model)
+    monkeypatch.setattr("ia3.adapter.deepcopy", _fail_on_modules)
+    with pytest.raises(RuntimeError, match="no copy"):
+        get_peft_model(model, IA3Config(task_type="SEQ_CLS"))
+    assert before.differences(trace(model)) == []
+
+
+def _fail_on_modules(value):
+    if isinstance(value, nn.Module):
+        raise RuntimeError("no copy")
+    return copy.deepcopy(value)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="this torch has no fp8")
+def test_an_fp8_weight_gets_an_fp32_vector():
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    model = get_peft_model(nn.Sequential(linear), IA3Config(target_modules=["0"]), autocast_adapter_dtype=False)
+    assert model[0].ia3_l.default.dtype == torch.float32

@@ -91,6 +91,12 @@ def test_the_wrong_class_names_the_right_one(tiny, tmp_path):
         AutoPeftModel.from_pretrained(tmp_path / "adapter")
 
 
+def test_an_adapter_without_a_task_loads_with_any_class(tiny, output, tmp_path):
+    model = saved(tiny("t5"), tmp_path)
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(output(loaded), output(model))
+
+
 def test_no_base_named(tiny, tmp_path):
     saved(tiny("t5"), tmp_path, task_type="SEQ_2_SEQ_LM")
     edit(tmp_path, base_model_name_or_path=None)

@@ -192,7 +192,7 @@ def test_an_injected_adapter_has_no_prefix_in_memory_and_the_usual_one_on_disk(t
 
     model = randomise(inject_adapter_in_model(IA3Config(), tiny("t5")))
     assert not any(key.startswith("base_model") for key in get_peft_model_state_dict(model))
-    save_adapter(model, "default", tmp_path)
+    save_adapter(type(model), model.peft_config["default"], get_peft_model_state_dict(model), tmp_path)
     assert torch.equal(output(PeftModel.from_pretrained(tiny("t5"), tmp_path)), output(model))
 
 

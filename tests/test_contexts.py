@@ -11,6 +11,7 @@ from torch import multiprocessing
 
 from builders import CAUSAL, adapted, llama, randomise, seq2seq_batch, t5, vector_gradients
 from ia3 import IA3Config, PeftModelForSeq2SeqLM, get_peft_model
+from ia3.hooks import SiteVectors
 
 
 def test_two_forwards_before_one_backward():
@@ -218,6 +219,48 @@ def test_the_hooks_follow_replaced_parameters(move):
     torch.testing.assert_close(model(**batch).logits, expected(**batch).logits)
     model(**batch).loss.backward()
     assert len(vector_gradients(model)) == 16
+    for module in model.modules():
+        if isinstance(module, SiteVectors):  # what a compiled graph reads
+            acting = (*module.input_vectors, *module.output_vectors)
+            assert [id(vector) for vector in acting] == [id(module.default)]
+
+
+def test_functional_call_is_heard():
+    model = adapted(t5())
+    batch = seq2seq_batch()
+    doubled = {name: 2 * p.detach() for name, p in model.named_parameters() if ".ia3_l." in name}
+    got = torch.func.functional_call(model, doubled, (), batch).loss
+    assert not torch.allclose(got, model(**batch).loss)
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (), batch).loss
+
+    gradients = torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters() if ".ia3_l." in n})
+    model(**batch).loss.backward()
+    for name, gradient in vector_gradients(model).items():
+        torch.testing.assert_close(gradients[name], gradient)
+
+
+def test_a_replica_reads_its_own_vectors():
+    model = adapted(t5())
+    replica = model.encoder.block[0].layer[0].SelfAttention.k._replicate_for_data_parallel()
+    assert isinstance(model._replicate_for_data_parallel(), type(model))
+    container = replica._modules["ia3_l"]._replicate_for_data_parallel()
+    replica._modules["ia3_l"] = container
+    container.default = torch.full((16, 1), 3.0)  # as torch.nn.parallel.replicate sets it
+    x = torch.randn(2, 16)
+    weight = model.encoder.block[0].layer[0].SelfAttention.k.weight
+    replica.weight = weight.detach()
+    replica._parameters["bias"] = None
+    torch.testing.assert_close(replica(x), 3 * x @ weight.detach().T)
+
+
+def test_a_compiled_model_is_refused_before_anything_changes():
+    base = t5()
+    with pytest.raises(ValueError, match="attach the adapter first"):
+        get_peft_model(torch.compile(base), IA3Config(task_type="SEQ_2_SEQ_LM"))
+    assert all(p.requires_grad for p in base.parameters())
+    assert "_ia3" not in base.__dict__
 
 
 def test_adapter_names_are_refused():

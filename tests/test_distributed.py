@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from builders import adapted, seq2seq_batch, t5, vector_gradients
+from builders import CAUSAL, adapted, gpt2, seq2seq_batch, t5, vector_gradients
 from ia3 import IA3Config, PeftModel, get_peft_model
 
 WORLD = 2
@@ -122,6 +122,35 @@ def test_fsdp2_trains_as_one_process_does(tmp_path):
     saved = PeftModel.from_pretrained(t5(), tmp_path)
     for name, vector in vectors_of(saved).items():
         assert torch.equal(vector, got[name])
+
+
+def save_everything(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = sharded()
+    model.save_pretrained(f"{folder}/checkpoint-1", is_main_process=rank == 0)
+    state = {name: p.full_tensor() for name, p in model.named_parameters()}
+    model.save_pretrained(f"{folder}/given", state_dict=state, is_main_process=rank == 0)
+    fused = adapted(gpt2(), **CAUSAL)
+    fully_shard(fused)
+    fused.save_pretrained(f"{folder}/fused", is_main_process=rank == 0)
+    try:
+        model.merge_adapter()
+    except ValueError as error:
+        return str(error)
+    return "merged"
+
+
+def test_fsdp2_saves_checkpoints_given_values_and_fused_projections(tmp_path):
+    refused = in_two_processes(save_everything, str(tmp_path))
+    assert "sharded" in refused
+    expected = vectors_of(adapted(t5()))
+    for folder in ("checkpoint-1", "given"):
+        for name, vector in vectors_of(PeftModel.from_pretrained(t5(), tmp_path / folder)).items():
+            assert torch.equal(vector, expected[name])
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    for name, vector in vectors_of(PeftModel.from_pretrained(gpt2(), tmp_path / "fused")).items():
+        assert torch.equal(vector, vectors_of(adapted(gpt2(), **CAUSAL))[name])
 
 
 def load_into_fsdp(rank, folder):

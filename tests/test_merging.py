@@ -309,20 +309,22 @@ def test_a_weight_that_is_not_floating_is_refused(weight):
 
     model = get_peft_model(nn.Sequential(Quantised()), IA3Config(target_modules=["0"]))
     assert model[0].ia3_l.default.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"0 has no floating-point weight.*dequantise the base"):
+    with pytest.raises(ValueError, match=r"0 has no floating-point weight of its own.*plain copy of the base"):
         model.merge_adapter()
 
 
-def test_merging_twice_and_unmerging_nothing_are_refused(tiny):
+def test_merging_twice_or_nothing_is_refused_and_unmerging_nothing_said(tiny, caplog):
     model = get_peft_model(tiny("t5"), IA3Config())
-    with pytest.raises(ValueError, match="Nothing is merged"):
-        model.unmerge_adapter()
+    model.unmerge_adapter()
+    assert caplog.text.count("nothing is merged") == 1  # PEFT warns too
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"\['default'\] are merged already: call unmerge_adapter"):
         model.merge_adapter()
     model.unmerge_adapter()
-    with pytest.raises(ValueError, match="Nothing is merged"):
-        model.unmerge_adapter()
+    with pytest.raises(ValueError, match="nothing to merge"):
+        model.merge_adapter([])
+    with pytest.raises(ValueError, match="names an adapter twice"):
+        model.merge_adapter(["default", "default"])
 
 
 def test_an_unknown_adapter_is_refused(tiny, trace):
@@ -372,22 +374,39 @@ def test_disabling_a_merged_model_gives_the_base_and_leaves_it_merged(tiny, rand
     assert torch.equal(output(model), outputs["a"])
 
 
-def test_unmerging_while_disabled(tiny, randomise, output):
+def test_merging_and_unloading_while_disabled_are_refused(tiny, randomise, output):
     model, outputs = _two(tiny, randomise, output)
-    model.merge_adapter()
     with model.disable_adapter():
-        model.unmerge_adapter()
+        for refused in (model.merge_adapter, model.merge_and_unload, model.unload):
+            with pytest.raises(ValueError, match="are disabled"):
+                refused()
         assert torch.equal(output(model), outputs["base"])
-    assert torch.equal(output(model), outputs["a"])
-
-
-def test_merging_while_disabled(tiny, randomise, output):
-    model, outputs = _two(tiny, randomise, output)
+    model.merge_adapter()
+    merged = output(model)
     with model.disable_adapter():
+        for refused in (model.unmerge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="are disabled"):
+                refused()
+        assert torch.equal(output(model), outputs["base"])
+    assert torch.equal(output(model), merged)
+
+
+def test_a_computed_weight_is_refused():
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = get_peft_model(nn.Sequential(linear), IA3Config(target_modules="0"))
+    with pytest.raises(ValueError, match="computed"):
         model.merge_adapter()
-    torch.testing.assert_close(output(model), outputs["a"])
-    model.unmerge_adapter()
-    assert torch.equal(output(model), outputs["a"])
+
+
+def test_a_weight_that_is_a_view_of_anothers_is_refused():
+    whole = nn.Linear(4, 8, bias=False)
+    part = nn.Linear(4, 4, bias=False)
+    part.weight = nn.Parameter(whole.weight.detach()[4:])
+    model = get_peft_model(nn.Sequential(whole, part), IA3Config(target_modules=["1"]))
+    before = whole.weight.detach().clone()
+    with pytest.raises(ValueError, match="one tied weight"):
+        model.merge_adapter()
+    assert torch.equal(whole.weight, before)
 
 
 def test_switching_while_merged_unmerges(tiny, randomise, output, caplog):

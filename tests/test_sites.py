@@ -111,10 +111,22 @@ def test_what_matches_nothing_is_an_error_that_names_it(config, message):
         find_sites(Blocks(), IA3Config(**config))
 
 
-def test_refining_a_default_is_refused(tiny):
-    for field in ("feedforward_modules", "exclude_modules"):
-        with pytest.raises(ValueError, match=r"refine target_modules.*\['k', 'v', 'wo'\]"):
-            find_sites(tiny("t5"), IA3Config(**{field: ["wo"]}))
+def test_refining_a_default(tiny):
+    found = find_sites(tiny("t5"), IA3Config(exclude_modules=r".*decoder.*"))
+    assert {site.path.split(".")[0] for site in found.layout.sites} == {"encoder"}
+    found = find_sites(tiny("t5"), IA3Config(feedforward_modules=[]))
+    assert {site.side for site in found.layout.sites} == {"output"}
+    for exclude in (["encoder.layer.1.output.dense"], r".*encoder\.layer\.1\.output\.dense"):
+        found = find_sites(tiny("bert"), IA3Config(exclude_modules=exclude))
+        dense = [site.path for site in found.layout.sites if site.path.endswith("dense")]
+        assert dense == ["bert.encoder.layer.0.output.dense"]
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleDict({"a": nn.Linear(2, 2)})])
+def test_a_container_can_not_be_saved_in_full(container):
+    model = nn.ModuleDict({"heads": container, "other": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"heads is a Module.*never called"):
+        find_sites(model, IA3Config(target_modules=["other"], modules_to_save=["heads"]))
 
 
 def test_an_embeddings_input_is_refused(zoo):

@@ -130,6 +130,7 @@ def attach(
     found = find_sites(model, config, loading=loading)
     for site in found.layout.sites:
         _check_free(model.get_submodule(site.path), site)
+    copies = {path: _copy_for_itself(model.get_submodule(path)) for path in found.saved}
     if not state.adapters:
         _freeze_base(model, state)
     adapter = Adapter(name, found.config, found.layout, found.saved)
@@ -139,10 +140,10 @@ def attach(
         make = torch.ones if found.config.init_ia3_weights else torch.randn
         vector = make(site.trained_shape, dtype=dtype, device="meta" if on_meta else device)
         _container_for(module, site).add(name, site, vector, device)
-    for path in found.saved:
-        _copy_in_full(model.get_submodule(path), name)
+    for path, copy in copies.items():
+        SavedModule.wrap(model.get_submodule(path)).modules_to_save[name] = copy
     state.adapters[name] = adapter
-    model._ia3 = state  # type: ignore[assignment]
+    model.__dict__["_ia3"] = state
     if found.note:
         kind = model.config.model_type  # type: ignore[union-attr]
         logger.warning("ia3's default for %s follows the paper (k, v, feed-forward); %s.", kind, found.note)
@@ -183,11 +184,11 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
         trainable: whether they require a gradient (all others don't); None leaves that as it is.
 
     Raises:
-        ValueError: an unknown adapter, or two that both train the same module in full.
+        ValueError: an unknown adapter, one named twice, or two that both train the same module in full.
     """
     state = attached(model)
     chosen = [get_adapter(model, name) for name in names]
-    check_copies(chosen)
+    check_choice(chosen)
     before = [state.adapters[name] for name in state.active]
     if trainable is not None:
         for adapter in before:
@@ -198,16 +199,18 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
     _point(model, [*before, *chosen])
 
 
-def check_copies(chosen: list[Adapter]) -> None:
-    """Refuse adapters that train the same module in full: only one copy can act.
+def check_choice(chosen: list[Adapter]) -> None:
+    """Refuse an adapter named twice, and adapters that train the same module in full: only one copy can act.
 
     Raises:
         ValueError: there are such adapters.
     """
+    names = [adapter.name for adapter in chosen]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{names} names an adapter twice.")
     paths = [path for adapter in chosen for path in adapter.saved]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
-        names = [adapter.name for adapter in chosen]
         raise ValueError(f"Adapters {names} each train {twice} in full: use one of them at a time.")
 
 
@@ -282,15 +285,14 @@ def _freeze_base(model: nn.Module, state: Attached) -> None:
 
 
 def _kind_of_vector(module: nn.Module, half_to_fp32: bool) -> tuple[torch.dtype, torch.device]:
+    """A vector's precision and device, by what its module holds: fp32 unless that is a wider or allowed one."""
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     weight = getattr(module, "weight", None)
-    dtype = torch.float32
-    device = torch.device("cpu")
-    if isinstance(weight, torch.Tensor):
-        if weight.is_floating_point() and not (half_to_fp32 and weight.dtype in _HALF):
-            dtype = weight.dtype
-        # An offloaded weight is on no device until accelerate brings it to the one where it runs.
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) or weight.device
-    return dtype, torch.device(device)
+    first = weight if isinstance(weight, torch.Tensor) else held[0] if held else torch.empty(0)
+    keep = {torch.float32, torch.float64} | (set() if half_to_fp32 else set(_HALF))
+    # An offloaded weight is on no device until accelerate brings it to the one where it runs.
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) or first.device
+    return first.dtype if first.dtype in keep else torch.float32, torch.device(device)
 
 
 def _container(model: nn.Module, site: Site) -> SiteVectors:
@@ -323,18 +325,20 @@ def _drop_idle_hooks(module: nn.Module) -> None:
             del hooks[key]
 
 
-def _copy_in_full(module: nn.Module, name: str) -> None:
-    """Give the module a trainable copy of itself for the adapter."""
-    wrapped = SavedModule.wrap(module)
-    copies = wrapped._modules.pop(SAVED_COPIES)
-    copy = deepcopy(module)
-    wrapped._modules[SAVED_COPIES] = copies
-    for part in list(copy.modules()):  # without what other adapters have in it
+def _copy_for_itself(module: nn.Module) -> nn.Module:
+    """A frozen copy of the module as the base has it, without what adapters put there."""
+    copies = module._modules.pop(SAVED_COPIES, None) if isinstance(module, SavedModule) else None
+    try:
+        copy = deepcopy(module)
+    finally:
+        if copies is not None:
+            module._modules[SAVED_COPIES] = copies
+    for part in list(copy.modules()):
         part._modules.pop(VECTORS, None)
         _drop_idle_hooks(part)
         if isinstance(part, SavedModule):
             _unwrap(part)
-    wrapped.modules_to_save[name] = copy.requires_grad_(False)
+    return copy.requires_grad_(False)
 
 
 def _unwrap(module: nn.Module) -> None:

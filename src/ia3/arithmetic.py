@@ -26,7 +26,7 @@ def combine(
 
     Raises:
         ValueError: another number of weights than adapters, weights that are not finite or whose mean would
-            divide by 0, an unknown type.
+            divide by 0, an unknown type, a combination that is not finite.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Got {len(adapters)} adapters and {len(weights)} weights: pass one weight each.")
@@ -44,4 +44,6 @@ def combine(
             weight * (adapter[site] - 1) for adapter, weight in zip(adapters, weights, strict=True) if site in adapter
         ]
         combined[site] = identity + torch.stack(terms).sum(0) / divisor
+        if not torch.isfinite(combined[site]).all():
+            raise ValueError(f"The combination is not finite at {site.path}: the weights {list(weights)} are too big.")
     return combined

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ia3.config import PeftConfig, TaskType
-from ia3.files import fetch
-from ia3.model import _HUB_ARGUMENTS, CLASS_FOR_TASK, PeftModel
+from ia3.files import HUB_ARGUMENTS, fetch
+from ia3.model import CLASS_FOR_TASK, PeftModel
 
 # A configuration can name a class to import; only from here unless the caller trusts more.
 _TRUSTED = ("transformers", "diffusers")
@@ -50,9 +50,9 @@ class AutoPeftModel:
             ValueError: an adapter for another task, a configuration that names no base model, a class outside
                 the allowed packages, or what `PeftModel.from_pretrained` raises.
         """
-        hub = {key: value for key, value in kwargs.items() if key in _HUB_ARGUMENTS}
+        hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
         subfolder = hub.pop("subfolder", None)
-        for_base = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
+        for_base = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
         here = {**hub, "revision": revision, "subfolder": subfolder}
         config = config or PeftConfig.from_pretrained(
             pretrained_model_name_or_path, **{key: value for key, value in here.items() if value is not None}
@@ -70,7 +70,8 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, config: PeftConfig, allowed: list[str] | None) -> Any:
-        if config.task_type != cls._task:
+        named = config.task_type is not None
+        if (named or not cls._auto_class) and config.task_type != cls._task:
             right = _class_for(config.task_type)
             raise ValueError(
                 f"This adapter's task is {config.task_type}, {cls.__name__} loads {cls._task}: use {right}."

@@ -7,6 +7,8 @@ import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.adapter import Adapter, attached, get_adapter, keep_every_channel, saved_copies, vectors
+from ia3.config import IA3Config
 from ia3.files import fetch, write_atomically
 from ia3.sites import SAVED_COPIES, VECTORS, Site, logger, matches_name
 from ia3.swap import Swapped
@@ -50,13 +53,21 @@ def get_peft_model_state_dict(
         with `base_model.model.` where the model is a `PeftModel`.
 
     Raises:
-        ValueError: no such adapter.
+        ValueError: no such adapter, or a `state_dict` without its tensors.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     adapter = get_adapter(model, adapter_name)
     own = state_dict if state_dict is not None else _own_tensors(model, adapter)
-    tensors = {site.key: site.widen(own[f"{site.key}.{adapter_name}"].detach()) for site in adapter.layout.sites}
+    lacking = [key for key in _own_tensors(model, adapter) if key not in own]
+    if lacking:
+        raise ValueError(
+            f"state_dict lacks {len(lacking)} of the adapter's tensors (such as {lacking[0]}): pass the model's own "
+            "state_dict(), or leave it out."
+        )
+    tensors = {
+        site.key: site.widen(_gathered(own[f"{site.key}.{adapter_name}"].detach())) for site in adapter.layout.sites
+    }
     for path, copy in saved_copies(model, adapter):
         for name in copy.state_dict():
             tensors[f"{path}.{name}"] = own[f"{path}.{SAVED_COPIES}.{adapter_name}.{name}"].detach()
@@ -122,7 +133,7 @@ def set_peft_model_state_dict(
                 _fill(model.get_submodule(site.path), adapter.name, vector, site.narrow(fitting[site.key]))
         for key, target in targets.items():
             if key in fitting:
-                target.copy_(fitting[key])
+                target.copy_(_like(target, fitting[key]))
     return _IncompatibleKeys([], [])
 
 
@@ -195,17 +206,17 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> Tensors:
 
 
 def save_adapter(
-    model: nn.Module,
-    adapter_name: str,
-    directory: Path,
-    *,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    safe_serialization: bool = True,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
+    model_class: type, config: IA3Config, tensors: Tensors, directory: Path, safe_serialization: bool = True
 ) -> None:
-    """Write an adapter's tensors and configuration into a directory, each file atomically, off the network."""
-    adapter = get_adapter(model, adapter_name)
-    tensors = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
+    """Write an adapter's tensors and configuration into a directory, each file atomically, off the network.
+
+    Args:
+        model_class: the class of the model that carries it.
+        config: the adapter's configuration.
+        tensors: as `get_peft_model_state_dict` gives them.
+        directory: where to, made if missing.
+        safe_serialization: safetensors; False writes a pickle.
+    """
     tensors = {
         key if key.startswith(PREFIX) else PREFIX + key: tensor.cpu().contiguous() for key, tensor in tensors.items()
     }
@@ -214,14 +225,10 @@ def save_adapter(
     else:
         write_atomically(directory / PICKLE_NAME, _pickled(tensors))
     (directory / (PICKLE_NAME if safe_serialization else SAFETENSORS_NAME)).unlink(missing_ok=True)
-    config = adapter.config
-    base = getattr(model, "_ia3_old_class", type(model))
+    base = getattr(model_class, "_ia3_old_class", model_class)
     auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    inference_mode, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(directory, auto_mapping if config.task_type is None else None)
-    finally:
-        config.inference_mode = inference_mode
+    frozen = replace(config, inference_mode=True)
+    frozen.save_pretrained(directory, auto_mapping if config.task_type is None else None)
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
@@ -265,11 +272,10 @@ def _pickled(tensors: Tensors) -> bytes:
 
 def _embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The input and output embeddings with their paths."""
-    wanted = [
-        getattr(model, getter)()
-        for getter in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, getter)
-    ]
+    wanted = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # a model without words
+            wanted.append(getattr(model, getter)())
     return [(path, module) for path, module in model.named_modules() if any(module is w for w in wanted)]
 
 

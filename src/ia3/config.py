@@ -46,7 +46,7 @@ class PeftConfig:
         peft_version: the version of PEFT that wrote the file, if any; kept as read.
 
     Raises:
-        ValueError: an unknown `task_type`.
+        ValueError: an unknown `task_type`, or another `peft_type` than IA3.
     """
 
     task_type: TaskType | str | None = None
@@ -58,6 +58,8 @@ class PeftConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        if self.peft_type not in (None, *PeftType):
+            raise ValueError(f"peft_type {self.peft_type!r}: ia3 has one method, IA3. Use `peft` for others.")
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ValueError(f"Unknown task_type {self.task_type!r}: expected one of {', '.join(TaskType)}.")
 
@@ -174,6 +176,8 @@ class IA3Config(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save takes a list of names: write [{self.modules_to_save!r}].")
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
         if self.target_modules is not None and not self.target_modules:

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import threading
 from pathlib import Path
 from typing import Any
+
+# What `huggingface_hub.hf_hub_download` takes besides the repository and the file.
+HUB_ARGUMENTS = frozenset(
+    {
+        *("cache_dir", "force_download", "library_name", "library_version", "local_dir", "local_files_only"),
+        *("proxies", "repo_type", "revision", "subfolder", "token", "user_agent"),
+    }
+)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name, flush it to disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def fetch(source: str | Path, filename: str, *, subfolder: str | None = None, **hub: Any) -> Path | None:
@@ -44,7 +45,11 @@ def fetch(source: str | Path, filename: str, *, subfolder: str | None = None, **
 
     Raises:
         FileNotFoundError: `source` is neither a directory nor a repository that can be reached.
+        TypeError: an argument that the hub doesn't know, also where `source` is a directory.
     """
+    unknown = sorted(set(hub) - HUB_ARGUMENTS)
+    if unknown:
+        raise TypeError(f"Unknown arguments {unknown}: expected some of {sorted(HUB_ARGUMENTS)}.")
     directory = Path(source)
     if directory.is_dir():
         path = directory / (subfolder or "") / filename

@@ -14,10 +14,10 @@ from ia3.sites import VECTORS, Side, Site
 class SiteVectors(nn.Module):
     """The vectors of one module, one `Parameter` an adapter, named after it: `….k.ia3_l.default`.
 
-    The hooks read `input_vectors` and `output_vectors`, tuples of the active adapters' parameters. Switching
-    adapters re-points these tuples: a compiled graph takes the tensors as inputs and stays valid, which a
-    look-up by name would not allow. `self._parameters` stays the truth; whoever replaces a parameter there
-    (moving, sharding, assigning) goes through one of the methods below, and the tuples follow.
+    `input_vectors` and `output_vectors` are tuples of the active adapters' parameters. Switching adapters re-points
+    them: a compiled graph takes the tensors as inputs and stays valid, which a look-up by name would not allow.
+    The parameters themselves stay the truth, and outside of a compiler the hooks read them by name, so that
+    whoever puts others in their place for a call (`torch.func.functional_call`, a replica) is heard.
     """
 
     input_vectors: tuple[nn.Parameter, ...]
@@ -69,8 +69,19 @@ class SiteVectors(nn.Module):
         self._point()
         return self
 
-    def scale(self, vectors: tuple[nn.Parameter, ...], activation: torch.Tensor) -> torch.Tensor:
-        """The product of the vectors, shaped and cast for the activation."""
+    def acting(self, side: Side) -> tuple[torch.Tensor, ...]:
+        """The active vectors of one side."""
+        vectors = self.input_vectors if side == "input" else self.output_vectors
+        if not vectors or torch.compiler.is_compiling():
+            return vectors
+        return tuple(getattr(self, name) for name in self.active if self.sides[name] == side)
+
+    def scale(self, vectors: tuple[torch.Tensor, ...], activation: torch.Tensor) -> torch.Tensor:
+        """The product of the vectors, shaped and cast for the activation `[…, width]` (channels first: `[width, …]`).
+
+        Raises:
+            TypeError: the activation is not floating-point.
+        """
         if not activation.is_floating_point():
             raise TypeError(
                 f"ia3 multiplies floating-point activations; this layer's is {activation.dtype}. Load the model "
@@ -94,18 +105,18 @@ class SiteVectors(nn.Module):
 def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
     site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
-    if not site.input_vectors:
+    vectors = site.acting("input")
+    if not vectors:
         return None
     if not args:
         raise TypeError(
             f"{type(module).__name__} was called without a positional argument, so ia3 can't tell its input."
         )
-    return (args[0] * site.scale(site.input_vectors, args[0]), *args[1:])
+    return (args[0] * site.scale(vectors, args[0]), *args[1:])
 
 
 def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook: multiply the module's output `[…, width]`."""
     site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
-    if not site.output_vectors:
-        return None
-    return output * site.scale(site.output_vectors, output)
+    vectors = site.acting("output")
+    return output * site.scale(vectors, output) if vectors else None

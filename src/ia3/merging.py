@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ia3.adapter import attached, check_copies, get_adapter, repoint, vectors
-from ia3.sites import Side, Site, _is_conv1d
+from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, vectors
+from ia3.sites import Side, Site, is_conv1d, logger
 
 Originals = dict[str, torch.Tensor]
 """Parameter name to the value before merging, in CPU memory."""
@@ -33,11 +33,16 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
     if isinstance(names, str):
         raise TypeError(f"merging takes a list of names, got {names!r}: write [{names!r}].")
     chosen = tuple(state.active if names is None else names)
-    check_copies([get_adapter(model, name) for name in chosen])
+    adapters = [get_adapter(model, name) for name in chosen]
+    check_choice(adapters)
+    if not chosen:
+        raise ValueError("There is nothing to merge: name adapters, or activate one with set_adapter.")
+    if not state.enabled:
+        raise ValueError("The adapters are disabled: merge after disable_adapter, or call enable_adapters() first.")
     if state.originals is not None:
         raise ValueError(f"Adapters {list(state.merged)} are merged already: call unmerge_adapter() first.")
-    scales = _scales(model, chosen)
-    _check_mergeable(model, scales)
+    _check_mergeable(model, [site for adapter in adapters for site in adapter.layout.sites])
+    scales = _scales(model, adapters)
     for name, parameter, new in _merged_values(model, scales):
         if not torch.isfinite(new).all():
             raise ValueError(
@@ -57,11 +62,14 @@ def unmerge(model: nn.Module) -> None:
     """Put back the weights as they were before `merge`, bit for bit.
 
     Raises:
-        ValueError: nothing is merged.
+        ValueError: inside `disable_adapter`, which puts the merged weights back itself.
     """
     state = attached(model)
     if state.originals is None:
-        raise ValueError("Nothing is merged: call merge_adapter() before unmerge_adapter().")
+        logger.warning("unmerge_adapter: nothing is merged.")
+        return
+    if not state.enabled:
+        raise ValueError("The adapters are disabled: unmerge after disable_adapter, or call enable_adapters() first.")
     restore(model, state.originals)
     state.originals, state.merged = None, ()
     repoint(model)
@@ -73,10 +81,10 @@ def restore(model: nn.Module, originals: Originals) -> None:
         model.get_parameter(name).data.copy_(original)
 
 
-def _scales(model: nn.Module, names: tuple[str, ...]) -> dict[tuple[str, Side], tuple[Site, torch.Tensor]]:
+def _scales(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[str, Side], tuple[Site, torch.Tensor]]:
     """The product of the adapters' vectors at each site, full width, `[width]`."""
     scales: dict[tuple[str, Side], tuple[Site, torch.Tensor]] = {}
-    for adapter in (get_adapter(model, name) for name in names):
+    for adapter in adapters:
         for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True):
             full = site.widen(vector.detach()).reshape(-1)
             _, before = scales.get((site.path, site.side), (site, None))
@@ -84,22 +92,23 @@ def _scales(model: nn.Module, names: tuple[str, ...]) -> dict[tuple[str, Side], 
     return scales
 
 
-def _check_mergeable(model: nn.Module, scales: dict[tuple[str, Side], tuple[Site, torch.Tensor]]) -> None:
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            users.setdefault(_memory(parameter), []).append(f"{path}.{name}")
-    for site, _ in scales.values():
+def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
+    parameters = [
+        (f"{path}.{name}", parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    for site in sites:
         module = model.get_submodule(site.path)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point() or hasattr(weight, "device_mesh"):
             raise ValueError(
-                f"{site.path} has no floating-point weight to merge into: dequantise the base, or leave the "
-                "adapter unmerged."
+                f"{site.path} has no floating-point weight of its own to merge into (it is quantised, computed or "
+                "sharded): merge into a plain copy of the base, or leave the adapter unmerged."
             )
-        bias = getattr(module, "bias", None) if site.side == "output" else None
+        bias = module._parameters.get("bias") if site.side == "output" else None
         for name, parameter in (("weight", weight), ("bias", bias)):
-            shared = users.get(_memory(parameter), []) if parameter is not None else []
+            shared = [other for other, p in parameters if parameter is not None and _overlap(p, parameter)]
             if len(shared) > 1:
                 raise ValueError(
                     f"{' and '.join(shared)} are one tied {name}: merging into {site.path} would change the other "
@@ -110,9 +119,14 @@ def _check_mergeable(model: nn.Module, scales: dict[tuple[str, Side], tuple[Site
             raise ValueError(f"{site.path} renormalises its rows (max_norm), so no merged weight equals it.")
 
 
-def _memory(parameter: torch.Tensor) -> int:
-    """What tells tied parameters: their address; a parameter on no device of its own has none."""
-    return parameter.data_ptr() or id(parameter)
+def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two parameters are one, or share memory."""
+    if first is second:
+        return True
+    start, other = first.data_ptr(), second.data_ptr()
+    if not start or not other:  # no memory of their own
+        return False
+    return start < other + second.nbytes and other < start + first.nbytes
 
 
 def _merged_values(
@@ -145,5 +159,5 @@ def _over_weight(module: nn.Module, side: str, scale: torch.Tensor) -> torch.Ten
         # `[out, in / groups, …]`: each group of outputs sees its own slice of the inputs.
         by_group = scale.view(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)
         return by_group.reshape(module.out_channels, -1, *ones)
-    outputs_are_columns = _is_conv1d(module) or isinstance(module, nn.Embedding)
+    outputs_are_columns = is_conv1d(module) or isinstance(module, nn.Embedding)
     return scale.view(1, -1) if (side == "output") == outputs_are_columns else scale.view(-1, 1)

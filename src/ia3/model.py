@@ -29,6 +29,7 @@ from ia3.checkpoint import (
     write_tensors,
 )
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+from ia3.files import HUB_ARGUMENTS
 from ia3.sites import SAVED_COPIES, VECTORS, logger
 from ia3.status import (
     TunerLayerStatus,
@@ -45,22 +46,6 @@ _HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-_HUB_ARGUMENTS = {
-    "cache_dir",
-    "force_download",
-    "library_name",
-    "library_version",
-    "local_dir",
-    "local_files_only",
-    "proxies",
-    "repo_type",
-    "revision",
-    "subfolder",
-    "token",
-    "user_agent",
-}
-
-
 # What scripts pass along although it concerns the base model, which is loaded by then.
 _BASE_ARGUMENTS = {"device_map", "dtype", "max_memory", "offload_dir", "offload_folder", "offload_index", "torch_dtype"}
 
@@ -99,6 +84,8 @@ def get_peft_model(
     """
     if mixed:
         raise ValueError("mixed=True combines fine-tuning methods; ia3 has one. Leave it out.")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model was compiled already: attach the adapter first, then call torch.compile.")
     if isinstance(model, PeftModel):
         raise ValueError(
             f"The model already carries the adapters {sorted(model.peft_config)}: use add_adapter(name, config) "
@@ -117,7 +104,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Attach a new adapter and leave the model's class as it is.
+    """Attach a new adapter, active, and leave the model's class as it is.
 
     Args:
         peft_config: an `IA3Config`.
@@ -133,7 +120,6 @@ def inject_adapter_in_model(
         ValueError: what `find_sites` or `set_peft_model_state_dict` raises. The model is then unchanged.
     """
     config = _checked(peft_config)
-    first = "_ia3" not in model.__dict__
     adapter = adapters.attach(model, config, adapter_name, on_meta=low_cpu_mem_usage)
     if state_dict is not None:
         try:
@@ -142,8 +128,7 @@ def inject_adapter_in_model(
             adapters.detach(model, adapter_name)
             raise
     model.__dict__.setdefault("peft_config", {})[adapter_name] = adapter.config
-    if first:
-        adapters.activate(model, [adapter_name], trainable=not config.inference_mode)
+    adapters.activate(model, [adapter_name], trainable=not config.inference_mode)
     return model
 
 
@@ -158,11 +143,12 @@ class PeftModel(Swapped):
     _hf_peft_config_loaded: bool
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if "_ia3_old_class" in cls.__dict__:  # type(model)(config): a fresh base model
+        swapped = hasattr(cls, "_ia3_old_class")
+        if swapped and ("_ia3_old_class" not in cls.__dict__ or not (args or kwargs)):
+            return object.__new__(cls)  # a copy, made by torch's replicas or by a library that swapped the class again
+        if swapped:  # type(model)(config): a fresh base model
             return cls._ia3_old_class(*args, **kwargs)
-        if hasattr(cls, "_ia3_old_class"):  # copying, where another library made a subclass of the swapped one
-            return object.__new__(cls)
-        return get_peft_model(*args, **kwargs)
+        return _construct(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to do: `__new__` returned a model that was made long ago."""
@@ -211,7 +197,7 @@ class PeftModel(Swapped):
             raise ValueError("The model carries an adapter already: use model.load_adapter(path, name).")
         _refuse_offload(ephemeral_gpu_offload)
         device, ignore_sizes, hub = _loading_arguments(kwargs)
-        config = _checked(config or PeftConfig.from_pretrained(model_id, **hub))
+        config = _for_class(cls, config or PeftConfig.from_pretrained(model_id, **hub))
         config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -277,7 +263,9 @@ class PeftModel(Swapped):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: Any = None,
         max_shard_size: int | str | None = None,
     ) -> None:
         """Write the adapters in PEFT's format, each file atomically, without touching the network.
@@ -290,7 +278,9 @@ class PeftModel(Swapped):
             selected_adapters: names; all by default.
             save_embedding_layers: see `get_peft_model_state_dict`.
             is_main_process: False takes part in gathering sharded tensors and writes nothing.
+            path_initial_model_for_weight_conversion: PEFT's, for other methods; refused.
             state_dict: see `get_peft_model_state_dict`.
+            save_function: accepted because accelerate's users pass it; files are written atomically.
             max_shard_size: accepted because transformers passes it; an adapter is one file.
 
         Raises:
@@ -300,24 +290,28 @@ class PeftModel(Swapped):
         directory = Path(save_directory)
         if directory.is_file():
             raise NotADirectoryError(f"{directory} is a file; save_pretrained expects a directory.")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError("path_initial_model_for_weight_conversion concerns other methods than IA3: leave it out.")
+        if isinstance(selected_adapters, str):
+            raise TypeError(f"selected_adapters takes a list of names: write [{selected_adapters!r}].")
         names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
         if not names:
             raise ValueError(f"selected_adapters is empty: name some of {sorted(self.peft_config)}, or leave it out.")
         chosen = [adapters.get_adapter(self, name) for name in names]
+        # Every process gathers the same tensors in the same order; one of them writes.
+        files = {
+            name: get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            for name in names
+        }
+        is_trainers = re.fullmatch(r"checkpoint-\d+", directory.name) is not None
+        own = own_tensors(self, chosen) if is_trainers else {}
         if not is_main_process:
-            own_tensors(self, chosen)
             return
-        for name in names:
-            save_adapter(
-                self,
-                name,
-                directory if name == "default" else directory / name,
-                state_dict=state_dict,
-                safe_serialization=safe_serialization,
-                save_embedding_layers=save_embedding_layers,
-            )
-        if re.fullmatch(r"checkpoint-\d+", directory.name):
-            write_tensors(directory / "model.safetensors", own_tensors(self, chosen))
+        for adapter in chosen:
+            folder = directory if adapter.name == "default" else directory / adapter.name
+            save_adapter(type(self), adapter.config, files[adapter.name], folder, safe_serialization)
+        if is_trainers:
+            write_tensors(directory / "model.safetensors", own)
         write_card(directory, self.peft_config[names[0]])
 
     def push_to_hub(
@@ -355,7 +349,7 @@ class PeftModel(Swapped):
     ) -> _IncompatibleKeys:
         """As any module's; a dictionary of adapters alone, loaded unstrictly, doesn't miss the base."""
         result: _IncompatibleKeys = super().load_state_dict(state_dict, strict, assign)
-        if not strict and all(_is_adapters(key) for key in state_dict):
+        if not strict and state_dict and all(_is_adapters(key) for key in state_dict):
             result.missing_keys[:] = [key for key in result.missing_keys if _is_adapters(key)]
         return result
 
@@ -390,6 +384,8 @@ class PeftModel(Swapped):
             ValueError: an unknown adapter.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not names:
+            raise ValueError("set_adapter needs a name; disable_adapter() lets all adapters rest.")
         for name in names:
             adapters.get_adapter(self, name)
         if self._state.originals is not None and set(names) != set(self._state.merged):
@@ -499,6 +495,8 @@ class PeftModel(Swapped):
     def unload(self) -> nn.Module:
         """Remove every adapter and give the base model back: the same object with its own class and keys."""
         state = self._state
+        if not state.enabled:
+            raise ValueError("The adapters are disabled: unload after disable_adapter, or enable_adapters() first.")
         for name in list(self.peft_config):
             adapters.detach(self, name)
         return _become_base(self, state)
@@ -670,6 +668,32 @@ def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:
     return model
 
 
+def _construct(
+    cls: type[PeftModel],
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    return get_peft_model(
+        model,
+        _for_class(cls, peft_config),
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def _for_class(cls: type[PeftModel], config: PeftConfig) -> IA3Config:
+    """A copy of the configuration; where it names no task, with that of the class."""
+    config = _checked(config)
+    if config.task_type is None:
+        tasks = (task for task, for_task in CLASS_FOR_TASK.items() if task and issubclass(cls, for_task))
+        config.task_type = next(tasks, None)
+    return config
+
+
 def _checked(config: PeftConfig) -> IA3Config:
     """A copy of the configuration.
 
@@ -731,9 +755,9 @@ def _loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, bool, dict[str, Any
     for name in sorted(set(kwargs) & _BASE_ARGUMENTS):
         del kwargs[name]
         logger.warning("%s does nothing here: the vectors follow their layers. Pass it when loading the base.", name)
-    unknown = sorted(set(kwargs) - _HUB_ARGUMENTS)
+    unknown = sorted(set(kwargs) - HUB_ARGUMENTS)
     if unknown:
-        raise TypeError(f"Unknown arguments {unknown}: expected torch_device or {sorted(_HUB_ARGUMENTS)}.")
+        raise TypeError(f"Unknown arguments {unknown}: expected torch_device or {sorted(HUB_ARGUMENTS)}.")
     return device, ignore_sizes, {key: value for key, value in kwargs.items() if value is not None}
 
 

@@ -171,6 +171,12 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     config = _with_defaults(model, config, family)
     modules = dict(_base_modules(model))
     saved = tuple(_find_saved(modules, config.modules_to_save or ()))
+    for path in saved:
+        if isinstance(modules[path], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            raise ValueError(
+                f"modules_to_save: {path} is a {type(modules[path]).__name__}, which is never called: name the modules "
+                "in it."
+            )
     candidates = {p: m for p, m in modules.items() if not any(is_inside(p, s) for s in saved)}
 
     if config.target_modules == "all-linear":
@@ -211,14 +217,14 @@ def _with_defaults(model: nn.Module, config: IA3Config, family: Family | None) -
             f"ia3 has no default for {kind!r}: pass target_modules (the modules that make keys, values and "
             f"the feed-forward intermediate) and feedforward_modules. Defaults exist for {sorted(FAMILIES)}."
         )
-    if config.feedforward_modules is not None or config.exclude_modules is not None:
-        raise ValueError(
-            "feedforward_modules and exclude_modules refine target_modules: pass target_modules too "
-            f"(the default here is {sorted(family.targets)})."
-        )
     config.target_modules = set(family.targets)
     paths = [path for path, _ in _base_modules(model)]
-    config.exclude_modules = {name for name in family.exclude if _matching({name}, paths)} or None
+    usual = {name for name in family.exclude if _matching({name}, paths)}
+    if isinstance(config.exclude_modules, str):
+        patterns = [config.exclude_modules, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(usual))]
+        config.exclude_modules = "|".join(f"({pattern})" for pattern in patterns)
+    else:
+        config.exclude_modules = {*usual, *(config.exclude_modules or ())} or None
     return config
 
 
@@ -257,7 +263,7 @@ def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator
     yield from (path for path in paths if not any(is_inside(path, p) for p in paths if p != path))
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
 
@@ -266,7 +272,7 @@ def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterato
     """Every linear layer but the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in candidates.items():
-        if module is not head and _widths(module) and (_is_conv1d(module) or hasattr(module, "in_features")):
+        if module is not head and _widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
             yield path
 
 
@@ -318,7 +324,7 @@ def _widths(module: Any) -> tuple[int | None, int] | None:
         return module.in_channels, module.out_channels
     if isinstance(module, nn.Embedding):
         return None, module.embedding_dim
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return module.weight.shape[0], module.nf
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features

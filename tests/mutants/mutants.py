@@ -21,15 +21,15 @@ MUTANTS = [
     ),
     Mutant(
         "hooks.py",
-        "if self.sides[name] == side)",
-        "if self.sides[name] != side)",
+        "return tuple(getattr(self, name) for name in self.active if self.sides[name] == side)",
+        "return tuple(getattr(self, name) for name in self.active if self.sides[name] != side)",
         "vectors multiply the other side",
     ),
     Mutant(
         "hooks.py",
         'if name in self.__dict__.get("_parameters", ()):',
         "if False:",
-        "a sharded or assigned parameter leaves the hook with the old one",
+        "a compiled graph keeps a parameter that was sharded or assigned anew",
     ),
     Mutant(
         "hooks.py",
@@ -159,7 +159,7 @@ MUTANTS = [
     ),
     Mutant(
         "files.py",
-        "        Path(temporary).replace(path)\n",
+        "        temporary.replace(path)\n",
         "        path.write_bytes(content)\n",
         "a save is not atomic and leaves its temporary file",
     ),
