@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +69,19 @@ class SiteVectors(nn.Module):
         self._point()
         return self
 
-    def acting(self, side: Side) -> tuple[torch.Tensor, ...]:
+    def acting(self, side: Side) -> Sequence[torch.Tensor]:
         """The active vectors of one side."""
         vectors = self.input_vectors if side == "input" else self.output_vectors
         if not vectors or torch.compiler.is_compiling():
             return vectors
-        return tuple(getattr(self, name) for name in self.active if self.sides[name] == side)
+        held = self._parameters  # a replica holds its tensors as plain attributes
+        return [
+            held[name] if name in held else getattr(self, name)  # type: ignore[misc]
+            for name in self.active
+            if self.sides[name] == side
+        ]
 
-    def scale(self, vectors: tuple[torch.Tensor, ...], activation: torch.Tensor) -> torch.Tensor:
+    def scale(self, vectors: Sequence[torch.Tensor], activation: torch.Tensor) -> torch.Tensor:
         """The product of the vectors, shaped and cast for the activation `[…, width]` (channels first: `[width, …]`).
 
         Raises:

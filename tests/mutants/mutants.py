@@ -21,8 +21,8 @@ MUTANTS = [
     ),
     Mutant(
         "hooks.py",
-        "return tuple(getattr(self, name) for name in self.active if self.sides[name] == side)",
-        "return tuple(getattr(self, name) for name in self.active if self.sides[name] != side)",
+        "            if self.sides[name] == side\n",
+        "            if self.sides[name] != side\n",
         "vectors multiply the other side",
     ),
     Mutant(
