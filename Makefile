@@ -6,18 +6,21 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint mutants install clean
+.PHONY: quickstart test lint docs mutants install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 mutants: install
 	$(BIN)/python tests/mutants/run.py

@@ -24,7 +24,67 @@ def test_a_new_card(tmp_path, task):
     assert (card.data.library_name, card.data.tags, card.data.base_model) == ("peft", ["ia3"], "org/base")
     loader = card.text.split("from ia3 import ")[1].split()[0]
     assert hasattr(__import__("ia3"), loader)
-    assert f'{loader}.from_pretrained("{tmp_path.name}")' in card.text
+    assert f"model = {loader}.from_pretrained(adapter)" in card.text
+    assert f"`from peft import {loader}` loads them too" in card.text
+
+
+def test_what_was_trained(tmp_path):
+    write_card(
+        tmp_path,
+        IA3Config(
+            task_type="SEQ_CLS",
+            target_modules=["key", "output.dense"],
+            exclude_modules=["attention.output.dense"],
+            feedforward_modules=["output.dense"],
+            modules_to_save=["classifier"],
+        ),
+    )
+    text = (tmp_path / "README.md").read_text()
+    for row in (
+        "| task | SEQ_CLS |",
+        "| vectors at | `key`, `output.dense` |",
+        "| of these, at the input | `output.dense` |",
+        "| left out | `attention.output.dense` |",
+        "| trained in full | `classifier` |",
+    ):
+        assert row in text
+
+
+def test_many_paths_are_named_by_their_ends_and_patterns_escaped(tmp_path):
+    paths = [f"layers.{i}.{name}" for i in range(9) for name in ("k", "v")]
+    write_card(tmp_path, IA3Config(target_modules=paths, feedforward_modules=r".*\.(k|v)"))
+    text = (tmp_path / "README.md").read_text()
+    assert "| vectors at | `k`, `v` |" in text
+    assert r"| of these, at the input | `.*\.(k\|v)` |" in text
+
+
+def test_a_folder_whose_name_could_be_a_repositorys_is_no_metadata(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    write_card(tmp_path, IA3Config(base_model_name_or_path="runs/base"))
+    assert "base_model" not in ModelCard((tmp_path / "README.md").read_text()).data.to_dict()
+
+
+@pytest.mark.parametrize("base", ["bundled:flan-t5-small-titler", "/data/models/t5", "../runs/my base", "a/b/c"])
+def test_a_base_that_is_no_repository_is_no_metadata(tmp_path, base):
+    write_card(tmp_path, IA3Config(base_model_name_or_path=base))
+    assert "base_model" not in ModelCard((tmp_path / "README.md").read_text()).data.to_dict()
+
+
+def test_a_bundled_base_loads_here_only(tmp_path):
+    write_card(tmp_path, IA3Config(task_type="SEQ_2_SEQ_LM", base_model_name_or_path="bundled:flan-t5-small-titler"))
+    text = (tmp_path / "README.md").read_text()
+    assert "adapter for bundled:flan-t5-small-titler" in text
+    assert "from ia3 import AutoPeftModelForSeq2SeqLM" in text
+    assert "PEFT can't load it" in text
+    assert "from peft" not in text
+
+
+def test_a_local_base_is_named_without_its_folder(tmp_path):
+    write_card(tmp_path, IA3Config(base_model_name_or_path="/home/somebody/models/my-t5"))
+    text = (tmp_path / "README.md").read_text()
+    assert "adapter for my-t5" in text
+    assert "somebody" not in text
 
 
 def test_a_local_base_is_not_named_to_the_hub(tmp_path):
@@ -36,6 +96,8 @@ def test_without_a_base(tmp_path):
     write_card(tmp_path, IA3Config())
     card = ModelCard((tmp_path / "README.md").read_text())
     assert "a model of your own" in card.text
+    assert "PeftModel.from_pretrained(base_model, adapter)" in card.text
+    assert "`from peft import PeftModel` loads" in card.text
     assert "base_model" not in card.data.to_dict()
 
 

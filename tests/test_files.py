@@ -123,3 +123,13 @@ def test_an_unknown_or_closed_repository_is_said(monkeypatch, kind):
     _answer(monkeypatch, _http_error(kind))
     with pytest.raises(FileNotFoundError, match=r"some/repo is neither .* that you may read"):
         fetch("some/repo", "a")
+
+
+def test_an_optional_file_that_the_cache_lacks_is_missing_offline(monkeypatch):
+    _answer(monkeypatch, LocalEntryNotFoundError("offline mode"))
+    assert fetch("some/repo", "a", optional=True) is None
+
+
+def test_an_unknown_argument_is_refused_also_for_a_directory(tmp_path):
+    with pytest.raises(TypeError, match=r"Unknown arguments \['nonsense'\]"):
+        fetch(tmp_path, "a", nonsense=1)

@@ -108,7 +108,7 @@ def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any]) -> None
     arguments = {key: value for key, value in hub.items() if value is not None}
     if not hasattr(base, "resize_token_embeddings"):
         return
-    if fetch(source, "tokenizer_config.json", **arguments) is None:
+    if fetch(source, "tokenizer_config.json", optional=True, **arguments) is None:
         return
     from transformers import AutoTokenizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ia3.bundled import PREFIX
 from ia3.config import IA3Config
 from ia3.files import write_atomically
 
@@ -23,28 +24,91 @@ _TEXT = """
 
 Vectors learned with (IA)³ (Liu et al. 2022, arXiv:2205.05638) for the frozen base model {base}.
 
-```python
-from ia3 import {loader}  # or: from peft import {loader}
+| what was trained | |
+|---|---|
+{trained}
 
-model = {loader}.from_pretrained("{path}")
+## Loading
+
+```python
+{code}
 ```
+
+{peft}
 """
+_WITH_BASE = """\
+from ia3 import {loader}
+
+adapter = "."  # this repository's name on the hub, or the folder that holds this file
+model = {loader}.from_pretrained(adapter)"""
+_ONTO_BASE = """\
+from ia3 import PeftModel
+
+adapter = "."  # this repository's name on the hub, or the folder that holds this file
+model = PeftModel.from_pretrained(base_model, adapter)  # the base model, loaded by you"""
+_IN_PEFT = "The files are PEFT's: `from peft import {name}` loads them too."
+_ONLY_HERE = "The base model comes with `ia3`, and only `ia3` knows it by this name; PEFT can't load it."
 
 
 def write_card(directory: Path, config: IA3Config) -> None:
-    """Write `README.md`, or bring the metadata of the one that is there up to date."""
+    """Write `README.md`, or bring the metadata of the one that is there up to date and keep its text."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / "README.md"
-    base = config.base_model_name_or_path
     if path.is_file():
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     else:
-        text = _TEXT.format(base=base or "a model of your own", loader=_LOADER[config.task_type], path=directory.name)
-        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
+        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{_text(config)}")
     data: Any = card.data
     data.library_name = "peft"
     data.tags = sorted({*(data.tags or ()), "ia3"})
-    if base and not Path(base).exists():
+    base = config.base_model_name_or_path
+    if base and _is_on_hub(base):
         data.base_model = base
     write_atomically(path, str(card).encode())
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether this can be a hub repository's name; the hub refuses a card that says so of anything else."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _text(config: IA3Config) -> str:
+    base = config.base_model_name_or_path or ""
+    bundled = base.startswith(PREFIX)
+    if not bundled and not _is_on_hub(base):
+        base = Path(base).name  # a path on the author's machine is nobody else's business
+    loader = _LOADER[config.task_type] if base else "PeftModel"
+    return _TEXT.format(
+        base=base or "a model of your own",
+        trained="\n".join(f"| {what} | {names} |" for what, names in _trained(config).items()),
+        code=(_WITH_BASE if base else _ONTO_BASE).format(loader=loader),
+        peft=_ONLY_HERE if bundled else _IN_PEFT.format(name=loader),
+    )
+
+
+def _trained(config: IA3Config) -> dict[str, str]:
+    """What the configuration trains, as it names it."""
+    targets, inputs = config.target_modules, config.feedforward_modules
+    rows = {"task": config.task_type or "none", "vectors at": _names(targets), "of these, at the input": _names(inputs)}
+    if config.exclude_modules:
+        rows["left out"] = _names(config.exclude_modules)
+    if config.modules_to_save:
+        rows["trained in full"] = _names(config.modules_to_save)
+    return rows
+
+
+def _names(names: set[str] | list[str] | str | None) -> str:
+    """Module names, a pattern, or of many paths the names that they end with."""
+    if isinstance(names, str):
+        return f"`{names}`".replace("|", r"\|")
+    if names is not None and len(names) > 8:
+        names = {name.rsplit(".", 1)[-1] for name in names}
+    return ", ".join(f"`{name}`" for name in sorted(names or ())) or "none"

@@ -31,13 +31,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def fetch(source: str | Path, filename: str, *, subfolder: str | None = None, **hub: Any) -> Path | None:
+def fetch(
+    source: str | Path, filename: str, *, subfolder: str | None = None, optional: bool = False, **hub: Any
+) -> Path | None:
     """The path of `filename` in the directory `source`, or in the hub repository of that name.
 
     Args:
         source: a directory, or a hub repository where no such directory exists.
         filename: the file's name.
         subfolder: a folder inside `source`.
+        optional: take a file that the cache lacks for missing where the hub can't be asked.
         hub: arguments of `huggingface_hub.hf_hub_download`.
 
     Returns:
@@ -54,10 +57,10 @@ def fetch(source: str | Path, filename: str, *, subfolder: str | None = None, **
     if directory.is_dir():
         path = directory / (subfolder or "") / filename
         return path if path.is_file() else None
-    return _fetch_from_hub(str(source), filename, subfolder=subfolder, **hub)
+    return _fetch_from_hub(str(source), filename, subfolder, optional, **hub)
 
 
-def _fetch_from_hub(repository: str, filename: str, *, subfolder: str | None, **hub: Any) -> Path | None:
+def _fetch_from_hub(repository: str, filename: str, subfolder: str | None, optional: bool, **hub: Any) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
@@ -68,7 +71,7 @@ def _fetch_from_hub(repository: str, filename: str, *, subfolder: str | None, **
             f"{repository} is neither a directory nor the name of a hub repository that you may read."
         ) from error
     except EntryNotFoundError as error:
-        if type(error).__name__ == "LocalEntryNotFoundError":
+        if type(error).__name__ == "LocalEntryNotFoundError" and not optional:
             raise FileNotFoundError(
                 f"{repository} is not a directory, and the hub could not be reached for {filename}: {error}"
             ) from error

@@ -7,35 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from running import call, message
 
 import ia3
 import tiny_seq2seq
 from ia3.cli import main as command
-from ia3.cli.predict import predict
 from ia3.training.data import bundled_tweets
-
-
-def call(*arguments: str | Path, text: str | None = None) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(command.app, [str(each) for each in arguments], input=text)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_seq2seq.save_base(tmp_path_factory.mktemp("models") / "tiny-base")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_seq2seq.write_csv(tmp_path_factory.mktemp("data") / "sentences.csv")
-
-
-@pytest.fixture(scope="module")
-def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    result = call("train", "--model", base, "--data", data, "--output", folder, "--epochs", 1, "--test-size", 0.2)
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -46,7 +23,10 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         result = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) <= 0.5
-    assert all(name in result.stdout for name in ("train", "predict", "quickstart"))
+    assert all(
+        name in result.stdout
+        for name in ("train", "evaluate", "predict", "inspect", "targets", "merge", "push", "quickstart")
+    )
     subprocess.run([sys.executable, "-c", "import sys, ia3.cli.main; sys.exit('torch' in sys.modules)"], check=True)
 
 
@@ -85,28 +65,6 @@ def test_train_json_is_one_object_and_the_default_output_is_new(
     assert Path(content["picture"]).is_file()
 
 
-def test_predict_arguments(trained: Path) -> None:
-    result = call("predict", trained / "adapter", "the share falls", "the share [of] a company rises")
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert [line.split("\t")[1] for line in lines] == ["the share falls", "the share [of] a company rises"]
-
-
-def test_predict_standard_input_as_json(trained: Path) -> None:
-    result = call("predict", trained / "adapter", "--json", text="the share falls\n\n  a company rises\n")
-    content = json.loads(result.stdout)
-    assert [each["text"] for each in content["predictions"]] == ["the share falls", "a company rises"]
-    assert all(isinstance(each["label"], str) for each in content["predictions"])
-    assert "1 blank lines are left out" in result.stderr
-
-
-def test_predict_agrees_with_the_evaluation(trained: Path) -> None:
-    held_out = json.loads((trained / "metrics.json").read_text())["predictions"]
-    result = call("predict", trained / "adapter", "--max-new-tokens", 3, *(each["text"] for each in held_out))
-    words = [line.split("\t")[0] for line in result.stdout.splitlines()]
-    assert words == [each["prediction"] for each in held_out]
-
-
 @pytest.fixture
 def tiny_titler(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the quickstart run on the tiny base instead of the bundled model."""
@@ -137,38 +95,6 @@ def test_quickstart_labels_are_whole_tokens() -> None:
     assert {row.label for part in bundled_tweets() for row in part} == set(tiny_seq2seq.LABELS)
 
 
-# Calls that cannot work, with {base}, {data} and {folder}, and a part of what each must say.
-WRONG = {
-    "no data file": ("train --model {base} --data nothing.csv", "There is no file nothing.csv"),
-    "empty file": ("train --model {base} --data {folder}/empty.csv", "empty.csv"),
-    "no such column": ("train --model {base} --data {data} --label-column tone", "tone"),
-    "test size": ("train --model {base} --data {data} --test-size 2", "expected a fraction between 0 and 1"),
-    "learning rate": ("train --model {base} --data {data} --lr 0", "learning_rate is 0.0"),
-    "limit": ("train --model {base} --data {data} --limit 0", "--limit is 0"),
-    "diverging": ("train --model {base} --data {data} --lr 3e37 --output {folder}/run", "Lower the learning rate"),
-    "output is a file": ("train --model {base} --data {data} --output {folder}/empty.csv", "is a file"),
-    "no such model": ("train --model nosuch/model --data {data}", "base model 'nosuch/model' cannot be read"),
-    "bundled model": ("train --model bundled:gpt5 --data {data}", "No bundled model 'bundled:gpt5'"),
-    "no adapter": ("predict {folder} sentence", "No adapter_config.json"),
-    "no text": ("predict {folder}", "Standard input holds no text"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_one_screen_and_exit_code_2(
-    name: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.csv").touch()
-    arguments, message = WRONG[name]
-    result = call(*arguments.format(base=base, data=data, folder=tmp_path).split(), text="")
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.replace("│", " ").split())
-    assert "Traceback" not in result.output
-    assert len(result.stderr.splitlines()) < 24
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.csv"]
-
-
 def test_debug_shows_where_an_error_comes_from(base: Path) -> None:
     result = call("--debug", "train", "--model", base, "--data", "nothing.csv")
     assert isinstance(result.exception, FileNotFoundError)
@@ -189,7 +115,23 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
     assert result.stderr == 'The command ia3 needs more than the library: pip install "ia3[train]"\n'
 
 
-def test_nothing_to_label_on_a_terminal(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    with pytest.raises(ValueError, match="There is nothing to label: give sentences"):
-        predict(str(trained / "adapter"), None)
+def test_control_c_ends_with_one_line_and_code_130(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ia3.training.loop.train", stop)
+    result = call("train", "--model", base, "--data", data, "--output", tmp_path / "run")
+    assert result.exit_code == 130
+    assert f"Interrupted: the adapter as it was is in {tmp_path / 'run' / 'interrupted'}" in message(result)
+    assert (tmp_path / "run" / "interrupted" / "ia3_task.json").is_file()
+
+
+def test_a_recipe_and_flags_over_it(base: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {base}\ndata: {data}\nepochs: 5\nbatch_size: 4\noutput: {tmp_path / 'run'}\n")
+    result = call("train", "--recipe", recipe, "--epochs", 1, "--json")
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["epochs"], settings["batch_size"]) == (1, 4)
+    assert (tmp_path / "run" / "adapter" / "ia3_task.json").is_file()

@@ -497,3 +497,9 @@ class TestTruncation:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(TITLER))
         tokenizer(["a"], truncation=True, max_length=2, padding="max_length")
         assert count_truncated(["one two three"], tokenizer, 2) == 1
+
+
+def test_a_line_of_megabytes_is_read(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text(f"text,label\n{'word ' * 400_000},good\nshort,bad\n")
+    assert len(load_examples(str(path))) == 2

@@ -11,8 +11,13 @@ except ImportError as missing:
     raise SystemExit('The command ia3 needs more than the library: pip install "ia3[train]"') from missing
 
 import ia3
+from ia3.cli.evaluate import evaluate
+from ia3.cli.inspect import inspect
+from ia3.cli.merge import merge
 from ia3.cli.predict import predict
+from ia3.cli.push import push
 from ia3.cli.quickstart import quickstart
+from ia3.cli.targets import targets
 from ia3.cli.train import train
 
 # What the library raises for input that it cannot use, with the remedy in the message.
@@ -51,9 +56,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(train)
-app.command()(predict)
-app.command()(quickstart)
+for command in (train, evaluate, predict, inspect, targets, merge, push, quickstart):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,51 +1,238 @@
-"""`ia3 predict`: label words for sentences, from arguments or from standard input."""
+"""`ia3 predict`: label words for sentences, for a file or for standard input."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ia3.cli.labelling import Answer, Labeller, answer, load_labeller
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ia3.training.task import Records
+
+_OUTPUTS = (".csv", ".jsonl")
 
 
 def predict(
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
     sentences: Annotated[
-        list[str] | None, typer.Argument(help="What to label; without any, the lines of standard input.")
+        list[str] | None, typer.Argument(help="What to label; without any, --file or the lines of standard input.")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Where longer sentences are cut, in tokens.")] = 128,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 16,
+    file: Annotated[
+        Path | None, typer.Option(help="Label the rows of a .csv, .jsonl, .parquet or .txt (a text a line).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the rows with predictions and probabilities: .csv or .jsonl.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="The file's column with the text, if not as in training.")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Let the model write its answer, not choose among the labels.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Where longer texts are cut, in tokens.", show_default="as in training")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest written answer, in tokens.", show_default="the labels'")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences at once.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Label sentences with a trained adapter: one line each, the label, a tab and the sentence."""
-    texts = sentences or _read_lines()
-    from transformers.utils.logging import disable_progress_bar
+    """Label sentences, a file or standard input with a trained adapter."""
+    from rich.console import Console
 
-    from ia3.inference import predict as inference
-
-    disable_progress_bar()
-    model, tokenizer = inference.load_adapter(adapter)
-    words = inference.predict(
-        model, tokenizer, texts, max_length=max_length, max_new_tokens=max_new_tokens, batch_size=batch_size
+    progress = Console(stderr=True)
+    if output is not None:
+        _check_output(file, output)
+    if sentences and file is not None:
+        raise ValueError(f"There are both sentences and --file {file}: give one of them.")
+    records = _read_file(file, text_column) if file is not None else None
+    lines = None if records is not None else sentences or _read_lines()
+    labeller = load_labeller(
+        adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens
     )
-    if as_json:
-        pairs = [{"text": text, "label": word} for text, word in zip(texts, words, strict=True)]
-        typer.echo(json.dumps({"adapter": adapter, "predictions": pairs}, ensure_ascii=False))
-    else:
-        for text, word in zip(texts, words, strict=True):
-            typer.echo(f"{word}\t{text}")
+    if records is None:
+        assert lines is not None
+        records = _as_records(lines, labeller)
+    texts = [labeller.template.render(record, f"{records.source}, {place}") for place, record in records]
+    _check_columns(records, labeller, output)
+    answers = _answer_filled(labeller, texts, progress, generate=generate, batch_size=batch_size)
+    if output is not None:
+        _write(output, records, answers)
+    _print(adapter, _as_given(records, texts, labeller), answers, output, as_json=as_json)
 
 
 def _read_lines() -> list[str]:
     """The lines of standard input that are not blank."""
     if sys.stdin.isatty():
         raise ValueError('There is nothing to label: give sentences, as in `ia3 predict ADAPTER "Sales rose."`.')
-    lines = [line.strip() for line in sys.stdin]
+    try:
+        lines = [line.strip() for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Standard input is not UTF-8 ({error}): convert it, or give a --file in UTF-8.") from error
     texts = [line for line in lines if line]
     if not texts:
         raise ValueError("Standard input holds no text: expected one sentence a line.")
     if len(texts) < len(lines):
-        typer.echo(f"{len(lines) - len(texts)} blank lines are left out.", err=True)
+        typer.echo(f"Blank lines left out: {len(lines) - len(texts)}.", err=True)
     return texts
+
+
+def _read_file(path: Path, text_column: str | None) -> Records:
+    from ia3.training.task import read_records
+
+    return read_records(path, text_column or "text")
+
+
+def _as_records(lines: list[str], labeller: Labeller) -> Records:
+    """Sentences as rows of the one column that the template reads."""
+    from ia3.training.task import Records
+
+    fields = labeller.template.fields
+    if len(fields) > 1:
+        raise ValueError(
+            f"This adapter reads the columns {list(fields)}, so a sentence is not enough: give a --file with them."
+        )
+    rows = tuple((f"number {number}", {fields[0]: line}) for number, line in enumerate(lines, start=1))
+    return Records("the sentences", fields, rows)
+
+
+def _as_given(records: Records, texts: list[str], labeller: Labeller) -> list[str]:
+    """The texts without the template's words, where one column is all that it reads."""
+    if len(labeller.template.fields) > 1:
+        return texts
+    (field,) = labeller.template.fields
+    return [str(record[field]) for _, record in records]
+
+
+def _check_output(file: Path | None, output: Path) -> None:
+    """Refuse, before any work, an output that can't be written."""
+    if output.suffix.lower() not in _OUTPUTS:
+        raise ValueError(f"The output {output} is of no known kind: expected one that ends in {' or '.join(_OUTPUTS)}.")
+    if file is not None and file.exists() and output.exists() and output.samefile(file):
+        raise ValueError(f"The output {output} is the input: it would be overwritten. Name another file.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(f"The output {output} can't be written: expected a file name in a folder that exists.")
+
+
+def _check_columns(records: Records, labeller: Labeller, output: Path | None) -> None:
+    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labeller.labels)}
+    taken = sorted(own & set(records.columns))
+    if output is not None and taken:
+        raise ValueError(
+            f"{records.source} has columns named {taken} already, where the output puts its own: rename them."
+        )
+
+
+def _answer_filled(labeller: Labeller, texts: list[str], progress: Console, **how: Any) -> list[Answer | None]:
+    """An answer for each text; None for rows without one."""
+    filled = [text for text in texts if text]
+    if not filled:
+        raise ValueError(f"None of the {len(texts):,} rows has a text in {list(labeller.template.fields)}.")
+    if len(filled) < len(texts):
+        typer.echo(
+            f"Without text, and so without prediction: {len(texts) - len(filled):,} of {len(texts):,} rows.", err=True
+        )
+    found = iter(answer(labeller, filled, progress, **how))
+    return [next(found) if text else None for text in texts]
+
+
+def _write(path: Path, records: Records, answers: list[Answer | None]) -> None:
+    from ia3.files import write_atomically
+
+    write = _as_csv if path.suffix.lower() == ".csv" else _as_jsonl
+    write_atomically(path, write(records, answers).encode())
+
+
+def _as_jsonl(records: Records, answers: list[Answer | None]) -> str:
+    lines = []
+    for (_, record), found in zip(records, answers, strict=True):
+        line = {**record, "prediction": found.label if found else None}
+        if found is not None and found.probabilities is not None:
+            line |= {"probability": found.probability, "probabilities": found.probabilities}
+        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    return "".join(lines)
+
+
+def _as_csv(records: Records, answers: list[Answer | None]) -> str:
+    import csv
+    import io
+
+    labels = next((tuple(found.probabilities) for found in answers if found and found.probabilities), ())
+    shares = ["probability", *(f"probability_{label}" for label in labels)] if labels else []
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*records.columns, "prediction", *shares])
+    for (_, record), found in zip(records, answers, strict=True):
+        cells = [record.get(column) for column in records.columns]
+        probabilities = (found.probabilities or {}) if found else {}
+        own = (
+            [found.probability, *(probabilities[label] for label in labels)] if found and labels else [""] * len(shares)
+        )
+        writer.writerow([*cells, found.label if found else "", *own])
+    return text.getvalue()
+
+
+def _print(adapter: str, texts: list[str], answers: list[Answer | None], output: Path | None, *, as_json: bool) -> None:
+    pairs = [(text, found) for text, found in zip(texts, answers, strict=True) if found is not None]
+    counts = Counter(found.label for _, found in pairs)
+    if output is not None and as_json:
+        content = {"adapter": adapter, "output": str(output), "rows": len(answers), "labels": dict(counts)}
+        typer.echo(json.dumps(content, ensure_ascii=False))
+    elif as_json:
+        predictions = [_as_object(text, found) for text, found in pairs]
+        typer.echo(json.dumps({"adapter": adapter, "predictions": predictions}, ensure_ascii=False))
+    elif output is not None:
+        _print_counts(counts, output)
+    elif sys.stdout.isatty():
+        _print_table(pairs)
+    else:
+        for text, found in pairs:
+            typer.echo("\t".join([found.label, *_share(found), text]))
+
+
+def _as_object(text: str, found: Answer) -> dict[str, Any]:
+    content: dict[str, Any] = {"text": text, "label": found.label}
+    if found.probabilities is not None:
+        content |= {"probability": found.probability, "probabilities": found.probabilities}
+    return content
+
+
+def _share(found: Answer) -> list[str]:
+    return [] if found.probability is None else [f"{found.probability:.4f}"]
+
+
+def _print_counts(counts: Counter[str], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("label", title="Predictions", title_justify="left", box=None, pad_edge=False)
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    for label, count in counts.most_common():
+        table.add_row(label, f"{count:,}", f"{count / counts.total():.1%}")
+    Console().print(table, f"\n{counts.total():,} predictions are in {output}", highlight=False)
+
+
+def _print_table(pairs: list[tuple[str, Answer]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("label", box=None, pad_edge=False)
+    ranked = any(found.probability is not None for _, found in pairs)
+    if ranked:
+        table.add_column("probability", justify="right")
+    table.add_column("text", overflow="fold")
+    for text, found in pairs:
+        share = [f"{found.probability:.1%}"] if found.probability is not None else []
+        table.add_row(Text(found.label), *share, Text(text))
+    Console().print(table, highlight=False)

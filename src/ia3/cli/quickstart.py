@@ -24,24 +24,29 @@ def quickstart(
     from rich.console import Console
 
     from ia3.bundled import TITLER
-    from ia3.cli.train import fine_tune, print_result
-    from ia3.inference.predict import load_adapter, predict
+    from ia3.cli.labelling import answer, load_labeller
+    from ia3.cli.train import print_result, run_visibly
     from ia3.training.data import bundled_tweets
     from ia3.training.loop import TrainSettings
+    from ia3.training.recipe import Recipe
 
     progress = Console(stderr=True)
     training, test = (tweets[:limit] for tweets in bundled_tweets())
     progress.print(f"{TITLER} learns from {len(training):,} tweets, {len(test):,} are held out.", highlight=False)
     # Chosen on training tweets by benchmarks/quickstart_search.py; benchmarks/results has the figures.
     settings = TrainSettings(epochs=2, learning_rate=2e-2, batch_size=8, dropout=False, seed=seed)
-    run, model, picture = fine_tune(TITLER, training, test, settings, output, progress)
-    del model
+    recipe = Recipe(model=TITLER, data=training, test_data=test, output=output, settings=settings)
+    run = run_visibly(recipe, progress)
 
-    words = predict(*load_adapter(run.adapter_dir), _SENTENCES)
-    answers = [{"text": text, "label": word} for text, word in zip(_SENTENCES, words, strict=True)]
-    print_result(run, picture, as_json=as_json, predictions=answers)
+    labeller = load_labeller(str(run.adapter_dir), progress)
+    found = answer(labeller, _SENTENCES, progress, generate=False, batch_size=len(_SENTENCES))
+    answers = [
+        {"text": text, "label": each.label, "probability": each.probability}
+        for text, each in zip(_SENTENCES, found, strict=True)
+    ]
+    print_result(run, as_json=as_json, predictions=answers)
     if not as_json:
         typer.echo("\nThe adapter, loaded from disk, says:")
-        for answer in answers:
-            typer.echo(f"  {answer['label']:<9} {answer['text']}")
+        for each in answers:
+            typer.echo(f"  {each['label']:<9} {each['probability']:>5.1%}  {each['text']}")
         typer.echo(f'\nYour turn: ia3 predict {run.adapter_dir} "…"')

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ia3.auto import AutoPeftModelForSeq2SeqLM
-from ia3.bundled import resolve_model
+from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig
 
 
@@ -27,11 +29,74 @@ def load_tokenizer(model_name: str, **hub: Any) -> Any:
     folder = resolve_model(model_name)
     try:
         return AutoTokenizer.from_pretrained(folder, **hub)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"The tokenizer of the base model {model_name!r} cannot be read: expected a folder in transformers' "
-            f"format, a model on the hub, or a bundled model. {error}"
+            f"format, a model on the hub, or a bundled model. {_first_line(error)}"
         ) from error
+
+
+def load_config(model_name: str, **hub: Any) -> Any:
+    """The configuration of a base model.
+
+    Args:
+        model_name: a hub name, a directory or a `bundled:` name.
+        hub: further arguments of `from_pretrained`, such as `revision`.
+
+    Raises:
+        FileNotFoundError: there is no such model, or the hub cannot be reached.
+    """
+    folder = resolve_model(model_name)
+    try:
+        return AutoConfig.from_pretrained(folder, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(
+            f"The configuration of the base model {model_name!r} cannot be read: expected a folder in "
+            f"transformers' format, a model on the hub, or a bundled model. {_first_line(error)}"
+        ) from error
+
+
+def load_base(model_name: str) -> Any:
+    """Load a seq2seq base model.
+
+    Args:
+        model_name: a hub name, a directory or a `bundled:` name.
+
+    Raises:
+        FileNotFoundError: there is no such model, or the hub cannot be reached.
+        ValueError: a model of another kind, or damaged weights.
+    """
+    config = load_config(model_name)
+    if not config.is_encoder_decoder:
+        raise ValueError(
+            f"{model_name} is a {config.model_type} model, which has no encoder and decoder: label words need a "
+            "seq2seq model, such as a T5 or a BART."
+        )
+    with reading_weights(model_name):
+        return load_model(model_name, AutoModelForSeq2SeqLM)
+
+
+@contextmanager
+def reading_weights(model_name: str) -> Iterator[None]:
+    """Say which base model it is whose weights are missing or damaged.
+
+    Raises:
+        ValueError: instead of what transformers and safetensors raise.
+    """
+    try:
+        yield
+    except FileNotFoundError:  # the adapter's: transformers raises plain OSErrors
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights of the base model {model_name!r} cannot be read: copy or download it again. "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The beginning of a message that may go on for a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def load_adapter(adapter: str | Path) -> tuple[Any, Any]:
@@ -45,7 +110,8 @@ def load_adapter(adapter: str | Path) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: the adapter doesn't say which base model it belongs to.
+        ValueError: the adapter doesn't say which base model it belongs to or doesn't fit it, or the base's
+            weights are damaged.
     """
     config = PeftConfig.from_pretrained(adapter)
     if config.base_model_name_or_path is None:
@@ -53,8 +119,9 @@ def load_adapter(adapter: str | Path) -> tuple[Any, Any]:
             f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
         )
     loader: Any = AutoPeftModelForSeq2SeqLM
-    model = loader.from_pretrained(adapter)
     tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision)
+    with reading_weights(config.base_model_name_or_path):
+        model = loader.from_pretrained(adapter)
     return model.eval(), tokenizer
 
 

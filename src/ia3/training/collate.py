@@ -49,6 +49,20 @@ def tokenise(
     return [TokenisedExample(ids, labels[row.label], row.label) for ids, row in zip(inputs, examples, strict=True)]
 
 
+def measure_labels(labels: Sequence[str], tokenizer: Any, *, max_label_length: int | None = None) -> dict[str, int]:
+    """How many tokens each label word takes, its end token included.
+
+    Args:
+        labels: the label words.
+        tokenizer: the base model's tokenizer.
+        max_label_length: the most that is allowed; None for any number.
+
+    Raises:
+        ValueError: as `tokenise`.
+    """
+    return {word: len(_tokenise_label(word, tokenizer, max_label_length)) for word in labels}
+
+
 def _tokenise_label(word: str, tokenizer: Any, max_label_length: int | None) -> list[int]:
     ids: list[int] = tokenizer(text_target=word)["input_ids"]
     if max_label_length is not None and len(ids) > max_label_length:

@@ -343,6 +343,7 @@ def _read_csv(path: Path, text_column: str, label_column: str) -> _Table:
 
 
 def _csv_rows(path: Path, text_column: str, label_column: str) -> Iterator[_Row]:
+    csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB
     reader = csv.reader(io.StringIO(_decode(path.read_bytes(), str(path)), newline=""), strict=True)
     try:
         header = next(reader, None)

@@ -1,0 +1,95 @@
+"""`ia3 merge`: the base model with an adapter folded into its weights, as a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ia3.cli.adapters import expect_adapter
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fold an adapter into its base model and save both as one model, which needs no ia3."""
+    from rich.console import Console
+
+    expect_adapter(adapter)
+    _check_output(output)
+    progress = Console(stderr=True)
+    with progress.status(f"Loading {adapter}") as status:
+        model, tokenizer = _load(adapter)
+        vectors = sum(parameter.numel() for name, parameter in model.named_parameters() if ".ia3_l." in name)
+        status.update("Merging")
+        merged = model.merge_and_unload()
+        status.update(f"Saving {output}")
+        _save(merged, tokenizer, output)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    if as_json:
+        typer.echo(json.dumps({"adapter": adapter, "output": str(output), "merged_numbers": vectors, "bytes": size}))
+    else:
+        _print(output, vectors, size, type(merged).__name__)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"{output} exists already, and a merged model replaces nothing: name a new folder.")
+    nearest = next(path for path in output.absolute().parents if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{output} can't be a folder, since {nearest} is a file: name another.")
+
+
+def _load(adapter: str) -> tuple[Any, Any]:
+    """The base of any task with its adapter, and its tokenizer."""
+    from transformers.utils.logging import disable_progress_bar
+
+    import ia3
+    from ia3.config import PeftConfig
+    from ia3.inference.predict import load_tokenizer, reading_weights
+    from ia3.model import CLASS_FOR_TASK
+
+    disable_progress_bar()
+    config = PeftConfig.from_pretrained(adapter)
+    base = config.base_model_name_or_path
+    if base is None:
+        raise ValueError(
+            f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
+        )
+    tokenizer = load_tokenizer(base, revision=config.revision)
+    loader: Any = getattr(ia3, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
+    with reading_weights(base):
+        return loader.from_pretrained(adapter), tokenizer
+
+
+def _save(model: Any, tokenizer: Any, output: Path) -> None:
+    """Write the folder under a temporary name and rename it: whole or not at all."""
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _print(output: Path, vectors: int, size: int, class_name: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False, title="Merged", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", Text(f"{output} ({size:,} bytes)"))
+    table.add_row("folded in", f"{vectors:,} numbers")
+    table.add_row("load it by", Text(f'transformers.{class_name}.from_pretrained("{output}")'))
+    Console().print(table, highlight=False)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import succeed
+
+from ia3.cli.evaluate import Result, _print
+from ia3.training.metrics import wilson_interval
+
+LABELS = ["negative", "neutral", "positive"]
+
+
+def test_the_figures_are_those_of_the_predictions(adapter: Path, data: Path, tmp_path: Path) -> None:
+    found = json.loads(succeed("evaluate", adapter, "--data", data, "--json").stdout)
+    succeed("predict", adapter, "--file", data, "--output", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert (found["correct"], found["examples"], found["accuracy"]) == (right, 30, right / 30)
+    assert found["accuracy_interval_95"] == list(wilson_interval(right, 30))
+    assert found["labels"] == LABELS
+    assert found["majority_baseline"] == pytest.approx(1 / 3)
+    for place, label in enumerate(LABELS):
+        of_label = [row["prediction"] for row in rows if row["label"] == label]
+        assert found["confusion"][place] == [of_label.count(each) for each in LABELS] + [0]
+
+
+def test_generated_answers_may_be_no_label(adapter: Path, data: Path) -> None:
+    found = json.loads(succeed("evaluate", adapter, "--data", data, "--generate", "--json").stdout)
+    assert found["method"] == "written answers, exact match"
+    assert sum(row[-1] for row in found["confusion"]) > 0
+    assert "other" in succeed("evaluate", adapter, "--data", data, "--generate").stdout
+
+
+def test_macro_f1_by_hand() -> None:
+    truth, predictions = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "x"]
+    result = Result(labels=["a", "b", "c"], truth=truth, predictions=predictions, method="")
+    assert result.f1_scores() == {"a": pytest.approx(4 / 5), "b": pytest.approx(1 / 2)}
+    assert result.summary()["macro_f1"] == pytest.approx((4 / 5 + 1 / 2) / 2)
+    assert result.confusion == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+
+
+def test_the_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _print(Result(labels=["a", "b", "c"], truth=["a", "a", "b"], predictions=["a", "b", "b"], method="how"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "1", "1", "0", "0.667"] in lines
+    assert ["c", "0", "0", "0", "–"] in lines
+    assert ["macro-F1", "0.667"] in lines
+    assert ["majority", "class", "66.7%"] in lines
+
+
+def test_an_adapter_without_a_task_takes_the_labels_of_the_data(adapter: Path, data: Path, tmp_path: Path) -> None:
+    for path in adapter.iterdir():
+        if path.name != "ia3_task.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with_task = json.loads(succeed("evaluate", adapter, "--data", data, "--json").stdout)
+    without = json.loads(succeed("evaluate", tmp_path, "--data", data, "--json").stdout)
+    assert without == {**with_task, "adapter": str(tmp_path)}
+
+
+def test_other_columns_than_in_training(adapter: Path, data: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(data.read_text().replace("text,label", "review,tone"))
+    named = ["--text-column", "review", "--label-column", "tone"]
+    found = json.loads(succeed("evaluate", adapter, "--data", renamed, *named, "--json").stdout)
+    same = json.loads(succeed("evaluate", adapter, "--data", data, "--json").stdout)
+    assert found == {**same, "data": str(renamed)}

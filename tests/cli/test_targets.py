@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import call, message, succeed
+from transformers import AutoConfig
+
+import tiny_seq2seq
+from ia3 import IA3Config, find_sites
+from ia3.cli.names import module_names
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path) -> Path:
+    """The base's configuration alone."""
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    return tmp_path
+
+
+def test_the_sites_of_a_model_without_weights(folder: Path) -> None:
+    content = json.loads(succeed("targets", folder, "--json").stdout)
+    layout = find_sites(tiny_seq2seq.base(), IA3Config()).layout
+    assert [(each["path"], each["side"], tuple(each["shape"])) for each in content["sites"]] == [
+        (site.path, site.side, site.shape) for site in layout.sites
+    ]
+    assert content["trained_numbers"] == layout.size
+    assert content["target_modules"] == ["k", "v", "wo"]
+
+
+def test_the_tree_folds_blocks_that_are_alike(folder: Path) -> None:
+    shown = succeed("targets", folder).stdout
+    assert "0–1.layer  2 alike" in shown
+    assert "1.DenseReluDense.wo  input  64" in shown
+    assert "16 vectors, 640 trained numbers" in shown
+    assert "target modules: k, v, wo" in shown
+
+
+def test_chosen_modules(folder: Path) -> None:
+    shown = succeed(
+        *("targets", folder, "--target-modules", "q,wo", "--feedforward-modules", "wo"),
+        *("--exclude-modules", ".*decoder.*"),
+    ).stdout
+    assert "0.SelfAttention.q  output  32" in shown
+    assert "decoder" not in shown
+    pattern = succeed("targets", folder, "--target-modules", r".*encoder.*\.k", "--json")
+    assert len(json.loads(pattern.stdout)["sites"]) == 2
+
+
+def test_a_fused_projection_says_how_much_is_trained(tmp_path: Path) -> None:
+    AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=4, vocab_size=11).save_pretrained(tmp_path)
+    shown = succeed("targets", tmp_path).stdout
+    assert "c_attn  output  32 of 48" in shown
+
+
+def test_a_name_that_matches_nothing(folder: Path) -> None:
+    result = call("targets", folder, "--target-modules", "keys")
+    assert result.exit_code == 2
+    assert "target_modules: 'keys' matches no module" in message(result)
+
+
+def test_no_model(tmp_path: Path) -> None:
+    result = call("targets", tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "The configuration of the base model" in message(result)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [(None, None), ("all-linear", "all-linear"), ("k, v,wo", ["k", "v", "wo"]), (r".*\.k", r".*\.k")],
+)
+def test_names(typed: str | None, meant: list[str] | str | None) -> None:
+    assert module_names(typed) == meant
+
+
+def test_an_empty_name() -> None:
+    with pytest.raises(ValueError, match="'k,,v' has an empty name"):
+        module_names("k,,v")

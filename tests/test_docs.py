@@ -1,0 +1,477 @@
+"""The documentation says what is so: its Python runs, its commands exist, its tables are those of the files.
+
+A page's Python blocks run in order as one script, in a folder of their own. The bundled model's place in the cache
+holds a tiny model meanwhile, and the bundled tweets are few, so that the pages run in seconds as they are written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import ia3.training.data
+from builders import CAUSAL, SEQ2SEQ, gpt2, randomise, seq2seq_batch, t5
+from ia3 import IA3Config, PeftConfig, PeftModel, find_sites, get_peft_model
+from ia3.bundled import _FILES, _FOLDER
+from ia3.families import FAMILIES
+from ia3.training.data import Examples
+from tiny_seq2seq import examples, save_base
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+ON_THE_HUB = "hub.md"  # runs in tests/test_hub.py, where there is a hub
+LANGUAGES = {"python", "bash", "text", "yaml", "json"}
+RESULTS = ROOT / "benchmarks" / "results"
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's call
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its title, its content and the line where it stands."""
+
+    language: str
+    title: str
+    content: str
+    line: int
+
+
+def blocks(page: str) -> list[Block]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return [
+        Block(match[1], match[2] or "", match[3], text.count("\n", 0, match.start()) + 2)
+        for match in re.finditer(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def all_blocks(language: str) -> list[Any]:
+    return [
+        pytest.param(block.content, id=f"{page}:{block.line}")
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == language
+    ]
+
+
+def run_page(page: str) -> None:
+    """Run a page's Python blocks in order, and compare what they print with the blocks titled "Output"."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
+    for block in blocks(page):
+        if block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.content, str(DOCS / page), "exec")
+            with redirect_stdout(io.StringIO()) as output:
+                exec(code, names)
+            printed = output.getvalue()
+        elif block.title == "Output":
+            assert printed == block.content, f"{page}, line {block.line}"
+
+
+def take_a_few(load: Callable[..., Examples], *args: Any, **kwargs: Any) -> Examples:
+    whole = load(*args, **kwargs)
+    return Examples(whole.rows[:40], whole.labels, whole.source, whole.duplicates, whole.empty)
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which the bundled model is a tiny one."""
+    cache = tmp_path_factory.mktemp("cache")
+    folder = save_base(cache / _FOLDER)
+    (folder / "README.md").touch()
+    assert not [name for name in _FILES if not (folder / name).is_file()]
+    return cache
+
+
+@pytest.fixture
+def small_world(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IA3_CACHE", str(tiny_cache))
+    monkeypatch.setattr(ia3.training.data, "load_examples", partial(take_a_few, ia3.training.data.load_examples))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p != ON_THE_HUB and any(b.language == "python" for b in blocks(p))]
+)
+@pytest.mark.usefixtures("small_world")
+def test_the_python_runs(page: str) -> None:
+    run_page(page)
+
+
+def test_every_block_says_what_it_is() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language in LANGUAGES or page == "design.md", f"{page}, line {block.line}"
+
+
+# Commands
+
+
+def lines_of(script: str) -> list[list[str]]:
+    """The commands of a block, without comments."""
+    joined = script.replace("\\\n", " ")
+    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def check_ia3(words: list[str]) -> None:
+    import typer
+
+    from ia3.cli.main import app
+
+    group: Any = typer.main.get_command(app)
+    if not words or words[0].startswith("-"):
+        known = {name for parameter in group.params for name in parameter.opts} | {"--help"}
+        assert set(words) <= known, words
+        return
+    command = group.commands[words[0]]
+    known = {name for p in command.params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
+    assert {word for word in words[1:] if word.startswith("--")} <= known | {"--help"}, words
+
+
+def check_make(words: list[str]) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(words) <= {*targets, "docs"}
+
+
+def check_pip(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install"
+    for word in words[1:]:
+        match = re.fullmatch(r"(?:\.|ia3)(?:\[([\w,-]+)\])?", word)
+        assert match, word
+        assert set((match[1] or "train").split(",")) <= set(extras)
+
+
+def check_python(words: list[str]) -> None:
+    script = (ROOT / words[0]).read_text()
+    for word in words[1:]:
+        assert not word.startswith("-") or f'"{word}"' in script, word
+
+
+def check_hf(words: list[str]) -> None:
+    assert words == ["auth", "login"]
+
+
+CHECKS = {"ia3": check_ia3, "make": check_make, "pip": check_pip, "python": check_python, "hf": check_hf}
+
+
+@pytest.mark.parametrize("script", all_blocks("bash"))
+def test_commands_and_flags_exist(script: str) -> None:
+    for program, *words in lines_of(script):
+        pipe = words.index("|") if "|" in words else len(words)
+        CHECKS[program](words[:pipe])
+
+
+def needs_more_than_a_folder(words: list[str]) -> bool:
+    return words[0] != "ia3" or words[1] in ("push", "quickstart") or "bigscience/mt0-large" in words
+
+
+@pytest.mark.parametrize("page", ["first-steps.md", "command-line.md"])
+@pytest.mark.usefixtures("small_world")
+def test_the_commands_run_in_order(page: str) -> None:
+    from typer.testing import CliRunner
+
+    from ia3.cli.main import app
+
+    for name, count in (("reviews.csv", 30), ("test.csv", 6), ("more.csv", 6)):
+        rows = [f"{row.text},{row.label}" for row in examples(count)]
+        Path(name).write_text("\n".join(["text,label", *rows]) + "\n")
+    for block in blocks(page):
+        if block.language == "yaml":
+            Path("recipe.yaml").write_text(block.content)
+        for words in lines_of(block.content) if block.language == "bash" else ():
+            if not needs_more_than_a_folder(words):
+                result = CliRunner().invoke(app, words[1:])
+                assert result.exit_code == 0, f"{page}: {words}: {result.output}"
+    assert Path("labelled.csv").is_file()
+
+
+@pytest.mark.parametrize("content", all_blocks("yaml"))
+def test_recipes_are_recipes(content: str) -> None:
+    from ia3.training.recipe import make_recipe
+
+    make_recipe(yaml.safe_load(content))
+
+
+# Tables
+
+
+def table_after(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, without its own."""
+    text = (DOCS / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    rows = re.search(r"^\|.*\|\n\|[-| :]+\|\n((?:\|.*\|\n)+)", text, re.MULTILINE)
+    assert rows is not None
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
+
+
+def test_the_families_are_those_of_the_library() -> None:
+    def code(names: Any) -> str:
+        return ", ".join(f"`{name}`" for name in names) or "–"
+
+    expected = [
+        [
+            f"`{kind}`",
+            code(name for name in family.targets if name not in family.feedforward),
+            code(family.feedforward),
+            "k, v channels alone" if family.fused else f"not {code(family.exclude)}" if family.exclude else "",
+        ]
+        for kind, family in FAMILIES.items()
+    ]
+    assert table_after("method.md", "Which modules") == expected
+
+
+@pytest.mark.parametrize("heading", ["With dropout", "Without dropout", "Larger batches"])
+def test_the_rates_are_measured(heading: str) -> None:
+    rows = table_after("learning-rate.md", heading)
+    assert len(rows) >= 4
+    lines = (RESULTS / "quickstart_search.txt").read_text().splitlines()
+    measured = {tuple(line.replace("|", " ").split()) for line in lines if line and line[0].isdigit()}
+    dropout = "none" if heading == "Without dropout" else "dropout"
+    for rate, batch, *accuracies in rows:
+        accuracies = [a for a in accuracies if a]
+        assert [
+            line
+            for line in measured
+            if float(line[0]) == float(rate)
+            and line[1] == batch
+            and line[2:7] == ("3000", str(len(accuracies)), "grouped", dropout, "0")
+            and line[7] == "''"
+            and list(line[-len(accuracies) :]) == accuracies
+        ], (rate, batch)
+
+
+def test_the_guides_accuracies_are_measured() -> None:
+    runs = json.loads((RESULTS / "phrasebank_accuracy.json").read_text())["runs"]
+    last = {(run["library"], str(run["seed"])): f"{run['accuracies'][-1]:.1%}".replace("%", " %") for run in runs}
+    for seed, ours, theirs in table_after("guide.md", "Evaluation"):
+        assert (ours, theirs) == (last["ia3", seed], last["peft", seed])
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert 'id="ia3.model.PeftModel.push_to_hub"' in page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(re.findall(r"[\w-]+\.md", text)) == PAGES
+
+
+@pytest.mark.parametrize(
+    ("page", "said", "file", "measured"),
+    [
+        ("first-steps.md", "took 150 s and reached 81.3 %", "quickstart_search.txt", "whole command 150 s"),
+        ("first-steps.md", "interval 76.5 to 85.3", "quickstart_search.txt", "interval 76.5 to 85.3"),
+        ("guide.md", "took 330 ms", "cpu_step.json", '"median_ms": 330.'),
+        ("guide.md", "took 700 ms", "cpu_step.json", '"median_ms": 699.'),
+        ("guide.md", "gave 73.0 %", "quickstart_search.txt", "mixed dropout 0 '' | 0.359 161 | 0.362 73.0"),
+        ("learning-rate.md", "gave 82.7", "quickstart_search.txt", "0.254 80.0 82.7"),
+        ("learning-rate.md", "80.0 and", "quickstart_search.txt", "0.268 79.7 80.0"),
+        ("learning-rate.md", "80.0 % of the 300", "quickstart_search.txt", "0.262 79.0 80.0"),
+    ],
+)
+def test_a_number_in_a_sentence_is_measured(page: str, said: str, file: str, measured: str) -> None:
+    assert said in " ".join((DOCS / page).read_text(encoding="utf-8").split())
+    assert measured in " ".join((RESULTS / file).read_text().split())
+
+
+# What the page on migrating says of PEFT
+
+
+def theirs(base: Any = None, **config: Any) -> Any:
+    import peft
+
+    model = peft.get_peft_model(base or t5(), peft.IA3Config(**{**SEQ2SEQ, **config}))
+    randomise(model)
+    return model.eval()
+
+
+def first_key(model: Any) -> Any:
+    return model.base_model.model.encoder.block[0].layer[0].SelfAttention.k
+
+
+def reloaded(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> tuple[list[str], str]:
+    """What PEFT warns of, and what ours refuses, for a file of PEFT's that was changed."""
+    import peft
+
+    theirs().save_pretrained(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.PeftModel.from_pretrained(t5(), folder)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the caller looks at it)
+        PeftModel.from_pretrained(t5(), folder)
+    return [str(w.message) for w in caught if "adapter key" in str(w.message)], str(refused.value)
+
+
+def test_files_that_peft_takes(tmp_path: Path) -> None:
+    key = "base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l"
+    warned, refused = reloaded(tmp_path, lambda tensors: tensors[key].fill_(float("nan")))
+    assert not warned
+    assert "NaN" in refused
+    warned, refused = reloaded(tmp_path, lambda tensors: tensors.update({key.replace(".k.", ".q."): torch.ones(16, 1)}))
+    assert not warned
+    assert "1 unknown" in refused
+    warned, refused = reloaded(tmp_path, lambda tensors: tensors.pop(key))
+    assert "missing adapter keys" in warned[0]
+    assert "1 missing" in refused
+
+
+def test_a_field_that_peft_drops(tmp_path: Path) -> None:
+    import peft
+
+    theirs().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"twice": True}))
+    with pytest.warns(UserWarning, match="twice"):
+        peft.PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="twice"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        ({"target_modules": ["k", "vv"], "feedforward_modules": []}, []),
+        ({"modules_to_save": ["vv"]}, []),
+        ({"target_modules": ["k"], "feedforward_modules": [], "exclude_modules": ["vv"]}, ["exclude_modules"]),
+    ],
+)
+def test_names_that_match_nothing(config: dict[str, Any], warned: list[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        theirs(**config)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    assert len(said) == len(warned)
+    assert all(word in message for word, message in zip(warned, said, strict=True))
+    with pytest.raises(ValueError, match="'vv' matches no module"):
+        get_peft_model(t5(), IA3Config(**SEQ2SEQ, **config))
+
+
+def test_adapter_names_are_ignored() -> None:
+    model, batch = theirs(), seq2seq_batch()
+    assert torch.equal(model(**batch, adapter_names=["nonsense"] * 3).logits, model(**batch).logits)
+
+
+def test_a_feedforward_name_matches_without_a_dot() -> None:
+    config = {"target_modules": ["o", "wo"], "feedforward_modules": ["o"]}
+    assert theirs(**config).base_model.model.encoder.block[0].layer[1].DenseReluDense.wo.is_feedforward
+    sites = find_sites(t5(), IA3Config(**SEQ2SEQ, **config)).layout.sites
+    assert {site.side for site in sites if site.path.endswith(".wo")} == {"output"}
+
+
+@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
+def test_unmerging_loses_what_a_zero_multiplied() -> None:
+    model = theirs()
+    layer = first_key(model)
+    layer.ia3_l["default"].data[0] = 0
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not layer.base_layer.weight[0].any()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_safe_merge_stops_half_way_and_another_merges_nan(safe: bool) -> None:
+    import peft
+
+    model = theirs()
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.ia3.IA3Layer)]
+    layers[5].ia3_l["default"].data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN") if safe else nullcontext():
+        model.merge_adapter(safe_merge=safe)
+    assert sum(layer.merged for layer in layers) == (5 if safe else len(layers))
+
+
+@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
+def test_disabling_unmerges_for_good() -> None:
+    model = theirs()
+    model.merge_adapter()
+    with model.disable_adapter():
+        model(**seq2seq_batch())
+    assert not first_key(model).merged
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_merging_a_tied_head_scales_the_embedding() -> None:
+    base = t5(tie_word_embeddings=True)
+    before = base.get_input_embeddings().weight.clone()
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = theirs(base, target_modules=["lm_head"], feedforward_modules=[])
+    model.merge_adapter()
+    assert not torch.equal(base.get_input_embeddings().weight, before)
+
+
+def test_a_combination_is_a_sum_and_absent_counts_as_zero() -> None:
+    import peft
+
+    model = theirs()
+    model.add_adapter("k", peft.IA3Config(**SEQ2SEQ, target_modules=["k"], feedforward_modules=[]))
+    model.base_model.add_weighted_adapter(["default", "k"], [1, 1], "sum")
+    attention = model.base_model.model.encoder.block[0].layer[0].SelfAttention
+    assert torch.equal(attention.k.ia3_l["sum"], attention.k.ia3_l["default"] + 1)
+    assert torch.equal(attention.v.ia3_l["sum"], attention.v.ia3_l["default"])
+    model.base_model.add_weighted_adapter(["k"], [5], "sum")  # the name is taken
+    assert not torch.equal(attention.k.ia3_l["sum"], 5 * attention.k.ia3_l["k"])
+
+
+def test_a_list_of_adapters_and_the_callers_configuration() -> None:
+    import peft
+
+    with pytest.raises(TypeError):
+        theirs().set_adapter(["default"])
+    config = peft.IA3Config(**CAUSAL)
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to True"):
+        peft.get_peft_model(gpt2(), config)
+    assert config.fan_in_fan_out
+
+
+def test_saving_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *a, **k: asked.append(a))
+    base = t5()
+    base.name_or_path = "me/base"
+    with pytest.warns(UserWarning, match="Could not find a config file in me/base"):
+        theirs(base).save_pretrained(tmp_path)
+    assert asked == [("me/base", "config.json")]
+
+
+def test_the_defaults_of_peft() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as DEFAULTS
+
+    rows = table_after("from-peft.md", "Where the vectors go")
+
+    def kinds(said: str) -> set[str]:
+        (named,) = [row[0] for row in rows if row[1:3] == [*said.split(" → ")]]
+        return set(re.findall(r"`([\w-]+)`", named))
+
+    for said, wrong in (
+        ("queries and values → keys and values", ["q_proj", "v_proj"]),
+        ("queries and keys → keys and values", ["q_proj", "k_proj"]),
+    ):
+        assert kinds(said) == {kind for kind in FAMILIES if DEFAULTS[kind][:2] == wrong}
+    fused = kinds("the whole fused projection, queries too → its channels of keys and values")
+    assert fused == {kind for kind, family in FAMILIES.items() if family.fused}
+    assert kinds("a default → none: pass `target_modules`") == set(DEFAULTS) - set(FAMILIES)
