@@ -125,7 +125,6 @@ class Hub:
             ("POST", rf"{api}/discussions", self._discussion),
             ("GET", rf"{api}/discussions/(\d+)", self._discussion_details),
             ("GET", rf"{api}(?:/revision/([^/]+))?", self._info),
-            ("GET", rf"{api}/tree/([^/]+)", self._tree),
             ("GET HEAD", rf"/{name}/resolve/([^/]+)/(.+)", self._resolve),
         ]
 
@@ -222,10 +221,6 @@ class Hub:
         number = repository.branches.get(revision, revision)
         siblings = [{"rfilename": path} for path in files]
         return {"id": name, "modelId": name, "sha": number, "private": repository.private, "siblings": siblings}
-
-    def _tree(self, request: Request, name: str, revision: str) -> Any:
-        files = self._files(request, name, revision)
-        return [{"type": "file", "path": p, "size": len(c), "oid": _etag(c)} for p, c in files.items()]
 
     def _resolve(self, request: Request, name: str, revision: str, path: str) -> Any:
         files = self._files(request, name, revision)

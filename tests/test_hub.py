@@ -204,6 +204,12 @@ def test_a_revision(client: Client, hub: Hub, fresh: str) -> None:
     assert client(load_onto_base, "me/revised", revision=commit.oid, cache_dir=fresh) == first
 
 
+def test_a_new_branch_is_made(client: Client, fresh: str) -> None:
+    client(push, "me/branched")
+    expected, _ = client(push, "me/branched", seed=2, revision="new")
+    assert client(load_onto_base, "me/branched", revision="new", cache_dir=fresh) == expected
+
+
 def test_private(client: Client, hub: Hub, fresh: str) -> None:
     expected, _ = client(push, "private", private=True)
     assert hub.asked("POST", "/api/repos/create")[-1].json()["visibility"] == "private"
@@ -260,6 +266,12 @@ def test_a_missing_subfolder(client: Client, fresh: str) -> None:
     client(push, "me/one")
     with pytest.raises(FileNotFoundError, match=r"No adapter_config\.json in me/one/other"):
         client(load_onto_base, "me/one", subfolder="other", cache_dir=fresh)
+
+
+def test_a_missing_revision(client: Client, fresh: str) -> None:
+    client(push, "me/one")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        client(load_onto_base, "me/one", revision="nowhere", cache_dir=fresh)
 
 
 def test_a_configuration_without_vectors(client: Client, hub: Hub, fresh: str) -> None:

@@ -62,7 +62,12 @@ def fetch(
 
 def _fetch_from_hub(repository: str, filename: str, subfolder: str | None, optional: bool, **hub: Any) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repository, filename, subfolder=subfolder, **hub))
@@ -70,6 +75,8 @@ def _fetch_from_hub(repository: str, filename: str, subfolder: str | None, optio
         raise FileNotFoundError(
             f"{repository} is neither a directory nor the name of a hub repository that you may read."
         ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repository} has no revision {hub.get('revision')!r}.") from error
     except EntryNotFoundError as error:
         if type(error).__name__ == "LocalEntryNotFoundError" and not optional:
             raise FileNotFoundError(

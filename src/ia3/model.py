@@ -334,6 +334,8 @@ class PeftModel(Swapped):
 
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization)
             return api.upload_folder(
