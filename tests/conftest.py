@@ -13,13 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
-from hypothesis import settings
+from hypothesis import Phase, settings
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 torch.set_num_threads(1)
-settings.register_profile("ia3", deadline=None, max_examples=25, derandomize=True, database=None)
+_usual = settings(deadline=None, max_examples=25, derandomize=True, database=None)
+settings.register_profile("ia3", _usual)
+# Where a failure alone counts, looking for the smallest one is lost time: `--hypothesis-profile=no-shrinking`.
+settings.register_profile("no-shrinking", _usual, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("ia3")
 
 _VOCABULARY = 64

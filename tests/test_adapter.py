@@ -404,6 +404,36 @@ def test_two_that_train_one_module_in_full_cannot_act_together(tiny, trace):
     assert before.differences(trace(model)) == []
 
 
+@pytest.mark.parametrize("site", ["classifier.dense", "classifier.out_proj"])
+def test_a_vector_inside_a_module_that_another_trains_in_full_cannot_act(tiny, trace, site):
+    """The other's copy runs in the place of the module, and has no such vector."""
+    model = get_peft_model(tiny("roberta"), IA3Config(target_modules=[site]), adapter_name="a")
+    saved = "classifier" if site == "classifier.dense" else "out_proj"
+    model.add_adapter("b", IA3Config(target_modules=["key"], modules_to_save=[saved]))
+    model.merge_adapter()
+    before = trace(model)
+    for act in (model.set_adapter, model.merge_adapter):
+        with pytest.raises(ValueError, match=rf"one has vectors in \['{site}'\], which another trains in full"):
+            act(["a", "b"])
+        assert before.differences(trace(model)) == []
+    assert model.get_model_status().merged_adapters == ["a"]
+
+
+def test_resizing_adapted_embeddings_is_refused(tiny, trace):
+    """It would put bare modules in their place."""
+    for config in (
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]},
+    ):
+        model = get_peft_model(tiny("llama"), IA3Config(**config))
+        before = trace(model)
+        with pytest.raises(ValueError, match=r"replaces (lm_head|model\.embed_tokens), .* resize before you attach"):
+            model.resize_token_embeddings(70)
+        assert before.differences(trace(model)) == []
+    model = get_peft_model(tiny("llama"), IA3Config())
+    assert model.resize_token_embeddings(70).weight.shape == (70, 16)
+
+
 def test_each_adapter_has_its_own_head(tiny, output):
     model = get_peft_model(tiny("bert"), IA3Config(task_type="SEQ_CLS"))
     model.add_adapter("b", IA3Config(task_type="SEQ_CLS"))

@@ -120,6 +120,10 @@ def test_refining_a_default(tiny):
         found = find_sites(tiny("bert"), IA3Config(exclude_modules=exclude))
         dense = [site.path for site in found.layout.sites if site.path.endswith("dense")]
         assert dense == ["bert.encoder.layer.0.output.dense"]
+    for name in ("t5", "bert"):
+        for exclude in (["nothing"], "nothing"):
+            with pytest.raises(ValueError, match="exclude_modules: 'nothing' matches no module"):
+                find_sites(tiny(name), IA3Config(exclude_modules=exclude))
 
 
 @pytest.mark.parametrize("container", [nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleDict({"a": nn.Linear(2, 2)})])

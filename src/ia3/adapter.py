@@ -184,7 +184,7 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
         trainable: whether they require a gradient (all others don't); None leaves that as it is.
 
     Raises:
-        ValueError: an unknown adapter, one named twice, or two that both train the same module in full.
+        ValueError: an unknown adapter, or adapters that can't act together (see `check_choice`).
     """
     state = attached(model)
     chosen = [get_adapter(model, name) for name in names]
@@ -200,10 +200,11 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
 
 
 def check_choice(chosen: list[Adapter]) -> None:
-    """Refuse an adapter named twice, and adapters that train the same module in full: only one copy can act.
+    """Refuse adapters that can't act together.
 
     Raises:
-        ValueError: there are such adapters.
+        ValueError: one named twice; two that train the same module in full, of which only one copy can act; one
+            with a vector in a module that another trains in full, whose copy has no such vector.
     """
     names = [adapter.name for adapter in chosen]
     if len(set(names)) < len(names):
@@ -212,6 +213,13 @@ def check_choice(chosen: list[Adapter]) -> None:
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ValueError(f"Adapters {names} each train {twice} in full: use one of them at a time.")
+    sites = [site.path for adapter in chosen for site in adapter.layout.sites] if paths else []
+    hidden = sorted({site for site in sites for path in paths if is_inside(site, path)})
+    if hidden:
+        raise ValueError(
+            f"Of the adapters {names} one has vectors in {hidden[:3]}, which another trains in full: use one of them "
+            "at a time."
+        )
 
 
 def repoint(model: nn.Module) -> None:

@@ -72,7 +72,7 @@ def get_peft_model_state_dict(
         for name in copy.state_dict():
             tensors[f"{path}.{name}"] = own[f"{path}.{SAVED_COPIES}.{adapter_name}.{name}"].detach()
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _was_resized(model)):
-        for path, embedding in _embeddings(model):
+        for path, embedding in embeddings(model):
             tensors.setdefault(f"{path}.weight", embedding.weight.detach())  # type: ignore[operator]
     prefix = PREFIX if isinstance(model, Swapped) else ""
     return {prefix + key: _gathered(tensor) for key, tensor in tensors.items()}
@@ -270,7 +270,7 @@ def _pickled(tensors: Tensors) -> bytes:
     return buffer.getvalue()
 
 
-def _embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The input and output embeddings with their paths."""
     wanted = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -325,7 +325,7 @@ def _plain_targets(model: nn.Module, adapter: Adapter, tensors: Tensors) -> Tens
         for path, copy in saved_copies(model, adapter)
         for name, tensor in copy.state_dict().items()
     }
-    for path, embedding in _embeddings(model):
+    for path, embedding in embeddings(model):
         if f"{path}.weight" in tensors and f"{path}.weight" not in targets:
             targets[f"{path}.weight"] = embedding.weight.data
     return targets

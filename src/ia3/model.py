@@ -20,6 +20,7 @@ from ia3.arithmetic import CombinationType, combine
 from ia3.card import write_card
 from ia3.checkpoint import (
     Tensors,
+    embeddings,
     get_peft_model_state_dict,
     load_peft_weights,
     own_tensors,
@@ -38,7 +39,7 @@ from ia3.status import (
     get_layer_status,
     get_model_status,
 )
-from ia3.swap import Swapped, swap, swap_back
+from ia3.swap import SavedModule, Swapped, swap, swap_back
 
 # A task's freshly initialised head, which a frozen base would keep random: it is trained in full.
 _HEADS = {
@@ -383,13 +384,12 @@ class PeftModel(Swapped):
             inference_mode: activate without requiring a gradient.
 
         Raises:
-            ValueError: an unknown adapter.
+            ValueError: an unknown adapter, or adapters that can't act together.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if not names:
             raise ValueError("set_adapter needs a name; disable_adapter() lets all adapters rest.")
-        for name in names:
-            adapters.get_adapter(self, name)
+        adapters.check_choice([adapters.get_adapter(self, name) for name in names])
         if self._state.originals is not None and set(names) != set(self._state.merged):
             logger.warning("set_adapter(%s): unmerging %s first.", names, list(self._state.merged))
             self.unmerge_adapter()
@@ -581,6 +581,17 @@ class PeftModel(Swapped):
     ) -> Tensors:
         """As `get_peft_model_state_dict`, of the active adapter by default."""
         return get_peft_model_state_dict(self, state_dict, adapter_name or self._state.active[0])
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `resize_token_embeddings`, which puts new modules in the place of the old.
+
+        Raises:
+            ValueError: an adapter has vectors at the embeddings or trains them in full; they would be lost.
+        """
+        for path, module in embeddings(self):
+            if VECTORS in module._modules or isinstance(module, SavedModule):
+                raise ValueError(f"Resizing replaces {path}, which an adapter adapts: resize before you attach it.")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`.

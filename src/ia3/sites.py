@@ -221,6 +221,9 @@ def _with_defaults(model: nn.Module, config: IA3Config, family: Family | None) -
     paths = [path for path, _ in _base_modules(model)]
     usual = {name for name in family.exclude if _matching({name}, paths)}
     if isinstance(config.exclude_modules, str):
+        if not _matching(config.exclude_modules, paths):
+            modules = dict(_base_modules(model))
+            raise ValueError(_nothing_matched(model, modules, "exclude_modules", config.exclude_modules))
         patterns = [config.exclude_modules, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(usual))]
         config.exclude_modules = "|".join(f"({pattern})" for pattern in patterns)
     else:

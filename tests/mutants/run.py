@@ -59,6 +59,7 @@ def run(mutant: Mutant | None) -> tuple[bool, str]:
         environment = {**os.environ, "PYTHONPATH": folder, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", _CHECK, folder], env=environment, check=True)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+        command.append("--hypothesis-profile=no-shrinking")
         done = subprocess.run(
             [*command, *(str(ROOT / "tests" / name) for name in TESTS)],
             env=environment,
