@@ -81,6 +81,12 @@ def test_refusals(adapters, weights, kind, message):
         combine(adapters, weights, kind)
 
 
+def test_a_combination_that_overflows_is_refused():
+    adapter = {SITES[0]: torch.full((3, 1), 1e38)}
+    with pytest.raises(ValueError, match=r"not finite at a: the weights \[1e\+30\] are too big"):
+        combine([adapter], [1e30], "sum")
+
+
 # On a model
 
 

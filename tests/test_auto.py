@@ -72,6 +72,20 @@ def test_arguments_of_the_base_pass_through(tiny, tmp_path):
     assert model.encoder.block[0].layer[0].SelfAttention.k.ia3_l.default.dtype == torch.float32
 
 
+def test_the_bases_revision_is_asked_for(tiny, tmp_path, monkeypatch):
+    saved(tiny("t5"), tmp_path, task_type="SEQ_2_SEQ_LM", revision="abc")
+    seen = []
+    load = T5ForConditionalGeneration.from_pretrained
+
+    def from_pretrained(name, *, revision, **arguments):
+        seen.append(revision)
+        return load(name, **arguments)
+
+    monkeypatch.setattr("transformers.AutoModelForSeq2SeqLM.from_pretrained", from_pretrained)
+    AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter", revision="of the adapter")
+    assert seen == ["abc"]
+
+
 def test_an_adapter_in_a_folder_of_its_name(tiny, output, tmp_path):
     base = tiny("t5")
     base.save_pretrained(tmp_path / "base")
