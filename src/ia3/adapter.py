@@ -84,9 +84,15 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
     return adapters[name]
 
 
+def site_vectors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Site, nn.Parameter]]:
+    """The adapter's sites in the layout's order, each with its parameter of `site.trained_shape`."""
+    for site in adapter.layout.sites:
+        yield site, _container(model, site).get_parameter(adapter.name)
+
+
 def vectors(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
     """The adapter's parameters, one a site, in the layout's order."""
-    return [_container(model, site).get_parameter(adapter.name) for site in adapter.layout.sites]
+    return [vector for _, vector in site_vectors(model, adapter)]
 
 
 def saved_copies(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
@@ -213,13 +219,19 @@ def check_choice(chosen: list[Adapter]) -> None:
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ValueError(f"Adapters {names} each train {twice} in full: use one of them at a time.")
-    sites = [site.path for adapter in chosen for site in adapter.layout.sites] if paths else []
-    hidden = sorted({site for site in sites for path in paths if is_inside(site, path)})
+    hidden = hidden_sites(chosen)
     if hidden:
         raise ValueError(
             f"Of the adapters {names} one has vectors in {hidden[:3]}, which another trains in full: use one of them "
             "at a time."
         )
+
+
+def hidden_sites(chosen: list[Adapter]) -> list[str]:
+    """Paths where one adapter has a vector and another's copy, which has no such vector, runs instead."""
+    saved = [path for adapter in chosen for path in adapter.saved]
+    sites = {site.path for adapter in chosen for site in adapter.layout.sites} if saved else set()
+    return sorted(site for site in sites if any(is_inside(site, path) for path in saved))
 
 
 def repoint(model: nn.Module) -> None:
@@ -399,7 +411,7 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
             f"{[source.name for source in with_copies]} all train modules in full, which have no combination: "
             "combine adapters of which at most one does."
         )
-    hidden = sorted(path for path in sides for source in with_copies for s in source.saved if is_inside(path, s))
+    hidden = hidden_sites(sources)
     if hidden:
         raise ValueError(
             f"One adapter has vectors in {hidden[:3]}, which is trained in full by {with_copies[0].name!r}: the two "
@@ -416,7 +428,7 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
     if any(not site.fits(values[_whole(site)]) for site in adapter.layout.sites):
         keep_every_channel(model, adapter)
     with torch.no_grad():
-        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True):
+        for site, vector in site_vectors(model, adapter):
             vector.copy_(site.narrow(values[_whole(site)]))
         for source in with_copies:
             for (_, copy), (_, trained) in zip(saved_copies(model, adapter), saved_copies(model, source), strict=True):
@@ -425,10 +437,7 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
 
 def whole_vectors(model: nn.Module, adapter: Adapter) -> dict[Site, torch.Tensor]:
     """The adapter's vectors over every channel, by whole site."""
-    return {
-        _whole(site): site.widen(vector.detach())
-        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True)
-    }
+    return {_whole(site): site.widen(vector.detach()) for site, vector in site_vectors(model, adapter)}
 
 
 def _whole(site: Site) -> Site:

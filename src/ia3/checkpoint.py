@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ia3.adapter import Adapter, attached, get_adapter, keep_every_channel, saved_copies, vectors
+from ia3.adapter import Adapter, attached, get_adapter, keep_every_channel, saved_copies, site_vectors, vectors
 from ia3.config import IA3Config
 from ia3.files import fetch, write_atomically
 from ia3.sites import SAVED_COPIES, VECTORS, Site, logger, matches_name
@@ -58,24 +58,21 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     adapter = get_adapter(model, adapter_name)
-    own = state_dict if state_dict is not None else _own_tensors(model, adapter)
-    lacking = [key for key in _own_tensors(model, adapter) if key not in own]
+    held = _own_tensors(model, adapter)
+    own = held if state_dict is None else state_dict
+    lacking = [key for key in held if key not in own]
     if lacking:
         raise ValueError(
             f"state_dict lacks {len(lacking)} of the adapter's tensors (such as {lacking[0]}): pass the model's own "
             "state_dict(), or leave it out."
         )
-    tensors = {
-        site.key: site.widen(_gathered(own[f"{site.key}.{adapter_name}"].detach())) for site in adapter.layout.sites
-    }
-    for path, copy in saved_copies(model, adapter):
-        for name in copy.state_dict():
-            tensors[f"{path}.{name}"] = own[f"{path}.{SAVED_COPIES}.{adapter_name}.{name}"].detach()
+    tensors = {_plain_key(key, adapter_name): _gathered(own[key].detach()) for key in held}
+    tensors |= {site.key: site.widen(tensors[site.key]) for site in adapter.layout.sites}
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _was_resized(model)):
         for path, embedding in embeddings(model):
-            tensors.setdefault(f"{path}.weight", embedding.weight.detach())  # type: ignore[operator]
+            tensors.setdefault(f"{path}.weight", _gathered(embedding.weight.detach()))
     prefix = PREFIX if isinstance(model, Swapped) else ""
-    return {prefix + key: _gathered(tensor) for key, tensor in tensors.items()}
+    return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
 def set_peft_model_state_dict(
@@ -128,7 +125,7 @@ def set_peft_model_state_dict(
     if any(not sites[key].fits(tensor) for key, tensor in fitting.items() if key in sites):
         keep_every_channel(model, adapter)
     with torch.no_grad():
-        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True):
+        for site, vector in site_vectors(model, adapter):
             if site.key in fitting:
                 _fill(model.get_submodule(site.path), adapter.name, vector, site.narrow(fitting[site.key]))
         for key, target in targets.items():
@@ -249,14 +246,16 @@ def own_tensors(model: nn.Module, adapters: Iterable[Adapter]) -> Tensors:
 
 
 def _own_tensors(model: nn.Module, adapter: Adapter) -> Tensors:
-    own: Tensors = {
-        f"{site.key}.{adapter.name}": vector.detach()
-        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True)
+    vectors = {f"{site.key}.{adapter.name}": vector.detach() for site, vector in site_vectors(model, adapter)}
+    return vectors | _own_copies(model, adapter)
+
+
+def _own_copies(model: nn.Module, adapter: Adapter) -> Tensors:
+    return {
+        f"{path}.{SAVED_COPIES}.{adapter.name}.{name}": tensor
+        for path, copy in saved_copies(model, adapter)
+        for name, tensor in copy.state_dict().items()
     }
-    for path, copy in saved_copies(model, adapter):
-        for name, tensor in copy.state_dict().items():
-            own[f"{path}.{SAVED_COPIES}.{adapter.name}.{name}"] = tensor
-    return own
 
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -270,7 +269,7 @@ def _pickled(tensors: Tensors) -> bytes:
     return buffer.getvalue()
 
 
-def embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def embeddings(model: nn.Module) -> list[tuple[str, Any]]:
     """The input and output embeddings with their paths."""
     wanted = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -320,11 +319,7 @@ def _plain_key(key: str, adapter_name: str) -> str:
 
 def _plain_targets(model: nn.Module, adapter: Adapter, tensors: Tensors) -> Tensors:
     """What the keys other than vectors may fill: modules trained in full, and embeddings saved as they are."""
-    targets = {
-        f"{path}.{name}": tensor
-        for path, copy in saved_copies(model, adapter)
-        for name, tensor in copy.state_dict().items()
-    }
+    targets = {_plain_key(key, adapter.name): tensor for key, tensor in _own_copies(model, adapter).items()}
     for path, embedding in embeddings(model):
         if f"{path}.weight" in tensors and f"{path}.weight" not in targets:
             targets[f"{path}.weight"] = embedding.weight.data

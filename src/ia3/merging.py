@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, vectors
+from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, whole_vectors
 from ia3.sites import Side, Site, is_conv1d, logger
 
 Originals = dict[str, torch.Tensor]
 """Parameter name to the value before merging, in CPU memory."""
+Scales = dict[tuple[str, Side], torch.Tensor]
+"""Module path and side to the product of the adapters' vectors there, every channel, `[width]`."""
 
 
 def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_originals: bool) -> None:
@@ -81,20 +83,18 @@ def restore(model: nn.Module, originals: Originals) -> None:
         model.get_parameter(name).data.copy_(original)
 
 
-def _scales(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[str, Side], tuple[Site, torch.Tensor]]:
-    """The product of the adapters' vectors at each site, full width, `[width]`."""
-    scales: dict[tuple[str, Side], tuple[Site, torch.Tensor]] = {}
+def _scales(model: nn.Module, adapters: list[Adapter]) -> Scales:
+    scales: Scales = {}
     for adapter in adapters:
-        for site, vector in zip(adapter.layout.sites, vectors(model, adapter), strict=True):
-            full = site.widen(vector.detach()).reshape(-1)
-            _, before = scales.get((site.path, site.side), (site, None))
-            scales[site.path, site.side] = site, full if before is None else before * full
+        for site, full in whole_vectors(model, adapter).items():
+            at = site.path, site.side
+            scales[at] = scales[at] * full.reshape(-1) if at in scales else full.reshape(-1)
     return scales
 
 
 def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
-    parameters = [
-        (f"{path}.{name}", parameter)
+    memory = [
+        (f"{path}.{name}", *_memory(parameter))
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     ]
@@ -108,7 +108,10 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
             )
         bias = module._parameters.get("bias") if site.side == "output" else None
         for name, parameter in (("weight", weight), ("bias", bias)):
-            shared = [other for other, p in parameters if parameter is not None and _overlap(p, parameter)]
+            if parameter is None:
+                continue
+            place, start, stop = _memory(parameter)
+            shared = [other for other, where, begin, end in memory if where == place and start < end and begin < stop]
             if len(shared) > 1:
                 raise ValueError(
                     f"{' and '.join(shared)} are one tied {name}: merging into {site.path} would change the other "
@@ -119,19 +122,13 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
             raise ValueError(f"{site.path} renormalises its rows (max_norm), so no merged weight equals it.")
 
 
-def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two parameters are one, or share memory."""
-    if first is second:
-        return True
-    start, other = first.data_ptr(), second.data_ptr()
-    if not start or not other:  # no memory of their own
-        return False
-    return start < other + second.nbytes and other < start + first.nbytes
+def _memory(parameter: torch.Tensor) -> tuple[torch.device, int, int]:
+    """Device and addresses; a parameter without memory of its own shares it with none but itself."""
+    start = parameter.data_ptr() or -id(parameter)
+    return parameter.device, start, start + max(parameter.nbytes if start > 0 else 0, 1)
 
 
-def _merged_values(
-    model: nn.Module, scales: dict[tuple[str, Side], tuple[Site, torch.Tensor]]
-) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+def _merged_values(model: nn.Module, scales: Scales) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
     """Each parameter that changes: its name, itself, its new value in its own dtype.
 
     A module with vectors on both sides (of two adapters) is multiplied by both at once.
@@ -142,11 +139,11 @@ def _merged_values(
         new = weight.detach()
         for side in ("input", "output"):
             if (path, side) in scales:
-                new = new * _over_weight(module, side, scales[path, side][1].to(weight.device))
+                new = new * _over_weight(module, side, scales[path, side].to(weight.device))
         yield f"{path}.weight", weight, new.to(weight.dtype)
         bias = getattr(module, "bias", None)
         if bias is not None and (path, "output") in scales:
-            scaled = bias.detach() * scales[path, "output"][1].to(bias.device)
+            scaled = bias.detach() * scales[path, "output"].to(bias.device)
             yield f"{path}.bias", bias, scaled.to(bias.dtype)
 
 

@@ -445,7 +445,7 @@ class PeftModel(Swapped):
             self.enable_adapters()
 
     def disable_adapters(self) -> None:
-        """Let the adapters rest until `enable_adapters`; merged weights stay."""
+        """Let the adapters rest until `enable_adapters`; merged weights stay merged, unlike in `disable_adapter`."""
         self._state.enabled = False
         adapters.repoint(self)
 
@@ -495,7 +495,13 @@ class PeftModel(Swapped):
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """Remove every adapter and give the base model back: the same object with its own class and keys."""
+        """Remove every adapter and give the base model back: the same object with its own class and keys.
+
+        What `merge_adapter` folded into the weights stays there, as in PEFT.
+
+        Raises:
+            ValueError: inside `disable_adapter`.
+        """
         state = self._state
         if not state.enabled:
             raise ValueError("The adapters are disabled: unload after disable_adapter, or enable_adapters() first.")

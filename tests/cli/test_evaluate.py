@@ -36,9 +36,9 @@ def test_generated_answers_may_be_no_label(adapter: Path, data: Path) -> None:
 def test_macro_f1_by_hand() -> None:
     truth, predictions = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "x"]
     result = Result(labels=["a", "b", "c"], truth=truth, predictions=predictions, method="")
-    assert result.f1_scores() == {"a": pytest.approx(4 / 5), "b": pytest.approx(1 / 2)}
+    assert result.summary()["f1"] == {"a": pytest.approx(4 / 5), "b": pytest.approx(1 / 2)}
     assert result.summary()["macro_f1"] == pytest.approx((4 / 5 + 1 / 2) / 2)
-    assert result.confusion == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+    assert result.summary()["confusion"] == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
 
 
 def test_the_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ MUTANTS = [
     ),
     Mutant(
         "merging.py",
-        'scaled = bias.detach() * scales[path, "output"][1].to(bias.device)',
+        'scaled = bias.detach() * scales[path, "output"].to(bias.device)',
         "scaled = bias.detach()",
         "merging forgets the bias",
     ),

@@ -81,34 +81,23 @@ class Result:
     predictions: Sequence[str]
     method: str
 
-    @property
-    def confusion(self) -> list[list[int]]:
-        """A row a true label, a column a prediction, the last for answers that are no label."""
-        from ia3.training.metrics import confusion_matrix
-
-        return confusion_matrix(self.truth, self.predictions, self.labels)
-
-    def f1_scores(self) -> dict[str, float]:
-        """2 hits / (2 hits + misses + false alarms) of each label that occurs as truth or prediction."""
-        counts = self.confusion
-        scores = {}
-        for place, label in enumerate(self.labels):
-            hits, as_truth = counts[place][place], sum(counts[place])
-            as_prediction = sum(row[place] for row in counts)
-            if as_truth + as_prediction:
-                scores[label] = 2 * hits / (as_truth + as_prediction)
-        return scores
-
     def summary(self) -> dict[str, Any]:
         """The figures as JSON writes them."""
-        from ia3.training.metrics import count_correct, majority_baseline, wilson_interval
+        from ia3.training.metrics import (
+            confusion_matrix,
+            count_correct,
+            f1_scores,
+            majority_baseline,
+            wilson_interval,
+        )
 
         correct, total = count_correct(self.truth, self.predictions), len(self.truth)
-        f1 = self.f1_scores()
+        confusion = confusion_matrix(self.truth, self.predictions, self.labels)
+        f1 = f1_scores(confusion, self.labels)
         return {
             "accuracy": correct / total,
             "accuracy_interval_95": list(wilson_interval(correct, total)),
-            "confusion": self.confusion,
+            "confusion": confusion,  # a row a true label, a column a prediction, the last for no label
             "correct": correct,
             "examples": total,
             "f1": f1,
@@ -134,22 +123,21 @@ def _print(result: Result) -> None:
     table.add_row("majority class", f"{found['majority_baseline']:.1%}")
     table.add_row("macro-F1", f"{found['macro_f1']:.3f}")
     table.add_row("asked for", result.method)
-    Console().print(table, "", _confusion_table(result), highlight=False)
+    Console().print(table, "", _confusion_table(found), highlight=False)
 
 
-def _confusion_table(result: Result) -> Any:
+def _confusion_table(found: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    counts, columns = result.confusion, [*result.labels, "other"]
+    counts, columns, scores = found["confusion"], [*found["labels"], "other"], found["f1"]
     if not any(row[-1] for row in counts):
         counts, columns = [row[:-1] for row in counts], columns[:-1]
     table = Table("true, predicted →", title="Confusion", title_justify="left", box=None, pad_edge=False)
     for column in columns:
         table.add_column(Text(column), justify="right")
     table.add_column("F1", justify="right")
-    scores = result.f1_scores()
-    for place, (label, row) in enumerate(zip(result.labels, counts, strict=True)):
+    for place, (label, row) in enumerate(zip(found["labels"], counts, strict=True)):
         cells = [Text(f"{count:,}", style="bold" if column == place else "") for column, count in enumerate(row)]
         table.add_row(Text(label), *cells, f"{scores[label]:.3f}" if label in scores else "–")
     return table

@@ -26,14 +26,7 @@ def load_tokenizer(model_name: str, **hub: Any) -> Any:
     Raises:
         FileNotFoundError: there is no such model, or the hub cannot be reached.
     """
-    folder = resolve_model(model_name)
-    try:
-        return AutoTokenizer.from_pretrained(folder, **hub)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"The tokenizer of the base model {model_name!r} cannot be read: expected a folder in transformers' "
-            f"format, a model on the hub, or a bundled model. {_first_line(error)}"
-        ) from error
+    return _of_base("tokenizer", AutoTokenizer, model_name, **hub)
 
 
 def load_config(model_name: str, **hub: Any) -> Any:
@@ -46,13 +39,17 @@ def load_config(model_name: str, **hub: Any) -> Any:
     Raises:
         FileNotFoundError: there is no such model, or the hub cannot be reached.
     """
+    return _of_base("configuration", AutoConfig, model_name, **hub)
+
+
+def _of_base(what: str, auto_class: Any, model_name: str, **hub: Any) -> Any:
     folder = resolve_model(model_name)
     try:
-        return AutoConfig.from_pretrained(folder, **hub)
+        return auto_class.from_pretrained(folder, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(
-            f"The configuration of the base model {model_name!r} cannot be read: expected a folder in "
-            f"transformers' format, a model on the hub, or a bundled model. {_first_line(error)}"
+            f"The {what} of the base model {model_name!r} cannot be read: expected a folder in transformers' format, "
+            f"a model on the hub, or a bundled model. {_first_line(error)}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation says: accuracy with its interval, the majority baseline, the confusion matrix."""
+"""What an evaluation says: accuracy with its interval, the majority baseline, the confusion matrix, F1."""
 
 from __future__ import annotations
 
@@ -83,6 +83,21 @@ def confusion_matrix(truth: Sequence[str], predictions: Sequence[str], labels: S
     for right, predicted in zip(truth, predictions, strict=True):
         matrix[position[right]][position.get(predicted, len(labels))] += 1
     return matrix
+
+
+def f1_scores(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, float]:
+    """2 hits / (2 hits + misses + false alarms) of each label that occurs as truth or prediction.
+
+    Args:
+        counts: as `confusion_matrix` gives them.
+        labels: the label words, in its order.
+    """
+    scores = {}
+    for place, label in enumerate(labels):
+        as_truth, as_prediction = sum(counts[place]), sum(row[place] for row in counts)
+        if as_truth + as_prediction:
+            scores[label] = 2 * counts[place][place] / (as_truth + as_prediction)
+    return scores
 
 
 def _expect_some(total: int) -> None:
