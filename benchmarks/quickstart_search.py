@@ -15,31 +15,24 @@ import platform
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoModelForSeq2SeqLM
 
-from ia3 import IA3Config, get_peft_model
-from ia3.bundled import TITLER, load_model
-from ia3.inference.predict import load_tokenizer
+import ia3
+from ia3.bundled import TITLER
 from ia3.training.data import Examples, bundled_tweets
-from ia3.training.loop import Run, TrainSettings, train
+from ia3.training.run import Run
 
 VALIDATION = 600
 
 
 def main() -> None:
     arguments = parse_arguments()
-    print(f"# {describe_machine(arguments.device)}", flush=True)
+    print(f"# {describe_machine()}", flush=True)
     print(f"# accuracy on {'the 300 held-out tweets' if arguments.held_out else f'{VALIDATION} training tweets'}")
     print("# lr batch examples epochs grouped dropout seed prefix | s/step train-s | loss accuracy by epoch")
-    model = get_peft_model(load_model(arguments.model, AutoModelForSeq2SeqLM), IA3Config(task_type="SEQ_2_SEQ_LM")).to(
-        arguments.device
-    )
-    tokenizer = load_tokenizer(arguments.model)
     for combination in itertools.product(
         arguments.learning_rates,
         arguments.batch_sizes,
@@ -50,12 +43,11 @@ def main() -> None:
         arguments.prefixes,
         arguments.seeds,
     ):
-        run_one(model, tokenizer, *combination, held_out=arguments.held_out)
+        run_one(arguments.model, *combination, held_out=arguments.held_out)
 
 
 def run_one(
-    model: Any,
-    tokenizer: Any,
+    model: str,
     learning_rate: float,
     batch_size: int,
     count: int,
@@ -71,33 +63,21 @@ def run_one(
     training, test = bundled_tweets()
     if not held_out:
         training, test = training[:-VALIDATION], training[-VALIDATION:]
-    settings = TrainSettings(
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        epochs=epochs,
-        group_by_length=bool(grouped),
-        dropout=bool(dropout),
-        seed=seed,
-    )
-    start_anew(model)
     with tempfile.TemporaryDirectory() as folder:
-        run = train(
+        run = ia3.train(
             model,
-            tokenizer,
             with_prefix(training[:count], prefix),
-            with_prefix(test, prefix),
-            settings=settings,
-            output_dir=folder,
+            test_data=with_prefix(test, prefix),
+            output=Path(folder),
             console=Console(quiet=True),
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            epochs=epochs,
+            group_by_length=bool(grouped),
+            dropout=bool(dropout),
+            seed=seed,
         )
     print(line(run, prefix), flush=True)
-
-
-def start_anew(model: Any) -> None:
-    """Set every vector to one."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.fill_(1.0)
 
 
 def with_prefix(examples: Examples, prefix: str) -> Examples:
@@ -116,9 +96,9 @@ def line(run: Run, prefix: str) -> str:
     )
 
 
-def describe_machine(device: str) -> str:
+def describe_machine() -> str:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    if device == "cuda":
+    if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {versions}"
     return f"{processor()}, {torch.get_num_threads()} threads, {versions}"
 
@@ -142,7 +122,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=int, nargs="+", default=[0], choices=[0, 1])
     parser.add_argument("--prefixes", nargs="+", default=[""])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the 300 held-out tweets")
     return parser.parse_args()
 

@@ -183,3 +183,37 @@ def test_the_bundled_model_is_found_by_its_name(tmp_path):
     assert ia3.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == TITLER
     loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert loaded.get_nb_trainable_parameters() == (0, 76_995_968)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("bare", [True, False], ids=["no head in the base", "another head in the base"])
+def test_a_head_of_the_adapters_own_size(family, bare, tiny, output, tmp_path):
+    classes = {"num_labels": 5, "pad_token_id": 0}
+    model = saved(tiny(family, task="SEQ_CLS", **classes), tmp_path, task_type="SEQ_CLS")
+    expected = output(model)
+    base = tiny(family, task="SEQ_CLS", num_labels=2)
+    trained = model.unload()
+    base.base_model.load_state_dict(trained.base_model.state_dict())
+    (base.base_model if bare else base).save_pretrained(tmp_path / "base")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.num_labels == 5
+    torch.testing.assert_close(output(loaded), expected)
+
+
+def test_a_decoders_head_pads_by_its_end_token(tiny, tmp_path):
+    base = tiny("gpt2", task="SEQ_CLS", num_labels=3, pad_token_id=None, eos_token_id=1)
+    saved(base, tmp_path, task_type="SEQ_CLS")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.pad_token_id == 1
+
+
+def test_the_labels_stand_in_the_task_file(tiny, tmp_path):
+    saved(tiny("bert", task="TOKEN_CLS", num_labels=3), tmp_path, task_type="TOKEN_CLS")
+    task = tmp_path / "adapter" / "ia3_task.json"
+    task.write_text(json.dumps({"labels": ["O", "B-X", "I-X"]}))
+    loaded = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.id2label == {0: "O", 1: "B-X", 2: "I-X"}
+    assert AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter", num_labels=3).num_labels == 3
+    task.write_text("{")
+    with pytest.raises(ValueError, match=r"ia3_task\.json is not valid JSON"):
+        AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter")

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ia3 import IA3Config, TaskType
-from ia3.card import write_card
+from ia3.card import add_results, write_card
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +119,24 @@ def test_a_card_without_metadata_gets_some(tmp_path):
     card = ModelCard((tmp_path / "README.md").read_text())
     assert card.data.library_name == "peft"
     assert "just words" in card.text
+
+
+def test_results_are_put_in_once_and_what_stands_behind_stays(tmp_path):
+    write_card(tmp_path, IA3Config(task_type="SEQ_2_SEQ_LM", base_model_name_or_path="org/base"))
+    new = (tmp_path / "README.md").read_text()
+    for accuracy in (0.25, 0.75):
+        add_results(tmp_path, {"loss": "1.0"}, accuracy=accuracy, task="text-classification", data="/home/me/my.csv")
+        path = tmp_path / "README.md"
+        if accuracy == 0.25:
+            path.write_text(path.read_text() + "\n## My notes\n\nKept.\n")
+    card = ModelCard(path.read_text())
+    assert card.text.count("## Training and results") == 1
+    assert "| data | my.csv |\n| loss | 1.0 |" in card.text
+    assert card.text.endswith("## My notes\n\nKept.\n")
+    assert "/home/me" not in str(card)
+    assert new.split("---")[2].strip() in card.text
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.75, "my.csv")
+    assert card.data.datasets is None
+    add_results(tmp_path, {}, accuracy=0.5, task="text-classification", data="org/reviews")
+    assert ModelCard(path.read_text()).data.datasets == ["org/reviews"]

@@ -25,7 +25,7 @@ _HOME = {
         "get_peft_model",
         "inject_adapter_in_model",
     ],
-    "training.recipe": ["train"],
+    "training.train": ["resume", "train"],
     "status": ["get_layer_status", "get_model_status"],
     "checkpoint": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "auto": [
@@ -69,6 +69,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "resume",
     "set_peft_model_state_dict",
     "train",
 ]
@@ -98,7 +99,7 @@ if TYPE_CHECKING:
     )
     from ia3.sites import Layout, Site, find_sites
     from ia3.status import get_layer_status, get_model_status
-    from ia3.training.recipe import train
+    from ia3.training.train import resume, train
 
 
 def __getattr__(name: str) -> Any:

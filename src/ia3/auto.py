@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ia3.checkpoint import load_peft_weights
 from ia3.config import PeftConfig, TaskType
 from ia3.files import HUB_ARGUMENTS, fetch
 from ia3.model import CLASS_FOR_TASK, PeftModel
 
 # A configuration can name a class to import; only from here unless the caller trusts more.
 _TRUSTED = ("transformers", "diffusers")
+
+_CLASSIFICATION = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+# The last layer of a head: one row a class.
+_LAST_LAYER = re.compile(r"(^|\.)(classifier|score|logits_proj|(classifier|classification_head)\.out_proj)\.weight$")
 
 
 class AutoPeftModel:
@@ -62,7 +69,12 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path} names no base model: load that yourself and use "
                 "PeftModel.from_pretrained(base, path)."
             )
-        base = _load_base(cls._base_class(config, import_allowlist), config, {**hub, **for_base})
+        base_class = cls._base_class(config, import_allowlist)
+        if config.task_type in _CLASSIFICATION and not for_base.keys() & {"config", "num_labels", "id2label"}:
+            for_base = {"ignore_mismatched_sizes": True, **_classes(pretrained_model_name_or_path, here), **for_base}
+        base = _load_base(base_class, config, {**hub, **for_base})
+        if config.task_type == TaskType.SEQ_CLS:
+            _name_padding(base.config)
         _grow_vocabulary(base, pretrained_model_name_or_path, here)
         return CLASS_FOR_TASK[cls._task].from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here
@@ -101,6 +113,35 @@ def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> A
     if config.revision is not None:
         kwargs = {**kwargs, "revision": config.revision}
     return load_model(name, base_class, **kwargs)
+
+
+def _classes(source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
+    """What makes the base's head one for the adapter's classes: their names by the task's file, or their number."""
+    arguments = {key: value for key, value in hub.items() if value is not None}
+    labels = _labels(fetch(source, "ia3_task.json", optional=True, **arguments))
+    if labels:
+        return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    tensors = load_peft_weights(source, **arguments)
+    sizes = {tensor.shape[0] for key, tensor in tensors.items() if _LAST_LAYER.search(key)}
+    return {"num_labels": sizes.pop()} if len(sizes) == 1 else {}
+
+
+def _labels(task: Path | None) -> list[str] | None:
+    """What the task's file names, if there is one."""
+    if task is None:
+        return None
+    try:
+        content: dict[str, Any] = json.loads(task.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{task} is not valid JSON: {error}. Copy it again, or remove it.") from error
+    return content.get("labels")
+
+
+def _name_padding(config: Any) -> None:
+    """Without a padding token a causal model's head takes one text at a time: the end token, as is usual."""
+    text = config.get_text_config()
+    if text.pad_token_id is None and text.eos_token_id is not None:
+        text.pad_token_id = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
 
 
 def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any]) -> None:

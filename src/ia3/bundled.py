@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia3.gguf import is_gguf, model_from_gguf
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -121,7 +123,7 @@ def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:
     """Load a model of any name; a bundled one keeps its name, so that an adapter is not tied to a cache.
 
     Args:
-        name: as for `resolve_model`.
+        name: as for `resolve_model`, or a GGUF file.
         auto_class: the class to call `from_pretrained` of, such as `AutoModelForSeq2SeqLM`.
         kwargs: further arguments of `from_pretrained`.
 
@@ -129,8 +131,10 @@ def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:
         The model, with `name` as its `name_or_path`.
 
     Raises:
-        ValueError, ImportError: as `resolve_model`.
+        FileNotFoundError, ValueError, ImportError: as `resolve_model` and `ia3.gguf.model_from_gguf`.
     """
+    if is_gguf(name):
+        return model_from_gguf(auto_class, name, **kwargs)
     if not name.startswith(PREFIX):
         return auto_class.from_pretrained(name, **kwargs)
     folder = resolve_model(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from ia3 import PeftModel
 
 adapter = "."  # this repository's name on the hub, or the folder that holds this file
 model = PeftModel.from_pretrained(base_model, adapter)  # the base model, loaded by you"""
+_RESULTS = "## Training and results"
 _IN_PEFT = "The files are PEFT's: `from peft import {name}` loads them too."
 _ONLY_HERE = "The base model comes with `ia3`, and only `ia3` knows it by this name; PEFT can't load it."
 
@@ -65,6 +68,41 @@ def write_card(directory: Path, config: IA3Config) -> None:
     base = config.base_model_name_or_path
     if base and _is_on_hub(base):
         data.base_model = base
+    write_atomically(path, str(card).encode())
+
+
+def add_results(directory: Path, facts: Mapping[str, str], *, accuracy: float, task: str, data: str) -> None:
+    """Put a training and what it reached into the card that `write_card` wrote, in place of an earlier one.
+
+    Args:
+        directory: the adapter's.
+        facts: the section's table.
+        accuracy: what the hub shows beside the model's name.
+        task: the hub's name of the task, such as `text-classification`.
+        data: the data's name; of a path its last part, since the rest is nobody else's business.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = directory / "README.md"
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    metadata: Any = card.data
+    name = data if _is_on_hub(data) else Path(data).name
+    metadata.datasets = [data] if _is_on_hub(data) else None
+    metadata.model_name = f"(IA)³ on {name}"
+    metadata.eval_results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type="accuracy",
+            metric_value=round(accuracy, 4),
+        )
+    ]
+    rows = "\n".join(f"| {what} | {value} |" for what, value in {"data": name, **facts}.items())
+    section = f"{_RESULTS}\n\n| | |\n|---|---|\n{rows}\n"
+    text = re.split(rf"^{_RESULTS}$", card.text, maxsplit=1, flags=re.MULTILINE)
+    following = re.search(r"^## .*", text[1], re.MULTILINE | re.DOTALL) if len(text) > 1 else None
+    card.text = f"{text[0].rstrip()}\n\n{section}" + (f"\n{following[0]}" if following else "")
     write_atomically(path, str(card).encode())
 
 

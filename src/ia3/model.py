@@ -43,7 +43,7 @@ from ia3.swap import SavedModule, Swapped, swap, swap_back
 
 # A task's freshly initialised head, which a frozen base would keep random: it is trained in full.
 _HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score", "pre_classifier"),
+    TaskType.SEQ_CLS: ("classification_head", "classifier", "pre_classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }

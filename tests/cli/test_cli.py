@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from running import call, message
+import torch
+from running import call, message, succeed
 
 import ia3
 import tiny_seq2seq
@@ -25,7 +28,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert min(seconds) <= 0.5
     assert all(
         name in result.stdout
-        for name in ("train", "evaluate", "predict", "inspect", "targets", "merge", "push", "quickstart")
+        for name in ("train", "evaluate", "predict", "inspect", "targets", "merge", "push", "quickstart", "runs")
     )
     subprocess.run([sys.executable, "-c", "import sys, ia3.cli.main; sys.exit('torch' in sys.modules)"], check=True)
 
@@ -35,8 +38,11 @@ def test_version() -> None:
 
 
 def test_train_leaves_a_whole_run(trained: Path) -> None:
-    assert {path.name for path in trained.iterdir()} == {"adapter", "losses.jsonl", "metrics.json", "report.png"}
-    content = json.loads((trained / "metrics.json").read_text())
+    assert {path.name for path in trained.iterdir()} == {
+        *("adapter", "best", "environment.json", "metrics.jsonl"),
+        *("recipe.yaml", "report.md", "report.png", "result.json"),
+    }
+    content = json.loads((trained / "result.json").read_text())
     assert (content["train_examples"], content["test_examples"], content["steps"]) == (24, 6, 3)
 
 
@@ -115,17 +121,39 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
     assert result.stderr == 'The command ia3 needs more than the library: pip install "ia3[train]"\n'
 
 
-def test_control_c_ends_with_one_line_and_code_130(
+def test_control_c_ends_with_code_130_and_resume_goes_on(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    step = torch.optim.AdamW.step
 
-    monkeypatch.setattr("ia3.training.loop.train", stop)
-    result = call("train", "--model", base, "--data", data, "--output", tmp_path / "run")
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **more)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        result = call("train", "--model", base, "--data", data, "--output", run)
     assert result.exit_code == 130
-    assert f"Interrupted: the adapter as it was is in {tmp_path / 'run' / 'interrupted'}" in message(result)
-    assert (tmp_path / "run" / "interrupted" / "ia3_task.json").is_file()
+    assert f"Interrupted at step 1 of 12. Go on: ia3 train --resume {run}" in message(result)
+    assert (run / "adapter" / "ia3_task.json").is_file()
+    refused = call("train", "--resume", run, "--epochs", 5, "--seed", 1)
+    assert refused.exit_code == 2
+    assert "these can't be given beside it: --epochs, --seed." in message(refused)
+    assert json.loads(succeed("train", "--resume", run, "--json").stdout)["steps"] == 12
+
+
+def test_several_seeds_and_templates(base: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs"
+    how = ("train", "--model", base, "--data", data, "--epochs", 1)
+    result = succeed(*how, "--seeds", "1,2", "--template", "{text}", "--template", "very {text}", "--output", run)
+    assert "accuracy of 4 runs: median" in result.stdout
+    assert {path.name for path in run.iterdir()} == {f"template-{t}-seed-{s}" for t in (1, 2) for s in (1, 2)}
+    content = json.loads(succeed(*how, "--seeds", "1,2,3", "--output", tmp_path / "seeds", "--json").stdout)
+    accuracies = sorted(each["accuracy"] for each in content["runs"])
+    assert content["accuracy"]["median"] == accuracies[1]
+    assert call(*how, "--seeds", "one").exit_code == 2
+    assert call(*how, "--seeds", "1", "--seed", 2).exit_code == 2
 
 
 def test_a_recipe_and_flags_over_it(base: Path, data: Path, tmp_path: Path) -> None:

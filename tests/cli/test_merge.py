@@ -8,7 +8,7 @@ import torch
 from running import call, message, succeed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ia3.inference.predict import load_adapter
+from ia3.inference.loading import load_adapter
 
 
 def test_the_merged_model_answers_like_the_adapter(adapter: Path, tmp_path: Path) -> None:

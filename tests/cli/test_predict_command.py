@@ -10,7 +10,7 @@ from running import call, message, succeed
 
 from ia3.cli import labelling
 from ia3.cli.predict import predict
-from ia3.inference.predict import load_adapter
+from ia3.inference.loading import load_adapter
 from ia3.inference.rank import rank
 
 LABELS = ["negative", "neutral", "positive"]
@@ -37,9 +37,9 @@ def test_standard_input_as_json(adapter: Path) -> None:
 
 
 def test_generated_words_agree_with_the_evaluation(trained: Path) -> None:
-    held_out = json.loads((trained / "metrics.json").read_text())["predictions"]
+    held_out = json.loads((trained / "result.json").read_text())["predictions"]
     texts = [each["text"] for each in held_out]
-    result = succeed("predict", trained / "adapter", "--generate", "--json", "--max-new-tokens", 3, *texts)
+    result = succeed("predict", trained / "adapter", "--generate", "--json", *texts)
     words = [each["label"] for each in json.loads(result.stdout)["predictions"]]
     assert words == [each["prediction"] for each in held_out]
 
@@ -159,7 +159,7 @@ def test_a_template_with_several_fields(base: Path, tmp_path: Path) -> None:
         *("train", "--model", base, "--data", source, "--test-data", source, "--template", pattern),
         *("--output", run, "--epochs", 1),
     )
-    texts = [each["text"] for each in json.loads((run / "metrics.json").read_text())["predictions"]]
+    texts = [each["text"] for each in json.loads((run / "result.json").read_text())["predictions"]]
     assert texts[0] == "the share of a company falls"
     printed = succeed("predict", run / "adapter", "--file", source).stdout.splitlines()
     assert [line.split("\t")[2] for line in printed] == texts

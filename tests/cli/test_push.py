@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from running import call, message, succeed
 
-from ia3.inference.predict import load_adapter
+from ia3.inference.loading import load_adapter
 
 
 class Hub:

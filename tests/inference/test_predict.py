@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tiny_seq2seq
-from ia3.inference.predict import load_adapter, predict, sorted_batches
+from ia3.inference.loading import load_adapter
+from ia3.inference.predict import predict, sorted_batches
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 

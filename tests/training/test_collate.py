@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,7 +41,7 @@ def test_a_label_that_could_never_be_generated_is_refused() -> None:
 
 
 def test_padding_goes_to_the_longest_row_of_the_batch() -> None:
-    rows = [TokenisedExample([5, 6, 1], [3, 1], "x"), TokenisedExample([7, 1], [3, 4, 1], "y")]
+    rows = [TokenisedExample([5, 6, 1], [3, 1], "text", "x"), TokenisedExample([7, 1], [3, 4, 1], "text", "y")]
     batch = collate(rows, pad_token_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -48,7 +51,7 @@ def test_padding_goes_to_the_longest_row_of_the_batch() -> None:
 
 @pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (3, 3), (8, 8)])
 def test_padding_can_be_rounded_up(multiple: int, length: int) -> None:
-    batch = collate([TokenisedExample([5, 6, 1], [3, 1], "x")], pad_token_id=9, pad_to_multiple_of=multiple)
+    batch = collate([TokenisedExample([5, 6, 1], [3, 1], "text", "x")], pad_token_id=9, pad_to_multiple_of=multiple)
     assert batch["input_ids"].tolist() == [[5, 6, 1] + [9] * (length - 3)]
     assert batch["attention_mask"].sum() == 3
     assert batch["labels"].shape == (1, 2)
@@ -89,3 +92,26 @@ def test_grouping_saves_padding_and_keeps_the_order_of_lengths_random() -> None:
         for batch in shuffled_batches(lengths, 8, seed=0, epoch=0, group_by_length=True)
     ]
     assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+@given(
+    labels=st.lists(st.sampled_from("abc"), min_size=1, max_size=90),
+    batch_size=st.integers(1, 9),
+    group=st.booleans(),
+)
+def test_balanced_epochs_show_each_label_equally_often(labels: list[str], batch_size: int, group: bool) -> None:
+    lengths = [1 + index % 7 for index in range(len(labels))]
+    batches = shuffled_batches(lengths, batch_size, seed=1, epoch=0, group_by_length=group, balanced=labels)
+    drawn = [index for batch in batches for index in batch]
+    shown = Counter(labels[index] for index in drawn)
+    share = math.ceil(len(labels) / len(set(labels)))
+    assert shown == dict.fromkeys(set(labels), share)
+    times = Counter(drawn)
+    for label in set(labels):
+        own = [times[index] for index, each in enumerate(labels) if each == label]
+        assert max(own) - min(own) <= 1
+
+
+def test_free_text_may_be_spelt_otherwise() -> None:
+    (row,) = tokenise([Example("the share rises", "bullish")], TOKENIZER, max_length=8, as_words=False)
+    assert row.label_ids == [2, 1]

@@ -1,6 +1,7 @@
 """Reading labelled text: each source, what is counted, what is refused, and how it is split."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -12,13 +13,12 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer
 
 from ia3.bundled import TITLER, resolve_model
-from ia3.training import data
+from ia3.training import data, records
 from ia3.training.data import (
-    SENTIMENTS,
     Example,
     Examples,
     bundled_tweets,
@@ -26,6 +26,9 @@ from ia3.training.data import (
     load_examples,
     split_examples,
 )
+from ia3.training.records import SENTIMENTS
+from ia3.training.task import TaskKind
+from ia3.training.template import Template
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,7 +127,7 @@ class TestPhraseBank:
 
     @pytest.mark.parametrize("content", ["", "\n\n"])
     def test_refuses_a_file_without_rows(self, write, content):
-        with pytest.raises(ValueError, match=r"bank.txt has no rows with a text"):
+        with pytest.raises(ValueError, match=r"bank.txt has no rows: expected at least one"):
             load_examples(write("bank.txt", content))
 
     def make_zip(self, path, name="FinancialPhraseBank-v1.0/Sentences_AllAgree.txt"):
@@ -228,11 +231,13 @@ class TestCsv:
             load_examples(write("a.csv", 'text,label\n"a" b,x\n'))
 
     def test_empty_file(self, write):
-        with pytest.raises(ValueError, match=r"a.csv is empty; expected a header with 'text' and 'label'"):
+        with pytest.raises(
+            ValueError, match=r"a.csv is empty; expected a header with the columns' names, such as 'text' and 'l"
+        ):
             load_examples(write("a.csv", ""))
 
     def test_header_alone(self, write):
-        with pytest.raises(ValueError, match=r"a.csv has no rows with a text"):
+        with pytest.raises(ValueError, match=r"a.csv has no rows: expected at least one"):
             load_examples(write("a.csv", "text,label\n"))
 
     def test_another_encoding(self, write):
@@ -326,7 +331,7 @@ class TestParquet:
             load_examples(write("a.parquet", b"PAR1 cut"))
 
     def test_without_the_extra(self, write, monkeypatch):
-        monkeypatch.setattr(data, "find_spec", lambda name: None)
+        monkeypatch.setattr(records, "find_spec", lambda name: None)
         with pytest.raises(ImportError, match=r'a.parquet needs `datasets`: pip install "ia3\[train\]"'):
             load_examples(write("a.parquet", b""))
 
@@ -389,6 +394,256 @@ class TestHub:
             load_examples(write("a.tsv", "text\tlabel\n"))
 
 
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class TestTemplate:
+    ROWS = (
+        {"a": "one", "b": "two", "label": "yes"},
+        {"a": "", "b": "", "label": "no"},
+        {"a": "3", "b": "", "label": "no"},
+    )
+
+    def write(self, path):
+        if path.suffix == ".csv":
+            path.write_text("a,b,label\n" + "".join(",".join(row.values()) + "\n" for row in self.ROWS))
+        elif path.suffix == ".jsonl":
+            path.write_text(jsonl(*self.ROWS))
+        else:
+            Dataset.from_list(list(self.ROWS)).to_parquet(path)
+        return path
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+    def test_several_fields(self, kind, tmp_path):
+        path = self.write(tmp_path / f"pairs.{kind}")
+        found = load_examples(path, template=Template("{a}, {b}?"))
+        assert pairs(found) == [("one, two?", "yes"), ("3, ?", "no")]
+        assert (found.empty, found.labels, found.source) == (1, ("no", "yes"), str(path))
+
+    @pytest.mark.parametrize("field", ["text", "review"])
+    def test_one_field_reads_sources_without_columns(self, field, write):
+        plain = load_examples("bundled:tweets")
+        found = load_examples("bundled:tweets", template=Template(f"Tweet: {{{field}}}"), label_column="tone")
+        assert found.texts == [f"Tweet: {text}" for text in plain.texts]
+        assert ([row.label for row in found], found.labels) == ([row.label for row in plain], SENTIMENTS)
+        bank = load_examples(write("bank.txt", "a@neutral\n"), template=Template(f"{{{field}}}!"), label_column="tone")
+        assert pairs(bank) == [("a!", "neutral")]
+
+    def test_a_row_without_a_column(self, write):
+        path = write("pairs.jsonl", jsonl({"a": 1, "b": 2, "label": "x"}, {"a": 1, "b": 2}))
+        with pytest.raises(ValueError, match="line 2 has no column 'label'"):
+            load_examples(path, template=Template("{a} {b}"))
+        path = write("pairs.jsonl", jsonl({"a": 1, "b": 2, "label": "x"}, {"a": 1, "label": "x"}))
+        with pytest.raises(ValueError, match="line 2 has no column 'b'"):
+            load_examples(path, template=Template("{a} {b}"))
+
+    def test_that_shows_the_label(self):
+        with pytest.raises(ValueError, match="shows the label column 'label' to the model"):
+            load_examples("bundled:tweets", template=Template("{text} {label}"))
+        with pytest.raises(ValueError, match="shows the label column 'tone' to the model"):
+            load_examples("bundled:tweets", text_column="tone", label_column="tone")
+
+    def test_and_a_text_column(self):
+        with pytest.raises(ValueError, match="so leave text_column out"):
+            load_examples("bundled:tweets", template=Template("{text}"), text_column="tweet")
+
+
+OPEN_KINDS = [TaskKind.GENERATION, TaskKind.INSTRUCTIONS]
+
+
+class TestFreeText:
+    @pytest.mark.parametrize("kind", OPEN_KINDS)
+    def test_completions_keep_their_lines(self, kind, write):
+        rows = [{"prompt": "a\nb", "completion": "1.\n\n 2. \n"}, {"prompt": "c", "completion": 7.0}]
+        rows += [{"prompt": "c", "completion": "nan"}, {"prompt": " ", "completion": "x"}]
+        path = write("a.jsonl", jsonl(*rows))
+        found = load_examples(path, text_column="prompt", label_column="completion", kind=kind)
+        assert pairs(found) == [("a\nb", "1.\n\n 2."), ("c", "7"), ("c", "nan")]
+        assert (found.labels, found.kind) == ((), kind)
+        assert found.describe() == f"{path}: 3 rows; 1 duplicate kept; 1 empty row dropped"
+
+    @pytest.mark.parametrize("kind", OPEN_KINDS)
+    def test_a_missing_completion(self, kind, write):
+        with pytest.raises(ValueError, match=r"a.csv, line 3: the text has no completion \('b'\); every row needs one"):
+            load_examples(write("a.csv", "text,label\na,x\nb, \n"), kind=kind)
+
+    def test_names_of_classes_are_texts_of_no_closed_set(self, tmp_path):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=["up", "down"])})
+        Dataset.from_dict({"text": ["a"], "label": [1]}, features=features).to_parquet(tmp_path / "a.parquet")
+        found = load_examples(tmp_path / "a.parquet", kind=TaskKind.GENERATION)
+        assert (pairs(found), found.labels) == ([("a", "down")], ())
+
+    def test_a_missing_column_names_the_likely_pair(self, write):
+        path = write("a.csv", "prompt,completion\na,b\n")
+        with pytest.raises(
+            ValueError, match=r"a.csv has no column 'text'.*text_column='prompt' and label_column='compl"
+        ):
+            load_examples(path, kind=TaskKind.INSTRUCTIONS)
+
+
+def said(*contents):
+    """A conversation of a system's and a user's message, and so on by turns."""
+    roles = ["system", *["user", "assistant"] * len(contents)][: len(contents)]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+
+
+class TestConversations:
+    def load(self, path, **how):
+        return load_examples(path, kind=TaskKind.INSTRUCTIONS, **how)
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+    def test_the_last_answer_is_the_label(self, name, tmp_path):
+        conversations = [said("Be short.", "Hi", "Hello\n\nyou", "Bye", "So long"), said("", "Hi", "Hey"), []]
+        rows = [{"id": number, "messages": messages} for number, messages in enumerate(conversations)]
+        if name == "a.jsonl":
+            (tmp_path / name).write_text(jsonl(*rows))
+        else:
+            Dataset.from_list(rows).to_parquet(tmp_path / name)
+        found = self.load(tmp_path / name)
+        assert list(found) == [
+            Example("Bye", "So long", (("system", "Be short."), ("user", "Hi"), ("assistant", "Hello\n\nyou"))),
+            Example("Hi", "Hey", (("system", ""),)),
+        ]
+        assert (found.empty, found.labels) == (1, ())
+
+    def test_a_conversation_with_another_beginning_is_no_duplicate(self, write):
+        rows = [
+            said("s", "one", "1", "more", "2"),
+            said("s", "two", "2", "more", "3"),
+            said("s", "TWO", "2", "more", "3"),
+        ]
+        found = self.load(write("a.jsonl", jsonl(*({"messages": messages} for messages in rows))))
+        assert found.duplicates == 1
+        for seed in range(5):
+            train, test = split_examples(found, 0.5, seed=seed)
+            assert {len(train), len(test)} == {1, 2}
+
+    def test_named_columns_and_text_with_label_come_first(self, write):
+        row = {"messages": said("s", "u", "a"), "prompt": "p", "text": "t", "label": "l"}
+        path = write("a.jsonl", jsonl(row))
+        assert pairs(self.load(path)) == [("t", "l")]
+        assert pairs(self.load(path, text_column="prompt")) == [("p", "l")]
+        assert pairs(self.load(path, template=Template("{prompt}!"))) == [("p!", "l")]
+        del row["label"]
+        assert pairs(self.load(write("a.jsonl", jsonl(row)))) == [("u", "a")]
+        with pytest.raises(ValueError, match="has no column 'promt'"):
+            self.load(path, text_column="promt")
+
+    @pytest.mark.parametrize(
+        ("messages", "error"),
+        [
+            (said("s", "u"), r"line 1: the conversation ends in system and user, expected a user's message and the"),
+            (said("s", "u", "a")[2:], "line 1: the conversation ends in assistant, expected a user's message"),
+            (said("s", "u", "a") + said("s", "u", "a")[2:], "ends in assistant and assistant, expected"),
+            ("u: hi", "line 1: 'messages' is a str, expected a list of objects with role and content"),
+            (["hi"], "line 1: message 1 is 'hi', expected an object with role and content"),
+            ([{"from": "human", "value": "hi"}], r"message 1 is \{'from': 'human'.*expected an object with role and"),
+            ([{"role": "tool", "content": "x"}], "message 1 has the role 'tool', expected one of system, user, assist"),
+            ([{"role": "user", "content": ["x"]}], "message 1: the content is a list, expected a text or a number"),
+            (
+                [{"role": "user", "content": "x", "tool_calls": [1], "name": None}],
+                r"message 1 has \['tool_calls'\], wh",
+            ),
+            (said("s", "u", " "), r"line 1: the text has no completion \('u'\)"),
+            (said("s", "", "a"), r"no rows with a text \(1 empty\)"),
+        ],
+    )
+    def test_wrong_shapes_are_named_with_their_place(self, messages, error, write):
+        with pytest.raises(ValueError, match=error):
+            self.load(write("a.jsonl", jsonl({"messages": messages})))
+
+    def test_a_row_without_messages(self, write):
+        path = write("a.jsonl", jsonl({"messages": said("s", "u", "a")}, {"message": "x"}))
+        with pytest.raises(ValueError, match="line 2 has no column 'messages'; its columns are 'message'"):
+            self.load(path)
+
+
+class TestTaggedWords:
+    def load(self, path, **how):
+        how = {"text_column": "tokens", "label_column": "tags", **how}
+        return load_examples(path, kind=TaskKind.TOKEN_CLASSIFICATION, **how)
+
+    def test_lists_and_texts(self, write):
+        rows = [{"tokens": ["New", "York", 7], "tags": ["B-LOC", "I-LOC", "O"]}, {"tokens": [], "tags": []}]
+        path = write("a.jsonl", jsonl(*rows, {"tokens": "in  Ulm\t.", "tags": "O B-LOC O"}))
+        found = self.load(path)
+        assert pairs(found) == [("New York 7", "B-LOC I-LOC O"), ("in Ulm .", "O B-LOC O")]
+        assert (found.labels, found.empty) == (("O", "B-LOC", "I-LOC"), 1)
+        assert found.describe() == f"{path}: 2 rows of 6 words (3 O, 2 B-LOC, 1 I-LOC); 1 empty row dropped"
+
+    def test_names_of_classes_keep_their_order(self, tmp_path):
+        tags = List(ClassLabel(names=["B-LOC", "O", "B-PER"]))
+        features = Features({"tokens": List(Value("string")), "tags": tags})
+        dataset = Dataset.from_dict({"tokens": [["in", "Ulm"]], "tags": [[1, 0]]}, features=features)
+        dataset.to_parquet(tmp_path / "a.parquet")
+        found = self.load(tmp_path / "a.parquet")
+        assert (pairs(found), found.labels) == ([("in Ulm", "O B-LOC")], ("B-LOC", "O", "B-PER"))
+
+    @pytest.mark.parametrize(
+        ("tokens", "tags", "error"),
+        [
+            (["a", "b"], ["O"], r"line 1 has 2 words and 1 tags \('a b'\): expected one tag a word"),
+            ("a b", None, "line 1 has 2 words and 0 tags"),
+            (["New York"], ["O"], "line 1: number 1 of 'tokens' is 'New York', expected one word without white space"),
+            (["a", "b\xa0c"], ["O", "O"], r"number 2 of 'tokens' is 'b\\xa0c', expected one word"),
+            (["a", " "], ["O", "O"], "number 2 of 'tokens' is '', expected one word"),
+            (["a", "b"], ["O", None], "number 2 of 'tags' is '', expected one word"),
+            ([["a"]], ["O"], "number 1 of 'tokens' is a list, expected a text or a number"),
+            ({"a": 1}, ["O"], "line 1: 'tokens' is a dict, expected a text or a number"),
+        ],
+    )
+    def test_what_cannot_be_aligned(self, tokens, tags, error, write):
+        with pytest.raises(ValueError, match=error):
+            self.load(write("a.jsonl", jsonl({"tokens": tokens, "tags": tags})))
+
+    @pytest.mark.parametrize("pattern", ["Words: {tokens}", "{tokens} {more}"])
+    def test_a_template_is_one_column(self, pattern, write):
+        with pytest.raises(ValueError, match=r"has more than the words of one column.* such as '{tokens}'"):
+            self.load(write("a.jsonl", ""), text_column="text", template=Template(pattern))
+
+
+class TestBalance:
+    @pytest.mark.parametrize("kind", [TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION])
+    def test_a_remark_from_five_times_on(self, kind, write):
+        rows = [f"text {number},often\n" for number in range(10)]
+        rare = load_examples(write("a.csv", "".join(["text,label\n", *rows, "a,rare\n", "b,rare\n"])), kind=kind)
+        assert rare.describe().endswith(
+            "12 rows (10 often, 2 rare); "
+            "often is 5 times as frequent as rare (`balance` draws each label equally often)"
+        )
+        assert "balance" not in rare[1:].describe()
+
+    def test_classes_without_a_row_cannot_be_drawn(self):
+        assert "balance" not in examples(("a", "neutral"), ("b", "positive")).describe()
+
+    @pytest.mark.parametrize("kind", OPEN_KINDS)
+    def test_free_text_is_never_balanced(self, kind, write):
+        path = write("a.csv", "text,label\n" + "a,x\nb,x\nc,x\nd,x\ne,x\nf,y\n")
+        assert load_examples(path, kind=kind).describe() == f"{path}: 6 rows"
+
+    def test_tags_are_never_balanced(self, write):
+        path = write("a.csv", "text,label\na b c d e f,O O O O O B-X\n")
+        found = load_examples(path, kind=TaskKind.TOKEN_CLASSIFICATION)
+        assert found.describe() == f"{path}: 1 rows of 6 words (5 O, 1 B-X)"
+
+
+class TestDigest:
+    ROWS = (Example("Köln\n", "a"), Example("\ud83d", "b", (("system", "Be short."),)))
+
+    def test_is_that_of_the_rows_alone(self):
+        found = Examples(self.ROWS, ("a", "b"), "here", 0, 0)
+        lines = b'["K\\u00f6ln\\n","a",[]]\n["\\ud83d","b",[["system","Be short."]]]\n'
+        assert found.digest() == hashlib.sha256(lines).hexdigest()
+        assert found.digest() == "ea0fa429b4f64bbf00de354969a7cfacddd6fe1629c7b23871e4e73c821facf3"
+        assert Examples(self.ROWS, (), "there", 1, 1, TaskKind.INSTRUCTIONS).digest() == found.digest()
+
+    def test_tells_rows_apart(self):
+        a, b = self.ROWS
+        orders = [(a, b), (b, a), (a,), (), (Example("Köln\na", ""), b), (a, Example("\ud83d", "b"))]
+        assert len({Examples(rows, (), "here", 0, 0).digest() for rows in orders}) == len(orders)
+
+
 class TestSplit:
     def test_sizes_and_seed(self):
         found = examples(*((f"text {i}", "neutral") for i in range(95)))
@@ -398,6 +653,7 @@ class TestSplit:
         assert split_examples(found, 0.1, seed=1) == (train, test)
         assert split_examples(found, 0.1, seed=2)[1].texts != test.texts
         assert train.labels == test.labels == SENTIMENTS
+        assert train.kind is test.kind is found.kind
 
     @pytest.mark.parametrize("seed", range(10))
     def test_duplicates_never_straddle(self, seed):
@@ -459,8 +715,8 @@ class TestTweets:
             load_examples("bundled:tweets", split="validation")
 
     def test_source_and_licence_are_beside(self):
-        assert "MIT License" in (data._TWEETS_FOLDER / "LICENSE").read_text()
-        assert "zeroshot/twitter-financial-news-sentiment" in (data._TWEETS_FOLDER / "SOURCE.md").read_text()
+        assert "MIT License" in (records.TWEETS_FOLDER / "LICENSE").read_text()
+        assert "zeroshot/twitter-financial-news-sentiment" in (records.TWEETS_FOLDER / "SOURCE.md").read_text()
 
     def test_the_generator_cleans_and_draws(self, tmp_path):
         """On a made-up source: links, duplicates, conflicts and texts of the other split go."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,46 @@ from transformers import get_linear_schedule_with_warmup
 
 import tiny_seq2seq
 from ia3.inference.predict import predict
+from ia3.inference.rank import rank
 from ia3.model import PeftModel
 from ia3.training.collate import collate, shuffled_batches, tokenise
-from ia3.training.data import Example
-from ia3.training.loop import Run, TrainSettings, evaluate, train
+from ia3.training.data import Example, Examples
+from ia3.training.learners.words import Words
+from ia3.training.loop import fit
+from ia3.training.losses import choice_logits, pad_choices, tfew_losses
+from ia3.training.run import Run
+from ia3.training.settings import TrainSettings
+from ia3.training.task import Task, TaskKind, load_task
+from ia3.training.template import Template
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 QUIET = Console(quiet=True)
 FAST = TrainSettings(learning_rate=0.1, epochs=6, dropout=False, evaluation_batch_size=5, seed=1)
+TASK = Task(
+    template=Template.of_column("text"),
+    labels=("negative", "neutral", "positive"),
+    max_length=128,
+    max_new_tokens=5,
+)
+
+
+def train(
+    model: Any, training: Examples, test: Examples, folder: Path, settings: TrainSettings = FAST, **more: Any
+) -> Run:
+    learner = Words(model, TOKENIZER, TASK, settings)
+    return fit(learner, training, test, output_dir=folder, **{"console": QUIET, **more})
 
 
 def run_on(
-    model: Any, folder: Path, settings: TrainSettings = FAST, train_count: int = 60, test_count: int = 12
+    model: Any,
+    folder: Path,
+    settings: TrainSettings = FAST,
+    train_count: int = 60,
+    test_count: int = 12,
+    **more: Any,
 ) -> Run:
     training, test = tiny_seq2seq.examples(train_count), tiny_seq2seq.examples(test_count, train_count)
-    return train(model, TOKENIZER, training, test, settings=settings, output_dir=folder, console=QUIET)
+    return train(model, training, test, folder, settings, **more)
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +84,21 @@ def test_only_the_adapter_changed(finished: tuple[Run, Any]) -> None:
 
 def test_files_of_a_run(finished: tuple[Run, Any]) -> None:
     run, _ = finished
-    lines = [json.loads(line) for line in (run.output_dir / "losses.jsonl").read_text().splitlines()]
-    assert lines == [{"step": step, "loss": loss} for step, loss in enumerate(run.losses, start=1)]
-    content = json.loads((run.output_dir / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "evaluation" not in line]
+    assert [line["loss"] for line in steps] == run.losses
+    assert [line["step"] for line in steps] == list(range(1, 49))
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0.1 * (48 - step) / 48 for step in range(48)])
+    assert [line["evaluation"] for line in lines if "evaluation" in line] == [e.summary() for e in run.evaluations]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    content = json.loads((run.output_dir / "result.json").read_text())
     assert content["accuracy"] == 1.0
     assert content["settings"]["learning_rate"] == 0.1
     assert content["evaluations"][0] == {
         "step": 0,
         "loss": run.evaluations[0].loss,
         "accuracy": run.evaluations[0].accuracy,
+        "macro_f1": run.evaluations[0].macro_f1,
         "seconds": run.evaluations[0].seconds,
     }
     test = tiny_seq2seq.examples(12, 60)
@@ -79,7 +111,7 @@ def test_files_of_a_run(finished: tuple[Run, Any]) -> None:
 def test_the_saved_adapter_answers_alike(finished: tuple[Run, Any]) -> None:
     run, _ = finished
     loaded = PeftModel.from_pretrained(tiny_seq2seq.base(), run.adapter_dir)
-    assert predict(loaded.eval(), TOKENIZER, run.texts) == run.final.predictions
+    assert predict(loaded.eval(), TOKENIZER, run.shown) == run.final.predictions
 
 
 def test_a_step_is_adamw_without_decay_on_a_linear_schedule(tmp_path: Path) -> None:
@@ -128,7 +160,8 @@ def test_evaluation_is_what_each_example_gives_alone(finished: tuple[Run, Any]) 
     rows = tokenise(
         [*tiny_seq2seq.examples(9, 100), Example("the share rises", "very very neutral")], TOKENIZER, max_length=128
     )
-    together = evaluate(model, TOKENIZER, rows, FAST, step=7)
+    beats: list[int] = []
+    together = Words(model, TOKENIZER, TASK, FAST).measure(rows, beats.append)
 
     total, tokens, words = 0.0, 0, []
     for row in rows:
@@ -141,15 +174,16 @@ def test_evaluation_is_what_each_example_gives_alone(finished: tuple[Run, Any]) 
         words.append(TOKENIZER.decode(answer[0], skip_special_tokens=True))
     assert together.loss == pytest.approx(total / tokens, rel=1e-5)
     assert together.predictions == words
-    assert together.correct == 9
-    assert (together.step, together.total) == (7, 10)
+    assert together.truth == [row.label for row in rows]
+    assert together.shown[-1] == "the share rises"
+    assert beats == [5, 5]
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(tmp_path: Path) -> None:
     settings = TrainSettings(learning_rate=3e37, epochs=1)
-    with pytest.raises(FloatingPointError, match=r"at step \d.*nothing was saved. Lower the learning rate .*3e\+37"):
+    with pytest.raises(FloatingPointError, match=r"at step \d.*the adapter was not saved. .*rate .*3e\+37"):
         run_on(tiny_seq2seq.adapted(), tmp_path / "run", settings)
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"metrics.jsonl"}
 
 
 def test_a_model_that_is_broken_from_the_start_is_not_trained(tmp_path: Path) -> None:
@@ -167,14 +201,14 @@ def test_a_label_that_training_never_shows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"\['neutral'\] never occur in training, which knows \['negative', 'positive'\]"
     ):
-        train(tiny_seq2seq.adapted(), TOKENIZER, training, test, settings=FAST, output_dir=tmp_path / "run")
+        train(tiny_seq2seq.adapted(), training, test, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("counts", "purpose"), [((0, 3), "train on"), ((3, 0), "evaluate on")])
 def test_nothing_to_train_or_evaluate_on(tmp_path: Path, counts: tuple[int, int], purpose: str) -> None:
     training, test = (tiny_seq2seq.examples(3)[:count] for count in counts)
     with pytest.raises(ValueError, match=f"sentences holds no examples to {purpose}"):
-        train(tiny_seq2seq.adapted(), TOKENIZER, training, test, settings=FAST, output_dir=tmp_path / "run")
+        train(tiny_seq2seq.adapted(), training, test, tmp_path / "run")
 
 
 def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
@@ -192,7 +226,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_training(tmp_path: 
 def test_an_output_that_cannot_be_written_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ia3.training.loop.os.access", lambda path, mode: False)
+    monkeypatch.setattr("ia3.training.run.os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="is read-only: name another"):
         run_on(tiny_seq2seq.adapted(), tmp_path / "run")
 
@@ -206,20 +240,141 @@ def test_settings_must_be_positive(name: str, value: float) -> None:
         TrainSettings(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["warmup_steps", "weight_decay"])
+def test_settings_that_may_be_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1: expected 0 or a positive number"):
+        TrainSettings(**{name: -1})
+
+
 def test_progress_shows_speed_and_loss(tmp_path: Path) -> None:
     console = Console(record=True, width=120, force_terminal=True, file=(tmp_path / "screen").open("w"))
     training = tiny_seq2seq.examples(24)
-    settings = TrainSettings(epochs=1)
     run = train(
-        tiny_seq2seq.adapted(),
-        TOKENIZER,
-        training,
-        training[:3],
-        settings=settings,
-        output_dir=tmp_path / "run",
-        console=console,
+        tiny_seq2seq.adapted(), training, training[:3], tmp_path / "run", TrainSettings(epochs=1), console=console
     )
     shown = console.export_text()
     assert "3/3" in shown
-    assert "steps/s" in shown
+    assert "/s" in shown
     assert f"loss {run.losses[-1]:.3f}" in shown
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    settings = TrainSettings(learning_rate=0.05, epochs=2, batch_size=8, dropout=False, group_by_length=False, seed=3)
+    whole = run_on(tiny_seq2seq.adapted(), tmp_path / "whole", settings, 22, 3)
+    parts = replace(settings, batch_size=2, gradient_accumulation=4)
+    accumulated = run_on(tiny_seq2seq.adapted(), tmp_path / "parts", parts, 22, 3)
+    assert len(whole.losses) == 6
+    assert accumulated.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert accumulated.final.loss == pytest.approx(whole.final.loss, rel=1e-5)
+
+
+def test_large_gradients_are_clipped(tmp_path: Path) -> None:
+    norms = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+            super().step()
+
+    settings = TrainSettings(epochs=1, dropout=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.optim.AdamW", Recording)
+        run_on(tiny_seq2seq.adapted(), tmp_path / "free", settings, 24, 3)
+        free, norms = norms, []
+        limit = sorted(free)[1]
+        run_on(tiny_seq2seq.adapted(), tmp_path / "clipped", replace(settings, max_gradient_norm=limit), 24, 3)
+    assert max(free) > limit
+    assert norms[0] == pytest.approx(min(free[0], limit), rel=1e-4)
+    assert max(norms) <= limit * (1 + 1e-5)
+
+
+def test_it_stops_where_it_gets_no_better_and_keeps_the_best(tmp_path: Path) -> None:
+    settings = replace(FAST, epochs=20, patience=2, learning_rate=0.8)
+    run = run_on(tiny_seq2seq.adapted(head=True), tmp_path / "run", settings)
+    assert run.progress.stopped_early
+    ranks = [(each.accuracy, -each.loss) for each in run.evaluations]
+    assert run.progress.best == max(range(1, len(ranks)), key=lambda index: ranks[index])
+    assert len(run.evaluations) - 1 - run.progress.best == 2
+    for folder, evaluation in ((run.best_dir, run.best), (run.adapter_dir, run.final)):
+        loaded = PeftModel.from_pretrained(tiny_seq2seq.base(), folder)
+        rows = tokenise(tiny_seq2seq.examples(12, 60), TOKENIZER, max_length=128)
+        found = Words(loaded, TOKENIZER, TASK, settings).measure(rows, lambda rows: None)
+        assert found.loss == pytest.approx(evaluation.loss, rel=1e-5)
+        assert load_task(folder) == TASK
+
+
+@pytest.mark.parametrize("by", ["loss", "accuracy", "macro_f1"])
+def test_what_makes_an_evaluation_the_best(tmp_path: Path, by: Any) -> None:
+    settings = replace(FAST, best_by=by, evaluate_every=3, learning_rate=0.3)
+    run = run_on(tiny_seq2seq.adapted(head=True), tmp_path / "run", settings)
+    later = run.evaluations[1:]
+    assert [each.step for each in later] == [*range(3, 49, 3)]
+    value = {"loss": lambda e: (-e.loss,)}.get(by, lambda e: (getattr(e, by), -e.loss))
+    assert run.best is max(later, key=value)
+
+
+def test_steps_instead_of_epochs(tmp_path: Path) -> None:
+    run = run_on(tiny_seq2seq.adapted(), tmp_path / "run", replace(FAST, steps=23, epochs=1), 12, 3)
+    assert [each.step for each in run.evaluations] == [*range(0, 23, 2), 23]
+
+
+def test_tensorboard_is_told(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_on(tiny_seq2seq.adapted(), tmp_path / "run", replace(FAST, epochs=2, trackers=("tensorboard",)), 24, 3)
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*.0")
+    told = EventAccumulator(str(events))
+    told.Reload()
+    assert [event.step for event in told.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in told.Scalars("train/loss")] == pytest.approx(run.losses)
+    assert [event.value for event in told.Scalars("held_out/accuracy")] == pytest.approx(
+        [each.accuracy for each in run.evaluations[1:]]
+    )
+
+
+def test_a_tracker_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['abacus'\] are not installed.*there are \['tensorboard'\]"):
+        run_on(tiny_seq2seq.adapted(), tmp_path / "run", replace(FAST, trackers=("abacus", "tensorboard")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(ValueError, match="There are 2 processes, and ia3 train uses one"):
+        run_on(tiny_seq2seq.adapted(), tmp_path / "run")
+
+
+def test_tfews_losses_and_ranking(tmp_path: Path) -> None:
+    settings = replace(FAST, objective="t-few", optimizer="adafactor", answer_by="rank", epochs=2)
+    model = tiny_seq2seq.adapted(head=True)
+    learner = Words(model, TOKENIZER, TASK, settings)
+    rows = learner.tokenise(tiny_seq2seq.examples(8))
+    batch = learner.collate(rows)
+    choices = pad_choices([TOKENIZER(text_target=label)["input_ids"] for label in TASK.labels]).expand(8, -1, -1)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    correct = torch.tensor([TASK.labels.index(row.label) for row in rows])
+    model.eval()
+    expected = tfew_losses(choice_logits(model, choices, **inputs), choices, correct)
+    torch.testing.assert_close(learner.loss(batch), expected.total)
+    assert learner.targets(batch) == 8
+
+    run = run_on(model, tmp_path / "run", settings)
+    ranked = rank(model, TOKENIZER, run.shown, TASK.labels)
+    assert run.final.predictions == [each.label for each in ranked]
+    written = Words(model, TOKENIZER, TASK, FAST).measure(
+        learner.tokenise(tiny_seq2seq.examples(12, 60)), lambda n: None
+    )
+    assert run.final.loss == pytest.approx(written.loss, rel=1e-5)
+
+
+def test_free_text_is_learned_too(tmp_path: Path) -> None:
+    task = replace(TASK, kind=TaskKind.GENERATION, labels=())
+    learner = Words(tiny_seq2seq.adapted(head=True), TOKENIZER, task, FAST)
+    training, test = tiny_seq2seq.examples(60), tiny_seq2seq.examples(12, 60)
+    run = fit(learner, training, test, output_dir=tmp_path / "run", console=QUIET)
+    assert run.final.accuracy == 1.0
+    assert run.final.macro_f1 is None
+    assert run.majority is None
+    assert run.best is min(run.evaluations[1:], key=lambda each: each.loss)
+    assert run.final.perplexity == pytest.approx(math.exp(run.final.loss))

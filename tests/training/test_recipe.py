@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,12 @@ from typer.main import get_command
 import tiny_seq2seq
 from ia3.checkpoint import load_peft_weights
 from ia3.cli.main import app
-from ia3.training.loop import TrainSettings
-from ia3.training.recipe import Interrupted, Recipe, make_recipe, read_recipe, train
-from ia3.training.task import Template, load_task
+from ia3.training.loop import Interrupted
+from ia3.training.recipe import RECIPES, Recipe, make_recipe, read_recipe
+from ia3.training.settings import TrainSettings
+from ia3.training.task import load_task
+from ia3.training.template import Template
+from ia3.training.train import resume, train
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def test_the_python_twin_leaves_an_adapter_with_its_task(base: str, tmp_path: Pa
     data = tiny_seq2seq.write_csv(tmp_path / "sentences.csv")
     run = train(base, data, output=tmp_path / "run", epochs=1, max_length=32, template="very {text}", console=quiet())
     assert run.settings == TrainSettings(epochs=1, max_length=32)
-    assert all(text.startswith("very ") for text in run.texts)
+    assert all(text.startswith("very ") for text in run.shown)
     task = load_task(run.adapter_dir)
     assert task is not None
     assert (task.template, task.labels, task.base_model) == (Template("very {text}"), tiny_seq2seq.LABELS, base)
@@ -61,7 +67,7 @@ def test_examples_in_memory(base: str, tmp_path: Path) -> None:
         console=console,
     )
     assert (run.train_examples, run.final.total) == (9, 6)
-    assert run.texts == [f"very {text}" for text in tiny_seq2seq.examples(6).texts]
+    assert run.shown == [f"very {text}" for text in tiny_seq2seq.examples(6).texts]
     assert "held-out texts also occur in training" in printed(console)
     assert "texts are longer than 3 tokens and are cut" in printed(console)
     config = json.loads((run.adapter_dir / "adapter_config.json").read_text())
@@ -129,32 +135,169 @@ def test_the_help_shows_the_true_defaults() -> None:
         for option in command.commands["train"].params
         if isinstance(option.show_default, str)
     }
-    assert len(shown) >= 9
+    # What None means is said in words.
+    assert {shown.pop(name) for name in ("task", "evaluate_every", "patience")} == {
+        "the model's",
+        "each epoch",
+        "never",
+    }
+    assert len(shown) >= 13
     for name, text in shown.items():
         value = defaults[name]
-        assert text == ({True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)), name
+        assert text == (
+            {True: "on", False: "off"}[value]
+            if isinstance(value, bool)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        ), name
 
 
-def test_an_interrupted_training_keeps_what_was_learned(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Send SIGINT during an optimizer's given step."""
     steps = 0
-    step = torch.optim.AdamW.step
+    original = torch.optim.AdamW.step
 
-    def stop_at_third(*arguments: Any, **more: Any) -> Any:
+    def counted(*arguments: Any, **more: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 3:
-            raise KeyboardInterrupt
-        return step(*arguments, **more)
+        if steps == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **more)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", stop_at_third)
-    output = tmp_path / "run"
-    with pytest.raises(Interrupted, match=r"the adapter as it was is in .*interrupted"):
-        train(base, tiny_seq2seq.examples(40), output=output, console=quiet())
-    assert not (output / "adapter").exists()
-    vectors = load_peft_weights(output / "interrupted")
-    assert any((vector != 1).any() for vector in vectors.values())
-    task = load_task(output / "interrupted")
-    assert task is not None
-    assert task.labels == tiny_seq2seq.LABELS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counted)
+        yield
+
+
+def test_an_interrupted_run_goes_on_from_its_folder(base: str, tmp_path: Path) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    more: dict[str, Any] = {"template": "very {text}", "epochs": 2, "batch_size": 4, "console": quiet()}
+    whole = train(base, data, output=tmp_path / "whole", **more)
+    with interrupted_at(3), pytest.raises(Interrupted, match=r"step 3 of 14\. Go on: ia3 train --resume"):
+        train(base, data, output=tmp_path / "parts", **more)
+    assert load_task(tmp_path / "parts" / "adapter") == load_task(whole.adapter_dir)
+    with pytest.raises(ValueError, match="holds an unfinished run: go on with it by `ia3 train --resume"):
+        train(base, data, output=tmp_path / "parts", **more)
+    resumed = resume(tmp_path / "parts", console=quiet())
+    assert resumed.losses == whole.losses
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == FILES
+    own, others = (load_peft_weights(run.adapter_dir) for run in (resumed, whole))
+    assert all(torch.equal(own[name], others[name]) for name in others)
+    with pytest.raises(ValueError, match=r"nothing in .* to go on from: its training is complete"):
+        resume(tmp_path / "parts")
+
+
+FILES = {
+    "adapter",
+    "best",
+    "environment.json",
+    "metrics.jsonl",
+    "recipe.yaml",
+    "report.md",
+    "report.png",
+    "result.json",
+}
+
+
+def test_a_run_on_examples_in_memory_is_given_them_again(base: str, tmp_path: Path) -> None:
+    data, test = tiny_seq2seq.examples(30), tiny_seq2seq.examples(6, 30)
+    with interrupted_at(3), pytest.raises(Interrupted):
+        train(base, data, test_data=test, output=tmp_path / "run", epochs=1, console=quiet())
+    with pytest.raises(ValueError, match=r"had its data in memory: give them again, ia3.resume\(…, data=…\)"):
+        resume(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"The test data are not those .* \(5 rows now, 6 then\)"):
+        resume(tmp_path / "run", data=data, test_data=test[:5], console=quiet())
+    assert resume(tmp_path / "run", data=data, test_data=test, console=quiet()).final.total == 6
+
+
+def test_another_environment_is_told(base: str, tmp_path: Path) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    with interrupted_at(3), pytest.raises(Interrupted):
+        train(base, data, output=tmp_path / "run", console=quiet())
+    path = tmp_path / "run" / "environment.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "threads": 99}))
+    console = quiet()
+    resume(tmp_path / "run", console=console)
+    assert "Other threads than when the run began: its numbers may differ." in printed(console)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no run, since it has no recipe\.yaml"):
+        resume(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("model: m\n")
+    with pytest.raises(ValueError, match="it ended before its first save"):
+        resume(tmp_path)
+
+
+def test_a_run_can_be_done_again_from_its_recipe(base: str, tmp_path: Path) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    first = train(base, data, output=tmp_path / "first", epochs=1, limit=12, seed=7, console=quiet())
+    recipe = make_recipe(read_recipe(tmp_path / "first" / "recipe.yaml"))
+    assert recipe.settings == first.settings
+    again = train(base, data, recipe=tmp_path / "first" / "recipe.yaml", output=tmp_path / "again", console=quiet())
+    assert again.losses == first.losses
+    environment = json.loads((tmp_path / "again" / "environment.json").read_text())
+    assert environment == json.loads((tmp_path / "first" / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["data"]["train"]["rows"] == 12
+
+
+def test_the_recipe_of_tfew(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe({**read_recipe("t-few"), "model": "m", "data": "d"})
+    settings = recipe.settings
+    assert (settings.steps, settings.warmup_steps, settings.batch_size) == (1000, 60, 8)
+    assert (settings.optimizer, settings.learning_rate, settings.objective) == ("adafactor", 3e-3, "t-few")
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    run = train(base, data, recipe="t-few", steps=3, warmup_steps=1, output=tmp_path / "run", console=quiet())
+    assert len(run.losses) == 3
+    assert run.settings.answer_by == "rank"
+    assert all(answer in run.labels for answer in run.final.predictions)
+    assert list(RECIPES) == ["t-few"]
+
+
+def test_the_cards_tell_data_and_figures(base: str, tmp_path: Path) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    run = train(base, data, output=tmp_path / "run", epochs=2, console=quiet())
+    for folder, evaluation in ((run.adapter_dir, run.final), (run.best_dir, run.best)):
+        card = (folder / "README.md").read_text()
+        assert f"| accuracy | {evaluation.accuracy:.1%} of 3 (95 % interval" in card
+        assert "| data | sentences.csv |" in card
+        assert "| labels | `negative`, `neutral`, `positive` |" in card
+        assert f"27 examples, {evaluation.step} steps of 8" in card
+        assert str(tmp_path) not in card
+
+
+def test_the_report(base: str, tmp_path: Path) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    run = train(base, data, output=tmp_path / "run", epochs=1, console=quiet())
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert report.startswith("# tiny-base on sentences.csv\n")
+    assert f"| accuracy | {run.final.accuracy:.1%} of 3 held out" in report
+    assert "](report.png)" in report
+    answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+    wrong = [text for text, right, found in answers if right != found]
+    assert f"## Wrong answers: {len(wrong)} of {len(wrong)}" in report
+    assert all(f"| {text} |" in report for text in wrong)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"packing": True}, "'packing' is for instructions, and this task is label-words"),
+        ({"task": "generation", "balance": True}, "'balance' is for label-words and sequence-classification"),
+        ({"task": "generation", "objective": "t-few"}, "'objective: t-few' is for label-words"),
+        ({"task": "generation", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
+        ({"task": "generation", "best_by": "macro_f1"}, "'best_by: macro_f1' is for"),
+    ],
+)
+def test_settings_without_a_use_are_refused(base: str, setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        train(base, tiny_seq2seq.examples(12), console=quiet(), **setting)
+
+
+def test_examples_of_another_kind_are_refused(base: str) -> None:
+    with pytest.raises(ValueError, match="are for label-words, and the task is generation"):
+        train(base, tiny_seq2seq.examples(12), task="generation", console=quiet())

@@ -10,25 +10,32 @@ from rich.console import Console
 
 import tiny_seq2seq
 from ia3 import IA3Config, get_peft_model
-from ia3.training.loop import Evaluation, Run, TrainSettings
-from ia3.training.report import draw_report, result_table, vector_maps
+from ia3.training.report import draw_report, result_table, vector_maps, write_report
+from ia3.training.run import Progress, Run, judge
+from ia3.training.settings import TrainSettings
+from ia3.training.task import Task, TaskKind
+from ia3.training.template import Template
 
 
-def finished(folder: Path, predictions: list[str]) -> Run:
+def finished(folder: Path, predictions: list[str], kind: TaskKind = TaskKind.LABEL_WORDS) -> Run:
     truth = ["negative", "neutral", "positive", "positive"]
-    correct = sum(map(str.__eq__, truth, predictions))
+    labels = tiny_seq2seq.LABELS if kind.has_labels else ()
     return Run(
         output_dir=folder,
         settings=TrainSettings(),
-        labels=tiny_seq2seq.LABELS,
-        texts=["text"] * 4,
+        task=Task(kind=kind, template=Template("{text}"), labels=labels, max_length=9),
+        shown=["text | 1\n", "text 2", "text 3", "long " * 99],
         truth=truth,
-        losses=[2.0 / step for step in range(1, 61)],
-        evaluations=[
-            Evaluation(0, 3.0, 0, 4, 0.1, ["a title"] * 4),
-            Evaluation(60, 0.5, correct, 4, 0.1, predictions),
-        ],
-        train_seconds=12.3,
+        progress=Progress(
+            steps=[{"learning_rate": 1.0, "loss": 2.0 / step, "step": step} for step in range(1, 61)],
+            evaluations=[
+                judge(0, 3.0, truth, ["a title"] * 4, labels, seconds=0.1),
+                judge(30, 0.25, truth, truth, labels, seconds=0.1),
+                judge(60, 0.5, truth, predictions, labels, seconds=0.1),
+            ],
+            best=1,
+            seconds=12.3,
+        ),
         train_examples=480,
         trainable_parameters=448,
         all_parameters=76_995_968,
@@ -113,6 +120,27 @@ def test_the_table(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "75.0% of 4 held out (95 % interval 30.1% to 95.4%)" in shown
     assert "50.0%" in shown
+    assert "0.500 (perplexity 1.649)" in shown
+    assert "100.0%, loss 0.250, after step 30" in shown
+    assert "12 s, 60 steps, 480 examples" in shown
     assert "448 of 76,995,968 (0.001%)" in shown
     assert f"{run.adapter_bytes:,} bytes" in shown
     assert str(tmp_path / "report.png") in shown
+
+
+def test_the_report_of_labels(tmp_path: Path) -> None:
+    report = write_report(finished(tmp_path, ["neutral", "neutral", "rises", "rises"]), "a title").read_text()
+    assert report.startswith("# a title\n\n| | |\n|---|---|\n| accuracy | 25.0% of 4 held out")
+    assert "| majority class | 50.0% |" in report
+    assert "## Wrong answers: 3 of 3" in report
+    assert "| text \\| 1 | negative | neutral |" in report
+    assert f"| {('long ' * 99)[:159]}… | positive | rises |" in report
+
+
+def test_the_report_of_free_text_without_mistakes(tmp_path: Path) -> None:
+    truth = ["negative", "neutral", "positive", "positive"]
+    run = finished(tmp_path, truth, TaskKind.GENERATION)
+    report = write_report(run, "a title").read_text()
+    assert "majority" not in report
+    assert "Wrong answers" not in report
+    assert draw_report(run, tiny_seq2seq.adapted(), tmp_path / "report.png").stat().st_size > 10_000

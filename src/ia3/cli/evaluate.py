@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,8 +14,17 @@ from ia3.cli.labelling import answer, load_labeller
 
 if TYPE_CHECKING:
     from ia3.training.data import Examples
+    from ia3.training.task import Task
 
-_METHODS = {False: "the likeliest label", True: "written answers, exact match"}
+_WRITTEN = "written answers, exact match"
+_METHODS = {
+    ("label-words", False): "the likeliest label",
+    ("label-words", True): _WRITTEN,
+    ("generation", False): _WRITTEN,
+    ("instructions", False): _WRITTEN,
+    ("sequence-classification", False): "the head's likeliest label",
+    ("token-classification", False): "the head's likeliest tag of each word",
+}
 
 
 def evaluate(
@@ -33,53 +42,80 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure an adapter on labelled text: accuracy with its interval, macro-F1 and what it confuses."""
+    """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
     from dataclasses import replace
 
     from rich.console import Console
 
-    from ia3.training.task import load_task_examples
+    from ia3.training.data import load_examples
+    from ia3.training.task import TaskKind
 
     progress = Console(stderr=True)
     labeller = load_labeller(adapter, progress, text_column=text_column)
-    examples = load_task_examples(data, labeller.template, label_column or labeller.label_column)
+    task = labeller.task
+    if generate and task.kind is not TaskKind.LABEL_WORDS:
+        raise ValueError(f"This adapter's task is {task.kind}, where --generate changes nothing: leave it out.")
+    # Data alone tell the labels of an adapter that came without a task.
+    kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind
+    examples = load_examples(data, template=task.template, label_column=label_column or task.label_column, kind=kind)
     progress.print(examples.describe(), markup=False, highlight=False)
-    if labeller.labels:
-        _expect_known(examples, labeller.labels)
-    else:
-        labeller = replace(labeller, labels=examples.labels)
-    answers = answer(labeller, examples.texts, progress, generate=generate, batch_size=batch_size)
-    result = Result(
-        labels=labeller.labels,
-        truth=[row.label for row in examples],
-        predictions=[each.label for each in answers],
-        method=_METHODS[generate],
-    )
+    if kind is not task.kind:
+        labeller = replace(labeller, task=replace(task, kind=kind, labels=examples.labels))
+    elif kind.has_labels:
+        _expect_known(examples, task)
+    answers = answer(labeller, examples, progress, generate=generate, batch_size=batch_size)
+    result = _judge(labeller.task, examples, [each.label for each in answers], generate=generate)
     if as_json:
         typer.echo(json.dumps({"adapter": adapter, "data": examples.source, **result.summary()}, ensure_ascii=False))
     else:
         _print(result)
 
 
-def _expect_known(examples: Examples, labels: Sequence[str]) -> None:
-    unknown = sorted({row.label for row in examples} - set(labels))
+def _judge(task: Task, examples: Examples, answers: Sequence[str], *, generate: bool) -> Result:
+    """Compare texts with texts, or word by word where the answers are tags."""
+    from ia3.inference.answering import UNREAD
+    from ia3.training.entities import are_iob2, entity_scores
+    from ia3.training.task import TaskKind
+
+    truth = [example.label for example in examples]
+    method = _METHODS[task.kind, generate]
+    if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
+        return Result(labels=task.labels, truth=truth, predictions=answers, method=method)
+    # A word that was cut off has no tag and is left out, as while training.
+    pairs = [
+        [(right, found) for right, found in zip(tags.split(), answer.split(), strict=True) if found != UNREAD]
+        for tags, answer in zip(truth, answers, strict=True)
+    ]
+    rights, founds = ([[pair[side] for pair in text] for text in pairs] for side in (0, 1))
+    scores = {"entity_f1": entity_scores(rights, founds).f1} if are_iob2(task.labels) else {}
+    flat = [[tag for text in texts for tag in text] for texts in (rights, founds)]
+    return Result(labels=task.labels, truth=flat[0], predictions=flat[1], method=method, scores=scores)
+
+
+def _expect_known(examples: Examples, task: Task) -> None:
+    from ia3.training.task import TaskKind
+
+    words = task.kind is TaskKind.TOKEN_CLASSIFICATION
+    occurring = {label for row in examples for label in (row.label.split() if words else [row.label])}
+    unknown = sorted(occurring - set(task.labels))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], labels, n=1)
+        near = difflib.get_close_matches(unknown[0], task.labels, n=1)
         hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else ""
         raise ValueError(
-            f"{examples.source} has the labels {unknown}, and the adapter knows {list(labels)}.{hint} Correct the "
+            f"{examples.source} has the labels {unknown}, and the adapter knows {list(task.labels)}.{hint} Correct the "
             "labels, or name the right --label-column."
         )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an adapter answered to labelled texts, and `method`, how it was asked."""
+    """What an adapter answered, and `method`, how it was asked; without labels the answers are free text."""
 
     labels: Sequence[str]
     truth: Sequence[str]
     predictions: Sequence[str]
     method: str
+    scores: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The figures as JSON writes them."""
@@ -92,19 +128,24 @@ class Result:
         )
 
         correct, total = count_correct(self.truth, self.predictions), len(self.truth)
-        confusion = confusion_matrix(self.truth, self.predictions, self.labels)
-        f1 = f1_scores(confusion, self.labels)
-        return {
+        figures = {
             "accuracy": correct / total,
             "accuracy_interval_95": list(wilson_interval(correct, total)),
-            "confusion": confusion,  # a row a true label, a column a prediction, the last for no label
             "correct": correct,
             "examples": total,
+            "method": self.method,
+            **self.scores,
+        }
+        if not self.labels:
+            return figures
+        confusion = confusion_matrix(self.truth, self.predictions, self.labels)
+        f1 = f1_scores(confusion, self.labels)
+        return figures | {
+            "confusion": confusion,  # a row a true label, a column a prediction, the last for no label
             "f1": f1,
             "labels": list(self.labels),
             "macro_f1": sum(f1.values()) / len(f1),
             "majority_baseline": majority_baseline(self.truth),
-            "method": self.method,
         }
 
 
@@ -120,10 +161,13 @@ def _print(result: Result) -> None:
     table.add_row(
         "accuracy", f"{found['accuracy']:.1%} of {found['examples']:,} (95 % interval {low:.1%} to {high:.1%})"
     )
-    table.add_row("majority class", f"{found['majority_baseline']:.1%}")
-    table.add_row("macro-F1", f"{found['macro_f1']:.3f}")
+    for name, score in result.scores.items():
+        table.add_row(name.replace("_", " "), f"{score:.3f}")
+    if result.labels:
+        table.add_row("majority class", f"{found['majority_baseline']:.1%}")
+        table.add_row("macro-F1", f"{found['macro_f1']:.3f}")
     table.add_row("asked for", result.method)
-    Console().print(table, "", _confusion_table(found), highlight=False)
+    Console().print(table, *(["", _confusion_table(found)] if result.labels else []), highlight=False)
 
 
 def _confusion_table(found: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ia3.cli.adapters import expect_adapter
@@ -11,45 +11,26 @@ from ia3.cli.adapters import expect_adapter
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.training.task import Task, Template
+    from ia3.inference.answering import Answer
+    from ia3.training.data import Example
+    from ia3.training.task import Task
 
 _BATCHES_A_STRETCH = 8
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A label, and the probability of each label; None where the label was generated."""
-
-    label: str
-    probabilities: dict[str, float] | None = None
-
-    @property
-    def probability(self) -> float | None:
-        """The label's own probability."""
-        return None if self.probabilities is None else self.probabilities[self.label]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Labeller:
-    """A loaded adapter and how to ask it.
+    """A loaded adapter and what it was trained to do.
 
     Args:
         model: the base model with the adapter.
         tokenizer: the base model's tokenizer.
-        template: what the model reads.
-        labels: what to choose from; empty lets the model write its answer.
-        label_column: the column that holds the labels of an evaluation.
-        max_length: where longer inputs are cut, in tokens.
-        max_new_tokens: the longest written answer, in tokens.
+        task: what the model reads and how it answers.
     """
 
     model: Any
     tokenizer: Any
-    template: Template
-    labels: tuple[str, ...]
-    label_column: str
-    max_length: int
-    max_new_tokens: int
+    task: Task
 
 
 def load_labeller(
@@ -69,84 +50,73 @@ def load_labeller(
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 
-        from ia3.inference.predict import load_adapter
+        from ia3.inference.loading import load_adapter
         from ia3.training.task import load_task
 
         disable_progress_bar()
-        # An adapter that PEFT saved has no task: its input is the text alone, and its answers are written.
-        task = load_task(adapter)
-        template = _template(task, text_column)
+        saved = load_task(adapter)
+        if saved is not None and text_column is not None:
+            saved = replace(saved, template=saved.template.with_column(text_column))
         model, tokenizer = load_adapter(adapter)
-    return Labeller(
-        model=model,
-        tokenizer=tokenizer,
-        template=template,
-        labels=task.labels if task is not None else (),
-        label_column=task.label_column if task is not None else "label",
-        max_length=max_length or (task.max_length if task is not None else 128),
-        max_new_tokens=max_new_tokens or (task.max_new_tokens if task is not None else 16),
+    task = saved if saved is not None else _task_without_file(model, text_column or "text")
+    if max_length is not None:
+        task = replace(task, max_length=max_length)
+    if max_new_tokens is not None:
+        if not task.kind.writes:
+            raise ValueError(f"This adapter's task is {task.kind}, which writes nothing: leave --max-new-tokens out.")
+        task = replace(task, max_new_tokens=max_new_tokens)
+    return Labeller(model=model, tokenizer=tokenizer, task=task)
+
+
+def _task_without_file(model: Any, text_column: str) -> Task:
+    """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
+    from ia3.inference.classify import class_labels
+    from ia3.training.task import Task, TaskKind
+    from ia3.training.template import Template
+
+    task_type = model.peft_config[model.active_adapter].task_type
+    kinds = {kind.task_type: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
+    kind = kinds[task_type]
+    return Task(
+        kind=kind,
+        template=Template.of_column(text_column),
+        labels=class_labels(model) if kind.has_labels else (),
+        max_length=128,
+        max_new_tokens=16 if kind.writes else None,
     )
 
 
-def _template(task: Task | None, text_column: str | None) -> Template:
-    from ia3.training.task import Template
-
-    template = task.template if task is not None else Template.of_column("text")
-    return template if text_column is None else template.with_column(text_column)
-
-
 def answer(
-    labeller: Labeller, texts: Sequence[str], console: Console, *, generate: bool, batch_size: int
+    labeller: Labeller, examples: Sequence[Example], console: Console, *, generate: bool, batch_size: int
 ) -> list[Answer]:
-    """Label texts as the model reads them, with a progress bar.
+    """Answer texts as the model reads them, with a progress bar.
 
     Args:
         labeller: the loaded adapter.
-        texts: rendered texts.
+        examples: rendered texts, with their earlier turns.
         console: where the bar goes, and how many texts are cut.
         generate: let the model write its answer, instead of choosing the likeliest label.
         batch_size: texts at once.
 
     Returns:
-        One answer a text, in order.
+        One answer an example, in order.
     """
     from rich.progress import track
 
+    from ia3.inference.answering import answer as answer_batch
     from ia3.training.data import count_truncated
 
-    cut = count_truncated(texts, labeller.tokenizer, labeller.max_length)
+    task = labeller.task
+    cut = count_truncated([example.text for example in examples], labeller.tokenizer, task.max_length)
     if cut:
-        console.print(f"Cut at {labeller.max_length} tokens: {cut:,} of {len(texts):,} texts.", highlight=False)
+        console.print(f"Cut at {task.max_length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
     # Sorting by length within a stretch saves most of the padding, and the bar moves at each.
     size = batch_size * _BATCHES_A_STRETCH
     answers: list[Answer] = []
-    starts = range(0, len(texts), size)
-    for start in track(starts, "labelling", console=console, transient=True, disable=len(starts) == 1):
-        answers += _answer_stretch(labeller, texts[start : start + size], generate, batch_size)
-    return answers
-
-
-def _answer_stretch(labeller: Labeller, texts: Sequence[str], generate: bool, batch_size: int) -> list[Answer]:
-    if generate or not labeller.labels:
-        from ia3.inference.predict import predict
-
-        words = predict(
-            labeller.model,
-            labeller.tokenizer,
-            texts,
-            max_length=labeller.max_length,
-            max_new_tokens=labeller.max_new_tokens,
-            batch_size=batch_size,
+    starts = range(0, len(examples), size)
+    for start in track(starts, "answering", console=console, transient=True, disable=len(starts) == 1):
+        stretch = examples[start : start + size]
+        answers += answer_batch(
+            labeller.model, labeller.tokenizer, task, stretch, generate=generate, batch_size=batch_size
         )
-        return [Answer(word) for word in words]
-    from ia3.inference.rank import rank
-
-    rankings = rank(
-        labeller.model,
-        labeller.tokenizer,
-        texts,
-        labeller.labels,
-        max_length=labeller.max_length,
-        batch_size=batch_size,
-    )
-    return [Answer(ranking.label, ranking.probabilities) for ranking in rankings]
+    return answers

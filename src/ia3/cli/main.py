@@ -17,6 +17,7 @@ from ia3.cli.merge import merge
 from ia3.cli.predict import predict
 from ia3.cli.push import push
 from ia3.cli.quickstart import quickstart
+from ia3.cli.runs import runs
 from ia3.cli.targets import targets
 from ia3.cli.train import train
 
@@ -56,7 +57,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, predict, inspect, targets, merge, push, quickstart):
+for command in (train, runs, evaluate, predict, inspect, targets, merge, push, quickstart):
     app.command()(command)
 
 

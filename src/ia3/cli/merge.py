@@ -52,7 +52,7 @@ def _load(adapter: str) -> tuple[Any, Any]:
 
     import ia3
     from ia3.config import PeftConfig
-    from ia3.inference.predict import load_tokenizer, reading_weights
+    from ia3.inference.loading import load_tokenizer, reading_weights
     from ia3.model import CLASS_FOR_TASK
 
     disable_progress_bar()

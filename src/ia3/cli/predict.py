@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.labelling import Answer, Labeller, answer, load_labeller
+from ia3.cli.labelling import Labeller, answer, load_labeller
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.training.task import Records
+    from ia3.inference.answering import Answer
+    from ia3.training.records import Records
 
 _OUTPUTS = (".csv", ".jsonl")
 
@@ -62,7 +63,7 @@ def predict(
     if records is None:
         assert lines is not None
         records = _as_records(lines, labeller)
-    texts = [labeller.template.render(record, f"{records.source}, {place}") for place, record in records]
+    texts = _texts(records, labeller)
     _check_columns(records, labeller, output)
     answers = _answer_filled(labeller, texts, progress, generate=generate, batch_size=batch_size)
     if output is not None:
@@ -87,16 +88,16 @@ def _read_lines() -> list[str]:
 
 
 def _read_file(path: Path, text_column: str | None) -> Records:
-    from ia3.training.task import read_records
+    from ia3.training.records import read_records
 
-    return read_records(path, text_column or "text")
+    return read_records(path, line_column=text_column or "text")
 
 
 def _as_records(lines: list[str], labeller: Labeller) -> Records:
     """Sentences as rows of the one column that the template reads."""
-    from ia3.training.task import Records
+    from ia3.training.records import Records
 
-    fields = labeller.template.fields
+    fields = labeller.task.template.fields
     if len(fields) > 1:
         raise ValueError(
             f"This adapter reads the columns {list(fields)}, so a sentence is not enough: give a --file with them."
@@ -105,11 +106,25 @@ def _as_records(lines: list[str], labeller: Labeller) -> Records:
     return Records("the sentences", fields, rows)
 
 
+def _texts(records: Records, labeller: Labeller) -> list[str]:
+    """What the model reads of each row; of a text whose words get tags the cell may be a list."""
+    from ia3.training.data import words_of
+    from ia3.training.records import require_columns
+    from ia3.training.task import TaskKind
+
+    template = labeller.task.template
+    if labeller.task.kind is not TaskKind.TOKEN_CLASSIFICATION:
+        return [template.render(record, f"{records.source}, {place}") for place, record in records]
+    (column,) = template.fields
+    require_columns(records.source, records.columns, column)
+    return [" ".join(words_of(record.get(column), f"{records.source}, {place}", column)) for place, record in records]
+
+
 def _as_given(records: Records, texts: list[str], labeller: Labeller) -> list[str]:
     """The texts without the template's words, where one column is all that it reads."""
-    if len(labeller.template.fields) > 1:
+    if len(labeller.task.template.fields) > 1:
         return texts
-    (field,) = labeller.template.fields
+    (field,) = labeller.task.template.fields
     return [str(record[field]) for _, record in records]
 
 
@@ -124,7 +139,7 @@ def _check_output(file: Path | None, output: Path) -> None:
 
 
 def _check_columns(records: Records, labeller: Labeller, output: Path | None) -> None:
-    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labeller.labels)}
+    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labeller.task.labels)}
     taken = sorted(own & set(records.columns))
     if output is not None and taken:
         raise ValueError(
@@ -136,12 +151,14 @@ def _answer_filled(labeller: Labeller, texts: list[str], progress: Console, **ho
     """An answer for each text; None for rows without one."""
     filled = [text for text in texts if text]
     if not filled:
-        raise ValueError(f"None of the {len(texts):,} rows has a text in {list(labeller.template.fields)}.")
+        raise ValueError(f"None of the {len(texts):,} rows has a text in {list(labeller.task.template.fields)}.")
     if len(filled) < len(texts):
         typer.echo(
             f"Without text, and so without prediction: {len(texts) - len(filled):,} of {len(texts):,} rows.", err=True
         )
-    found = iter(answer(labeller, filled, progress, **how))
+    from ia3.training.data import Example
+
+    found = iter(answer(labeller, [Example(text, "") for text in filled], progress, **how))
     return [next(found) if text else None for text in texts]
 
 

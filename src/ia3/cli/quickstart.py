@@ -26,20 +26,29 @@ def quickstart(
     from ia3.bundled import TITLER
     from ia3.cli.labelling import answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
-    from ia3.training.data import bundled_tweets
-    from ia3.training.loop import TrainSettings
+    from ia3.training.data import Example, bundled_tweets
     from ia3.training.recipe import Recipe
+    from ia3.training.settings import TrainSettings
+    from ia3.training.train import run_recipe
 
     progress = Console(stderr=True)
-    training, test = (tweets[:limit] for tweets in bundled_tweets())
-    progress.print(f"{TITLER} learns from {len(training):,} tweets, {len(test):,} are held out.", highlight=False)
+    _, test = bundled_tweets()
+    progress.print(f"{TITLER} learns to tell the sentiment of tweets about shares.", highlight=False)
     # Chosen on training tweets by benchmarks/quickstart_search.py; benchmarks/results has the figures.
     settings = TrainSettings(epochs=2, learning_rate=2e-2, batch_size=8, dropout=False, seed=seed)
-    recipe = Recipe(model=TITLER, data=training, test_data=test, output=output, settings=settings)
-    run = run_visibly(recipe, progress)
+    recipe = Recipe(
+        model=TITLER,
+        data="bundled:tweets",
+        test_data="bundled:tweets:test" if limit is None else test[:limit],
+        output=output,
+        limit=limit,
+        settings=settings,
+    )
+    run = run_visibly(lambda: run_recipe(recipe, progress), progress)
 
     labeller = load_labeller(str(run.adapter_dir), progress)
-    found = answer(labeller, _SENTENCES, progress, generate=False, batch_size=len(_SENTENCES))
+    sentences = [Example(text, "") for text in _SENTENCES]
+    found = answer(labeller, sentences, progress, generate=False, batch_size=len(_SENTENCES))
     answers = [
         {"text": text, "label": each.label, "probability": each.probability}
         for text, each in zip(_SENTENCES, found, strict=True)

@@ -54,7 +54,7 @@ def _without_weights(model_name: str) -> Any:
     import torch
     import transformers
 
-    from ia3.inference.predict import load_config
+    from ia3.inference.loading import load_config
 
     config = load_config(model_name)
     name = (config.architectures or ["AutoModel"])[0]

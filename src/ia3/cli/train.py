@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,8 @@ from ia3.cli.names import module_names
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.training.loop import Run
     from ia3.training.recipe import Recipe
+    from ia3.training.run import Run
 
 _INTERRUPTED = 130
 
@@ -24,18 +25,32 @@ def train(
         str | None, typer.Option(help="The base model: a hub name, a folder or bundled:flan-t5-small-titler.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Labelled text: a CSV, JSON lines or parquet file, or a hub data set.")
+        str | None, typer.Option(help="What to learn from: a CSV, JSON lines or parquet file, or a hub data set.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file with any of these settings; flags override.")] = None,
-    test_data: Annotated[str | None, typer.Option(help="Held-out text; otherwise --test-size of the data.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="t-few, or a YAML file with any of these settings; flags override.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
+    test_data: Annotated[str | None, typer.Option(help="Held-out data; otherwise --test-size of the data.")] = None,
     test_size: Annotated[
         float | None, typer.Option(help="The part of the data that is held out.", show_default="0.1")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="The column with the text.", show_default="text")] = None,
-    label_column: Annotated[str | None, typer.Option(help="The column with the label.", show_default="label")] = None,
-    template: Annotated[
-        str | None, typer.Option(help='What the model reads, columns in braces: "Review: {text} Sentiment?".')
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="label-words, generation, instructions, sequence-classification or token-classification.",
+            show_default="the model's",
+        ),
     ] = None,
+    text_column: Annotated[str | None, typer.Option(help="The column with the text.", show_default="text")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The column with the label, answer or tags.", show_default="label")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help='What the model reads, columns in braces: "Review: {text} Sentiment?"; a run each.'),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message, in instruction tuning.")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="The modules to adapt: names with commas between, or a pattern.")
     ] = None,
@@ -43,71 +58,189 @@ def train(
         str | None, typer.Option(help="Those of them whose input is multiplied, not the output.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder; by default a new one in runs/.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training text.", show_default="3")] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="The learning rate of the first step; falls to 0.", show_default="0.008")
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.", show_default="3")] = None,
+    steps: Annotated[int | None, typer.Option(help="How many steps to train for, instead of --epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate.", show_default="0.008")] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Over how many steps the rate rises first.", show_default="0")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="8")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Pulls vectors towards one, the base model.", show_default="0")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples at once.", show_default="8")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches a step.", show_default="1")] = None,
+    precision: Annotated[str | None, typer.Option(help="The base model's: fp32 or bf16.", show_default="fp32")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Where longer texts are cut, in tokens.", show_default="128")
+    ] = None,
+    balance: Annotated[bool | None, typer.Option("--balance", help="Draw each label equally often.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing", help="Several examples a row, in instruction tuning.")
     ] = None,
     dropout: Annotated[
         bool | None, typer.Option("--dropout/--no-dropout", help="Train with the base's dropout.", show_default="on")
     ] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Evaluate after so many steps.", show_default="each epoch")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations that are no better.", show_default="never")
+    ] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="Log there too, by accelerate's names: tensorboard, wandb, …")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Decides the split, the order and the dropout.", show_default="42")
     ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Train once with each: numbers with commas between.")] = None,
     limit: Annotated[int | None, typer.Option(help="Train on at most this many examples, drawn at random.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fine-tune a model on labelled text; save the adapter, its figures and a picture."""
+    """Fine-tune a model on your data; save the adapter, its figures and a picture."""
+    from rich.console import Console
+
     given = {
         "model": model,
         "data": data,
         "test_data": test_data,
         "test_size": test_size,
+        "task": task,
         "text_column": text_column,
         "label_column": label_column,
-        "template": template,
+        "system": system,
         "target_modules": module_names(target_modules),
         "feedforward_modules": module_names(feedforward_modules),
         "output": output,
         "epochs": epochs,
+        "steps": steps,
         "learning_rate": lr,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
         "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "precision": precision,
         "max_length": max_length,
+        "balance": balance,
+        "packing": packing,
         "dropout": dropout,
-        "seed": seed,
+        "evaluate_every": evaluate_every,
+        "patience": patience,
+        "trackers": tracker or None,
         "limit": limit,
     }
-    from rich.console import Console
-
+    flags = {name: value for name, value in given.items() if value is not None}
     progress = Console(stderr=True)
-    with progress.status("Starting"):
-        checked = _read(recipe, {name: value for name, value in given.items() if value is not None})
-    run = run_visibly(checked, progress)
+    if resume is not None:
+        _refuse_beside_resume([*flags, *_named(recipe=recipe, template=template, seed=seed, seeds=seeds)])
+        run = run_visibly(lambda: _resume(resume, progress), progress)
+    else:
+        with progress.status("Starting"):
+            recipes = _recipes(recipe, flags, template or [], _seeds(seed, seeds))
+        if len(recipes) > 1:
+            _train_each(recipes, progress, as_json=as_json)
+            return
+        run = run_visibly(lambda: _train(recipes[0], progress), progress)
     print_result(run, as_json=as_json)
     if not as_json:
         typer.echo(f'\nUse it: ia3 predict {run.adapter_dir} "…"')
 
 
-def _read(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    """The recipe with the flags over it."""
+def _named(**given: Any) -> list[str]:
+    return [name for name, value in given.items() if value]
+
+
+def _refuse_beside_resume(given: list[str]) -> None:
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--resume goes on with the run's own recipe, so these can't be given beside it: {flags}.")
+
+
+def _seeds(seed: int | None, seeds: str | None) -> list[int]:
+    if seeds is None:
+        return [] if seed is None else [seed]
+    if seed is not None:
+        raise ValueError("There are both --seed and --seeds: give one of them.")
+    try:
+        return [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds is {seeds!r}: expected whole numbers with commas between, such as 0,1,2.") from None
+
+
+def _recipes(path: str | None, flags: dict[str, Any], templates: list[str], seeds: list[int]) -> list[Recipe]:
+    """The recipe with the flags over it; one for each of several templates and seeds, in folders of one folder."""
+    from dataclasses import replace
+
     from ia3.training.recipe import make_recipe, read_recipe
+    from ia3.training.train import new_folder
 
     content = {**(read_recipe(path) if path is not None else {}), **flags}
-    return make_recipe(content, path)
+    choices: list[dict[str, Any]] = [
+        {**each, **more}
+        for each in ([{"template": template} for template in templates] or [{}])
+        for more in ([{"seed": seed} for seed in seeds] or [{}])
+    ]
+    made = [make_recipe({**content, **choice}, path) for choice in choices]
+    if len(made) == 1:
+        return made
+    folder = made[0].output or new_folder(made[0].source)
+    names = [_name(number, recipe, templates) for number, recipe in enumerate(made)]
+    return [replace(recipe, output=folder / name) for recipe, name in zip(made, names, strict=True)]
 
 
-def run_visibly(recipe: Recipe, progress: Console) -> Run:
-    """Train with progress on a console; Ctrl-C ends the command and says what is left."""
+def _name(number: int, recipe: Recipe, templates: list[str]) -> str:
+    """A run's folder among several."""
+    place = templates.index(recipe.template) + 1 if recipe.template in templates else 0
+    parts = [f"template-{place}"] if len(templates) > 1 else []
+    return "-".join([*parts, f"seed-{recipe.settings.seed}"])
+
+
+def _train(recipe: Recipe, progress: Console) -> Run:
+    from ia3.training.train import run_recipe
+
+    return run_recipe(recipe, progress)
+
+
+def _resume(folder: Path, progress: Console) -> Run:
+    from ia3.training.train import resume
+
+    return resume(folder, console=progress)
+
+
+def _train_each(recipes: list[Recipe], progress: Console, *, as_json: bool) -> None:
+    """Train one after the other, then say how much the runs differ."""
+    import json
+
+    from rich.console import Console
+
+    from ia3.training.comparison import spread
+
+    runs = []
+    for number, recipe in enumerate(recipes, start=1):
+        progress.print(f"\nRun {number} of {len(recipes)}: {recipe.output}", style="bold", highlight=False)
+        runs.append(run_visibly(lambda recipe=recipe: _train(recipe, progress), progress))  # type: ignore[misc]
+    folder = runs[0].output_dir.parent
+    found = spread([run.final.accuracy for run in runs])
+    if as_json:
+        content = {"folder": str(folder), "accuracy": found.summary(), "runs": [run.summary() for run in runs]}
+        typer.echo(json.dumps(content, ensure_ascii=False))
+        return
+    Console().print(
+        f"\naccuracy of {len(runs)} runs: median {found.median:.1%}, quartiles {found.lower:.1%} and "
+        f"{found.upper:.1%}, from {found.lowest:.1%} to {found.highest:.1%}\nCompare them: ia3 runs {folder}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def run_visibly(train: Callable[[], Run], progress: Console) -> Run:
+    """Train with progress on a console; Ctrl-C ends the command and says how to go on."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ia3.training.recipe import Interrupted, run_recipe
+    from ia3.training.loop import Interrupted
 
     disable_progress_bar()
     try:
-        return run_recipe(recipe, progress)
+        return train()
     except Interrupted as interrupted:
         progress.print(f"\n{interrupted}", style="yellow", markup=False, highlight=False)
         raise typer.Exit(_INTERRUPTED) from None

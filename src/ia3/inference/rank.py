@@ -87,7 +87,7 @@ def score_labels(
         ValueError: fewer than two labels, labels that the tokenizer can't tell apart, or a model without
             encoder and decoder.
     """
-    choices = pad_choices(_tokenise_labels(labels, tokenizer)).to(model.device)
+    choices = pad_choices(tokenise_labels(labels, tokenizer)).to(model.device)
     rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
     scores = torch.empty(len(rows), len(labels), dtype=torch.float64)
     model.eval()
@@ -99,7 +99,12 @@ def score_labels(
     return scores
 
 
-def _tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each label, its end token included.
+
+    Raises:
+        ValueError: fewer than two labels, or labels that the tokenizer can't tell apart.
+    """
     if len(labels) < 2:
         raise ValueError(f"The labels are {list(labels)}: expected at least two to choose from.")
     tokens: list[list[int]] = tokenizer(text_target=list(labels))["input_ids"]

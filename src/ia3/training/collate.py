@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +25,17 @@ class TokenisedExample:
 
     input_ids: list[int]
     label_ids: list[int]
+    text: str
     label: str
 
 
 def tokenise(
-    examples: Sequence[Example], tokenizer: Any, *, max_length: int, max_label_length: int | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_label_length: int | None = None,
+    as_words: bool = True,
 ) -> list[TokenisedExample]:
     """Turn examples into token ids.
 
@@ -37,39 +44,47 @@ def tokenise(
         tokenizer: the base model's tokenizer.
         max_length: where longer inputs are cut, in tokens.
         max_label_length: the most tokens a label may have, its end token included; None for any number.
+        as_words: the labels are words that generated answers are compared with, against free text.
 
     Raises:
-        ValueError: a label is longer than `max_label_length`, or is spelt differently by the tokenizer.
+        ValueError: a label is longer than `max_label_length`, or is a word that the tokenizer spells differently.
     """
     if not examples:
         return []
     inputs = tokenizer([row.text for row in examples], truncation=True, max_length=max_length)["input_ids"]
     words = sorted({row.label for row in examples})
-    labels = {word: _tokenise_label(word, tokenizer, max_label_length) for word in words}
-    return [TokenisedExample(ids, labels[row.label], row.label) for ids, row in zip(inputs, examples, strict=True)]
+    labels = {word: _tokenise_label(word, tokenizer, max_label_length, as_words) for word in words}
+    return [
+        TokenisedExample(ids, labels[row.label], row.text, row.label) for ids, row in zip(inputs, examples, strict=True)
+    ]
 
 
-def measure_labels(labels: Sequence[str], tokenizer: Any, *, max_label_length: int | None = None) -> dict[str, int]:
-    """How many tokens each label word takes, its end token included.
+def measure_labels(
+    labels: Sequence[str], tokenizer: Any, *, max_label_length: int | None = None, as_words: bool = True
+) -> dict[str, int]:
+    """How many tokens each label takes, its end token included.
 
     Args:
-        labels: the label words.
+        labels: the label words, or free texts.
         tokenizer: the base model's tokenizer.
         max_label_length: the most that is allowed; None for any number.
+        as_words: as in `tokenise`.
 
     Raises:
         ValueError: as `tokenise`.
     """
-    return {word: len(_tokenise_label(word, tokenizer, max_label_length)) for word in labels}
+    return {word: len(_tokenise_label(word, tokenizer, max_label_length, as_words)) for word in labels}
 
 
-def _tokenise_label(word: str, tokenizer: Any, max_label_length: int | None) -> list[int]:
+def _tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_word: bool) -> list[int]:
     ids: list[int] = tokenizer(text_target=word)["input_ids"]
     if max_label_length is not None and len(ids) > max_label_length:
         raise ValueError(
             f"The label {word!r} takes {len(ids)} tokens, its end token included, but the label length is "
             f"{max_label_length}: labels are never cut. Raise the label length, or choose a shorter word."
         )
+    if not as_word:
+        return ids
     spelt = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if spelt != word:
         raise ValueError(
@@ -108,7 +123,13 @@ def _pad(ids: list[int], length: int, filler: int) -> list[int]:
 
 
 def shuffled_batches(
-    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, group_by_length: bool = False
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    group_by_length: bool = False,
+    balanced: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """The batches of one epoch as indices, the same for the same seed and epoch.
 
@@ -119,9 +140,10 @@ def shuffled_batches(
         epoch: counted from 0; each has its own order.
         group_by_length: put rows of like length together: the shuffled order is sorted within stretches of
             50 batches, then the batches are shuffled, which saves padding and keeps most of the chance.
+        balanced: each example's label; then an epoch has as many of each label, and about as many in all as without.
     """
     chance = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(lengths)))
+    order = list(range(len(lengths))) if balanced is None else _balanced(balanced, chance)
     chance.shuffle(order)
     if not group_by_length:
         return _cut(order, batch_size)
@@ -131,6 +153,19 @@ def shuffled_batches(
     ]
     chance.shuffle(batches)
     return batches
+
+
+def _balanced(labels: Sequence[str], chance: random.Random) -> list[int]:
+    """Equally many indices of each label: each of its examples as often as the others, or once more."""
+    places: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        places.setdefault(label, []).append(index)
+    share = math.ceil(len(labels) / len(places))
+    drawn = []
+    for own in places.values():
+        rounds, rest = divmod(share, len(own))
+        drawn += own * rounds + chance.sample(own, rest)
+    return drawn
 
 
 def _cut(order: list[int], size: int) -> list[list[int]]:

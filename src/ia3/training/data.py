@@ -1,4 +1,4 @@
-"""Labelled text from files, from the hub and from the package itself.
+"""Texts with their answers, from records: labels, free text, the tags of words, the last turn of a conversation.
 
 A source gives `Examples`: rows in the source's order, the labels in theirs, and what was odd about them.
 Empty rows are dropped and counted. Duplicates are counted and kept, since published row counts include them,
@@ -7,52 +7,54 @@ and `split_examples` never puts one text on both sides.
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import json
 import math
 import random
-import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, overload
 
-SENTIMENTS = ("negative", "neutral", "positive")
+from ia3.training.records import TWEETS, Records, as_text, read_records, require_columns
+from ia3.training.task import TaskKind
+from ia3.training.template import Template
 
-_TWEETS = "bundled:tweets"
-_TWEETS_FOLDER = Path(__file__).with_name("tweets")
+MESSAGES_COLUMN = "messages"
+_ROLES = ("system", "user", "assistant")
 
-_PHRASEBANK = ("financial_phrasebank", "takala/financial_phrasebank")
-_PHRASEBANK_ZIP = "data/FinancialPhraseBank-v1.0.zip"
-_PHRASEBANK_FILE = "Sentences_AllAgree.txt"
-
-_KINDS = (
-    f"{_TWEETS!r}, {_PHRASEBANK[0]!r}, a .csv, .jsonl, .json or .parquet file, PhraseBank's .zip or .txt, "
-    "or a data set on the hub"
-)
+# How many times as frequent as the rarest class the most frequent one may be without a remark.
+_IMBALANCE = 5
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text and its label."""
+    """One text and its label, or the last message of a conversation and the answer to it.
+
+    Args:
+        text: what is read, or the user's last message.
+        label: the label; the answer; or for the words of a text, one tag each with a blank between.
+        turns: the messages before the text as (role, content), the system's among them.
+    """
 
     text: str
     label: str
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """Labelled texts and where they come from.
+    """Texts with their answers and where they come from.
 
     Args:
         rows: the examples in order.
-        labels: the classes in their source's order, those without a row too.
+        labels: the classes or tags in their source's order, those without a row too; empty where the answers are
+            free text.
         source: where the rows were read.
         duplicates: rows whose text, case and white space aside, stood in an earlier row. They are kept.
         empty: rows without a text, dropped.
+        kind: what kind of task they are for.
     """
 
     rows: tuple[Example, ...]
@@ -60,6 +62,7 @@ class Examples(Sequence[Example]):
     source: str
     duplicates: int
     empty: int
+    kind: TaskKind = TaskKind.LABEL_WORDS
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,34 +85,64 @@ class Examples(Sequence[Example]):
         return [row.text for row in self.rows]
 
     def describe(self) -> str:
-        """One line: rows, rows of each class, and what was odd about them."""
-        counts = Counter(row.label for row in self.rows)
-        classes = ", ".join(f"{counts[label]:,} {label}" for label in self.labels)
-        parts = [f"{self.source}: {len(self.rows):,} rows ({classes})"]
+        """One line: rows, rows of each class or words of each tag, and what was odd about them."""
+        parts = [f"{self.source}: {len(self.rows):,} rows{self._counts()}"]
+        if self.kind in _ONE_CLASS_A_TEXT and (remark := _imbalance(self.rows)):
+            parts.append(remark)
         if self.duplicates:
             parts.append(f"{self.duplicates:,} duplicate{'s' * (self.duplicates > 1)} kept")
-        if conflicts := _conflicts(self.rows):
+        if self.kind.has_labels and (conflicts := _conflicts(self.rows)):
             parts.append(f"{conflicts:,} text{'s' * (conflicts > 1)} with different labels")
         if self.empty:
             parts.append(f"{self.empty:,} empty row{'s' * (self.empty > 1)} dropped")
         return "; ".join(parts)
 
+    def _counts(self) -> str:
+        if not self.kind.has_labels:
+            return ""
+        tagged = self.kind is TaskKind.TOKEN_CLASSIFICATION
+        counts = Counter(label for row in self.rows for label in (row.label.split() if tagged else [row.label]))
+        classes = ", ".join(f"{counts[label]:,} {label}" for label in self.labels)
+        return f" of {counts.total():,} words ({classes})" if tagged else f" ({classes})"
+
+    def digest(self) -> str:
+        """The SHA-256 of the rows in order, in hexadecimal: equal for equal texts, labels and turns alone."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            # Escaped to ASCII, so that no text, lone surrogates among them, is without bytes.
+            digest.update(json.dumps([row.text, row.label, row.turns], separators=(",", ":")).encode() + b"\n")
+        return digest.hexdigest()
+
+
+_ONE_CLASS_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+
 
 def load_examples(
     source: str | Path,
     *,
+    template: Template | None = None,
     text_column: str = "text",
     label_column: str = "label",
+    kind: TaskKind = TaskKind.LABEL_WORDS,
     split: str | None = None,
 ) -> Examples:
-    """Read labelled texts.
+    """Read texts with their answers, as the model will see them.
+
+    For token classification a cell holds a list of words, or of their tags, or a text that is split at white space.
+    For instructions without text and label columns, the conversations of a column `messages` are read: lists of
+    `{"role": …, "content": …}` whose last answer is the one to learn.
 
     Args:
         source: `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub; PhraseBank's
             own `.zip` or a `.txt` of `sentence@label` lines; a `.csv`, `.jsonl` or `.json` (one object a
-            line) or `.parquet` file; any other name is a data set on the hub.
-        text_column: the column with the text, where there are columns.
-        label_column: the column with the label. Numbers of a `ClassLabel` become their names.
+            line) or `.parquet` file; any other name is a data set on the hub. Where PhraseBank or the tweets
+            are read, columns of any names hold their texts and labels.
+        template: the text around the columns; instead of `text_column`.
+        text_column: the column with the text.
+        label_column: the column with the label, the completion or the tags. Numbers of a `ClassLabel` become
+            their names.
+        kind: what the label is: one of a closed set, free text, or one tag a word. White space around a text or
+            a completion is dropped, inside it is kept.
         split: which split of a data set; by default `"train"`.
 
     Returns:
@@ -118,22 +151,21 @@ def load_examples(
     Raises:
         FileNotFoundError: no such file or data set, or the hub cannot be reached.
         ValueError: nothing in the file, a missing column, a row without label, an encoding that cannot be
-            read, a line without `@`, or a `split` of a source that has none.
+            read, a line without `@`, a `split` of a source that has none, a template that shows the label,
+            another number of tags than words, or a conversation that doesn't end in a user's message and its
+            answer.
     """
-    name = str(source)
-    if not name:
-        raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
-    if name.startswith("bundled:"):
-        return _bundled(name, split)
-    read = _READERS[".zip"] if name in _PHRASEBANK else _READERS.get(Path(name).suffix.lower())
-    if read is None:
-        return _collect(name, _read_hub(name, text_column, label_column, split))
-    if split not in (None, "train"):
-        raise ValueError(f"{name} has no splits; split={split!r} is for data sets on the hub.")
-    path = _download_phrasebank() if name in _PHRASEBANK else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {name}. The data may be {_KINDS}.")
-    return _collect(name, read(path, text_column, label_column))
+    template = _wording(template, text_column, label_column, kind)
+    line_column = template.fields[0] if len(template.fields) == 1 else "text"
+    records = read_records(source, line_column=line_column, line_label=label_column, split=split)
+    read = _row_reader(records, template, label_column, kind)
+    found = [read(record, f"{records.source}, {place}") for place, record in records]
+    rows = tuple(row for row in found if row is not None)
+    empty = len(found) - len(rows) + records.blank
+    if not rows:
+        raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected labelled texts.")
+    labels = _labels(rows, records.classes.get(label_column), kind)
+    return Examples(rows, labels, records.source, _duplicates(rows), empty, kind)
 
 
 def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -> tuple[Examples, Examples]:
@@ -154,7 +186,7 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
         raise ValueError(f"test_size is {test_size}; expected a fraction between 0 and 1, such as 0.1.")
     rows = list(examples.rows)
     random.Random(seed).shuffle(rows)
-    groups = Counter(_normalised(row.text) for row in rows)
+    groups = Counter(_what_is_read(row) for row in rows)
     room = math.ceil(len(rows) * test_size)
     held_out = set()
     for text, size in groups.items():
@@ -166,8 +198,8 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
             f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
             f"{len(groups)} different texts. Give more rows, or another test_size."
         )
-    train = [row for row in rows if _normalised(row.text) not in held_out]
-    test = [row for row in rows if _normalised(row.text) in held_out]
+    train = [row for row in rows if _what_is_read(row) not in held_out]
+    test = [row for row in rows if _what_is_read(row) in held_out]
     return _part(examples, train), _part(examples, test)
 
 
@@ -179,7 +211,7 @@ def bundled_tweets() -> tuple[Examples, Examples]:
     Returns:
         The training and the held-out examples.
     """
-    return _bundled(_TWEETS, "train"), _bundled(_TWEETS, "test")
+    return load_examples(TWEETS, split="train"), load_examples(TWEETS, split="test")
 
 
 def count_truncated(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
@@ -190,47 +222,151 @@ def count_truncated(texts: Sequence[str], tokenizer: Any, max_length: int) -> in
     return sum(len(tokens) > max_length for tokens in encoded)
 
 
-# A row as it was read: where it stood ("line 7"), its text and its label.
-_Row = tuple[str, Any, Any]
-_Table = tuple[Iterable[_Row], tuple[str, ...] | None]
+def _wording(template: Template | None, text_column: str, label_column: str, kind: TaskKind) -> Template:
+    """What the model reads of a record."""
+    if template is None:
+        template = Template.of_column(text_column)
+    elif text_column != "text":
+        raise ValueError(
+            f"There is a template and the text column {text_column!r}: a template names its columns itself, as in "
+            f"'Review: {{{text_column}}}', so leave text_column out."
+        )
+    if label_column in template.fields:
+        raise ValueError(
+            f"The template {template.pattern!r} shows the label column {label_column!r} to the model, which would "
+            "only copy it: take it out, or name another --label-column."
+        )
+    if kind is TaskKind.TOKEN_CLASSIFICATION and template != Template.of_column(template.fields[0]):
+        raise ValueError(
+            f"The template {template.pattern!r} has more than the words of one column, and only these have tags: "
+            f"expected one column alone, such as '{{{template.fields[0]}}}'."
+        )
+    return template
 
 
-def _collect(source: str, table: _Table) -> Examples:
-    """Check each row, drop the empty ones, count what is odd."""
-    read, labels = table
-    rows, empty = [], 0
-    for place, text, label in read:
-        text = _as_text(text, f"{source}, {place}: the text")
-        if not text:
-            empty += 1
-            continue
-        label = _as_text(label, f"{source}, {place}: the label")
-        if not label or label.casefold() == "nan":
+# What makes an example of a record and its place, None of one without a text.
+_RowReader = Callable[[Mapping[str, Any], str], Example | None]
+
+
+def _row_reader(records: Records, template: Template, label_column: str, kind: TaskKind) -> _RowReader:
+    if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, template, label_column):
+        return _read_conversation
+    require_columns(records.source, records.columns, *template.fields, label_column)
+    if kind is TaskKind.TOKEN_CLASSIFICATION:
+        return lambda record, place: _read_tagged_words(record, place, template.fields[0], label_column)
+    return lambda record, place: _read_text(record, place, template, label_column, kind)
+
+
+def _holds_conversations(records: Records, template: Template, label_column: str) -> bool:
+    # A text column that was named and isn't there is a mistake, not a wish for conversations.
+    named = template != Template.of_column("text")
+    has_pairs = {"text", label_column} <= set(records.columns)
+    return MESSAGES_COLUMN in records.columns and not named and not has_pairs
+
+
+def _read_text(
+    record: Mapping[str, Any], place: str, template: Template, label_column: str, kind: TaskKind
+) -> Example | None:
+    require_columns(place, record, label_column)
+    text = template.render(record, place)
+    if not text:
+        return None
+    label = as_text(record[label_column], f"{place}: the {_answer_noun(kind)}")
+    # Tables of classes write a gap as NaN; as free text it may be a word.
+    if not label or (kind.has_labels and label.casefold() == "nan"):
+        raise _missing_answer(text, place, kind)
+    return Example(text, label)
+
+
+def _answer_noun(kind: TaskKind) -> str:
+    return "label" if kind.has_labels else "completion"
+
+
+def _missing_answer(text: str, place: str, kind: TaskKind) -> ValueError:
+    return ValueError(
+        f"{place}: the text has no {_answer_noun(kind)} ({text[:60]!r}); every row needs one. "
+        "Give it one, or remove the row."
+    )
+
+
+def _read_tagged_words(record: Mapping[str, Any], place: str, column: str, label_column: str) -> Example | None:
+    require_columns(place, record, column, label_column)
+    words = words_of(record[column], place, column)
+    if not words:
+        return None
+    tags = words_of(record[label_column], place, label_column)
+    if len(words) != len(tags):
+        raise ValueError(
+            f"{place} has {len(words)} words and {len(tags)} tags ({' '.join(words)[:60]!r}): expected one tag a word. "
+            "Correct the row, or remove it."
+        )
+    return Example(" ".join(words), " ".join(tags))
+
+
+def words_of(cell: Any, place: str, column: str) -> list[str]:
+    """The words or tags of a cell."""
+    if not isinstance(cell, list):
+        return as_text(cell, f"{place}: {column!r}").split()
+    pieces = [as_text(piece, f"{place}: number {number} of {column!r}") for number, piece in enumerate(cell, start=1)]
+    for number, piece in enumerate(pieces, start=1):
+        if len(piece.split()) != 1:
             raise ValueError(
-                f"{source}, {place}: the text has no label ({text[:60]!r}); every row needs one. "
-                "Give it one, or remove the row."
+                f"{place}: number {number} of {column!r} is {piece!r}, expected one word without white space: take it "
+                "out with its counterpart, or join its parts, as by '_'."
             )
-        rows.append(Example(text, label))
-    if not rows:
-        raise ValueError(f"{source} has no rows with a text ({empty} empty); expected labelled texts.")
-    labels = labels or tuple(sorted({row.label for row in rows}, key=_label_order))
-    return Examples(tuple(rows), labels, source, _duplicates(rows), empty)
+    return pieces
 
 
-def _part(whole: Examples, rows: Sequence[Example]) -> Examples:
-    return Examples(tuple(rows), whole.labels, whole.source, _duplicates(rows), 0)
+def _read_conversation(record: Mapping[str, Any], place: str) -> Example | None:
+    require_columns(place, record, MESSAGES_COLUMN)
+    if not record[MESSAGES_COLUMN]:
+        return None
+    messages = _messages(record[MESSAGES_COLUMN], place)
+    roles = [role for role, _ in messages]
+    if roles[-2:] != ["user", "assistant"]:
+        raise ValueError(
+            f"{place}: the conversation ends in {' and '.join(roles[-2:])}, expected a user's message and the "
+            "assistant's answer to it: take off what comes after the last answer, or remove the row."
+        )
+    *turns, (_, text), (_, answer) = messages
+    if not text:
+        return None
+    if not answer:
+        raise _missing_answer(text, place, TaskKind.INSTRUCTIONS)
+    return Example(text, answer, tuple(turns))
 
 
-def _as_text(value: Any, what: str) -> str:
-    """A cell as text: None and NaN are empty, a number is its digits, anything else than text is refused."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        # A column of integers with a gap in it comes as floats.
-        return str(int(value))
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{what} is a {type(value).__name__}, expected a text or a number.")
-    return str(value).strip()
+def _messages(cell: Any, place: str) -> list[tuple[str, str]]:
+    """The messages of a conversation as (role, content)."""
+    if not isinstance(cell, list):
+        raise ValueError(
+            f"{place}: {MESSAGES_COLUMN!r} is a {type(cell).__name__}, expected a list of objects with role and "
+            "content."
+        )
+    return [_message(each, f"{place}: message {number}") for number, each in enumerate(cell, start=1)]
+
+
+def _message(message: Any, place: str) -> tuple[str, str]:
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        raise ValueError(f"{place} is {message!r:.80}, expected an object with role and content.")
+    if message["role"] not in _ROLES:
+        raise ValueError(f"{place} has the role {message['role']!r}, expected one of {', '.join(_ROLES)}.")
+    # A table has a column for what any of its messages has, empty in the others.
+    unread = sorted(key for key, value in message.items() if key not in ("role", "content") and value)
+    if unread:
+        raise ValueError(f"{place} has {unread}, which can't be learned: expected role and content alone.")
+    return message["role"], as_text(message["content"], f"{place}: the content")
+
+
+def _labels(rows: Sequence[Example], classes: tuple[str, ...] | None, kind: TaskKind) -> tuple[str, ...]:
+    if not kind.has_labels:
+        return ()
+    if classes is not None:
+        return classes
+    if kind is TaskKind.TOKEN_CLASSIFICATION:
+        tags = {tag for row in rows for tag in row.label.split()}
+        return tuple(sorted(tags, key=lambda tag: (tag != "O", _label_order(tag))))
+    return tuple(sorted({row.label for row in rows}, key=_label_order))
 
 
 def _label_order(label: str) -> tuple[int, str]:
@@ -238,207 +374,35 @@ def _label_order(label: str) -> tuple[int, str]:
     return (int(label), "") if label.isdecimal() else (-1, label)
 
 
+def _part(whole: Examples, rows: Sequence[Example]) -> Examples:
+    return replace(whole, rows=tuple(rows), duplicates=_duplicates(rows), empty=0)
+
+
 def _normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+def _what_is_read(row: Example) -> tuple[str, ...]:
+    """What makes two rows the same to the model: the text and the messages before it, case and white space aside."""
+    return (*(_normalised(content) for _, content in row.turns), _normalised(row.text))
+
+
 def _duplicates(rows: Sequence[Example]) -> int:
-    return len(rows) - len({_normalised(row.text) for row in rows})
+    return len(rows) - len({_what_is_read(row) for row in rows})
 
 
 def _conflicts(rows: Sequence[Example]) -> int:
     """How many different texts have more than one label."""
     labels = defaultdict(set)
     for row in rows:
-        labels[_normalised(row.text)].add(row.label)
+        labels[_what_is_read(row)].add(row.label)
     return sum(len(found) > 1 for found in labels.values())
 
 
-def _bundled(name: str, split: str | None) -> Examples:
-    if name != _TWEETS:
-        raise ValueError(f"No bundled data {name!r}; there is {_TWEETS!r}.")
-    if split not in (None, "train", "test"):
-        raise ValueError(f"{name} has no split {split!r}; expected 'train' or 'test'.")
-    read, _ = _read_csv(_TWEETS_FOLDER / f"{split or 'train'}.csv", "text", "label")
-    return _collect(f"{name} ({split or 'train'})", (read, SENTIMENTS))
-
-
-def _decode(content: bytes, source: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{source} is not UTF-8 (byte {content[error.start]:#04x} at position {error.start}); save it as UTF-8."
-        ) from error
-
-
-def _require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
-    found = list(found)
-    for column in wanted:
-        if column not in found:
-            raise ValueError(
-                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
-                "Name the right ones by text_column and label_column."
-            )
-
-
-def _download_phrasebank() -> Path:
-    """The hub's zip: the data set's loading script, which `datasets` no longer runs, read the same file."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(_PHRASEBANK[1], _PHRASEBANK_ZIP, repo_type="dataset"))
-    except Exception as error:  # the hub's, the network's and the cache's: one remedy
-        raise FileNotFoundError(
-            f"{_PHRASEBANK_ZIP} of {_PHRASEBANK[1]} could not be fetched from the hub ({error}). Download "
-            f"Financial PhraseBank elsewhere and give the path of its .zip or of {_PHRASEBANK_FILE}."
-        ) from error
-
-
-def _read_zip(path: Path, text_column: str, label_column: str) -> _Table:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            inside = next((name for name in names if PurePosixPath(name).name == _PHRASEBANK_FILE), None)
-            if inside is None:
-                raise ValueError(
-                    f"{path} holds no {_PHRASEBANK_FILE}; it holds {', '.join(names[:10])}. "
-                    "A .zip is expected to be Financial PhraseBank."
-                )
-            content = archive.read(inside)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole .zip file ({error}); download it again.") from error
-    return _parse_phrasebank(content, f"{path}/{inside}"), SENTIMENTS
-
-
-def _read_txt(path: Path, text_column: str, label_column: str) -> _Table:
-    return _parse_phrasebank(path.read_bytes(), str(path)), SENTIMENTS
-
-
-def _parse_phrasebank(content: bytes, source: str) -> Iterator[_Row]:
-    """`sentence@label` lines, in UTF-8 or, as first published, ISO-8859-1."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("iso-8859-1")
-    if "\0" in text:
-        raise ValueError(f"{source} is not text in UTF-8 or ISO-8859-1 (it has zero bytes); save it as UTF-8.")
-    # Not splitlines(), which also breaks at characters that are legal inside a sentence.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        sentence, at, label = line.rpartition("@")
-        if not line.strip():
-            yield f"line {number}", "", ""
-        elif not at or label.strip() not in SENTIMENTS:
-            raise ValueError(
-                f"{source}, line {number} does not end in @ and one of {', '.join(SENTIMENTS)}: "
-                f"{line[-60:]!r}. A .txt is expected to be Financial PhraseBank's; "
-                "use .csv or .jsonl for other texts."
-            )
-        else:
-            yield f"line {number}", sentence, label
-
-
-def _read_csv(path: Path, text_column: str, label_column: str) -> _Table:
-    return _csv_rows(path, text_column, label_column), None
-
-
-def _csv_rows(path: Path, text_column: str, label_column: str) -> Iterator[_Row]:
-    csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB
-    reader = csv.reader(io.StringIO(_decode(path.read_bytes(), str(path)), newline=""), strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
-            raise ValueError(f"{path} is empty; expected a header with {text_column!r} and {label_column!r}.")
-        _require_columns(str(path), header, text_column, label_column)
-        text_at, label_at = header.index(text_column), header.index(label_column)
-        for cells in reader:
-            place = f"line {reader.line_num}"
-            if cells and len(cells) != len(header):
-                raise ValueError(
-                    f"{path}, {place} has {len(cells)} cells, and the header {len(header)}: "
-                    "put texts with commas in double quotes."
-                )
-            yield (place, cells[text_at], cells[label_at]) if cells else (place, None, None)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is not CSV: {error}.") from error
-
-
-def _read_json(path: Path, text_column: str, label_column: str) -> _Table:
-    return _json_rows(path, text_column, label_column), None
-
-
-def _json_rows(path: Path, text_column: str, label_column: str) -> Iterator[_Row]:
-    for number, line in enumerate(_decode(path.read_bytes(), str(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}; expected one object a line.") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is a {type(record).__name__}; expected one JSON object a line.")
-        _require_columns(f"{path}, line {number}", record, text_column, label_column)
-        yield f"line {number}", record[text_column], record[label_column]
-
-
-def _read_parquet(path: Path, text_column: str, label_column: str) -> _Table:
-    _require_datasets(str(path))
-    import pyarrow.parquet  # type: ignore[import-untyped]
-    from datasets import Features
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        _require_columns(str(path), file.schema_arrow.names, text_column, label_column)
-        table = file.read(columns=[text_column, label_column])
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a whole parquet file ({error}).") from error
-    names = _class_names(Features.from_arrow_schema(table.schema), label_column)
-    return _rows(table[text_column].to_pylist(), table[label_column].to_pylist(), names), names
-
-
-def _read_hub(name: str, text_column: str, label_column: str, split: str | None) -> _Table:
-    if Path(name).is_file():
-        raise ValueError(f"{name} is a file of a kind that is not read. The data may be {_KINDS}.")
-    _require_datasets(name)
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"{name} could not be loaded as a data set of the hub (split {split or 'train'!r}): {error}. "
-            f"The data may be {_KINDS}."
-        ) from error
-    _require_columns(name, dataset.column_names, text_column, label_column)
-    names = _class_names(dataset.features, label_column)
-    return _rows(dataset[text_column], dataset[label_column], names), names
-
-
-def _require_datasets(source: str) -> None:
-    if find_spec("datasets") is None:
-        raise ImportError(f'Reading {source} needs `datasets`: pip install "ia3[train]"')
-
-
-def _class_names(features: Any, label_column: str) -> tuple[str, ...] | None:
-    """The names of a `ClassLabel` column, None for any other."""
-    names = getattr(features[label_column], "names", None)
-    return None if names is None else tuple(names)
-
-
-def _rows(texts: Iterable[Any], labels: Iterable[Any], names: tuple[str, ...] | None) -> Iterator[_Row]:
-    """Rows of columns; the hub marks a hidden label by -1."""
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
-        if names is not None and label is not None:
-            label = names[label] if 0 <= label < len(names) else None
-        yield f"row {number}", text, label
-
-
-_READERS = {
-    ".csv": _read_csv,
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-    ".zip": _read_zip,
-}
+def _imbalance(rows: Sequence[Example]) -> str:
+    """A remark where one class is far more frequent than another; classes without a row can't be drawn."""
+    counts = Counter(row.label for row in rows).most_common()
+    if not counts or counts[0][1] < _IMBALANCE * counts[-1][1]:
+        return ""
+    (most, often), (least, seldom) = counts[0], counts[-1]
+    return f"{most} is {often / seldom:.3g} times as frequent as {least} (`balance` draws each label equally often)"

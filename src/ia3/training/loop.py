@@ -1,309 +1,368 @@
-"""The training loop of seq2seq label words: AdamW over the vectors, evaluation by loss and by generation."""
+"""The training loop of every kind of task: steps, evaluations, the best adapter, and a state to go on from."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import (
+    Progress as ProgressBars,
+)
+from rich.progress import (
+    Task as Bar,
+)
 from rich.text import Text
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-import ia3
 from ia3.files import write_atomically
-from ia3.inference.predict import generate_words, sorted_batches
-from ia3.training.collate import IGNORED, TokenisedExample, collate, shuffled_batches, tokenise
+from ia3.training.collate import shuffled_batches
 from ia3.training.data import Examples
-from ia3.training.metrics import count_correct, majority_baseline, wilson_interval
+from ia3.training.learner import Learner
+from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
+from ia3.training.run import (
+    ADAPTER_FOLDER,
+    BEST_FOLDER,
+    METRICS_NAME,
+    RESULT_NAME,
+    STATE_NAME,
+    Evaluation,
+    Progress,
+    Run,
+    check_output,
+    judge,
+    load_state,
+    save_state,
+    write_json,
+)
+from ia3.training.settings import TrainSettings
+from ia3.training.task import TaskKind, save_task
 
-ADAPTER_FOLDER = "adapter"
-METRICS_NAME = "metrics.json"
-LOSSES_NAME = "losses.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train; the defaults are those of PEFT's guide to IA3, with batches padded to their longest row.
-
-    Args:
-        epochs: passes over the training examples.
-        learning_rate: AdamW's rate at the first step; it falls linearly to 0 at the last.
-        batch_size: examples a step.
-        max_length: where longer inputs are cut, in tokens.
-        max_label_length: the most tokens a label may have; None for any number. Labels are never cut.
-        group_by_length: put examples of like length into one batch, to save padding.
-        dropout: train with the base model's own dropout. Without it the base runs in evaluation mode, where
-            transformers doesn't checkpoint gradients.
-        pad_to_multiple_of: round padded lengths up to a multiple of this.
-        evaluation_batch_size: examples a batch while evaluating.
-        seed: decides the order of the examples and the dropout.
-
-    Raises:
-        ValueError: a number that is not positive.
-    """
-
-    epochs: int = 3
-    learning_rate: float = 8e-3
-    batch_size: int = 8
-    max_length: int = 128
-    max_label_length: int | None = None
-    group_by_length: bool = True
-    dropout: bool = True
-    pad_to_multiple_of: int | None = None
-    evaluation_batch_size: int = 32
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "learning_rate",
-            "batch_size",
-            "max_length",
-            "max_label_length",
-            "pad_to_multiple_of",
-            "evaluation_batch_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}: expected a positive number.")
+# A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.
+_SAVE_SECONDS = 300.0
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The held-out examples after `step` steps: the mean loss a label token, and the generated words."""
-
-    step: int
-    loss: float
-    correct: int
-    total: int
-    seconds: float
-    predictions: list[str] = field(repr=False)
-
-    @property
-    def accuracy(self) -> float:
-        """The share of generated words that equal the label."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The accuracy's 95 % interval (Wilson)."""
-        return wilson_interval(self.correct, self.total)
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by hand; the message says where its state is."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished training: what it cost, what it reached, and where its files are.
-
-    `losses` holds one number a step; `evaluations` one entry before the first step and one an epoch.
-    """
-
-    output_dir: Path
-    settings: TrainSettings
-    labels: tuple[str, ...]
-    texts: list[str] = field(repr=False)
-    truth: list[str] = field(repr=False)
-    losses: list[float] = field(repr=False)
-    evaluations: list[Evaluation]
-    train_seconds: float
-    train_examples: int
-    trainable_parameters: int
-    all_parameters: int
-
-    @property
-    def adapter_dir(self) -> Path:
-        """Where the adapter was saved."""
-        return self.output_dir / ADAPTER_FOLDER
-
-    @property
-    def adapter_bytes(self) -> int:
-        """The size of the adapter's tensors and configuration on disk."""
-        return sum(path.stat().st_size for path in self.adapter_dir.glob("adapter_*"))
-
-    @property
-    def final(self) -> Evaluation:
-        """The evaluation after the last step."""
-        return self.evaluations[-1]
-
-    @property
-    def majority(self) -> float:
-        """The accuracy of always answering the held-out set's most frequent label."""
-        return majority_baseline(self.truth)
-
-    def summary(self) -> dict[str, Any]:
-        """The run's numbers as JSON writes them."""
-        return {
-            "accuracy": self.final.accuracy,
-            "accuracy_interval_95": list(self.final.interval),
-            "adapter_bytes": self.adapter_bytes,
-            "all_parameters": self.all_parameters,
-            "evaluations": [
-                {"step": each.step, "loss": each.loss, "accuracy": each.accuracy, "seconds": each.seconds}
-                for each in self.evaluations
-            ],
-            "labels": list(self.labels),
-            "loss": self.final.loss,
-            "majority_baseline": self.majority,
-            "settings": asdict(self.settings),
-            "steps": len(self.losses),
-            "test_examples": self.final.total,
-            "train_examples": self.train_examples,
-            "train_seconds": self.train_seconds,
-            "trainable_parameters": self.trainable_parameters,
-            "versions": {
-                "ia3": ia3.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-
-def train(
-    model: Any,
-    tokenizer: Any,
+def fit(
+    learner: Learner[Any],
     train_examples: Examples,
     test_examples: Examples,
     *,
-    settings: TrainSettings,
     output_dir: str | Path,
+    resume: bool = False,
     console: Console | None = None,
 ) -> Run:
-    """Train a seq2seq model's trainable parameters to answer a text with its label word.
+    """Train a model's trainable parameters, evaluating before the first step and at each interval.
 
-    AdamW without weight decay, a linear schedule without warm-up, in the model's own dtype. Evaluates before
-    the first step and after each epoch, then saves the adapter, `metrics.json` (with each held-out text's
-    prediction) and `losses.jsonl`.
+    Leaves in `output_dir` the adapter after the last step and the best one, each with its task, `result.json`
+    (with each held-out answer), `metrics.jsonl` (a line a step and an evaluation, written as they come) and
+    `state.pt`, from which an interrupted training goes on to the same numbers, bit for bit, on the same machine
+    and versions.
 
     Args:
-        model: a seq2seq model with an adapter attached.
-        tokenizer: the base model's tokenizer.
+        learner: the model with its adapter, its task and how to train it.
         train_examples: what to learn from.
         test_examples: what to evaluate on.
-        settings: lengths, rate, batches, seed.
         output_dir: the run's folder; files of an earlier run there are replaced.
+        resume: go on from the folder's `state.pt`.
         console: where the progress goes; standard error by default.
 
     Raises:
         NotADirectoryError, PermissionError: `output_dir` cannot be written.
         ValueError: nothing to train or to evaluate, a held-out label that training never shows, a label that
-            the tokenizer cannot give back.
-        FloatingPointError: a loss is not finite; nothing has been saved then.
+            the tokenizer cannot give back, a tracker that is not installed, a state of something else.
+        FloatingPointError: a loss is not finite; the adapter is not saved then.
+        Interrupted: SIGINT (Ctrl-C) or SIGTERM; the state and the adapter of that moment are saved.
     """
-    _check_output(Path(output_dir).absolute())
-    _check_examples(train_examples, test_examples)
-    trainable = _trainable_parameters(model)
-    train_rows = _tokenise(train_examples, tokenizer, settings)
-    test_rows = _tokenise(test_examples, tokenizer, settings)
-    total_steps = settings.epochs * math.ceil(len(train_rows) / settings.batch_size)
-
-    torch.manual_seed(settings.seed)
-    optimiser = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / total_steps)
-    losses: list[float] = []
-    started = time.perf_counter()
-    with _progress(console) as progress:
-        bar = progress.add_task("evaluating", total=total_steps, loss="")
-        evaluations = [evaluate(model, tokenizer, test_rows, settings, step=0)]
-        for epoch in range(settings.epochs):
-            progress.update(bar, description="training")
-            model.train(settings.dropout)
-            for batch in _batches(train_rows, tokenizer, settings, epoch):
-                losses.append(_step(model, batch, optimiser, schedule))
-                _check_finite(losses[-1], "training loss", len(losses), settings)
-                progress.update(bar, advance=1, loss=f"loss {losses[-1]:.3f}")
-            progress.update(bar, description="evaluating")
-            evaluations.append(evaluate(model, tokenizer, test_rows, settings, step=len(losses)))
-        progress.update(bar, description="trained")
-    seconds = time.perf_counter() - started
-
-    run = Run(
-        output_dir=Path(output_dir),
-        settings=settings,
-        labels=tuple(train_examples.labels),
-        texts=test_examples.texts,
-        truth=[row.label for row in test_examples],
-        losses=losses,
-        evaluations=evaluations,
-        train_seconds=seconds - sum(each.seconds for each in evaluations),
-        train_examples=len(train_rows),
-        trainable_parameters=sum(parameter.numel() for parameter in trainable),
-        all_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-    _save(run, model)
-    return run
+    return Training(learner, train_examples, test_examples, Path(output_dir), resume=resume).run(console)
 
 
-@torch.inference_mode()
-def evaluate(
-    model: Any, tokenizer: Any, rows: Sequence[TokenisedExample], settings: TrainSettings, *, step: int
-) -> Evaluation:
-    """Teacher-forced loss and exact match of the generated words, one encoder pass for both.
-
-    Args:
-        model: the seq2seq model; left in evaluation mode.
-        tokenizer: the base model's tokenizer.
-        rows: the held-out examples.
-        settings: for the batch size.
-        step: how many steps the model has been trained for.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
-    model.eval()
-    started = time.perf_counter()
-    answer_length = max(len(row.label_ids) for row in rows) + 1
-    predictions, loss, tokens = [""] * len(rows), 0.0, 0
-    for indices in sorted_batches([len(row.input_ids) for row in rows], settings.evaluation_batch_size):
-        batch = _on_device(_collate([rows[i] for i in indices], tokenizer, settings), model)
-        labels = batch.pop("labels")
-        encoded = model.get_encoder()(**batch)
-        known = {"encoder_outputs": encoded, "attention_mask": batch["attention_mask"]}
-        count = int((labels != IGNORED).sum())
-        loss += float(model(**known, labels=labels, use_cache=False).loss) * count
-        tokens += count
-        for index, word in zip(indices, generate_words(model, tokenizer, answer_length, **known), strict=True):
-            predictions[index] = word
-    _check_finite(loss, "held-out loss", step, settings)
-    correct = count_correct([row.label for row in rows], predictions)
-    seconds = time.perf_counter() - started
-    return Evaluation(step, loss / tokens, correct, len(rows), seconds, predictions)
+class _Stop(BaseException):
+    """Somebody wants the training to end here."""
 
 
-def _check_output(folder: Path) -> None:
-    """Find out before training, not after, that the run cannot be saved."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"The output {folder} cannot be a folder, since {nearest} is a file: name another.")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"The output {folder} cannot be written, since {nearest} is read-only: name another.")
+class Training:
+    """One training: making it checks all that can be checked before the first step, and writes nothing."""
+
+    def __init__(
+        self, learner: Learner[Any], training: Examples, test: Examples, folder: Path, *, resume: bool = False
+    ) -> None:
+        """Takes what `fit` takes, and raises what it raises before training."""
+        settings = learner.settings
+        check_output(folder)
+        _check_examples(learner, training, test)
+        self.learner, self.settings, self.folder = learner, settings, folder
+        self.accelerator = _accelerator(settings, folder)
+        self.trainable = trainable_parameters(learner.model)
+        self.rows = learner.tokenise(training)
+        self.test_rows = learner.tokenise(test)
+        self.lengths = [learner.length(row) for row in self.rows]
+        self.balanced = [example.label for example in training] if settings.balance else None
+        self.train_count = len(training)
+        batches = len(self._batches(epoch=0))
+        self.steps_an_epoch = settings.steps_an_epoch(batches)
+        self.total_steps = settings.total_steps(batches)
+        self.interval = settings.evaluation_interval(batches)
+        torch.manual_seed(settings.seed)
+        optimizer = make_optimizer(self.trainable, settings)
+        self.model, self.optimizer = self.accelerator.prepare(learner.model, optimizer)
+        self.schedule = make_schedule(optimizer, settings, self.total_steps)
+        self.progress = Progress()
+        self.shown: list[str] | None = None
+        self.truth: list[str] = []
+        self.saved_at = time.monotonic()
+        self.stop_asked = False
+        if resume:
+            self.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
+
+    def run(self, console: Console | None = None) -> Run:
+        """From where the progress stands to the end, then the run's files; see `fit`."""
+        with _progress(console) as bars, _stop_on_signals(self):
+            return self._run(bars)
+
+    def _run(self, bars: ProgressBars) -> Run:
+        bar = bars.add_task("training", total=self.total_steps, completed=self.progress.step, note="")
+        try:
+            self._evaluate_if_due(bars)
+            self._begin_logs()
+            while not self._finished():
+                self._train_until_due(bars, bar)
+                self._evaluate_if_due(bars)
+                self._save_state()
+        except _Stop:
+            raise self._interrupted() from None
+        finally:
+            self.accelerator.end_training()
+        bars.update(bar, description="trained")
+        return self._finish(bars)
+
+    def _finished(self) -> bool:
+        return self.progress.stopped_early or self.progress.step >= self.total_steps
+
+    def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
+        """Steps up to the next evaluation."""
+        self.learner.model.train(self.settings.dropout)
+        for batches in self._steps_from(self.progress.step):
+            started = time.perf_counter()
+            record = self._step(batches)
+            self.progress.steps.append(record)
+            self.progress.seconds += time.perf_counter() - started
+            self._log(record)
+            bars.update(bar, advance=1, note=f"loss {record['loss']:.3f}")
+            if self.stop_asked:
+                raise _Stop
+            if self._evaluation_is_due():
+                return
+            if time.monotonic() - self.saved_at > _SAVE_SECONDS:
+                self._save_state()
+
+    def _steps_from(self, step: int) -> Iterator[list[dict[str, Tensor]]]:
+        """The batches of each step from `step` on, epoch after epoch; the order depends on seed and epoch alone."""
+        while True:
+            epoch, done = divmod(step, self.steps_an_epoch)
+            size = self.settings.gradient_accumulation
+            batches = self._batches(epoch)
+            for start in range(done * size, len(batches), size):
+                yield [
+                    self.learner.collate([self.rows[i] for i in indices]) for indices in batches[start : start + size]
+                ]
+                step += 1
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        return shuffled_batches(
+            self.lengths,
+            self.settings.batch_size,
+            seed=self.settings.seed,
+            epoch=epoch,
+            group_by_length=self.settings.group_by_length,
+            balanced=self.balanced,
+        )
+
+    def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """One update from one or more batches, whose losses count by their targets; its number, loss and rate."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        targets = [self.learner.targets(batch) for batch in batches]
+        loss = 0.0
+        for batch, count in zip(batches, targets, strict=True):
+            on_device = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            part = self.learner.loss(on_device)
+            if len(batches) > 1:
+                part = part * (count / sum(targets))
+            self.accelerator.backward(part)
+            loss += part.item()
+        self._check_finite(loss, "training loss", self.progress.step + 1)
+        if self.settings.max_gradient_norm is not None:
+            self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.settings.max_gradient_norm)
+        decay_vectors(self.trainable, rate, self.settings.weight_decay)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
+
+    def _evaluation_is_due(self) -> bool:
+        """At each interval and after the last step, once each."""
+        step, done = self.progress.step, self.progress.evaluations
+        if done and done[-1].step == step:
+            return False
+        return step % self.interval == 0 or step >= self.total_steps
+
+    def _evaluate_if_due(self, bars: ProgressBars) -> None:
+        if not self._evaluation_is_due():
+            return
+        evaluation = self._evaluate(bars)
+        self._check_finite(evaluation.loss, "held-out loss", evaluation.step)
+        progress = self.progress
+        progress.evaluations.append(evaluation)
+        if self.progress.step:
+            self._log({"evaluation": evaluation.summary(), "step": evaluation.step})
+            if progress.best is None or self._rank(evaluation) > self._rank(progress.evaluations[progress.best]):
+                progress.best = len(progress.evaluations) - 1
+                self._save_adapter(BEST_FOLDER)
+            since = len(progress.evaluations) - 1 - progress.best
+            progress.stopped_early = self.settings.patience is not None and since >= self.settings.patience
+
+    def _evaluate(self, bars: ProgressBars) -> Evaluation:
+        started = time.perf_counter()
+        bar = bars.add_task("evaluating", total=len(self.test_rows), note="")
+
+        def beat(rows: int) -> None:
+            bars.update(bar, advance=rows)
+            if self.stop_asked:
+                raise _Stop
+
+        try:
+            found = self.learner.measure(self.test_rows, beat)
+        finally:
+            bars.remove_task(bar)
+        self.shown, self.truth = found.shown, found.truth
+        return judge(
+            self.progress.step,
+            found.loss,
+            found.truth,
+            found.predictions,
+            self.learner.task.labels,
+            seconds=time.perf_counter() - started,
+            scores=found.scores,
+        )
+
+    def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
+        """The larger, the better."""
+        by = self.settings.best_by or ("accuracy" if self.learner.task.kind.has_labels else "loss")
+        if by == "loss":
+            return (-evaluation.loss,)
+        score = evaluation.accuracy if by == "accuracy" else evaluation.macro_f1
+        assert score is not None
+        return (score, -evaluation.loss)
+
+    def _check_finite(self, loss: float, name: str, step: int) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The {name} is {loss} at step {step}, so training stopped and the adapter was not saved. Lower the "
+                f"learning rate (it is {self.settings.learning_rate:g}); T5 models overflow in float16: load them in "
+                "float32 or bfloat16."
+            )
+
+    def _begin_logs(self) -> None:
+        """`metrics.jsonl` as far as the progress goes, and the trackers."""
+        lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in self.progress.lines())
+        write_atomically(self.folder / METRICS_NAME, lines.encode())
+        if self.settings.trackers:
+            self.accelerator.init_trackers("tracker", config=_flat(self.settings))
+
+    def _log(self, line: dict[str, Any]) -> None:
+        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line, sort_keys=True)}\n")
+        if self.settings.trackers:
+            self.accelerator.log(_as_scalars(line), step=int(line["step"]))
+
+    def _save_state(self) -> None:
+        save_state(self.folder / STATE_NAME, self.progress, self.trainable, self.optimizer, self.schedule)
+        self.saved_at = time.monotonic()
+
+    def _save_adapter(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self.learner.model.save_pretrained(folder)
+        save_task(folder, self.learner.task)
+        return folder
+
+    def _interrupted(self) -> Interrupted:
+        self._save_state()
+        adapter = self._save_adapter(ADAPTER_FOLDER)
+        return Interrupted(
+            f"Interrupted at step {self.progress.step} of {self.total_steps}. Go on: ia3 train --resume {self.folder}\n"
+            f"The adapter as it is now: {adapter}"
+        )
+
+    def _finish(self, bars: ProgressBars) -> Run:
+        self._save_adapter(ADAPTER_FOLDER)
+        if self.shown is None:  # resumed when all but these files was done
+            self._evaluate(bars)
+        run = Run(
+            output_dir=self.folder,
+            settings=self.settings,
+            task=self.learner.task,
+            shown=self.shown or [],
+            truth=self.truth,
+            progress=self.progress,
+            train_examples=self.train_count,
+            trainable_parameters=sum(parameter.numel() for parameter in self.trainable.values()),
+            all_parameters=sum(parameter.numel() for parameter in self.learner.model.parameters()),
+        )
+        answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+        predictions = [{"label": right, "prediction": found, "text": text} for text, right, found in answers]
+        write_json(self.folder / RESULT_NAME, run.summary() | {"predictions": predictions})
+        return run
 
 
-def _check_examples(train_examples: Examples, test_examples: Examples) -> None:
+def _accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
+    """accelerate's device and trackers; it would leave out a tracker that is not installed without a word."""
+    installed = {str(name) for name in get_available_trackers()}
+    missing = sorted(set(settings.trackers) - installed)
+    if missing:
+        raise ValueError(
+            f"The trackers {missing} are not installed, or not known to accelerate: of its trackers there are "
+            f"{sorted(installed) or 'none'}. Install the package of that name, or leave it out."
+        )
+    accelerator = Accelerator(log_with=list(settings.trackers) or None, project_dir=folder)
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"There are {accelerator.num_processes} processes, and ia3 train uses one: start it without a launcher, "
+            "or train with transformers' Trainer, which takes several."
+        )
+    return accelerator
+
+
+def _check_examples(learner: Learner[Any], train_examples: Examples, test_examples: Examples) -> None:
     for examples, purpose in ((train_examples, "train on"), (test_examples, "evaluate on")):
         if len(examples) == 0:
             raise ValueError(f"{examples.source} holds no examples to {purpose}: expected at least one.")
-    known = {row.label for row in train_examples}
-    unseen = sorted({row.label for row in test_examples} - known)
+    if learner.task.kind not in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION):
+        return
+    known = {example.label for example in train_examples}
+    unseen = sorted({example.label for example in test_examples} - known)
     if unseen:
         raise ValueError(
             f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
@@ -311,90 +370,52 @@ def _check_examples(train_examples: Examples, test_examples: Examples) -> None:
         )
 
 
-def _trainable_parameters(model: Any) -> list[Parameter]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise ValueError(
-            "The model has no trainable parameters: attach an adapter with get_peft_model first, and load a "
-            "saved one with is_trainable=True."
-        )
-    return trainable
+@contextmanager
+def _stop_on_signals(training: Training) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends training after the step under way; the second SIGINT at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        training.stop_asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
-def _tokenise(examples: Examples, tokenizer: Any, settings: TrainSettings) -> list[TokenisedExample]:
-    return tokenise(
-        examples,
-        tokenizer,
-        max_length=settings.max_length,
-        max_label_length=settings.max_label_length,
-    )
-
-
-def _batches(
-    rows: Sequence[TokenisedExample], tokenizer: Any, settings: TrainSettings, epoch: int
-) -> Iterator[dict[str, Tensor]]:
-    lengths = [len(row.input_ids) for row in rows]
-    for indices in shuffled_batches(
-        lengths,
-        settings.batch_size,
-        seed=settings.seed,
-        epoch=epoch,
-        group_by_length=settings.group_by_length,
-    ):
-        yield _collate([rows[i] for i in indices], tokenizer, settings)
-
-
-def _collate(rows: Sequence[TokenisedExample], tokenizer: Any, settings: TrainSettings) -> dict[str, Tensor]:
-    return collate(rows, pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=settings.pad_to_multiple_of)
-
-
-def _on_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
-def _step(model: Any, batch: dict[str, Tensor], optimiser: Optimizer, schedule: LRScheduler) -> float:
-    loss: Tensor = model(**_on_device(batch, model), use_cache=False).loss
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-    schedule.step()
-    optimiser.zero_grad()
-    return loss.item()
-
-
-def _check_finite(loss: float, name: str, step: int, settings: TrainSettings) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"The {name} is {loss} at step {step}, so training stopped and nothing was saved. Lower the "
-            f"learning rate (it is {settings.learning_rate:g}); T5 models overflow in float16: load them in "
-            "float32 or bfloat16."
-        )
-
-
-def _save(run: Run, model: Any) -> None:
-    run.adapter_dir.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(run.adapter_dir)
-    losses = (json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(run.losses, start=1))
-    write_atomically(run.output_dir / LOSSES_NAME, "".join(f"{line}\n" for line in losses).encode())
-    answers = zip(run.texts, run.truth, run.final.predictions, strict=True)
-    content = run.summary() | {
-        "predictions": [{"text": text, "label": right, "prediction": predicted} for text, right, predicted in answers]
+def _flat(settings: TrainSettings) -> dict[str, Any]:
+    """What trackers take as a configuration: no lists, no None."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in asdict(settings).items()
     }
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(run.output_dir / METRICS_NAME, text.encode())
+
+
+def _as_scalars(line: dict[str, Any]) -> dict[str, float]:
+    evaluation = line.get("evaluation")
+    if evaluation is not None:
+        return {f"held_out/{name}": value for name, value in evaluation.items() if name != "step"}
+    return {f"train/{name}": line[name] for name in ("learning_rate", "loss")}
 
 
 class _StepsPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.2f} steps/s", style="progress.data.speed")
+    def render(self, task: Bar) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.2f}/s", style="progress.data.speed")
 
 
-def _progress(console: Console | None) -> Progress:
-    return Progress(
+def _progress(console: Console | None) -> ProgressBars:
+    return ProgressBars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         _StepsPerSecond(),
-        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

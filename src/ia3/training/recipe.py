@@ -1,35 +1,37 @@
-"""A whole training from a few names: model, data and settings in, a run folder with an adapter out."""
+"""What to train on what: the recipe, from a file or from keywords, every key and value checked."""
 
 from __future__ import annotations
 
 import difflib
-import random
-import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import InstanceOf, TypeAdapter, ValidationError
-from rich.console import Console
 
-from ia3.config import IA3Config, TaskType
-from ia3.inference.predict import load_base, load_tokenizer
-from ia3.model import get_peft_model
-from ia3.training import loop
-from ia3.training.collate import measure_labels
-from ia3.training.data import Examples, _decode, count_truncated, split_examples
-from ia3.training.loop import Run, TrainSettings
-from ia3.training.report import PICTURE_NAME, draw_report
-from ia3.training.task import Task, Template, load_task_examples, save_task
+from ia3.training.data import Examples
+from ia3.training.records import decode_text
+from ia3.training.settings import TrainSettings
+from ia3.training.task import TaskKind
+from ia3.training.template import Template
 
-INTERRUPTED_FOLDER = "interrupted"
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by hand; the message says where the adapter of that moment is."""
+# Recipes that a name stands for; what is given beside the name overrides them.
+RECIPES: dict[str, dict[str, Any]] = {
+    # Liu et al. 2022, sections 3.2 to 3.4.
+    "t-few": {
+        "answer_by": "rank",
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "objective": "t-few",
+        "optimizer": "adafactor",
+        "steps": 1000,
+        "warmup_steps": 60,
+    },
+}
+# How a recipe's file names data that it was not given by name.
+IN_MEMORY = "in memory: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,15 @@ class Recipe:
 
     Args:
         model: the base model: a hub name, a folder or a bundled model.
-        data: labelled text: what `load_examples` reads, or examples.
-        test_data: held-out text; otherwise `test_size` of the data.
+        data: what `load_examples` reads, or examples.
+        test_data: held-out data; otherwise `test_size` of the data.
         test_size: the part of the data that is held out.
+        task: what to learn; by default label words for a seq2seq model, instructions for a causal one, the
+            classes of texts for an encoder.
         text_column: the column with the text.
-        label_column: the column with the label.
+        label_column: the column with the label, the answer or the tags.
         template: the text around the columns, as in `"Review: {text} Sentiment?"`; instead of `text_column`.
+        system: the system message of each conversation, in instruction tuning.
         target_modules: the modules to adapt; by default those of the model's family.
         feedforward_modules: those of them whose input is multiplied.
         output: the run's folder; by default a new one in `runs/`.
@@ -58,9 +63,11 @@ class Recipe:
     data: str | InstanceOf[Examples]
     test_data: str | InstanceOf[Examples] | None = None
     test_size: float = 0.1
+    task: TaskKind | None = None
     text_column: str = "text"
     label_column: str = "label"
     template: str | None = None
+    system: str | None = None
     target_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
     output: Path | None = None
@@ -86,47 +93,42 @@ class Recipe:
         """What the model reads of each record."""
         return Template.of_column(self.text_column) if self.template is None else Template(self.template)
 
+    def content(self) -> dict[str, Any]:
+        """The recipe as its file holds it: what `make_recipe` takes, what is None left out."""
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        settings = asdict(own.pop("settings"))
+        if self.template is not None:
+            del own["text_column"]
+        for name in ("data", "test_data"):
+            if isinstance(own[name], Examples):
+                own[name] = f"{IN_MEMORY}{own[name].source}"
+        own["output"] = None if self.output is None else str(self.output)
+        own["task"] = None if self.task is None else self.task.value
+        settings["trackers"] = list(settings["trackers"])
+        return {name: value for name, value in (own | settings).items() if value is not None}
+
 
 _SETTINGS = tuple(field.name for field in fields(TrainSettings))
 _KEYS = (*(field.name for field in fields(Recipe) if field.name != "settings"), *_SETTINGS)
 
 
-def train(model: str, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
-    """Fine-tune a seq2seq model on labelled text: what `ia3 train` does, with the same defaults.
-
-    Args:
-        model: the base model: a hub name, a folder or a bundled model.
-        data: labelled text: a file, a data set on the hub, or examples.
-        console: where the progress goes; standard error by default.
-        recipe: the fields of `Recipe` and of `TrainSettings`, such as `epochs=3`.
-
-    Returns:
-        The run; its adapter is in `run.adapter_dir`.
-
-    Raises:
-        FileNotFoundError: no such model or data.
-        ValueError: an unknown or wrong field of the recipe, data that can't be trained on.
-
-    Example:
-        >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
-        >>> run.final.accuracy
-    """
-    data = str(data) if isinstance(data, Path) else data
-    return run_recipe(make_recipe({**recipe, "model": model, "data": data}), console or Console(stderr=True))
-
-
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a recipe's YAML file, its keys and values unchecked.
+    """Read a recipe's YAML file, or one of `RECIPES` by its name; keys and values are not checked.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no YAML, or not one key and one value a line.
     """
+    if str(path) in RECIPES:
+        return dict(RECIPES[str(path)])
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {path}: expected a YAML file with lines such as `epochs: 3`.")
+        raise FileNotFoundError(
+            f"There is no recipe {path}: expected a YAML file with lines such as `epochs: 3`, or one of the names "
+            f"{list(RECIPES)}."
+        )
     try:
-        content = yaml.load(_decode(path.read_bytes(), str(path)), _LoaderOfDistinctKeys)
+        content = yaml.load(decode_text(path.read_bytes(), str(path)), _LoaderOfDistinctKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -181,112 +183,3 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{place[0]} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}."
-
-
-def run_recipe(recipe: Recipe, console: Console) -> Run:
-    """Read the data, load the model, attach an adapter, train, and leave adapter, task and picture.
-
-    Args:
-        recipe: a checked recipe.
-        console: where the progress goes, and what is odd about the data.
-
-    Raises:
-        FileNotFoundError, ValueError: as `train`.
-        Interrupted: Ctrl-C while training; the adapter of that moment is in the run's folder `interrupted`.
-    """
-    training, test = _read_data(recipe, console)
-    labels = _labels_in(training)
-    settings = recipe.settings
-    with console.status(f"Loading {recipe.model}"):
-        tokenizer = load_tokenizer(recipe.model)
-        lengths = measure_labels(labels, tokenizer, max_label_length=settings.max_label_length)
-        base = load_base(recipe.model)
-        config = IA3Config(
-            task_type=TaskType.SEQ_2_SEQ_LM,
-            target_modules=recipe.target_modules,
-            feedforward_modules=recipe.feedforward_modules,
-        )
-        model = get_peft_model(base, config)
-    _warn_of_truncation(
-        count_truncated([*training.texts, *test.texts], tokenizer, settings.max_length), recipe, console
-    )
-    output = recipe.output or _new_folder(recipe.source)
-    task = Task(
-        template=recipe.wording,
-        labels=labels,
-        max_length=settings.max_length,
-        max_new_tokens=max(lengths.values()),
-        base_model=recipe.model,
-        label_column=recipe.label_column,
-    )
-    try:
-        run = loop.train(model, tokenizer, training, test, settings=settings, output_dir=output, console=console)
-    except KeyboardInterrupt as error:
-        folder = output / INTERRUPTED_FOLDER
-        model.save_pretrained(folder)
-        save_task(folder, task)
-        raise Interrupted(
-            f"Interrupted: the adapter as it was is in {folder}; try it by `ia3 evaluate {folder} --data …`. "
-            "The same command begins anew."
-        ) from error
-    save_task(run.adapter_dir, task)
-    title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
-    draw_report(run, model, output / PICTURE_NAME, title=title)
-    return run
-
-
-def _read_data(recipe: Recipe, console: Console) -> tuple[Examples, Examples]:
-    """The training and the held-out examples; what is odd about them is printed."""
-    examples = _examples(recipe.data, recipe)
-    if recipe.test_data is None:
-        training, test = split_examples(examples, recipe.test_size, recipe.settings.seed)
-    else:
-        training, test = examples, _examples(recipe.test_data, recipe)
-    training = _draw(training, recipe.limit, recipe.settings.seed)
-    console.print(examples.describe(), markup=False, highlight=False)
-    overlap = len(set(training.texts) & set(test.texts))
-    if overlap:
-        console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
-    return training, test
-
-
-def _examples(data: str | Examples, recipe: Recipe) -> Examples:
-    if isinstance(data, str):
-        return load_task_examples(data, recipe.wording, recipe.label_column)
-    field, *more = recipe.wording.fields
-    if more:
-        raise ValueError(
-            f"The template {recipe.template!r} reads the columns {[field, *more]}, and examples in memory have one "
-            "text each: give a file as data, or examples whose texts are whole."
-        )
-    rows = tuple(replace(row, text=recipe.wording.render({field: row.text})) for row in data)
-    return replace(data, rows=rows)
-
-
-def _draw(examples: Examples, limit: int | None, seed: int) -> Examples:
-    if limit is None or limit >= len(examples):
-        return examples
-    return replace(examples, rows=tuple(random.Random(seed).sample(examples.rows, limit)))
-
-
-def _labels_in(training: Examples) -> tuple[str, ...]:
-    """The labels that training shows, in their source's order."""
-    occurring = {row.label for row in training}
-    found = tuple(label for label in training.labels if label in occurring)
-    if len(found) < 2:
-        raise ValueError(
-            f"All {len(training):,} training examples of {training.source} have the label {found[0]!r}, so there is "
-            "nothing to tell apart: give examples of at least two labels."
-        )
-    return found
-
-
-def _warn_of_truncation(count: int, recipe: Recipe, console: Console) -> None:
-    if count:
-        wanted = recipe.settings.max_length
-        console.print(f"{count:,} texts are longer than {wanted} tokens and are cut (--max-length).")
-
-
-def _new_folder(source: str) -> Path:
-    name = re.sub(r"\W+", "-", Path(source).stem).strip("-") or "run"
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

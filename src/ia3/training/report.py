@@ -15,30 +15,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from rich.table import Table
 
-from ia3.training.loop import Run
+from ia3.card import add_results
+from ia3.files import write_atomically
 from ia3.training.metrics import confusion_matrix
+from ia3.training.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
+from ia3.training.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Run
+from ia3.training.task import TaskKind
 
 PICTURE_NAME = "report.png"
+REPORT_NAME = "report.md"
 
-# Okabe and Ito's palette: told apart with any kind of colour blindness, and in grey.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9AA0A6"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#5F6368",
-    "axes.labelcolor": "#3C4043",
-    "xtick.color": "#3C4043",
-    "ytick.color": "#3C4043",
-    "grid.color": "#E8EAED",
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.1,
-}
+# More labels than this make a confusion matrix that nobody can read.
+_MOST_LABELS = 12
+_MISTAKES_SHOWN = 10
+
 # How the keys and values of an attention are called in the model families of transformers.
 _KEYS = {"k", "k_proj", "key", "wk"}
 _VALUES = {"v", "v_proj", "value", "wv"}
@@ -118,15 +108,17 @@ def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ 
     maps = vector_maps(model)
     rows = max(len(each.blocks) for each in maps)
     heat_height = 1.2 + 0.34 * rows
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5.0 + heat_height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         halves: Any = figure.subfigures(2, 1, height_ratios=[4.2, heat_height], hspace=0.04)
         top, bottom = halves
-        loss_axes, accuracy_axes, confusion_axes = top.subplots(1, 3, width_ratios=[1.15, 1, 1.1])
-        _draw_losses(loss_axes, run)
-        _draw_accuracy(accuracy_axes, run)
-        _draw_confusion(confusion_axes, run)
+        confusion = 0 < len(run.labels) <= _MOST_LABELS
+        axes = top.subplots(1, 3 if confusion else 2, width_ratios=[1.15, 1, 1.1] if confusion else [1.15, 1])
+        _draw_losses(axes[0], run)
+        _draw_accuracy(axes[1], run)
+        if confusion:
+            _draw_confusion(axes[2], run)
         _draw_vectors(bottom, maps)
         figure.suptitle(_headline(run, title), x=0.012, ha="left", fontsize=14, fontweight="bold")
         figure.savefig(path)
@@ -135,31 +127,30 @@ def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ 
 
 def _headline(run: Run, title: str) -> str:
     low, high = run.final.interval
-    return f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}), majority {run.majority:.1%}"
+    majority = "" if run.majority is None else f", majority {run.majority:.1%}"
+    return f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}){majority}"
 
 
 def _draw_losses(axes: Any, run: Run) -> None:
     steps = np.arange(1, len(run.losses) + 1)
     window = max(1, len(run.losses) // 25)
     smoothed = _smoothed(run.losses, window)
-    axes.plot(steps, run.losses, color=_GREY, linewidth=0.7, alpha=0.6, label="each step")
-    axes.plot(steps, smoothed, color=_BLUE, linewidth=2, label=f"mean of the last {window} steps")
+    axes.plot(steps, run.losses, color=GREY, linewidth=0.7, alpha=0.6, label="each step")
+    axes.plot(steps, smoothed, color=BLUE, linewidth=2, label=f"mean of the last {window} steps")
     held_out = [(each.step, each.loss) for each in run.evaluations]
-    axes.plot(*zip(*held_out, strict=True), "o", color=_ORANGE, markersize=7, clip_on=False, label="held out")
+    axes.plot(*zip(*held_out, strict=True), "o", color=ORANGE, markersize=7, clip_on=False, label="held out")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(_ticks(min(run.losses), max(run.losses[0], run.evaluations[0].loss)))
-    axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats a label token)")
+    axes.set_yticks(log_ticks(min(run.losses), max(run.losses[0], run.evaluations[0].loss)))
+    axes.set(
+        title="Loss",
+        xlabel="step",
+        ylabel=LOSSES[run.task.kind] if run.settings.objective == "lm" else "L_LM + L_UL + L_LN (held out: L_LM)",
+    )
     axes.set_xlim(left=0)
     axes.grid(axis="y")
     axes.legend(edgecolor="none", framealpha=1)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between two losses."""
-    powers = range(-6, 6)
-    return [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= tick <= high]
 
 
 def _smoothed(losses: Sequence[float], window: int) -> list[float]:
@@ -177,28 +168,33 @@ def _draw_accuracy(axes: Any, run: Run) -> None:
     ends = [each.interval for each in run.evaluations]
     below = [share - 100 * low for share, (low, _) in zip(shares, ends, strict=True)]
     above = [100 * high - share for share, (_, high) in zip(shares, ends, strict=True)]
-    axes.errorbar(steps, shares, yerr=[below, above], fmt="o-", color=_BLUE, linewidth=2, capsize=4, clip_on=False)
+    axes.errorbar(steps, shares, yerr=[below, above], fmt="o-", color=BLUE, linewidth=2, capsize=4, clip_on=False)
     for step, share, offset in zip(steps, shares, above, strict=True):
         place = (step, share + offset)
         side, shift = ("left", 8) if step == 0 else ("center", 0)
-        axes.annotate(f"{share:.1f}", place, (shift, 5), textcoords="offset points", ha=side, color=_BLUE)
-    axes.axhline(100 * run.majority, color=_ORANGE, linestyle="--", linewidth=1.5)
+        axes.annotate(f"{share:.1f}", place, (shift, 5), textcoords="offset points", ha=side, color=BLUE)
+    if run.majority is not None:
+        _draw_majority(axes, run.majority)
+    axes.set(
+        title="Accuracy with 95 % intervals", xlabel="step", ylabel=f"exact match on {run.final.total:,} held out (%)"
+    )
+    axes.set_ylim(0, 100)
+    axes.margins(x=0.1)
+    axes.grid(axis="y")
+
+
+def _draw_majority(axes: Any, majority: float) -> None:
+    axes.axhline(100 * majority, color=ORANGE, linestyle="--", linewidth=1.5)
     axes.annotate(
-        f"majority class {run.majority:.1%}",
-        (1, 100 * run.majority),
+        f"majority class {majority:.1%}",
+        (1, 100 * majority),
         (0, -5),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right",
         va="top",
-        color=_ORANGE,
+        color=ORANGE,
     )
-    axes.set(
-        title="Accuracy with 95 % intervals", xlabel="step", ylabel=f"exact match on {run.final.total} held out (%)"
-    )
-    axes.set_ylim(0, 100)
-    axes.margins(x=0.1)
-    axes.grid(axis="y")
 
 
 def _draw_confusion(axes: Any, run: Run) -> None:
@@ -247,22 +243,128 @@ def _label_cells(axes: Any, columns: Sequence[str], rows: Sequence[str]) -> None
 
 def result_table(run: Run, picture: Path | None = None) -> Table:
     """The run's result as a table for the terminal: accuracy, cost, size and paths."""
-    low, high = run.final.interval
     table = Table(show_header=False, box=None, pad_edge=False, title="Result", title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    share = run.trainable_parameters / run.all_parameters
-    rows = {
-        "accuracy": f"{run.final.accuracy:.1%} of {run.final.total} held out (95 % interval {low:.1%} to {high:.1%})",
-        "majority class": f"{run.majority:.1%}",
-        "before training": f"{run.evaluations[0].accuracy:.1%}",
-        "held-out loss": f"{run.final.loss:.3f}",
-        "training": f"{run.train_seconds:.0f} s, {len(run.losses)} steps, {run.train_examples} examples",
-        "trained numbers": f"{run.trainable_parameters:,} of {run.all_parameters:,} ({share:.3%})",
-        "adapter": f"{run.adapter_dir} ({run.adapter_bytes:,} bytes)",
-    }
+    rows = _results(run)
+    rows["adapter"] = f"{run.adapter_dir} ({run.adapter_bytes:,} bytes)"
+    if run.best.step != run.final.step:
+        rows["best adapter"] = str(run.best_dir)
     if picture is not None:
         rows["picture"] = str(picture)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _results(run: Run) -> dict[str, str]:
+    """The run's figures by their names."""
+    low, high = run.final.interval
+    share = run.trainable_parameters / run.all_parameters
+    what = "words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else "held out"
+    rows = {
+        "accuracy": f"{run.final.accuracy:.1%} of {run.final.total:,} {what} (95 % interval {low:.1%} to {high:.1%})"
+    }
+    if run.final.macro_f1 is not None:
+        rows["macro-F1"] = f"{run.final.macro_f1:.3f}"
+    rows |= {name.replace("_", " "): f"{value:.3f}" for name, value in run.final.scores.items()}
+    if run.majority is not None:
+        rows["majority class"] = f"{run.majority:.1%}"
+    rows["before training"] = f"{run.evaluations[0].accuracy:.1%}"
+    rows["held-out loss"] = f"{run.final.loss:.3f} (perplexity {run.final.perplexity:.4g})"
+    if run.best.step != run.final.step:
+        rows["best"] = f"{run.best.accuracy:.1%}, loss {run.best.loss:.3f}, after step {run.best.step}"
+    early = " (stopped early)" if run.progress.stopped_early else ""
+    rows["training"] = f"{run.train_seconds:.0f} s, {len(run.losses):,} steps{early}, {run.train_examples:,} examples"
+    rows["trained numbers"] = f"{run.trainable_parameters:,} of {run.all_parameters:,} ({share:.3%})"
+    return rows
+
+
+def write_report(run: Run, title: str) -> Path:
+    """Write `report.md` into the run's folder: figures, picture, mistakes, and what the other files hold.
+
+    Args:
+        run: a finished run, whose picture is drawn.
+        title: what was trained on what.
+
+    Returns:
+        The path.
+    """
+    figures = "\n".join(f"| {name} | {value} |" for name, value in _results(run).items())
+    parts = [
+        f"# {title}",
+        f"| | |\n|---|---|\n{figures}",
+        f"![Loss, accuracy and learned vectors]({PICTURE_NAME})",
+        *_mistakes(run),
+        _FILES,
+    ]
+    path = run.output_dir / REPORT_NAME
+    write_atomically(path, ("\n\n".join(parts) + "\n").encode())
+    return path
+
+
+def complete_cards(run: Run, data: str) -> None:
+    """Put data, figures and settings into the cards of the run's adapters.
+
+    Args:
+        run: a finished run.
+        data: the training data's name.
+    """
+    settings, majority = run.settings, run.majority
+    rate = f"{settings.optimizer}, {settings.learning_rate:g}, falling linearly after {settings.warmup_steps} steps"
+    for folder, evaluation in ((run.adapter_dir, run.final), (run.best_dir, run.best)):
+        low, high = evaluation.interval
+        facts = {
+            "task": run.task.kind.value,
+            "accuracy": f"{evaluation.accuracy:.1%} of {evaluation.total:,} (95 % interval {low:.1%} to {high:.1%})",
+            "majority class": "" if majority is None else f"{majority:.1%}",
+            "macro-F1": "" if evaluation.macro_f1 is None else f"{evaluation.macro_f1:.3f}",
+            "held-out loss": f"{evaluation.loss:.3f}",
+            "trained on": f"{run.train_examples:,} examples, {evaluation.step:,} steps of {settings.batch_size}",
+            "learning rate": rate,
+            "template": f"`{run.task.template.pattern}`".replace("|", r"\|"),
+            "labels": ", ".join(f"`{label}`" for label in run.labels[:_MOST_LABELS]),
+        }
+        add_results(
+            folder,
+            {name: value for name, value in facts.items() if value},
+            accuracy=evaluation.accuracy,
+            task=_HUB_TASKS[run.task.kind],
+            data=data,
+        )
+
+
+_HUB_TASKS = {
+    TaskKind.LABEL_WORDS: "text-classification",
+    TaskKind.GENERATION: "text-generation",
+    TaskKind.INSTRUCTIONS: "text-generation",
+    TaskKind.SEQUENCE_CLASSIFICATION: "text-classification",
+    TaskKind.TOKEN_CLASSIFICATION: "token-classification",
+}
+
+_FILES = f"""## Files
+
+| file | what it holds |
+|---|---|
+| `adapter/`, `best/` | the adapter after the last step, and at the best evaluation |
+| `{RECIPE_NAME}` | all that was asked for; `ia3 train --recipe {RECIPE_NAME}` does it again |
+| `{ENVIRONMENT_NAME}` | versions, hardware, digests of the data |
+| `{METRICS_NAME}` | a line a step and an evaluation |
+| `{RESULT_NAME}` | every figure, and each held-out answer |"""
+
+
+def _mistakes(run: Run) -> list[str]:
+    """The first wrong answers, as a table."""
+    answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+    wrong = [answer for answer in answers if answer[1] != answer[2]]
+    if not wrong:
+        return []
+    lines = "\n".join("| " + " | ".join(_cell(part) for part in answer) + " |" for answer in wrong[:_MISTAKES_SHOWN])
+    shown = min(len(wrong), _MISTAKES_SHOWN)
+    return [f"## Wrong answers: {shown:,} of {len(wrong):,}", f"| text | right | answered |\n|---|---|---|\n{lines}"]
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table in Markdown, shortened."""
+    line = " ".join(text.split())
+    return (line if len(line) <= 160 else f"{line[:159]}…").replace("\\", "\\\\").replace("|", "\\|") or " "

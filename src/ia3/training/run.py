@@ -1,0 +1,335 @@
+"""A run and its folder: recipe, environment, metrics a line a step, adapters, the state to go on from."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import ia3
+from ia3.files import write_atomically
+from ia3.training.data import Examples
+from ia3.training.metrics import confusion_matrix, count_correct, f1_scores, majority_baseline, wilson_interval
+from ia3.training.settings import TrainSettings
+from ia3.training.task import Task
+
+ADAPTER_FOLDER = "adapter"
+BEST_FOLDER = "best"
+RECIPE_NAME = "recipe.yaml"
+ENVIRONMENT_NAME = "environment.json"
+METRICS_NAME = "metrics.jsonl"
+RESULT_NAME = "result.json"
+STATE_NAME = "state.pt"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out examples after `step` steps.
+
+    Args:
+        step: how many steps the model had been trained for.
+        loss: the mean a target (a label token, a text, a word).
+        correct: how many answers equal the truth.
+        total: out of how many.
+        macro_f1: the mean F1 of the labels; None where answers are free text.
+        seconds: how long it took.
+        predictions: the answers; kept of the last and the best evaluation.
+        scores: further figures by name, such as `entity_f1`.
+    """
+
+    step: int
+    loss: float
+    correct: int
+    total: int
+    macro_f1: float | None
+    seconds: float
+    predictions: list[str] = field(repr=False)
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of answers that equal the truth."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The accuracy's 95 % interval (Wilson)."""
+        return wilson_interval(self.correct, self.total)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def summary(self) -> dict[str, Any]:
+        """Its figures as JSON writes them."""
+        figures = {"accuracy": self.accuracy, "loss": self.loss, "seconds": self.seconds, "step": self.step}
+        if self.macro_f1 is not None:
+            figures["macro_f1"] = self.macro_f1
+        return figures | self.scores
+
+
+def judge(
+    step: int, loss: float, truth: list[str], predictions: list[str], labels: tuple[str, ...], **more: Any
+) -> Evaluation:
+    """An evaluation from its answers; `more` are its further fields."""
+    macro_f1 = None
+    if labels:
+        scores = f1_scores(confusion_matrix(truth, predictions, labels), labels)
+        macro_f1 = sum(scores.values()) / len(scores)
+    correct = count_correct(truth, predictions)
+    return Evaluation(step, loss, correct, len(truth), macro_f1, predictions=predictions, **more)
+
+
+@dataclass
+class Progress:
+    """How far a training has come.
+
+    Args:
+        steps: one record a step: its number, loss and learning rate.
+        evaluations: one before the first step, then in the order of their steps.
+        best: the index of the best evaluation of those after training began; None while there is none.
+        seconds: how long the steps took.
+        stopped_early: whether the evaluations stopped getting better.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: int | None = None
+    seconds: float = 0.0
+    stopped_early: bool = False
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return len(self.steps)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, evaluations after the step that they follow."""
+        lines: list[dict[str, Any]] = []
+        following = {each.step: each for each in self.evaluations}
+        for step in range(self.step + 1):
+            if step:
+                lines.append(self.steps[step - 1])
+            if step in following:
+                lines.append({"evaluation": following[step].summary(), "step": step})
+        return lines
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: what it cost, what it reached, and where its files are."""
+
+    output_dir: Path
+    settings: TrainSettings
+    task: Task
+    shown: list[str] = field(repr=False)
+    truth: list[str] = field(repr=False)
+    progress: Progress = field(repr=False)
+    train_examples: int
+    trainable_parameters: int
+    all_parameters: int
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Where the adapter is, as it was after the last step."""
+        return self.output_dir / ADAPTER_FOLDER
+
+    @property
+    def best_dir(self) -> Path:
+        """Where the adapter of the best evaluation is."""
+        return self.output_dir / BEST_FOLDER
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The size of the adapter's tensors and configuration on disk."""
+        return sum(path.stat().st_size for path in self.adapter_dir.glob("adapter_*"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The task's labels, none where answers are free text."""
+        return self.task.labels
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [record["loss"] for record in self.progress.steps]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """One before the first step, then in the order of their steps."""
+        return self.progress.evaluations
+
+    @property
+    def final(self) -> Evaluation:
+        """The evaluation after the last step."""
+        return self.evaluations[-1]
+
+    @property
+    def best(self) -> Evaluation:
+        """The best evaluation after the first step, by `settings.best_by`."""
+        assert self.progress.best is not None
+        return self.evaluations[self.progress.best]
+
+    @property
+    def train_seconds(self) -> float:
+        """How long the steps took, evaluations not counted."""
+        return self.progress.seconds
+
+    @property
+    def majority(self) -> float | None:
+        """The accuracy of always answering the held-out set's most frequent label; None for free text."""
+        return majority_baseline(self.truth) if self.labels else None
+
+    def summary(self) -> dict[str, Any]:
+        """The run's numbers as JSON writes them."""
+        return {
+            "accuracy": self.final.accuracy,
+            "accuracy_interval_95": list(self.final.interval),
+            "adapter_bytes": self.adapter_bytes,
+            "all_parameters": self.all_parameters,
+            "base_model": self.task.base_model,
+            "best": self.best.summary(),
+            "evaluations": [each.summary() for each in self.evaluations],
+            "labels": list(self.labels),
+            "loss": self.final.loss,
+            "macro_f1": self.final.macro_f1,
+            "majority_baseline": self.majority,
+            "perplexity": self.final.perplexity,
+            "scores": self.final.scores,
+            "settings": asdict(self.settings),
+            "steps": len(self.losses),
+            "stopped_early": self.progress.stopped_early,
+            "task": self.task.kind.value,
+            "test_examples": self.final.total,
+            "train_examples": self.train_examples,
+            "train_seconds": self.train_seconds,
+            "trainable_parameters": self.trainable_parameters,
+        }
+
+
+def check_output(folder: Path) -> None:
+    """Find out before training, not after, that a run cannot be saved.
+
+    Raises:
+        NotADirectoryError, PermissionError: the folder cannot be made or written.
+    """
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"The output {folder} cannot be a folder, since {nearest} is a file: name another.")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"The output {folder} cannot be written, since {nearest} is read-only: name another.")
+
+
+def describe_environment(training: Examples, test: Examples, device: torch.device, seed: int) -> dict[str, Any]:
+    """What besides the recipe decides a run's numbers: versions, hardware, seed, and digests of the data."""
+    return {
+        "data": {name: _describe_data(each) for name, each in (("test", test), ("train", training))},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "platform": platform.platform(),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "accelerate": version("accelerate"),
+            "ia3": ia3.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+    }
+
+
+def _describe_data(examples: Examples) -> dict[str, Any]:
+    return {"rows": len(examples), "sha256": examples.digest(), "source": examples.source}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON with sorted keys, atomically."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def save_state(
+    path: Path, progress: Progress, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
+) -> None:
+    """Write all that the next step depends on, atomically; a pickle without code, read by `load_state`."""
+    evaluations = [asdict(each) for each in _without_old_predictions(progress)]
+    content = {
+        "optimizer": optimizer.state_dict(),
+        "parameters": {name: parameter.detach() for name, parameter in trainable.items()},
+        "progress": {**vars(progress), "evaluations": evaluations},
+        "random": _random_state(),
+        "schedule": schedule.state_dict(),
+    }
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_atomically(path, file.getvalue())
+
+
+def load_state(path: Path, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler) -> Progress:
+    """Put back what `save_state` wrote, the random state too.
+
+    Raises:
+        ValueError: a damaged file, or one of another model or other settings.
+    """
+    try:
+        content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
+        progress = dict(content["progress"])
+        evaluations = [Evaluation(**each) for each in progress.pop("evaluations")]
+    except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no whole state of a training ({error}): begin the training anew.") from error
+    _restore_parameters(content["parameters"], trainable, path)
+    optimizer.load_state_dict(content["optimizer"])
+    schedule.load_state_dict(content["schedule"])
+    _restore_random_state(content["random"])
+    return Progress(**progress, evaluations=evaluations)
+
+
+@torch.no_grad()
+def _restore_parameters(saved: Mapping[str, Tensor], trainable: Mapping[str, Parameter], path: Path) -> None:
+    shapes = {name: tensor.shape for name, tensor in saved.items()}
+    if shapes != {name: parameter.shape for name, parameter in trainable.items()}:
+        raise ValueError(
+            f"{path} holds {len(saved)} trained tensors that are not those of this model, which has "
+            f"{len(trainable)}: go on with the base model and the targets that the run began with."
+        )
+    for name, parameter in trainable.items():
+        parameter.copy_(saved[name])
+
+
+def _without_old_predictions(progress: Progress) -> list[Evaluation]:
+    """The evaluations, with predictions of the best and the last alone, which are all that is asked for later."""
+    kept = {progress.best, len(progress.evaluations) - 1}
+    return [each if index in kept else replace(each, predictions=[]) for index, each in enumerate(progress.evaluations)]
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,81 @@
+"""The text around the columns of a record: `"Review: {text} Sentiment?"`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ia3.training.records import as_text, require_columns
+
+_PIECES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text that the model reads, with the columns' names in braces: `"Review: {text} Sentiment?"`.
+
+    Args:
+        pattern: the text; a brace that is meant as such is doubled.
+
+    Raises:
+        ValueError: no field, or a brace that belongs to none.
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        stray = [piece.group() for piece in _PIECES.finditer(self.pattern) if piece.group() in ("{", "}")]
+        if stray:
+            raise ValueError(
+                f"The template {self.pattern!r} has a {stray[0]!r} that belongs to no field: name a column, as in "
+                "{text}, and double a brace that is meant as one: {{ or }}."
+            )
+        if not self.fields:
+            raise ValueError(
+                f"The template {self.pattern!r} shows no column to the model: name one in braces, such as {{text}}."
+            )
+
+    @classmethod
+    def of_column(cls, column: str) -> Template:
+        """The text of one column as it is."""
+        return cls(f"{{{column}}}")
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The columns that it names, in order."""
+        return tuple(dict.fromkeys(piece[1] for piece in _PIECES.finditer(self.pattern) if piece[1]))
+
+    def with_column(self, column: str) -> Template:
+        """The same text around another column.
+
+        Raises:
+            ValueError: it names several columns.
+        """
+        if len(self.fields) > 1:
+            raise ValueError(
+                f"The template {self.pattern!r} reads the columns {list(self.fields)}, so one text column can't "
+                "replace them: leave --text-column out, and name the columns of the file as the template does."
+            )
+        return Template(_PIECES.sub(lambda piece: f"{{{column}}}" if piece[1] else piece.group(), self.pattern))
+
+    def render(self, record: Mapping[str, Any], place: str = "the record") -> str:
+        """The text for one record; empty where all of its fields are.
+
+        Args:
+            record: column to cell; a missing cell is empty.
+            place: where the record was read, for the error.
+
+        Raises:
+            ValueError: a column is not there, or a cell holds neither text nor a number.
+        """
+        require_columns(place, record, *self.fields)
+        cells = {field: as_text(record[field], f"{place}: {self._name(field)}") for field in self.fields}
+        if not any(cells.values()):
+            return ""
+        return _PIECES.sub(lambda piece: cells[piece[1]] if piece[1] else piece.group()[0], self.pattern)
+
+    def _name(self, field: str) -> str:
+        return "the text" if len(self.fields) == 1 else repr(field)

@@ -1,0 +1,296 @@
+"""A whole training from a recipe: data, model and settings in, a run folder with an adapter out."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from rich.console import Console
+
+from ia3.config import IA3Config
+from ia3.files import write_atomically
+from ia3.inference.classify import head_modules
+from ia3.inference.loading import default_kind, load_base, load_config, load_tokenizer
+from ia3.model import get_peft_model
+from ia3.training.collate import measure_labels
+from ia3.training.data import Examples, count_truncated, load_examples, split_examples
+from ia3.training.learner import Learner
+from ia3.training.learners.instructions import Instructions, count_cut
+from ia3.training.learners.making import check_settings, make_learner
+from ia3.training.loop import Training
+from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe
+from ia3.training.report import PICTURE_NAME, complete_cards, draw_report, write_report
+from ia3.training.run import (
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    RECIPE_NAME,
+    RESULT_NAME,
+    STATE_NAME,
+    Run,
+    check_output,
+    describe_environment,
+    write_json,
+)
+from ia3.training.settings import TrainSettings
+from ia3.training.task import Task, TaskKind
+
+
+def train(model: str, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
+    """Fine-tune a model on examples: what `ia3 train` does, with the same defaults.
+
+    Args:
+        model: the base model: a hub name, a folder or a bundled model.
+        data: a file, a data set on the hub, or examples.
+        console: where the progress goes; standard error by default.
+        recipe: the fields of `Recipe` and of `TrainSettings`, such as `epochs=3`; or `recipe="t-few"`, or a
+            YAML file, which the other fields override.
+
+    Returns:
+        The run; its adapter is in `run.adapter_dir`.
+
+    Raises:
+        FileNotFoundError: no such model or data.
+        ValueError: an unknown or wrong field of the recipe, data that can't be trained on.
+        Interrupted: Ctrl-C or SIGTERM; `resume` goes on.
+
+    Example:
+        >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
+        >>> run.final.accuracy
+    """
+    name = recipe.pop("recipe", None)
+    content = {} if name is None else read_recipe(name)
+    content |= {**recipe, "model": model, "data": str(data) if isinstance(data, Path) else data}
+    return run_recipe(make_recipe(content, name), console or Console(stderr=True))
+
+
+def resume(
+    folder: str | Path,
+    *,
+    data: Examples | None = None,
+    test_data: Examples | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Go on with an interrupted run, to the numbers that it would have had.
+
+    Args:
+        folder: the run's folder.
+        data: the training data, where the run was given them in memory.
+        test_data: the held-out data, likewise.
+        console: where the progress goes; standard error by default.
+
+    Raises:
+        FileNotFoundError: no run in the folder.
+        ValueError: nothing to go on with, or data that are not those of the run.
+    """
+    folder = Path(folder)
+    if not (folder / RECIPE_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no run, since it has no {RECIPE_NAME}: name a run's folder.")
+    if not (folder / STATE_NAME).is_file():
+        begun = "its training is complete" if (folder / RESULT_NAME).is_file() else "it ended before its first save"
+        raise ValueError(f"There is nothing in {folder} to go on from: {begun}. Begin anew by `ia3 train`.")
+    content = read_recipe(folder / RECIPE_NAME)
+    for name, given in (("data", data), ("test_data", test_data)):
+        if given is not None:
+            content[name] = given
+        elif str(content.get(name, "")).startswith(IN_MEMORY):
+            raise ValueError(f"The run in {folder} had its {name} in memory: give them again, ia3.resume(…, {name}=…).")
+    recipe = replace(make_recipe(content, folder / RECIPE_NAME), output=folder)
+    return run_recipe(recipe, console or Console(stderr=True), resuming=True)
+
+
+def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> Run:
+    """Read the data, load the model, attach an adapter, train, and leave a whole run folder.
+
+    Args:
+        recipe: a checked recipe.
+        console: where the progress goes, and what is odd about the data.
+        resuming: go on with the run in the recipe's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `train`.
+        Interrupted: as `train`.
+    """
+    kind = recipe.task or default_kind(load_config(recipe.model), recipe.model)
+    check_settings(recipe.settings, kind)
+    output = recipe.output or new_folder(recipe.source)
+    check_output(output)
+    if not resuming:
+        _refuse_unfinished(output)
+    training, test = _read_data(recipe, kind, console)
+    learner = _load_learner(recipe, kind, training, test, console)
+    prepared = Training(learner, training, test, output, resume=resuming)
+    environment = describe_environment(training, test, learner.model.device, recipe.settings.seed)
+    if resuming:
+        _check_environment(output, environment, console)
+    else:
+        _begin_folder(output, replace(recipe, task=kind), environment)
+    _warn_of_truncation(prepared, [*training.texts, *test.texts], console)
+    run = prepared.run(console)
+    title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
+    draw_report(run, learner.model, output / PICTURE_NAME, title=title)
+    write_report(run, title)
+    complete_cards(run, recipe.source)
+    (output / STATE_NAME).unlink()
+    return run
+
+
+def _load_learner(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples, console: Console) -> Learner[Any]:
+    """The base model with a new adapter, and its task."""
+    settings = recipe.settings
+    labels = _labels(kind, training, test)
+    with console.status(f"Loading {recipe.model}"):
+        tokenizer = load_tokenizer(recipe.model)
+        task = Task(
+            kind=kind,
+            template=recipe.wording,
+            labels=labels,
+            max_length=settings.max_length,
+            max_new_tokens=_longest_answer(kind, labels or [row.label for row in training], tokenizer, settings),
+            base_model=recipe.model,
+            label_column=recipe.label_column,
+            system=recipe.system,
+        )
+        base = load_base(recipe.model, kind, labels=labels, dtype=_DTYPES[settings.precision], seed=settings.seed)
+        config = IA3Config(
+            task_type=kind.task_type,
+            target_modules=recipe.target_modules,
+            feedforward_modules=recipe.feedforward_modules,
+            modules_to_save=None if kind.writes else head_modules(base),
+        )
+        model = get_peft_model(base, config)
+    return make_learner(model, tokenizer, task, settings)
+
+
+# What a chat template puts after an answer, and what the answer's first blank may cost.
+_ROOM_FOR_THE_END = 8
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _longest_answer(kind: TaskKind, answers: Iterable[str], tokenizer: Any, settings: TrainSettings) -> int | None:
+    """The most tokens that an answer takes, its end token included."""
+    if not kind.writes:
+        return None
+    if kind is TaskKind.INSTRUCTIONS:
+        return _ROOM_FOR_THE_END + max(
+            len(ids) for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        )
+    words = kind is TaskKind.LABEL_WORDS
+    distinct = list(dict.fromkeys(answers))
+    lengths = measure_labels(distinct, tokenizer, max_label_length=settings.max_label_length, as_words=words)
+    return max(lengths.values())
+
+
+def _refuse_unfinished(output: Path) -> None:
+    if (output / STATE_NAME).is_file() and not (output / RESULT_NAME).is_file():
+        raise ValueError(
+            f"{output} holds an unfinished run: go on with it by `ia3 train --resume {output}`, or name another output."
+        )
+
+
+def _begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+    """The folder with recipe and environment, and nothing of an earlier, finished run."""
+    for name in (STATE_NAME, RESULT_NAME, METRICS_NAME):
+        (output / name).unlink(missing_ok=True)
+    text = yaml.safe_dump(recipe.content(), allow_unicode=True, sort_keys=True)
+    write_atomically(output / RECIPE_NAME, text.encode())
+    write_json(output / ENVIRONMENT_NAME, environment)
+
+
+def _check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
+    """Refuse other data; say what else differs from when the run began."""
+    began = json.loads((output / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
+    for name, data in environment["data"].items():
+        if data["sha256"] != began["data"][name]["sha256"]:
+            raise ValueError(
+                f"The {name} data are not those that the run in {output} began with ({data['rows']:,} rows now, "
+                f"{began['data'][name]['rows']:,} then): put {began['data'][name]['source']} back as it was."
+            )
+    others = [name for name in ("device", "threads", "versions") if environment[name] != began[name]]
+    if others:
+        console.print(f"Other {', '.join(others)} than when the run began: its numbers may differ.", style="yellow")
+
+
+def _read_data(recipe: Recipe, kind: TaskKind, console: Console) -> tuple[Examples, Examples]:
+    """The training and the held-out examples; what is odd about them is printed."""
+    examples = _examples(recipe.data, recipe, kind)
+    if recipe.test_data is None:
+        training, test = split_examples(examples, recipe.test_size, recipe.settings.seed)
+    else:
+        training, test = examples, _examples(recipe.test_data, recipe, kind)
+    training = _draw(training, recipe.limit, recipe.settings.seed)
+    console.print(examples.describe(), markup=False, highlight=False)
+    overlap = len(set(training.texts) & set(test.texts))
+    if overlap:
+        console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
+    return training, test
+
+
+def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
+    if isinstance(data, str):
+        template = None if recipe.template is None else recipe.wording
+        return load_examples(
+            data, template=template, text_column=recipe.text_column, label_column=recipe.label_column, kind=kind
+        )
+    if data.kind is not kind and not (data.kind in _CLOSED and kind in _CLOSED):
+        raise ValueError(
+            f"The examples in memory are for {data.kind}, and the task is {kind}: name the task that they are for, or "
+            "read them by load_examples(…, kind=…)."
+        )
+    field, *more = recipe.wording.fields
+    if more:
+        raise ValueError(
+            f"The template {recipe.template!r} reads the columns {[field, *more]}, and examples in memory have one "
+            "text each: give a file as data, or examples whose texts are whole."
+        )
+    rows = tuple(replace(row, text=recipe.wording.render({field: row.text})) for row in data)
+    return replace(data, rows=rows, kind=kind)
+
+
+# One text, one label.
+_CLOSED = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+
+
+def _draw(examples: Examples, limit: int | None, seed: int) -> Examples:
+    if limit is None or limit >= len(examples):
+        return examples
+    return replace(examples, rows=tuple(random.Random(seed).sample(examples.rows, limit)))
+
+
+def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ...]:
+    """The labels that training shows, in their source's order; of tags those that only the held-out texts show too."""
+    if not kind.has_labels:
+        return ()
+    if kind is TaskKind.TOKEN_CLASSIFICATION:
+        return tuple(dict.fromkeys([*training.labels, *test.labels]))
+    occurring = {row.label for row in training}
+    found = tuple(label for label in training.labels if label in occurring)
+    if len(found) < 2:
+        raise ValueError(
+            f"All {len(training):,} training examples of {training.source} have the label {found[0]!r}, so there is "
+            "nothing to tell apart: give examples of at least two labels."
+        )
+    return found
+
+
+def _warn_of_truncation(prepared: Training, texts: list[str], console: Console) -> None:
+    learner = prepared.learner
+    if isinstance(learner, Instructions):
+        count = count_cut([*prepared.rows, *prepared.test_rows])
+    else:
+        count = count_truncated(texts, learner.tokenizer, learner.task.max_length)
+    if count:
+        console.print(f"{count:,} texts are longer than {learner.task.max_length} tokens and are cut (--max-length).")
+
+
+def new_folder(source: str) -> Path:
+    """A folder in `runs/` named after the data and the time."""
+    name = re.sub(r"\W+", "-", Path(source).stem).strip("-") or "run"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

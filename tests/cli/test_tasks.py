@@ -1,0 +1,174 @@
+"""Each kind of task by its commands: a file in, an adapter out, answers to a second file, an evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import call, message, succeed
+
+import tiny_causal
+import tiny_classifier
+from ia3.training.data import Example
+from ia3.training.task import TaskKind, load_task
+
+
+@pytest.fixture
+def encoder(tiny: Callable[..., Any], tmp_path: Path) -> Path:
+    folder = tmp_path / "encoder"
+    tiny("bert", initializer_range=0.3).save_pretrained(folder)
+    tiny_classifier.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def decoder(tiny: Callable[..., Any], tmp_path: Path) -> Path:
+    folder = tmp_path / "decoder"
+    tiny("llama", vocab_size=len(tiny_causal.WORDS), bos_token_id=3, tie_word_embeddings=False).save_pretrained(folder)
+    tiny_causal.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_csv(path: Path, rows: list[Example]) -> Path:
+    lines = ["text,label", *(f"{row.text},{row.label}" for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_classes_of_texts(encoder: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "data.csv", tiny_classifier.labelled(60))
+    run = tmp_path / "run"
+    how = ("--epochs", 12, "--lr", 0.05, "--output", run, "--no-dropout", "--balance", "--test-data", data)
+    content = json.loads(succeed("train", "--model", encoder, "--data", data, *how, "--json").stdout)
+    assert content["task"] == "sequence-classification"
+    assert content["accuracy"] == 1.0
+    task = load_task(run / "adapter")
+    assert task is not None
+    assert (task.kind, task.labels) == (TaskKind.SEQUENCE_CLASSIFICATION, tiny_classifier.LABELS)
+    evaluated = json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)
+    assert evaluated["accuracy"] == 1.0
+    assert evaluated["method"] == "the head's likeliest label"
+    answered = json.loads(succeed("predict", run / "adapter", "--json", "the share falls").stdout)["predictions"]
+    assert answered[0]["label"] == "negative"
+    assert list(answered[0]["probabilities"]) == list(tiny_classifier.LABELS)
+    refused = call("evaluate", run / "adapter", "--data", data, "--generate")
+    assert refused.exit_code == 2
+    assert "task is sequence-classification, where --generate changes nothing" in message(refused)
+    refused = call("predict", run / "adapter", "--max-new-tokens", 3, "the share falls")
+    assert "which writes nothing: leave --max-new-tokens out" in message(refused)
+
+
+def test_classes_without_the_task_file_have_their_number(encoder: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "data.csv", tiny_classifier.labelled(12))
+    succeed("train", "--model", encoder, "--data", data, "--epochs", 1, "--output", tmp_path / "run")
+    adapter = tmp_path / "bare"
+    shutil.copytree(tmp_path / "run" / "adapter", adapter)
+    (adapter / "ia3_task.json").unlink()
+    answered = json.loads(succeed("predict", adapter, "--json", "the share falls").stdout)["predictions"]
+    assert list(answered[0]["probabilities"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    (adapter / "ia3_task.json").write_text("{")
+    assert "is not valid JSON" in message(call("predict", adapter, "the share falls"))
+
+
+def test_tags_of_words(encoder: Path, tmp_path: Path) -> None:
+    pairs = [("rises in x", "O O B-LOC"), ("the y z falls", "O B-PER I-PER O"), ("x stays", "B-LOC O")]
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"tokens": words.split(), "tags": tags.split()}) for words, tags in pairs]
+    data.write_text("\n".join(lines * 8) + "\n")
+    run = tmp_path / "run"
+    how = ("--task", "token-classification", "--text-column", "tokens", "--label-column", "tags", "--test-data", data)
+    how = (*how, "--epochs", 20, "--lr", 0.05, "--no-dropout")
+    content = json.loads(succeed("train", "--model", encoder, "--data", data, *how, "--output", run, "--json").stdout)
+    assert content["scores"]["entity_f1"] == content["accuracy"] == 1.0
+    evaluated = json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)
+    assert (evaluated["entity_f1"], evaluated["examples"]) == (1.0, 8 * 9)
+    assert "entity f1" in succeed("evaluate", run / "adapter", "--data", data).stdout
+    output = tmp_path / "tagged.jsonl"
+    succeed("predict", run / "adapter", "--file", data, "--output", output)
+    answered = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
+    assert answered == [tags for _, tags in pairs] * 8
+    unknown = tmp_path / "unknown.jsonl"
+    unknown.write_text(json.dumps({"tokens": ["x"], "tags": ["B-LOCK"]}) + "\n")
+    assert "Did you mean 'B-LOC' for 'B-LOCK'?" in message(call("evaluate", run / "adapter", "--data", unknown))
+
+
+def test_words_beyond_the_longest_length_have_no_tag(encoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    rows = [Example(f"the share {word} x", "O O B-X O") for word in ("rises", "falls", "stays", "x", "y", "z")]
+    write_csv(data, rows)
+    run = tmp_path / "run"
+    how = ("--task", "token-classification", "--epochs", 1, "--max-length", 5, "--output", run, "--json")
+    content = json.loads(succeed("train", "--model", encoder, "--data", data, "--test-data", data, *how).stdout)
+    assert content["scores"]["words_left_out"] == 6
+    assert content["test_examples"] == 18
+    evaluated = json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)
+    assert evaluated["examples"] == 18
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_instructions(decoder: Path, tmp_path: Path, packing: bool) -> None:
+    data = write_csv(tmp_path / "data.csv", tiny_causal.examples(48))
+    run = tmp_path / "run"
+    flags = ["--packing"] if packing else []
+    how = ("--epochs", 2, "--system", "be brief", "--max-length", 32, "--output", run)
+    content = json.loads(succeed("train", "--model", decoder, "--data", data, *how, *flags, "--json").stdout)
+    assert content["task"] == "instructions"
+    assert content["loss"] < content["evaluations"][0]["loss"]
+    assert content["majority_baseline"] is None
+    task = load_task(run / "adapter")
+    assert task is not None
+    assert (task.system, task.labels) == ("be brief", ())
+    evaluated = json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)
+    assert evaluated["method"] == "written answers, exact match"
+    assert "labels" not in evaluated
+    held_out = json.loads((run / "result.json").read_text())["predictions"]
+    texts = [each["text"] for each in held_out]
+    answered = json.loads(succeed("predict", run / "adapter", "--json", *texts).stdout)["predictions"]
+    assert [each["label"] for each in answered] == [each["prediction"] for each in held_out]
+
+
+def test_whole_conversations(decoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "say one"},
+                    {"role": "assistant", "content": "one"},
+                    {"role": "user", "content": row.text},
+                    {"role": "assistant", "content": row.label},
+                ]
+            }
+        )
+        for row in tiny_causal.examples(24)
+    ]
+    data.write_text("\n".join(lines) + "\n")
+    run = tmp_path / "run"
+    content = json.loads(
+        succeed("train", "--model", decoder, "--data", data, "--epochs", 1, "--output", run, "--json").stdout
+    )
+    assert content["train_examples"] + content["test_examples"] == 24
+    assert json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)["examples"] == 24
+
+
+def test_free_text_from_a_seq2seq_model(base: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    how = ("--task", "generation", "--epochs", 1, "--output", run, "--json")
+    content = json.loads(succeed("train", "--model", base, "--data", data, *how).stdout)
+    assert (content["task"], content["labels"], content["macro_f1"]) == ("generation", [], None)
+    evaluated = json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)
+    assert evaluated["method"] == "written answers, exact match"
+    assert "confusion" not in evaluated
+
+
+def test_an_architecture_that_does_not_tell(tmp_path: Path, tiny: Callable[..., Any], data: Path) -> None:
+    tiny("bert").config.save_pretrained(tmp_path / "bare")
+    path = tmp_path / "bare" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": None}))
+    result = call("train", "--model", tmp_path / "bare", "--data", data)
+    assert result.exit_code == 2
+    assert "doesn't say what to train it for: name the task, one of label-words" in message(result)
