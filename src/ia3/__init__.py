@@ -25,6 +25,7 @@ _HOME = {
         "get_peft_model",
         "inject_adapter_in_model",
     ],
+    "fast.step": ["compile_step"],
     "training.train": ["resume", "train"],
     "status": ["get_layer_status", "get_model_status"],
     "checkpoint": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
@@ -62,6 +63,7 @@ __all__ = [
     "Site",
     "TaskType",
     "__version__",
+    "compile_step",
     "find_sites",
     "get_layer_status",
     "get_model_status",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     )
     from ia3.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+    from ia3.fast.step import compile_step
     from ia3.model import (
         PeftModel,
         PeftModelForCausalLM,

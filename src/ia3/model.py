@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3 import adapter as adapters
-from ia3 import merging
+from ia3 import merging, storage
 from ia3.arithmetic import CombinationType, combine
 from ia3.card import write_card
 from ia3.checkpoint import (
@@ -507,6 +507,7 @@ class PeftModel(Swapped):
             raise ValueError("The adapters are disabled: unload after disable_adapter, or enable_adapters() first.")
         for name in list(self.peft_config):
             adapters.detach(self, name)
+        storage.restore(self)
         return _become_base(self, state)
 
     def add_weighted_adapter(

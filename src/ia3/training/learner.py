@@ -51,6 +51,11 @@ class Learner(ABC, Generic[RowT]):
     task: Task
     settings: TrainSettings
 
+    @property
+    def is_the_models_loss(self) -> bool:
+        """Whether `loss` is what the model's own forward gives for the batch, so that a compiled step may take it."""
+        return False
+
     @abstractmethod
     def tokenise(self, examples: Sequence[Example]) -> list[RowT]:
         """Turn examples into rows of token ids, cut at the task's length.

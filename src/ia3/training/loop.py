@@ -33,7 +33,9 @@ from rich.progress import (
 )
 from rich.text import Text
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ia3.fast.step import Step, compile_step
 from ia3.files import write_atomically
 from ia3.training.collate import shuffled_batches
 from ia3.training.data import Examples
@@ -136,6 +138,31 @@ class Training:
         self.stop_asked = False
         if resume:
             self.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
+        self.fast = self._fast_step(optimizer)
+
+    def _fast_step(self, optimizer: Optimizer) -> Step | None:
+        """The captured step, on a GPU; on a CPU, where the arithmetic decides, the ordinary one costs the same."""
+        if self.accelerator.device.type != "cuda":
+            return None
+        if not self.learner.is_the_models_loss or self.settings.gradient_accumulation > 1:
+            return None
+        return compile_step(
+            self.learner.model,
+            optimizer,
+            self.schedule,
+            max_gradient_norm=self.settings.max_gradient_norm,
+            weight_decay=self.settings.weight_decay,
+        )
+
+    def describe_path(self) -> str:
+        """Which way a step goes, and why, in a line."""
+        if self.fast is not None and self.fast.reason is None:
+            return "Each step is captured as a CUDA graph."
+        if self.fast is not None:
+            return f"The ordinary step, since {self.fast.reason}."
+        if self.accelerator.device.type != "cuda":
+            return f"The ordinary step, on the {self.accelerator.device.type.upper()}."
+        return "The ordinary step: captured ones are for the model's own loss of one batch a step."
 
     def run(self, console: Console | None = None) -> Run:
         """From where the progress stands to the end, then the run's files; see `fit`."""
@@ -202,7 +229,11 @@ class Training:
 
     def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """One update from one or more batches, whose losses count by their targets; its number, loss and rate."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        if self.fast is not None:
+            loss = self.fast(batches[0]).item()
+            self._check_finite(loss, "training loss", self.progress.step + 1)
+            return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
         targets = [self.learner.targets(batch) for batch in batches]
         loss = 0.0
         for batch, count in zip(batches, targets, strict=True):

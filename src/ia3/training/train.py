@@ -133,6 +133,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
     else:
         _begin_folder(output, replace(recipe, task=kind), environment)
     _warn_of_truncation(prepared, [*training.texts, *test.texts], console)
+    console.print(prepared.describe_path(), highlight=False)
     run = prepared.run(console)
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
     draw_report(run, learner.model, output / PICTURE_NAME, title=title)

@@ -20,6 +20,11 @@ from ia3.training.losses import choice_log_probabilities, choice_logits, choice_
 class Words(Learner[TokenisedExample]):
     """Label words or free text, by the model's own loss or by T-Few's three."""
 
+    @property
+    def is_the_models_loss(self) -> bool:
+        """Without T-Few's other losses."""
+        return self.settings.objective == "lm"
+
     def tokenise(self, examples: Sequence[Example]) -> list[TokenisedExample]:
         """Inputs cut at the task's length, answers whole; a label must be one that the tokenizer gives back."""
         return tokenise(

@@ -1,0 +1,186 @@
+"""One training step on mt0-large's shape, PEFT and ia3 side by side on one card.
+
+    python benchmarks/train_step.py [--tiny]
+
+Random weights in mt0-large's shape (24 + 24 blocks, width 1,024, 250,112 words, head not tied), dropout on, labels of
+three tokens. `guide` is PEFT's guide: fp32 and eager, padded to 128. `captured` is PEFT's bf16 step whole in one CUDA
+graph, the strongest that PEFT can be made without changing it. ia3's is `ia3.compile_step` in bf16, at equal shapes and
+at 64, the length that the longest of a shuffled batch of 8 PhraseBank sentences is padded to. Medians of 20 steps
+after 3, by CUDA events; memory is the allocator's peak over the timed steps. `--tiny` tries the script on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import MT5Config, MT5ForConditionalGeneration
+
+import ia3
+
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+LARGE = {"vocab_size": 250112, "d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16}
+TINY = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+
+
+def build(shape: dict, dtype: torch.dtype, device: str) -> MT5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = MT5Config(**shape, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    with torch.device("meta"):
+        model = MT5ForConditionalGeneration(config)
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0, 1 if "shared" in name else 0.03)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.03)
+    return model
+
+
+def batch_of(shape: dict, rows: int, length: int, device: str) -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, shape["vocab_size"], (rows, length), generator=chance)
+    labels = torch.randint(2, shape["vocab_size"], (rows, 3), generator=chance)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def timed(step: Callable[[], object], cuda: bool, repeats: int) -> dict:
+    """Milliseconds a step, and the peak of memory."""
+    for _ in range(3):
+        step()
+    taken = []
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats):
+        if cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            step()
+            end.record()
+            torch.cuda.synchronize()
+            taken.append(begin.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            step()
+            taken.append((time.perf_counter() - started) * 1e3)
+    quarters = statistics.quantiles(taken, n=4)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+    return {"ms": statistics.median(taken), "quartiles": [quarters[0], quarters[2]], "peak_mib": peak}
+
+
+def launches(step: Callable[[], object]) -> dict:
+    """Kernels of one step, and how long the GPU is busy with them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = profile.key_averages()
+    ranked = sorted(events, key=lambda event: -event.self_device_time_total)
+    return {
+        "busy_ms": sum(event.self_device_time_total for event in events) / 1e3,
+        "kernels": sum(event.count for event in events),
+        "longest": [[event.key[:90], event.count, event.self_device_time_total / 1e3] for event in ranked[:14]],
+    }
+
+
+def peft_guide(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peft_captured(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool) -> Callable[[], object]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=torch.tensor(8e-3, device="cuda"), fused=True, capturable=True)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def ours(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3, weight_decay=0.0)
+    step = ia3.compile_step(model, optimizer)
+    assert step.path == ("captured" if cuda else "laid out"), step.reason
+    return lambda: step(batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    import peft
+
+    cuda = torch.cuda.is_available()
+    device, shape = ("cuda", LARGE) if cuda and not arguments.tiny else ("cuda" if cuda else "cpu", TINY)
+    card = torch.cuda.get_device_name() if cuda else platform.processor() or "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    print(f"# {card}, {versions}", flush=True)
+    half = torch.bfloat16
+    cases = [
+        ("ia3 compile_step", ia3, ours, half, 8, 64),
+        ("ia3 compile_step", ia3, ours, half, 8, 128),
+        ("PEFT captured", peft, peft_captured, half, 8, 128),
+        ("PEFT guide", peft, peft_guide, torch.float32, 8, 128),
+        ("ia3 compile_step", ia3, ours, half, 64, 128),
+        ("PEFT captured", peft, peft_captured, half, 64, 128),
+        ("ia3 compile_step", ia3, ours, torch.float32, 8, 128),
+    ]
+    rows = []
+    for name, library, make, dtype, count, length in cases:
+        if name == "PEFT captured" and not cuda:
+            continue
+        config = library.IA3Config(task_type="SEQ_2_SEQ_LM")
+        model = library.get_peft_model(build(shape, dtype, device), config).train()
+        batch = batch_of(shape, count, length, device)
+        started = time.perf_counter()
+        try:
+            step = make(model, batch, cuda)
+            step()
+        except RuntimeError as error:  # the next cases can still be measured
+            print(f"{name} {dtype} {count} x {length}: {error}", flush=True)
+            continue
+        setup = time.perf_counter() - started
+        row = {"name": name, "dtype": str(dtype).removeprefix("torch."), "batch": count, "length": length}
+        row |= {"setup_s": setup, **timed(step, cuda, 20 if cuda else 3)}
+        row |= launches(step) if cuda else {}
+        rows.append(row)
+        print({key: value for key, value in row.items() if key != "longest"}, flush=True)
+        arguments.output.write_text(json.dumps({"card": card, "rows": rows, "versions": versions}, indent=1) + "\n")
+        del model, step, batch
+        gc.collect()
+        torch.cuda.empty_cache()
+    for each in rows[:2]:
+        for key in each.get("longest", []):
+            print(f"  {each['length']:>4} {key[2]:8.3f} ms {key[1]:5} x {key[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""One training step, forward to optimizer, over a model whose frozen weights are laid out anew.
+
+On a GPU each shape of batch is captured once as a CUDA graph and replayed; elsewhere the same computation runs as it
+is. Where a model or an optimizer is not one that this is right for, the step is the ordinary one, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ia3.adapter import Adapter, attached, site_vectors
+from ia3.fast.t5 import T5Loss, why_not
+from ia3.sites import Layout
+
+# Lengths are rounded up to a multiple of these, so that few graphs serve all batches of a shuffled epoch.
+_SOURCE, _TARGET = 16, 4
+_INPUTS = {"input_ids", "attention_mask", "labels"}
+_IGNORED = -100
+
+
+def compile_step(
+    model: Any,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    *,
+    max_gradient_norm: float | None = None,
+    weight_decay: float = 0.0,
+) -> Step:
+    """Make a function that does a whole training step of a model with one active adapter.
+
+    Args:
+        model: the model with its adapter, on its device.
+        optimizer: over the adapter's vectors. On a GPU its state moves there and its rate becomes a tensor.
+        scheduler: stepped after each step.
+        max_gradient_norm: scale a gradient of a larger norm down to this.
+        weight_decay: how much of its way back to one a vector goes a step, times the rate.
+
+    Returns:
+        The step: `loss = step(batch)` with a tensor that need not be looked at; `step.path` says which way it goes
+        and `step.reason` why not the fast one.
+
+    Example:
+        >>> step = ia3.compile_step(model, optimizer, scheduler)
+        >>> for batch in loader:
+        ...     loss = step(batch)
+    """
+    reason = _why_not(model, optimizer)
+    if reason is not None or not isinstance(optimizer, AdamW):
+        return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
+    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay)
+
+
+class Step:
+    """A training step; `compile_step` makes it."""
+
+    path: str
+    reason: str | None = None
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Forward, backward, clipping, optimizer, scheduler.
+
+        Args:
+            batch: what the model's forward takes, labels among it, on any device.
+
+        Returns:
+            The loss before the update, a scalar on the model's device.
+        """
+        raise NotImplementedError
+
+
+def _why_not(model: Any, optimizer: Optimizer) -> str | None:
+    adapters = attached(model)
+    if len(adapters.active) != 1 or not adapters.enabled or adapters.originals is not None:
+        return "exactly one adapter must act, and none be merged"
+    adapter = adapters.adapters[adapters.active[0]]
+    reason = why_not(model, adapter.layout.sites)
+    if reason is not None:
+        return reason
+    vectors = [vector for _, vector in site_vectors(model, adapter)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if {id(vector) for vector in vectors} != {id(parameter) for parameter in trained}:
+        return "more than the adapter's vectors is trained, or less"
+    if type(optimizer) is not AdamW:
+        return f"it is written for torch's AdamW, and this is {type(optimizer).__name__}"
+    groups = optimizer.param_groups
+    if {id(p) for group in groups for p in group["params"]} != {id(vector) for vector in vectors}:
+        return "the optimizer's parameters are not the adapter's vectors"
+    if any(group["amsgrad"] or group["maximize"] for group in groups):
+        return "it is written for plain AdamW, without amsgrad or maximize"
+    return None
+
+
+class _Eager(Step):
+    """The ordinary step."""
+
+    path = "eager"
+
+    def __init__(
+        self, model: Any, optimizer: Optimizer, scheduler: Any, norm: float | None, decay: float, reason: str | None
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
+        self.reason = reason
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        device = self.model.device
+        loss: Tensor = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.norm)
+        if self.decay:
+            _decay(self.trained, self.optimizer, self.decay)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+@dataclass
+class _Bucket:
+    """Batches of one shape: where they are copied to, and what is replayed."""
+
+    inputs: dict[str, Tensor]
+    loss: Tensor
+    replay: Callable[[], None]
+    training: bool = field(default=True)
+
+
+class _Fast(Step):
+    """The step over weights laid out anew, captured on a GPU."""
+
+    def __init__(self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float) -> None:
+        self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
+        self.adapter: Adapter = attached(model).adapters[attached(model).active[0]]
+        self.layout: Layout = self.adapter.layout
+        self.vectors: list[Parameter] = [vector for _, vector in site_vectors(model, self.adapter)]
+        self.device, self.dtype = model.device, model.shared.weight.dtype
+        self.captured = self.device.type == "cuda"
+        self.path = "captured" if self.captured else "laid out"
+        self.loss_of = T5Loss(model, self.layout.sites, compiled=self.captured)
+        self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=self.device)
+        self.buckets: dict[tuple[Any, ...], _Bucket] = {}
+        self.rows = 0
+        if self.captured:
+            self.pool = torch.cuda.graph_pool_handle()
+            _make_capturable(optimizer, self.device)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        unknown = sorted(set(batch) - _INPUTS)
+        if unknown or set(batch) != _INPUTS:
+            raise ValueError(f"The batch holds {sorted(batch)}; this step takes {sorted(_INPUTS)} and no more.")
+        self._expect_as_it_was()
+        padded = self._pad(batch) if self.captured else dict(batch)
+        key = (padded["input_ids"].shape, padded["labels"].shape, self.model.training)
+        bucket = self.buckets.get(key)
+        if bucket is None:
+            bucket = self.buckets[key] = self._prepare(padded)
+        else:
+            for name, tensor in padded.items():
+                bucket.inputs[name].copy_(tensor, non_blocking=True)
+        self._point_gradients()
+        bucket.replay()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return bucket.loss.clone()
+
+    def _expect_as_it_was(self) -> None:
+        state = attached(self.model)
+        if state.active != (self.adapter.name,) or not state.enabled or state.originals is not None:
+            raise RuntimeError(
+                f"The step was made for the adapter {self.adapter.name!r} acting alone; now {list(state.active)} are "
+                "active, disabled or merged: make it again by compile_step."
+            )
+        if not self.loss_of.is_valid():
+            raise RuntimeError("The model was moved, cast or unloaded after compile_step: make the step again.")
+
+    def _point_gradients(self) -> None:
+        """Each vector's gradient is a view of the one flat gradient."""
+        for vector, view in zip(self.vectors, self.layout.split(self.gradient), strict=True):
+            if vector.grad is None or vector.grad.data_ptr() != view.data_ptr():
+                vector.grad = view.view_as(vector)
+
+    def _pad(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """To one of few shapes: as many rows as the largest batch yet, lengths rounded up."""
+        self.rows = max(self.rows, len(batch["labels"]))
+        return pad(batch, self.rows, self.model.config.pad_token_id or 0)
+
+    def _prepare(self, padded: dict[str, Tensor]) -> _Bucket:
+        """A bucket for batches of this shape, which holds this batch."""
+        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in padded.items()}
+        loss = torch.zeros((), device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+
+        def step() -> None:
+            self._backward(inputs, loss)
+            self._update()
+
+        if not self.captured:
+            return _Bucket(inputs, loss, step)
+        self._point_gradients()
+        graph = self._capture(step, lambda: self._backward(inputs, loss))
+        return _Bucket(inputs, loss, graph.replay)
+
+    def _backward(self, inputs: dict[str, Tensor], loss: Tensor) -> None:
+        """The loss and the flat gradient of a batch; the vectors are cast once."""
+        flat = self.layout.flatten([vector.detach() for vector in self.vectors]).to(self.dtype).requires_grad_()
+        found = self.loss_of(**inputs, slices=self.layout.split(flat))
+        (gradient,) = torch.autograd.grad(found, flat)
+        self.gradient.copy_(gradient)
+        loss.copy_(found.detach())
+
+    def _update(self) -> None:
+        if self.norm is not None:
+            self.gradient.mul_((self.norm / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
+        if self.decay:
+            _decay(self.vectors, self.optimizer, self.decay)
+        self.optimizer.step()
+
+    def _capture(self, step: Callable[[], None], rehearsal: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Record a step after rehearsing its computation, which compiles it; the random state stays as it was."""
+        random = torch.cuda.get_rng_state(self.device)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=64):
+            for _ in range(3):
+                rehearsal()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        torch.cuda.set_rng_state(random, self.device)
+        return graph
+
+
+def _decay(vectors: list[Parameter], optimizer: Optimizer, decay: float) -> None:
+    rate = optimizer.param_groups[0]["lr"]
+    with torch.no_grad():
+        for vector in vectors:
+            vector.add_((1 - vector) * (rate * decay))
+
+
+def pad(batch: Mapping[str, Tensor], rows: int, pad_token_id: int) -> dict[str, Tensor]:
+    """Round lengths up, the source's to a multiple of 16, and fill up with rows that are no examples."""
+    fillers = {"input_ids": (pad_token_id, _SOURCE), "attention_mask": (0, _SOURCE), "labels": (_IGNORED, _TARGET)}
+    padded = {}
+    for name, (filler, multiple) in fillers.items():
+        tensor = batch[name]
+        missing = -tensor.shape[1] % multiple
+        padded[name] = torch.nn.functional.pad(tensor, (0, missing, 0, rows - len(tensor)), value=filler)
+    return padded
+
+
+def _make_capturable(optimizer: AdamW, device: torch.device) -> None:
+    """Let a graph read the rate, and let the state live on the GPU from the beginning."""
+    for group in optimizer.param_groups:
+        group["capturable"], group["fused"], group["foreach"] = True, True, False
+        rate = group["lr"]
+        group["lr"] = rate if isinstance(rate, Tensor) else torch.tensor(float(rate), device=device)
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)

@@ -1,0 +1,125 @@
+"""The captured step, where there is a GPU: the numbers of the ordinary one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_step import STEPS, batches, optimiser_of, vectors_of
+from test_t5 import adapted
+
+import ia3
+import tiny_seq2seq
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def train_eagerly(model: Any, **more: Any) -> list[float]:
+    optimizer, schedule = optimiser_of(model)
+    losses = []
+    for batch in batches():
+        loss = model(**{name: tensor.cuda() for name, tensor in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("form", ["t5 gated", "mt5"])
+def test_twenty_steps(tiny, randomise, form) -> None:
+    usual = adapted(tiny, randomise, form, torch.float32).cuda()
+    compiled = copy.deepcopy(usual)
+    expected = train_eagerly(usual)
+    optimizer, schedule = optimiser_of(compiled)
+    step = ia3.compile_step(compiled, optimizer, schedule)
+    assert (step.path, step.reason) == ("captured", None)
+    losses = [step(batch) for batch in batches()]
+    assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-5)
+    for name, vector in vectors_of(usual).items():
+        torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
+    assert float(schedule.get_last_lr()[0]) == 0.0
+
+
+def test_bf16_is_near(tiny, randomise) -> None:
+    usual = adapted(tiny, randomise, "mt5", torch.float32).cuda()
+    expected = train_eagerly(copy.deepcopy(usual))
+    half = usual.to(torch.bfloat16)
+    for name, parameter in half.named_parameters():
+        if ".ia3_l." in name:
+            parameter.data = parameter.data.float()
+    optimizer, schedule = optimiser_of(half)
+    step = ia3.compile_step(half, optimizer, schedule)
+    losses = [float(step(batch)) for batch in batches()]
+    assert losses == pytest.approx(expected, rel=0.03)
+
+
+def test_dropout_has_a_seed_that_capturing_leaves_alone(tiny, randomise) -> None:
+    start = adapted(tiny, randomise, "t5 gated", torch.float32).cuda().train()
+
+    def losses_of(seed: int) -> list[float]:
+        model = copy.deepcopy(start)
+        step = ia3.compile_step(model, *optimiser_of(model))
+        torch.manual_seed(seed)
+        return [float(step(batch)) for batch in batches()]
+
+    assert losses_of(1) == losses_of(1)
+    assert losses_of(1) != losses_of(2)
+    still = copy.deepcopy(start).eval()
+    plain = [float(loss) for loss in map(ia3.compile_step(still, *optimiser_of(still)), batches())]
+    several = torch.tensor([losses_of(seed) for seed in range(8)]).mean(dim=0)
+    assert float((several - torch.tensor(plain)).abs().max()) < 0.5
+    assert len(plain) == STEPS
+
+
+@pytest.fixture
+def rich_console() -> Any:
+    """The command line's packages, which a machine with a GPU may lack."""
+    for name in ("accelerate", "matplotlib", "pydantic", "rich", "yaml"):
+        pytest.importorskip(name)
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=120)
+
+
+def test_a_run_on_the_gpu_says_so_and_resumes_to_the_same_numbers(rich_console: Any, tmp_path: Path) -> None:
+    from ia3.training.learners.words import Words
+    from ia3.training.loop import Interrupted
+    from ia3.training.train import resume, train
+
+    base = str(tiny_seq2seq.save_base(tmp_path / "base"))
+    data = str(tiny_seq2seq.write_csv(tmp_path / "data.csv", 40))
+    whole = train(base, data, output=tmp_path / "whole", epochs=3, console=rich_console)
+    assert "Each step is captured as a CUDA graph." in rich_console.file.getvalue()
+
+    calls = 0
+    measure = Words.measure
+
+    def interrupted(self: Any, rows: Any, beat: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        return measure(self, rows, beat)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Words, "measure", interrupted)
+        with pytest.raises(Interrupted):
+            train(base, data, output=tmp_path / "parts", epochs=3, console=rich_console)
+    resumed = resume(tmp_path / "parts", console=rich_console)
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert resumed.final.predictions == whole.final.predictions

@@ -1,0 +1,206 @@
+"""A compiled step trains as the ordinary one does; what it can't do right, it leaves to the ordinary one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_t5 import adapted, batch_of
+from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
+
+import ia3
+from ia3 import IA3Config, get_peft_model
+from ia3.fast.step import pad
+
+STEPS = 20
+
+
+def optimiser_of(model: Any, **how: Any) -> tuple[Any, Any]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **{"lr": 0.02, "weight_decay": 0.0, **how})
+    return optimizer, get_linear_schedule_with_warmup(optimizer, 3, STEPS)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [batch_of(rows=2 + step % 3, source=19 + step % 5, target=1 + step % 3) for step in range(STEPS)]
+
+
+def train_as_usual(model: Any, norm: float | None = None, decay: float = 0.0, **how: Any) -> list[float]:
+    optimizer, schedule = optimiser_of(model, **how)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = []
+    for batch in batches():
+        loss = model(**batch).loss
+        loss.backward()
+        if norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, norm)
+        with torch.no_grad():
+            for vector in trained:
+                vector.sub_((vector - 1) * optimizer.param_groups[0]["lr"] * decay)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def vectors_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("form", ["t5 gated", "mt5"])
+@pytest.mark.parametrize(
+    "more", [{}, {"norm": 0.5}, {"decay": 0.3}, {"weight_decay": 0.1, "betas": (0.8, 0.9)}], ids=str
+)
+def test_twenty_steps(tiny, randomise, form, more) -> None:
+    usual = adapted(tiny, randomise, form, torch.float32)
+    compiled = copy.deepcopy(usual)
+    expected = train_as_usual(usual, **more)
+    how = {name: value for name, value in more.items() if name not in ("norm", "decay")}
+    optimizer, schedule = optimiser_of(compiled, **how)
+    step = ia3.compile_step(
+        compiled,
+        optimizer,
+        schedule,
+        max_gradient_norm=more.get("norm"),
+        weight_decay=more.get("decay", 0.0),
+    )
+    assert (step.path, step.reason) == ("laid out", None)
+    losses = [float(step(batch)) for batch in batches()]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, vector in vectors_of(usual).items():
+        torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
+    assert schedule.get_last_lr() == [0.0]
+
+
+def test_the_ordinary_step_with_the_reason(tiny, randomise) -> None:
+    usual = get_peft_model(tiny("llama"), IA3Config(task_type="CAUSAL_LM"))
+    ids = torch.randint(2, 30, (2, 7), generator=torch.Generator().manual_seed(0))
+    optimizer, schedule = optimiser_of(usual)
+    step = ia3.compile_step(usual, optimizer, schedule, max_gradient_norm=1.0, weight_decay=0.1)
+    assert step.path == "eager"
+    assert "this is a LlamaForCausalLM" in (step.reason or "")
+    losses = [float(step({"input_ids": ids, "labels": ids})) for _ in range(STEPS)]
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad is None for parameter in usual.parameters())
+
+
+def two_adapters(model: Any) -> Any:
+    model.add_adapter("other", IA3Config(task_type="SEQ_2_SEQ_LM"))
+    model.set_adapter(["default", "other"])
+    return optimiser_of(model)[0]
+
+
+def merged(model: Any) -> Any:
+    optimizer = optimiser_of(model)[0]
+    model.merge_adapter()
+    return optimizer
+
+
+def a_head_too(model: Any) -> Any:
+    model.lm_head.weight.requires_grad_()
+    return optimiser_of(model)[0]
+
+
+def sgd(model: Any) -> Any:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def half_of_the_vectors(model: Any) -> Any:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad][::2], lr=0.1)
+
+
+def amsgrad(model: Any) -> Any:
+    return optimiser_of(model, amsgrad=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (two_adapters, "exactly one adapter must act"),
+        (merged, "exactly one adapter must act, and none be merged"),
+        (a_head_too, "lm_head is trained"),
+        (sgd, "written for torch's AdamW, and this is SGD"),
+        (half_of_the_vectors, "the optimizer's parameters are not the adapter's vectors"),
+        (amsgrad, "without amsgrad"),
+    ],
+)
+def test_what_it_leaves_to_the_ordinary_step(tiny, randomise, make, said) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, make(model))
+    assert step.path == "eager"
+    assert said in (step.reason or "")
+
+
+def test_changes_behind_its_back_are_errors(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, optimiser_of(model)[0])
+    batch = batch_of()
+    step(batch)
+    with pytest.raises(ValueError, match=r"The batch holds \['attention_mask', 'input_ids'\]"):
+        step({name: tensor for name, tensor in batch.items() if name != "labels"})
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="acting alone"):
+        step(batch)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="acting alone"):
+        step(batch)
+    model.unmerge_adapter()
+    step(batch)
+    model.to(torch.float64)
+    with pytest.raises(RuntimeError, match="moved, cast or unloaded"):
+        step(batch)
+
+
+def test_laying_out_shows_in_no_file_and_unloading_ends_it(tiny, randomise, tmp_path) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    plain = copy.deepcopy(model)
+    step = ia3.compile_step(model, optimiser_of(model)[0])
+    keys = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    assert model.state_dict().keys() == keys.keys()
+    assert all(torch.equal(tensor, keys[name]) for name, tensor in model.state_dict().items())
+    for each, folder in ((model, "laid out"), (plain, "plain")):
+        each.save_pretrained(tmp_path / folder)
+    files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("laid out", "plain")]
+    assert files[0] == files[1]
+    base = model.unload()
+    q, k = (base.encoder.block[0].layer[0].SelfAttention.get_submodule(part).weight for part in "qk")
+    assert q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
+    assert not any(name.startswith("_ia3") for name in base.__dict__)
+    base.save_pretrained(tmp_path / "base")
+    plain.unload().save_pretrained(tmp_path / "plain base")
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("base", "plain base")]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match="carries no adapter"):
+        step(batch_of())
+
+
+def test_merging_while_laid_out(tiny, randomise, output) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    expected = output(model)
+    ia3.compile_step(model, optimiser_of(model)[0])
+    torch.testing.assert_close(output(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_laying_out_twice_moves_nothing(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    first = ia3.compile_step(model, optimiser_of(model)[0])
+    second = ia3.compile_step(model, optimiser_of(model)[0])
+    batch = batch_of()
+    assert float(first(batch)) > 0
+    assert float(second(batch)) > 0
+
+
+def test_padding_changes_no_loss(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated")
+    batch = batch_of(rows=3, source=19, target=3)
+    padded = pad(batch, rows=5, pad_token_id=0)
+    assert {name: tuple(tensor.shape) for name, tensor in padded.items()} == {
+        "attention_mask": (5, 32),
+        "input_ids": (5, 32),
+        "labels": (5, 4),
+    }
+    losses = [float(model(**each).loss) for each in (batch, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
