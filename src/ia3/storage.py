@@ -22,8 +22,7 @@ def lay_out(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
         groups: paths of linear layers with equal inputs.
 
     Returns:
-        One tensor a group, `[sum of outputs, in]`; what it shares with the layers ends where the model is moved or
-        cast, see `is_laid_out`.
+        One tensor a group, `[sum of outputs, in]`; it stops being the layers' where the model is moved or cast.
     """
     together = [_join(model, paths) for paths in groups]
     held: dict[str, Any] = model.__dict__.setdefault(_STATE, {})
@@ -53,11 +52,6 @@ def _already_joined(weights: Sequence[Tensor]) -> Tensor | None:
         start += weight.numel() * weight.element_size()
     rows = sum(len(weight) for weight in weights)
     return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
-
-
-def is_laid_out(model: nn.Module, paths: Sequence[str], together: Tensor) -> bool:
-    """Whether the layers' weights are still views of `together`."""
-    return model.get_parameter(f"{paths[0]}.weight").data_ptr() == together.data_ptr()
 
 
 def restore(model: nn.Module) -> None:

@@ -148,6 +148,8 @@ class _Fast(Step):
         self.path = "captured" if self.captured else "laid out"
         self.loss_of = T5Loss(model, self.layout.sites, compiled=self.captured)
         self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=self.device)
+        slices = self.layout.split(self.gradient)
+        self.views = [view.view_as(vector) for view, vector in zip(slices, self.vectors, strict=True)]
         self.buckets: dict[tuple[Any, ...], _Bucket] = {}
         self.rows = 0
         if self.captured:
@@ -185,9 +187,9 @@ class _Fast(Step):
 
     def _point_gradients(self) -> None:
         """Each vector's gradient is a view of the one flat gradient."""
-        for vector, view in zip(self.vectors, self.layout.split(self.gradient), strict=True):
-            if vector.grad is None or vector.grad.data_ptr() != view.data_ptr():
-                vector.grad = view.view_as(vector)
+        for vector, view in zip(self.vectors, self.views, strict=True):
+            if vector.grad is not view:
+                vector.grad = view
 
     def _pad(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """To one of few shapes: as many rows as the largest batch yet, lengths rounded up."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ia3.sites import Site
-from ia3.storage import is_laid_out, lay_out
+from ia3.storage import lay_out
 
 Vector = Tensor | None
 
@@ -225,13 +225,13 @@ class T5Loss:
         self.model, self.config = model, model.config
         self.gated = model.config.is_gated_act
         self.act = model.encoder.block[0].layer[-1].DenseReluDense.act
-        self.joined: list[tuple[list[str], Tensor]] = []
+        self.joined: list[tuple[nn.Module, Tensor]] = []
         self.place = {(site.path, site.side): index for index, site in enumerate(sites)}
         self.encoder = [self._block(f"encoder.block.{i}", block) for i, block in enumerate(model.encoder.block)]
         self.decoder = [self._block(f"decoder.block.{i}", block) for i, block in enumerate(model.decoder.block)]
         cross = [f"decoder.block.{i}.layer.1.EncDecAttention" for i in range(len(self.decoder))]
         self.cross_kv = self._join([f"{path}.{part}" for path in cross for part in ("k", "v")])
-        compile_part: Any = partial(torch.compile, fullgraph=True) if compiled else lambda part: part
+        compile_part: Any = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda part: part
         self.self_attention, self.cross_attention = compile_part(self_attention), compile_part(cross_attention)
         self.feed_forward, self.head_loss = compile_part(feed_forward), compile_part(head_loss)
 
@@ -304,12 +304,12 @@ class T5Loss:
 
     def _join(self, paths: list[str]) -> Tensor:
         (together,) = lay_out(self.model, [paths])
-        self.joined.append((paths, together))
+        self.joined.append((self.model.get_submodule(paths[0]), together))
         return together
 
     def is_valid(self) -> bool:
         """Whether the model's weights are still those that were laid out."""
-        return all(is_laid_out(self.model, paths, together) for paths, together in self.joined)
+        return all(first.weight.data_ptr() == together.data_ptr() for first, together in self.joined)  # type: ignore[operator]
 
     def _k_and_v(self, path: str) -> tuple[int | None, int | None]:
         return self.place.get((f"{path}.k", "output")), self.place.get((f"{path}.v", "output"))
