@@ -217,3 +217,13 @@ def test_the_labels_stand_in_the_task_file(tiny, tmp_path):
     task.write_text("{")
     with pytest.raises(ValueError, match=r"ia3_task\.json is not valid JSON"):
         AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_base_that_lacks_more_than_the_head_is_refused(tiny, tmp_path):
+    saved(tiny("bert", task="SEQ_CLS", num_labels=3), tmp_path, task_type="SEQ_CLS")
+    tiny("bert", task="SEQ_CLS", num_labels=3, intermediate_size=12).save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    edit(tmp_path, base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors that the adapter doesn't bring"):
+        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")

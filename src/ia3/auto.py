@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,8 +74,9 @@ class AutoPeftModel:
             )
         base_class = cls._base_class(config, import_allowlist)
         if config.task_type in _CLASSIFICATION and not for_base.keys() & {"config", "num_labels", "id2label"}:
-            for_base = {"ignore_mismatched_sizes": True, **_classes(pretrained_model_name_or_path, here), **for_base}
-        base = _load_base(base_class, config, {**hub, **for_base})
+            base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
+        else:
+            base = _load_base(base_class, config, {**hub, **for_base})
         if config.task_type == TaskType.SEQ_CLS:
             _name_padding(base.config)
         _grow_vocabulary(base, pretrained_model_name_or_path, here)
@@ -115,13 +119,50 @@ def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> A
     return load_model(name, base_class, **kwargs)
 
 
-def _classes(source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
+def _load_headed_base(
+    base_class: Any, config: PeftConfig, source: str | Path, here: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
+    """The base with a head of the adapter's size, whose weights the adapter brings.
+
+    Raises:
+        ValueError: the base's file lacks more than the adapter brings.
+    """
+    arguments = {key: value for key, value in here.items() if value is not None}
+    tensors = load_peft_weights(source, **arguments)
+    head = {"ignore_mismatched_sizes": True, **_classes(source, arguments, tensors)}
+    with without_the_loading_report():
+        base, loading = _load_base(base_class, config, {**head, **kwargs, "output_loading_info": True})
+    brought = {key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias") for key in tensors}
+    fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    missing = sorted(key for key in fresh if not any(key.startswith(f"{path}.") for path in brought))
+    if missing:
+        raise ValueError(
+            f"The base model {config.base_model_name_or_path} lacks {len(missing)} tensors that the adapter doesn't "
+            f"bring, or has them in another size (such as {missing[0]}): is it the one that the adapter was made for?"
+        )
+    return base
+
+
+@contextmanager
+def without_the_loading_report() -> Iterator[None]:
+    """Drop transformers' report of new and left-out weights: what it may say is checked afterwards."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _classes(source: str | Path, arguments: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What makes the base's head one for the adapter's classes: their names by the task's file, or their number."""
-    arguments = {key: value for key, value in hub.items() if value is not None}
     labels = _labels(fetch(source, "ia3_task.json", optional=True, **arguments))
     if labels:
         return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-    tensors = load_peft_weights(source, **arguments)
     sizes = {tensor.shape[0] for key, tensor in tensors.items() if _LAST_LAYER.search(key)}
     return {"num_labels": sizes.pop()} if len(sizes) == 1 else {}
 

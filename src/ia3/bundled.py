@@ -139,9 +139,10 @@ def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, **kwargs)
     folder = resolve_model(name)
     with _expecting_an_untied_head():
-        model = auto_class.from_pretrained(folder, **kwargs)
+        loaded = auto_class.from_pretrained(folder, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
     model.name_or_path = model.config.name_or_path = name
-    return model
+    return loaded
 
 
 @contextmanager

@@ -71,7 +71,9 @@ def write_card(directory: Path, config: IA3Config) -> None:
     write_atomically(path, str(card).encode())
 
 
-def add_results(directory: Path, facts: Mapping[str, str], *, accuracy: float, task: str, data: str) -> None:
+def add_results(
+    directory: Path, facts: Mapping[str, str], *, accuracy: float, task: str, data: str, named: bool = True
+) -> None:
     """Put a training and what it reached into the card that `write_card` wrote, in place of an earlier one.
 
     Args:
@@ -80,14 +82,16 @@ def add_results(directory: Path, facts: Mapping[str, str], *, accuracy: float, t
         accuracy: what the hub shows beside the model's name.
         task: the hub's name of the task, such as `text-classification`.
         data: the data's name; of a path its last part, since the rest is nobody else's business.
+        named: whether the name can be a hub data set's.
     """
     from huggingface_hub import EvalResult, ModelCard
 
     path = directory / "README.md"
     card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     metadata: Any = card.data
-    name = data if _is_on_hub(data) else Path(data).name
-    metadata.datasets = [data] if _is_on_hub(data) else None
+    on_hub = named and _is_on_hub(data)
+    name = data if on_hub else Path(data).name
+    metadata.datasets = [data] if on_hub else None
     metadata.model_name = f"(IA)³ on {name}"
     metadata.eval_results = [
         EvalResult(

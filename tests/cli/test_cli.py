@@ -137,9 +137,9 @@ def test_control_c_ends_with_code_130_and_resume_goes_on(
     assert result.exit_code == 130
     assert f"Interrupted at step 1 of 12. Go on: ia3 train --resume {run}" in message(result)
     assert (run / "adapter" / "ia3_task.json").is_file()
-    refused = call("train", "--resume", run, "--epochs", 5, "--seed", 1)
+    refused = call("train", "--resume", run, "--lr", 5, "--seed", 0)
     assert refused.exit_code == 2
-    assert "these can't be given beside it: --epochs, --seed." in message(refused)
+    assert "these can't be given beside it: --lr, --seed." in message(refused)
     assert json.loads(succeed("train", "--resume", run, "--json").stdout)["steps"] == 12
 
 
@@ -153,7 +153,37 @@ def test_several_seeds_and_templates(base: Path, data: Path, tmp_path: Path) -> 
     accuracies = sorted(each["accuracy"] for each in content["runs"])
     assert content["accuracy"]["median"] == accuracies[1]
     assert call(*how, "--seeds", "one").exit_code == 2
+    repeated = call(*how, "--seeds", "1,2,1")
+    assert "--seeds holds 1 more than once" in message(repeated)
     assert call(*how, "--seeds", "1", "--seed", 2).exit_code == 2
+
+
+def test_an_interrupted_series_goes_on(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = ("train", "--model", base, "--data", data, "--epochs", 1, "--seeds", "1,2,3", "--output", tmp_path / "runs")
+    step, steps = torch.optim.AdamW.step, []
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        assert call(*how).exit_code == 130
+    first = (tmp_path / "runs" / "seed-1" / "result.json").read_bytes()
+    content = json.loads(succeed(*how, "--json").stdout)
+    assert [each["settings"]["seed"] for each in content["runs"]] == [1, 2, 3]
+    assert (tmp_path / "runs" / "seed-1" / "result.json").read_bytes() == first
+    other = call(*how, "--batch-size", 4)
+    assert "holds the run of another recipe" in message(other)
+
+
+def test_a_series_goes_on_past_a_run_that_diverges(base: Path, data: Path, tmp_path: Path) -> None:
+    how = ("train", "--model", base, "--data", data, "--epochs", 1, "--lr", 3e37, "--output", tmp_path / "runs")
+    result = call(*how, "--seeds", "1,2")
+    assert result.exit_code == 2
+    assert "None of the 2 runs came to an end" in message(result)
 
 
 def test_a_recipe_and_flags_over_it(base: Path, data: Path, tmp_path: Path) -> None:

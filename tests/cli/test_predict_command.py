@@ -195,3 +195,14 @@ def test_a_hard_link_to_the_input_is_the_input(adapter: Path, data: Path, tmp_pa
     result = call("predict", adapter, "--file", data, "--output", link)
     assert result.exit_code == 2
     assert "is the input" in message(result)
+
+
+def test_lines_of_a_text_file_are_the_templates_column(base: Path, data: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(data.read_text().replace("text,label", "review,label"))
+    run = tmp_path / "run"
+    succeed(*("train", "--model", base, "--data", renamed, "--text-column", "review", "--epochs", 1, "--output", run))
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the share falls\na company rises\n")
+    answered = json.loads(succeed("predict", run / "adapter", "--file", lines, "--json").stdout)["predictions"]
+    assert [each["text"] for each in answered] == ["the share falls", "a company rises"]

@@ -91,6 +91,7 @@ def test_tags_of_words(encoder: Path, tmp_path: Path) -> None:
     succeed("predict", run / "adapter", "--file", data, "--output", output)
     answered = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
     assert answered == [tags for _, tags in pairs] * 8
+    assert "24 predictions are in" in succeed("predict", run / "adapter", "--file", data, "--output", output).stdout
     unknown = tmp_path / "unknown.jsonl"
     unknown.write_text(json.dumps({"tokens": ["x"], "tags": ["B-LOCK"]}) + "\n")
     assert "Did you mean 'B-LOC' for 'B-LOCK'?" in message(call("evaluate", run / "adapter", "--data", unknown))
@@ -153,6 +154,13 @@ def test_whole_conversations(decoder: Path, tmp_path: Path) -> None:
     )
     assert content["train_examples"] + content["test_examples"] == 24
     assert json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)["examples"] == 24
+    answered = json.loads(succeed("predict", run / "adapter", "--file", data, "--json").stdout)["predictions"]
+    assert [each["text"] for each in answered] == [row.text for row in tiny_causal.examples(24)]
+    questions = tmp_path / "questions.jsonl"
+    records = [json.loads(line)["messages"][:-1] for line in lines]
+    questions.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records))
+    asked = json.loads(succeed("predict", run / "adapter", "--file", questions, "--json").stdout)["predictions"]
+    assert asked == answered
 
 
 def test_free_text_from_a_seq2seq_model(base: Path, data: Path, tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from typer.main import get_command
 
 import tiny_seq2seq
 from ia3.checkpoint import load_peft_weights
 from ia3.cli.main import app
+from ia3.training.data import Example, Examples
 from ia3.training.loop import Interrupted
-from ia3.training.recipe import RECIPES, Recipe, make_recipe, read_recipe
+from ia3.training.recipe import RECIPES, Recipe, make_recipe, override, read_recipe
 from ia3.training.settings import TrainSettings
 from ia3.training.task import load_task
 from ia3.training.template import Template
@@ -301,3 +303,94 @@ def test_settings_without_a_use_are_refused(base: str, setting: dict[str, Any], 
 def test_examples_of_another_kind_are_refused(base: str) -> None:
     with pytest.raises(ValueError, match="are for label-words, and the task is generation"):
         train(base, tiny_seq2seq.examples(12), task="generation", console=quiet())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 4}, r"says other batch_size than when the run began"),
+        ({"optimizer": "adafactor", "learning_rate": 0.5}, r"says other learning_rate, optimizer than"),
+    ],
+)
+def test_another_recipe_is_not_gone_on_with(base: str, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    with interrupted_at(3), pytest.raises(Interrupted):
+        train(base, data, output=tmp_path / "run", console=quiet())
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=said):
+        resume(tmp_path / "run", console=quiet())
+
+
+def test_another_base_model_is_not_gone_on_with(tmp_path: Path) -> None:
+    base = tiny_seq2seq.save_base(tmp_path / "base")
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    with interrupted_at(3), pytest.raises(Interrupted):
+        train(base, data, output=tmp_path / "run", console=quiet())
+    other = tiny_seq2seq.base()
+    with torch.no_grad():
+        other.encoder.block[1].layer[0].SelfAttention.q.weight.mul_(0.5)
+    other.save_pretrained(base)
+    with pytest.raises(ValueError, match=r"The weights of .* are not those that the run in"):
+        resume(tmp_path / "run", console=quiet())
+
+
+def test_runs_of_one_second_have_folders_of_their_own(base: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ia3.training.train.time.strftime", lambda form: "now")
+    runs = [train(base, tiny_seq2seq.examples(12), epochs=1, console=quiet()) for _ in range(3)]
+    assert [run.output_dir.name for run in runs] == ["sentences-now", "sentences-now-2", "sentences-now-3"]
+    with pytest.raises(ValueError, match="A system message is for instructions, and this task is label-words"):
+        train(base, tiny_seq2seq.examples(12), system="be brief", console=quiet())
+    with pytest.raises(ValueError, match="holds no examples to evaluate on"):
+        train(base, tiny_seq2seq.examples(12)[:3], test_data=tiny_seq2seq.examples(12)[:0], console=quiet())
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_what_is_held_out_does_not_depend_on_the_runs_seed(base: str, tmp_path: Path) -> None:
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv", 60))
+    how: dict[str, Any] = {"epochs": 1, "limit": 12, "console": quiet()}
+    runs = [train(base, data, output=tmp_path / str(seed), seed=seed, **how) for seed in (1, 2)]
+    assert runs[0].shown == runs[1].shown
+    other = train(base, data, output=tmp_path / "split", split_seed=7, test_limit=2, **how)
+    assert other.final.total == 2
+    assert not set(other.shown) <= set(runs[0].shown)
+
+
+def test_a_limit_leaves_no_label_out(base: str, tmp_path: Path) -> None:
+    rows = [Example(f"the share falls {'very ' * (index % 9)}", "negative") for index in range(80)]
+    rows += [Example("a company rises", "positive"), Example("a company rises today", "positive")]
+    data = Examples(tuple(rows), ("negative", "positive"), "sentences", 0, 0)
+    for seed in range(4):
+        run = train(
+            *(base, data),
+            **{"test_data": data, "limit": 3, "seed": seed, "epochs": 1, "test_limit": 3, "console": quiet()},
+            output=tmp_path / str(seed),
+        )
+        assert run.labels == ("negative", "positive")
+        assert run.train_examples == 3
+
+
+def test_values_over_a_recipe() -> None:
+    tfew = read_recipe("t-few")
+    assert make_recipe(override(tfew, {"epochs": 2, "model": "m", "data": "d"})).settings.steps is None
+    worded = {"template": "x {text}", "model": "m", "data": "d"}
+    assert make_recipe(override(worded, {"text_column": "body"})).template is None
+    with pytest.raises(ValueError, match="both epochs and steps"):
+        make_recipe({"model": "m", "data": "d", "epochs": 1, "steps": 3})
+    with pytest.raises(ValueError, match=r"test_size 0\.5 has no use"):
+        make_recipe({"model": "m", "data": "d", "test_data": "t", "test_size": 0.5})
+    with pytest.raises(ValueError, match="test_limit is 0: expected at least 1 example to evaluate on"):
+        make_recipe({"model": "m", "data": "d", "test_limit": 0})
+
+
+def test_after_divergence_the_folder_is_free(base: str, tmp_path: Path) -> None:
+    data = tiny_seq2seq.examples(30)
+    with pytest.raises(FloatingPointError):
+        train(base, data, output=tmp_path / "run", learning_rate=3e37, console=quiet())
+    assert train(base, data, output=tmp_path / "run", epochs=1, console=quiet()).final.total == 3
+
+
+def test_heads_are_not_trained_in_bf16(base: str) -> None:
+    with pytest.raises(ValueError, match="'precision: bf16' is for label-words and generation and instructions"):
+        train(base, tiny_seq2seq.examples(12), task="sequence-classification", precision="bf16", console=quiet())

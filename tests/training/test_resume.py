@@ -89,7 +89,7 @@ def assert_the_same(one: Run, other: Run) -> None:
 @pytest.mark.parametrize("signals", [{"at_loss": 5}, {"at_loss": 6, "number": signal.SIGTERM}, {"at_beat": 5}], ids=str)
 def test_it_goes_on_bit_for_bit(tmp_path: Path, settings: TrainSettings, signals: dict[str, int]) -> None:
     whole = run(tmp_path / "whole", settings)
-    with pytest.raises(Interrupted, match=r"at step \d+ of 1[68]\. Go on: ia3 train --resume"):
+    with pytest.raises(Interrupted, match=r"at step \d+ of 1[68]\. Go on: fit\(…, resume=True\)"):
         run(tmp_path / "parts", settings, **signals)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", settings, resume=True, at_loss=4)

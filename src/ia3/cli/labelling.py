@@ -104,10 +104,16 @@ def answer(
     from rich.progress import track
 
     from ia3.inference.answering import answer as answer_batch
+    from ia3.inference.complete import encode, prompt_text
     from ia3.training.data import count_truncated
+    from ia3.training.task import TaskKind
 
     task = labeller.task
-    cut = count_truncated([example.text for example in examples], labeller.tokenizer, task.max_length)
+    if task.kind is TaskKind.INSTRUCTIONS:
+        whole = [prompt_text(labeller.tokenizer, each.text, each.turns, task.system) for each in examples]
+        cut = sum(len(prompt) > task.max_length for prompt in encode(labeller.tokenizer, whole))
+    else:
+        cut = count_truncated([example.text for example in examples], labeller.tokenizer, task.max_length)
     if cut:
         console.print(f"Cut at {task.max_length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
     # Sorting by length within a stretch saves most of the padding, and the bar moves at each.

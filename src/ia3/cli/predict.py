@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.inference.answering import Answer
+    from ia3.training.data import Example
     from ia3.training.records import Records
+    from ia3.training.task import Task
 
 _OUTPUTS = (".csv", ".jsonl")
 
@@ -63,12 +65,15 @@ def predict(
     if records is None:
         assert lines is not None
         records = _as_records(lines, labeller)
-    texts = _texts(records, labeller)
+    elif file is not None and file.suffix.lower() == ".txt" and text_column is None:
+        records = _as_records([record["text"] for _, record in records], labeller)
+    examples = _examples(records, labeller)
     _check_columns(records, labeller, output)
-    answers = _answer_filled(labeller, texts, progress, generate=generate, batch_size=batch_size)
+    answers = _answer_filled(labeller, examples, progress, generate=generate, batch_size=batch_size)
     if output is not None:
         _write(output, records, answers)
-    _print(adapter, _as_given(records, texts, labeller), answers, output, as_json=as_json)
+    texts = _as_given(records, [example.text for example in examples], labeller)
+    _print(labeller.task, adapter, texts, answers, output, as_json=as_json)
 
 
 def _read_lines() -> list[str]:
@@ -106,23 +111,35 @@ def _as_records(lines: list[str], labeller: Labeller) -> Records:
     return Records("the sentences", fields, rows)
 
 
-def _texts(records: Records, labeller: Labeller) -> list[str]:
+def _examples(records: Records, labeller: Labeller) -> list[Example]:
     """What the model reads of each row; of a text whose words get tags the cell may be a list."""
-    from ia3.training.data import words_of
+    from ia3.training.data import Example, conversation_to_answer, words_of
     from ia3.training.records import require_columns
     from ia3.training.task import TaskKind
 
     template = labeller.task.template
+    places = [(f"{records.source}, {place}", record) for place, record in records]
+    if _holds_conversations(records, labeller):
+        return [conversation_to_answer(record, place) for place, record in places]
     if labeller.task.kind is not TaskKind.TOKEN_CLASSIFICATION:
-        return [template.render(record, f"{records.source}, {place}") for place, record in records]
+        return [Example(template.render(record, place), "") for place, record in places]
     (column,) = template.fields
     require_columns(records.source, records.columns, column)
-    return [" ".join(words_of(record.get(column), f"{records.source}, {place}", column)) for place, record in records]
+    return [Example(" ".join(words_of(record.get(column), place, column)), "") for place, record in places]
+
+
+def _holds_conversations(records: Records, labeller: Labeller) -> bool:
+    from ia3.training.data import MESSAGES_COLUMN
+    from ia3.training.task import TaskKind
+
+    reads = labeller.task.template.fields
+    is_chat = labeller.task.kind is TaskKind.INSTRUCTIONS and MESSAGES_COLUMN in records.columns
+    return is_chat and not any(field in records.columns for field in reads)
 
 
 def _as_given(records: Records, texts: list[str], labeller: Labeller) -> list[str]:
     """The texts without the template's words, where one column is all that it reads."""
-    if len(labeller.task.template.fields) > 1:
+    if len(labeller.task.template.fields) > 1 or _holds_conversations(records, labeller):
         return texts
     (field,) = labeller.task.template.fields
     return [str(record[field]) for _, record in records]
@@ -147,19 +164,16 @@ def _check_columns(records: Records, labeller: Labeller, output: Path | None) ->
         )
 
 
-def _answer_filled(labeller: Labeller, texts: list[str], progress: Console, **how: Any) -> list[Answer | None]:
+def _answer_filled(labeller: Labeller, examples: list[Example], progress: Console, **how: Any) -> list[Answer | None]:
     """An answer for each text; None for rows without one."""
-    filled = [text for text in texts if text]
+    filled = [example for example in examples if example.text]
     if not filled:
-        raise ValueError(f"None of the {len(texts):,} rows has a text in {list(labeller.task.template.fields)}.")
-    if len(filled) < len(texts):
-        typer.echo(
-            f"Without text, and so without prediction: {len(texts) - len(filled):,} of {len(texts):,} rows.", err=True
-        )
-    from ia3.training.data import Example
-
-    found = iter(answer(labeller, [Example(text, "") for text in filled], progress, **how))
-    return [next(found) if text else None for text in texts]
+        raise ValueError(f"None of the {len(examples):,} rows has a text in {list(labeller.task.template.fields)}.")
+    if len(filled) < len(examples):
+        missing = len(examples) - len(filled)
+        typer.echo(f"Without text, and so without prediction: {missing:,} of {len(examples):,} rows.", err=True)
+    found = iter(answer(labeller, filled, progress, **how))
+    return [next(found) if example.text else None for example in examples]
 
 
 def _write(path: Path, records: Records, answers: list[Answer | None]) -> None:
@@ -198,9 +212,11 @@ def _as_csv(records: Records, answers: list[Answer | None]) -> str:
     return text.getvalue()
 
 
-def _print(adapter: str, texts: list[str], answers: list[Answer | None], output: Path | None, *, as_json: bool) -> None:
+def _print(
+    task: Task, adapter: str, texts: list[str], answers: list[Answer | None], output: Path | None, *, as_json: bool
+) -> None:
     pairs = [(text, found) for text, found in zip(texts, answers, strict=True) if found is not None]
-    counts = Counter(found.label for _, found in pairs)
+    counts = _count(task, [found.label for _, found in pairs])
     if output is not None and as_json:
         content = {"adapter": adapter, "output": str(output), "rows": len(answers), "labels": dict(counts)}
         typer.echo(json.dumps(content, ensure_ascii=False))
@@ -208,12 +224,27 @@ def _print(adapter: str, texts: list[str], answers: list[Answer | None], output:
         predictions = [_as_object(text, found) for text, found in pairs]
         typer.echo(json.dumps({"adapter": adapter, "predictions": predictions}, ensure_ascii=False))
     elif output is not None:
-        _print_counts(counts, output)
+        if counts:
+            _print_counts(counts)
+        typer.echo(f"{len(pairs):,} predictions are in {output}")
     elif sys.stdout.isatty():
         _print_table(pairs)
     else:
         for text, found in pairs:
-            typer.echo("\t".join([found.label, *_share(found), text]))
+            typer.echo("\t".join(_on_one_line(cell) for cell in (found.label, *_share(found), text)))
+
+
+def _count(task: Task, answers: list[str]) -> Counter[str]:
+    """How often each label or tag was given; of free text there is nothing to count."""
+    from ia3.training.task import TaskKind
+
+    if task.kind is TaskKind.TOKEN_CLASSIFICATION:
+        return Counter(tag for answer in answers for tag in answer.split())
+    return Counter(answers) if task.kind.has_labels else Counter()
+
+
+def _on_one_line(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") if {"\n", "\t"} & set(cell) else cell
 
 
 def _as_object(text: str, found: Answer) -> dict[str, Any]:
@@ -227,16 +258,16 @@ def _share(found: Answer) -> list[str]:
     return [] if found.probability is None else [f"{found.probability:.4f}"]
 
 
-def _print_counts(counts: Counter[str], output: Path) -> None:
+def _print_counts(counts: Counter[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("label", title="Predictions", title_justify="left", box=None, pad_edge=False)
-    table.add_column("rows", justify="right")
+    table.add_column("number", justify="right")
     table.add_column("share", justify="right")
     for label, count in counts.most_common():
         table.add_row(label, f"{count:,}", f"{count / counts.total():.1%}")
-    Console().print(table, f"\n{counts.total():,} predictions are in {output}", highlight=False)
+    Console().print(table, "", highlight=False)
 
 
 def _print_table(pairs: list[tuple[str, Answer]]) -> None:

@@ -26,20 +26,20 @@ def quickstart(
     from ia3.bundled import TITLER
     from ia3.cli.labelling import answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
-    from ia3.training.data import Example, bundled_tweets
+    from ia3.training.data import Example
     from ia3.training.recipe import Recipe
     from ia3.training.settings import TrainSettings
     from ia3.training.train import run_recipe
 
     progress = Console(stderr=True)
-    _, test = bundled_tweets()
     progress.print(f"{TITLER} learns to tell the sentiment of tweets about shares.", highlight=False)
     # Chosen on training tweets by benchmarks/quickstart_search.py; benchmarks/results has the figures.
     settings = TrainSettings(epochs=2, learning_rate=2e-2, batch_size=8, dropout=False, seed=seed)
     recipe = Recipe(
         model=TITLER,
         data="bundled:tweets",
-        test_data="bundled:tweets:test" if limit is None else test[:limit],
+        test_data="bundled:tweets:test",
+        test_limit=limit,
         output=output,
         limit=limit,
         settings=settings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +35,8 @@ def train(
     test_size: Annotated[
         float | None, typer.Option(help="The part of the data that is held out.", show_default="0.1")
     ] = None,
+    test_limit: Annotated[int | None, typer.Option(help="Evaluate on at most this many examples.")] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Decides what is held out.", show_default="42")] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -73,9 +75,12 @@ def train(
     max_length: Annotated[
         int | None, typer.Option(help="Where longer texts are cut, in tokens.", show_default="128")
     ] = None,
-    balance: Annotated[bool | None, typer.Option("--balance", help="Draw each label equally often.")] = None,
+    balance: Annotated[
+        bool | None, typer.Option("--balance/--no-balance", help="Draw labels equally often.", show_default="off")
+    ] = None,
     packing: Annotated[
-        bool | None, typer.Option("--packing", help="Several examples a row, in instruction tuning.")
+        bool | None,
+        typer.Option("--packing/--no-packing", help="Several instructions a row.", show_default="off"),
     ] = None,
     dropout: Annotated[
         bool | None, typer.Option("--dropout/--no-dropout", help="Train with the base's dropout.", show_default="on")
@@ -90,7 +95,7 @@ def train(
         list[str] | None, typer.Option(help="Log there too, by accelerate's names: tensorboard, wandb, …")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Decides the split, the order and the dropout.", show_default="42")
+        int | None, typer.Option(help="Decides the order, the dropout, and what --limit draws.", show_default="42")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Train once with each: numbers with commas between.")] = None,
     limit: Annotated[int | None, typer.Option(help="Train on at most this many examples, drawn at random.")] = None,
@@ -104,6 +109,8 @@ def train(
         "data": data,
         "test_data": test_data,
         "test_size": test_size,
+        "test_limit": test_limit,
+        "split_seed": split_seed,
         "task": task,
         "text_column": text_column,
         "label_column": label_column,
@@ -145,13 +152,16 @@ def train(
         typer.echo(f'\nUse it: ia3 predict {run.adapter_dir} "…"')
 
 
+_FLAGS = {"learning_rate": "lr", "trackers": "tracker"}
+
+
 def _named(**given: Any) -> list[str]:
-    return [name for name, value in given.items() if value]
+    return [name for name, value in given.items() if value is not None and value != []]
 
 
 def _refuse_beside_resume(given: list[str]) -> None:
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = ", ".join(f"--{_FLAGS.get(name, name).replace('_', '-')}" for name in given)
         raise ValueError(f"--resume goes on with the run's own recipe, so these can't be given beside it: {flags}.")
 
 
@@ -161,25 +171,34 @@ def _seeds(seed: int | None, seeds: str | None) -> list[int]:
     if seed is not None:
         raise ValueError("There are both --seed and --seeds: give one of them.")
     try:
-        return [int(part) for part in seeds.split(",")]
+        numbers = [int(part) for part in seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds is {seeds!r}: expected whole numbers with commas between, such as 0,1,2.") from None
+    _refuse_repeated("--seeds", numbers)
+    return numbers
+
+
+def _refuse_repeated(flag: str, values: Sequence[Any]) -> None:
+    twice = sorted({str(value) for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"{flag} holds {', '.join(twice)} more than once, which would be one run: give each once.")
 
 
 def _recipes(path: str | None, flags: dict[str, Any], templates: list[str], seeds: list[int]) -> list[Recipe]:
     """The recipe with the flags over it; one for each of several templates and seeds, in folders of one folder."""
     from dataclasses import replace
 
-    from ia3.training.recipe import make_recipe, read_recipe
+    from ia3.training.recipe import make_recipe, override, read_recipe
     from ia3.training.train import new_folder
 
-    content = {**(read_recipe(path) if path is not None else {}), **flags}
+    content = read_recipe(path) if path is not None else {}
+    _refuse_repeated("--template", templates)
     choices: list[dict[str, Any]] = [
         {**each, **more}
         for each in ([{"template": template} for template in templates] or [{}])
         for more in ([{"seed": seed} for seed in seeds] or [{}])
     ]
-    made = [make_recipe({**content, **choice}, path) for choice in choices]
+    made = [make_recipe(override(content, {**flags, **choice}), path) for choice in choices]
     if len(made) == 1:
         return made
     folder = made[0].output or new_folder(made[0].source)
@@ -207,29 +226,51 @@ def _resume(folder: Path, progress: Console) -> Run:
 
 
 def _train_each(recipes: list[Recipe], progress: Console, *, as_json: bool) -> None:
-    """Train one after the other, then say how much the runs differ."""
+    """Train one after the other, then say how much the runs differ. The same command goes on after an interruption."""
     import json
 
     from rich.console import Console
 
     from ia3.training.comparison import spread
 
-    runs = []
+    results, failed = [], []
     for number, recipe in enumerate(recipes, start=1):
         progress.print(f"\nRun {number} of {len(recipes)}: {recipe.output}", style="bold", highlight=False)
-        runs.append(run_visibly(lambda recipe=recipe: _train(recipe, progress), progress))  # type: ignore[misc]
-    folder = runs[0].output_dir.parent
-    found = spread([run.final.accuracy for run in runs])
+        try:
+            results.append(_result_of(recipe, progress))
+        except FloatingPointError as error:
+            progress.print(str(error), style="red", markup=False, highlight=False)
+            failed.append(str(recipe.output))
+    if not results:
+        raise FloatingPointError(f"None of the {len(recipes)} runs came to an end: lower the learning rate.")
+    folder = str(recipes[0].output.parent) if recipes[0].output is not None else ""
+    found = spread([result["accuracy"] for result in results])
     if as_json:
-        content = {"folder": str(folder), "accuracy": found.summary(), "runs": [run.summary() for run in runs]}
+        content = {"folder": folder, "accuracy": found.summary(), "failed": failed, "runs": results}
         typer.echo(json.dumps(content, ensure_ascii=False))
         return
     Console().print(
-        f"\naccuracy of {len(runs)} runs: median {found.median:.1%}, quartiles {found.lower:.1%} and "
+        f"\naccuracy of {len(results)} runs: median {found.median:.1%}, quartiles {found.lower:.1%} and "
         f"{found.upper:.1%}, from {found.lowest:.1%} to {found.highest:.1%}\nCompare them: ia3 runs {folder}",
         highlight=False,
         markup=False,
     )
+    if failed:
+        Console().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
+
+
+def _result_of(recipe: Recipe, progress: Console) -> dict[str, Any]:
+    """The figures of a run of a series, trained now, to its end now, or before."""
+    from ia3.training.train import begun, finished_result
+
+    done = finished_result(recipe)
+    if done is not None:
+        progress.print("Done before.", highlight=False)
+        return done
+    folder = recipe.output
+    if folder is not None and begun(recipe):
+        return run_visibly(lambda: _resume(folder, progress), progress).summary()
+    return run_visibly(lambda: _train(recipe, progress), progress).summary()
 
 
 def run_visibly(train: Callable[[], Run], progress: Console) -> Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ia3.auto import without_the_loading_report
 from ia3.bundled import resolve_model
 from ia3.inference.predict import sorted_batches
 from ia3.inference.rank import Ranking
@@ -76,7 +76,7 @@ def load_classifier(
     auto_class = _auto_class(kind, config, model_name)
     known = _known_labels(config)
     _configure(config, kind, labels)
-    with _without_the_loading_report(), torch.random.fork_rng(devices=[]):
+    with without_the_loading_report(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, loading = auto_class.from_pretrained(
             folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
@@ -316,21 +316,6 @@ def _configure(config: Any, kind: TaskKind, labels: Sequence[str]) -> None:
     text = config.get_text_config()
     if text.pad_token_id is None and text.eos_token_id is not None:
         text.pad_token_id = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
-
-
-@contextmanager
-def _without_the_loading_report() -> Iterator[None]:
-    """Drop transformers' report of new and left-out weights: what it may say is checked afterwards."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def _expect_the_base(model: nn.Module, fresh: Iterable[str], model_name: str) -> None:

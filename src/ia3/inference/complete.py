@@ -204,13 +204,19 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return ends
 
 
+def most_positions(model: Any) -> int | None:
+    """How many tokens the model can read; None where its configuration sets no end."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_positions(model: Any, longest: int) -> None:
     """Refuse sequences that are longer than the model can read.
 
     Raises:
         ValueError: there are more tokens than the model has positions.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(
             f"The longest prompt takes {longest} tokens with its answer, and the model reads {limit}: lower "

@@ -120,6 +120,8 @@ def load_base(
             f"{model_name} is a {config.model_type} model, which has no encoder and decoder: {kind} needs a "
             "seq2seq model, such as a T5 or a BART."
         )
+    if is_gguf(model_name) and not kind.writes:
+        raise ValueError(f"{model_name} is a GGUF file, which has no head for {kind}: take a model folder.")
     with reading_weights(model_name):
         if not kind.writes:
             return load_classifier(model_name, kind, labels, dtype, seed=seed)

@@ -49,5 +49,6 @@ def sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterable[list[int
 @torch.inference_mode()
 def generate_words(model: Any, tokenizer: Any, max_new_tokens: int, **inputs: Any) -> list[str]:
     """Decode what the model answers greedily, special tokens and outer spaces removed."""
-    answers = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    # A summariser's own least length would make it write on after a label.
+    answers = model.generate(**inputs, max_new_tokens=max_new_tokens, min_length=0, num_beams=1, do_sample=False)
     return [word.strip() for word in tokenizer.batch_decode(answers, skip_special_tokens=True)]

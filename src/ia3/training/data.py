@@ -317,6 +317,23 @@ def words_of(cell: Any, place: str, column: str) -> list[str]:
     return pieces
 
 
+def conversation_to_answer(record: Mapping[str, Any], place: str) -> Example:
+    """The last question of a conversation with what stands before it; an answer behind it is left out.
+
+    Args:
+        record: the row; its column `messages` holds the conversation.
+        place: where the row was read, for the error.
+
+    Raises:
+        ValueError: a conversation of another shape.
+    """
+    messages = list(record.get(MESSAGES_COLUMN) or ())
+    if not messages or not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
+        messages.append({"role": "assistant", "content": "…"})
+    example = _read_conversation({MESSAGES_COLUMN: messages}, place)
+    return Example("", "") if example is None else replace(example, label="")
+
+
 def _read_conversation(record: Mapping[str, Any], place: str) -> Example | None:
     require_columns(place, record, MESSAGES_COLUMN)
     if not record[MESSAGES_COLUMN]:

@@ -114,7 +114,7 @@ class Training:
         """Takes what `fit` takes, and raises what it raises before training."""
         settings = learner.settings
         check_output(folder)
-        _check_examples(learner, training, test)
+        check_examples(learner.task.kind, training, test)
         self.learner, self.settings, self.folder = learner, settings, folder
         self.accelerator = _accelerator(settings, folder)
         self.trainable = trainable_parameters(learner.model)
@@ -136,6 +136,7 @@ class Training:
         self.truth: list[str] = []
         self.saved_at = time.monotonic()
         self.stop_asked = False
+        self.advice = "fit(…, resume=True)"
         if resume:
             self.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
         self.fast = self._fast_step(optimizer)
@@ -178,12 +179,16 @@ class Training:
                 self._train_until_due(bars, bar)
                 self._evaluate_if_due(bars)
                 self._save_state()
+            bars.update(bar, description="trained")
+            return self._finish(bars)
         except _Stop:
             raise self._interrupted() from None
+        except FloatingPointError:
+            # Going on from here would diverge again, so the folder is free for another try.
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            raise
         finally:
             self.accelerator.end_training()
-        bars.update(bar, description="trained")
-        return self._finish(bars)
 
     def _finished(self) -> bool:
         return self.progress.stopped_early or self.progress.step >= self.total_steps
@@ -272,7 +277,8 @@ class Training:
                 progress.best = len(progress.evaluations) - 1
                 self._save_adapter(BEST_FOLDER)
             since = len(progress.evaluations) - 1 - progress.best
-            progress.stopped_early = self.settings.patience is not None and since >= self.settings.patience
+            patient = self.settings.patience is None or since < self.settings.patience
+            progress.stopped_early = not patient and progress.step < self.total_steps
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
@@ -321,12 +327,17 @@ class Training:
         write_atomically(self.folder / METRICS_NAME, lines.encode())
         if self.settings.trackers:
             self.accelerator.init_trackers("tracker", config=_flat(self.settings))
+            for each in self.progress.evaluations[-1:]:  # the one made just before
+                self._track({"evaluation": each.summary(), "step": each.step})
 
     def _log(self, line: dict[str, Any]) -> None:
         with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line, sort_keys=True)}\n")
         if self.settings.trackers:
-            self.accelerator.log(_as_scalars(line), step=int(line["step"]))
+            self._track(line)
+
+    def _track(self, line: dict[str, Any]) -> None:
+        self.accelerator.log(_as_scalars(line), step=int(line["step"]))
 
     def _save_state(self) -> None:
         save_state(self.folder / STATE_NAME, self.progress, self.trainable, self.optimizer, self.schedule)
@@ -343,7 +354,7 @@ class Training:
         self._save_state()
         adapter = self._save_adapter(ADAPTER_FOLDER)
         return Interrupted(
-            f"Interrupted at step {self.progress.step} of {self.total_steps}. Go on: ia3 train --resume {self.folder}\n"
+            f"Interrupted at step {self.progress.step} of {self.total_steps}. Go on: {self.advice}\n"
             f"The adapter as it is now: {adapter}"
         )
 
@@ -386,18 +397,23 @@ def _accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
     return accelerator
 
 
-def _check_examples(learner: Learner[Any], train_examples: Examples, test_examples: Examples) -> None:
+def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Examples) -> None:
+    """Refuse what can't be trained on.
+
+    Raises:
+        ValueError: nothing to train or to evaluate, or a held-out label that training never shows.
+    """
     for examples, purpose in ((train_examples, "train on"), (test_examples, "evaluate on")):
         if len(examples) == 0:
             raise ValueError(f"{examples.source} holds no examples to {purpose}: expected at least one.")
-    if learner.task.kind not in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION):
+    if kind not in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION):
         return
     known = {example.label for example in train_examples}
     unseen = sorted({example.label for example in test_examples} - known)
     if unseen:
         raise ValueError(
             f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
-            "labels, or add training examples with them."
+            "labels, add training examples with them, raise --limit, or split otherwise (--split-seed, --test-data)."
         )
 
 

@@ -43,6 +43,9 @@ class Recipe:
         data: what `load_examples` reads, or examples.
         test_data: held-out data; otherwise `test_size` of the data.
         test_size: the part of the data that is held out.
+        test_limit: evaluate on at most this many examples, the first of the held-out ones.
+        split_seed: decides what is held out, apart from the run's seed, so that runs with several are compared on
+            the same examples.
         task: what to learn; by default label words for a seq2seq model, instructions for a causal one, the
             classes of texts for an encoder.
         text_column: the column with the text.
@@ -52,7 +55,7 @@ class Recipe:
         target_modules: the modules to adapt; by default those of the model's family.
         feedforward_modules: those of them whose input is multiplied.
         output: the run's folder; by default a new one in `runs/`.
-        limit: train on at most this many examples, drawn at random.
+        limit: train on at most this many examples, drawn at random, each label among them where there is room.
         settings: how to train.
 
     Raises:
@@ -63,6 +66,8 @@ class Recipe:
     data: str | InstanceOf[Examples]
     test_data: str | InstanceOf[Examples] | None = None
     test_size: float = 0.1
+    test_limit: int | None = None
+    split_seed: int = 42
     task: TaskKind | None = None
     text_column: str = "text"
     label_column: str = "label"
@@ -75,8 +80,12 @@ class Recipe:
     settings: TrainSettings
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}: expected at least 1 example to train on.")
+        for name, purpose in (("limit", "train on"), ("test_limit", "evaluate on")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: expected at least 1 example to {purpose}.")
+        if self.test_data is not None and self.test_size != 0.1:
+            raise ValueError(f"There are test_data, so test_size {self.test_size} has no use: leave one of them out.")
         if self.template is not None and self.text_column != "text":
             raise ValueError(
                 f"There is a template and the text column {self.text_column!r}: a template names its columns "
@@ -102,14 +111,30 @@ class Recipe:
         for name in ("data", "test_data"):
             if isinstance(own[name], Examples):
                 own[name] = f"{IN_MEMORY}{own[name].source}"
-        own["output"] = None if self.output is None else str(self.output)
+        del own["output"]  # doing it again must not replace the run that this is the recipe of
         own["task"] = None if self.task is None else self.task.value
         settings["trackers"] = list(settings["trackers"])
+        if settings["steps"] is not None:
+            del settings["epochs"]
         return {name: value for name, value in (own | settings).items() if value is not None}
 
 
 _SETTINGS = tuple(field.name for field in fields(TrainSettings))
 _KEYS = (*(field.name for field in fields(Recipe) if field.name != "settings"), *_SETTINGS)
+
+
+# Keys that stand for one thing, so that a value over one takes the other away.
+_EITHER = (("epochs", "steps"), ("template", "text_column"))
+
+
+def override(content: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's content with other values over it."""
+    merged = {**content, **over}
+    for pair in _EITHER:
+        for one, other in (pair, pair[::-1]):
+            if one in over and other not in over:
+                merged.pop(other, None)
+    return merged
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -161,6 +186,8 @@ def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) ->
     for key in content:
         if key not in _KEYS:
             raise ValueError(f"{source or 'A recipe'} has no key {key!r}. {_nearest(key)}")
+    if content.get("epochs") is not None and content.get("steps") is not None:
+        raise ValueError(f"{source or 'A recipe'} has both epochs and steps: leave one of them out.")
     nested = {key: value for key, value in content.items() if key not in _SETTINGS}
     settings = {key: value for key, value in content.items() if key in _SETTINGS}
     try:

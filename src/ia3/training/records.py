@@ -323,7 +323,8 @@ def _json_rows(path: Path) -> _Rows:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, {place} is not JSON: {error}; expected one object a line.") from error
+            whole = " The file is one list: write its objects a line each." if line.startswith("[") else ""
+            raise ValueError(f"{path}, {place} is not JSON: {error}; expected one object a line.{whole}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, {place} is a {type(record).__name__}; expected one JSON object a line.")
         yield place, record

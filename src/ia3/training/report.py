@@ -83,8 +83,10 @@ def _place(path: str, *, input_side: bool) -> tuple[str, str, str]:
 def _column(path: str, kind: str, *, input_side: bool) -> str:
     if kind in _KEYS or kind in _VALUES:
         letter = "k" if kind in _KEYS else "v"
-        return f"cross {letter}" if _CROSS.search(path) else letter
-    return "ff" if input_side else kind
+        kind = letter
+    elif input_side:
+        return "ff"
+    return f"cross {kind}" if _CROSS.search(path) else kind
 
 
 def _vector_map(stack: str, blocks: dict[str, dict[str, float]]) -> VectorMap:
@@ -303,14 +305,16 @@ def write_report(run: Run, title: str) -> Path:
     return path
 
 
-def complete_cards(run: Run, data: str) -> None:
+def complete_cards(run: Run, data: str, *, named: bool) -> None:
     """Put data, figures and settings into the cards of the run's adapters.
 
     Args:
         run: a finished run.
         data: the training data's name.
+        named: whether others can find them by it; data in memory have a name for the eye alone.
     """
     settings, majority = run.settings, run.majority
+    step_size = settings.batch_size * settings.gradient_accumulation
     rate = f"{settings.optimizer}, {settings.learning_rate:g}, falling linearly after {settings.warmup_steps} steps"
     for folder, evaluation in ((run.adapter_dir, run.final), (run.best_dir, run.best)):
         low, high = evaluation.interval
@@ -320,10 +324,10 @@ def complete_cards(run: Run, data: str) -> None:
             "majority class": "" if majority is None else f"{majority:.1%}",
             "macro-F1": "" if evaluation.macro_f1 is None else f"{evaluation.macro_f1:.3f}",
             "held-out loss": f"{evaluation.loss:.3f}",
-            "trained on": f"{run.train_examples:,} examples, {evaluation.step:,} steps of {settings.batch_size}",
+            "trained on": f"{run.train_examples:,} examples, {evaluation.step:,} steps of {step_size}",
             "learning rate": rate,
-            "template": f"`{run.task.template.pattern}`".replace("|", r"\|"),
-            "labels": ", ".join(f"`{label}`" for label in run.labels[:_MOST_LABELS]),
+            "template": _cell(f"`{run.task.template.pattern}`"),
+            "labels": _cell(", ".join(f"`{label}`" for label in run.labels[:_MOST_LABELS])),
         }
         add_results(
             folder,
@@ -331,6 +335,7 @@ def complete_cards(run: Run, data: str) -> None:
             accuracy=evaluation.accuracy,
             task=_HUB_TASKS[run.task.kind],
             data=data,
+            named=named,
         )
 
 

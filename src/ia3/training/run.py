@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -237,9 +238,11 @@ def check_output(folder: Path) -> None:
         raise PermissionError(f"The output {folder} cannot be written, since {nearest} is read-only: name another.")
 
 
-def describe_environment(training: Examples, test: Examples, device: torch.device, seed: int) -> dict[str, Any]:
-    """What besides the recipe decides a run's numbers: versions, hardware, seed, and digests of the data."""
+def describe_environment(training: Examples, test: Examples, model: Any, seed: int) -> dict[str, Any]:
+    """What besides the recipe decides a run's numbers: versions, hardware, seed, digests of data and base model."""
+    device = model.device
     return {
+        "base_model": {"sha256_of_samples": _fingerprint(model)},
         "data": {name: _describe_data(each) for name, each in (("test", test), ("train", training))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
@@ -253,6 +256,16 @@ def describe_environment(training: Examples, test: Examples, device: torch.devic
             "transformers": version("transformers"),
         },
     }
+
+
+def _fingerprint(model: Any) -> str:
+    """A digest of names, shapes and some numbers of each frozen tensor: other weights show, and it takes no time."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {numbers.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def _describe_data(examples: Examples) -> dict[str, Any]:

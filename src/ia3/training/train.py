@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,12 @@ from ia3.training.data import Examples, count_truncated, load_examples, split_ex
 from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions, count_cut
 from ia3.training.learners.making import check_settings, make_learner
-from ia3.training.loop import Training
-from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe
-from ia3.training.report import PICTURE_NAME, complete_cards, draw_report, write_report
+from ia3.training.loop import Training, check_examples
+from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe
+from ia3.training.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
 from ia3.training.run import (
+    ADAPTER_FOLDER,
+    BEST_FOLDER,
     ENVIRONMENT_NAME,
     METRICS_NAME,
     RECIPE_NAME,
@@ -40,10 +45,10 @@ from ia3.training.run import (
     write_json,
 )
 from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
+from ia3.training.task import TASK_NAME, Task, TaskKind
 
 
-def train(model: str, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
+def train(model: str | Path, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
     """Fine-tune a model on examples: what `ia3 train` does, with the same defaults.
 
     Args:
@@ -66,8 +71,11 @@ def train(model: str, data: str | Path | Examples, *, console: Console | None = 
         >>> run.final.accuracy
     """
     name = recipe.pop("recipe", None)
-    content = {} if name is None else read_recipe(name)
-    content |= {**recipe, "model": model, "data": str(data) if isinstance(data, Path) else data}
+    given = {**recipe, "model": model, "data": data}
+    for key in ("data", "model", "template", "test_data"):
+        if isinstance(given.get(key), Path):
+            given[key] = str(given[key])
+    content = override({} if name is None else read_recipe(name), given)
     return run_recipe(make_recipe(content, name), console or Console(stderr=True))
 
 
@@ -120,27 +128,91 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
     """
     kind = recipe.task or default_kind(load_config(recipe.model), recipe.model)
     check_settings(recipe.settings, kind)
-    output = recipe.output or new_folder(recipe.source)
-    check_output(output)
-    if not resuming:
-        _refuse_unfinished(output)
-    training, test = _read_data(recipe, kind, console)
-    learner = _load_learner(recipe, kind, training, test, console)
-    prepared = Training(learner, training, test, output, resume=resuming)
-    environment = describe_environment(training, test, learner.model.device, recipe.settings.seed)
-    if resuming:
-        _check_environment(output, environment, console)
-    else:
-        _begin_folder(output, replace(recipe, task=kind), environment)
+    if recipe.system is not None and kind is not TaskKind.INSTRUCTIONS:
+        raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
+    with _folder_of(recipe) as output:
+        if not resuming:
+            _refuse_unfinished(output)
+        training, test = _read_data(recipe, kind, console)
+        check_examples(kind, training, test)
+        learner = _load_learner(recipe, kind, training, test, console)
+        whole = replace(recipe, task=kind)
+        environment = describe_environment(training, test, learner.model, recipe.settings.seed)
+        environment["recipe"] = whole.content()
+        if resuming:
+            _check_environment(output, environment, console)
+        prepared = Training(learner, training, test, output, resume=resuming)
+        if not resuming:
+            _begin_folder(output, whole, environment)
+    prepared.advice = _how_to_resume(recipe, output)
     _warn_of_truncation(prepared, [*training.texts, *test.texts], console)
     console.print(prepared.describe_path(), highlight=False)
     run = prepared.run(console)
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
     draw_report(run, learner.model, output / PICTURE_NAME, title=title)
     write_report(run, title)
-    complete_cards(run, recipe.source)
-    (output / STATE_NAME).unlink()
+    complete_cards(run, recipe.source, named=isinstance(recipe.data, str))
+    (output / STATE_NAME).unlink(missing_ok=True)
     return run
+
+
+@contextmanager
+def _folder_of(recipe: Recipe) -> Iterator[Path]:
+    """The run's folder; one that is made here is taken away again where the run can't begin."""
+    if recipe.output is not None:
+        check_output(recipe.output)
+        yield recipe.output
+        return
+    check_output(Path("runs"))
+    folder = _claim_folder(recipe.source)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+        raise
+
+
+def _claim_folder(source: str) -> Path:
+    """A folder of its own, whoever else begins a run in the same second."""
+    wanted = new_folder(source)
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("there is always a next number")
+
+
+def begun(recipe: Recipe) -> bool:
+    """Whether the recipe's folder holds an unfinished run, which is then this recipe's, or `resume` refuses it."""
+    return recipe.output is not None and (recipe.output / STATE_NAME).is_file()
+
+
+def finished_result(recipe: Recipe) -> dict[str, Any] | None:
+    """The figures of the finished run in the recipe's folder; None where there is none.
+
+    Raises:
+        ValueError: it is another recipe's.
+    """
+    folder = recipe.output
+    if folder is None or begun(recipe) or not (folder / RESULT_NAME).is_file():
+        return None
+    former = make_recipe(read_recipe(folder / RECIPE_NAME), folder / RECIPE_NAME)
+    if replace(former, task=None).content() != replace(recipe, task=None).content():
+        raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
+    result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    del result["predictions"]
+    return result
+
+
+def _how_to_resume(recipe: Recipe, output: Path) -> str:
+    given = [name for name in ("data", "test_data") if isinstance(getattr(recipe, name), Examples)]
+    if given:
+        return f"ia3.resume({str(output)!r}, {', '.join(f'{name}=…' for name in given)})"
+    return f"ia3 train --resume {output}"
 
 
 def _load_learner(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples, console: Console) -> Learner[Any]:
@@ -198,8 +270,11 @@ def _refuse_unfinished(output: Path) -> None:
 
 def _begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
     """The folder with recipe and environment, and nothing of an earlier, finished run."""
-    for name in (STATE_NAME, RESULT_NAME, METRICS_NAME):
+    for name in (STATE_NAME, RESULT_NAME, METRICS_NAME, REPORT_NAME, PICTURE_NAME):
         (output / name).unlink(missing_ok=True)
+    for name in (ADAPTER_FOLDER, BEST_FOLDER):
+        if (output / name / TASK_NAME).is_file():  # an adapter that a run left
+            shutil.rmtree(output / name)
     text = yaml.safe_dump(recipe.content(), allow_unicode=True, sort_keys=True)
     write_atomically(output / RECIPE_NAME, text.encode())
     write_json(output / ENVIRONMENT_NAME, environment)
@@ -208,6 +283,18 @@ def _begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) 
 def _check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
     """Refuse other data; say what else differs from when the run began."""
     began = json.loads((output / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
+    keys = {*environment["recipe"], *began["recipe"]} - {"data", "test_data"}  # they have digests
+    changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
+    if changed:
+        raise ValueError(
+            f"{output / RECIPE_NAME} says other {', '.join(changed)} than when the run began: put them back, or begin "
+            "another run."
+        )
+    if environment["base_model"] != began["base_model"]:
+        raise ValueError(
+            f"The weights of {environment['recipe']['model']} are not those that the run in {output} began with: put "
+            "them back, or begin another run."
+        )
     for name, data in environment["data"].items():
         if data["sha256"] != began["data"][name]["sha256"]:
             raise ValueError(
@@ -223,10 +310,10 @@ def _read_data(recipe: Recipe, kind: TaskKind, console: Console) -> tuple[Exampl
     """The training and the held-out examples; what is odd about them is printed."""
     examples = _examples(recipe.data, recipe, kind)
     if recipe.test_data is None:
-        training, test = split_examples(examples, recipe.test_size, recipe.settings.seed)
+        training, test = split_examples(examples, recipe.test_size, recipe.split_seed)
     else:
         training, test = examples, _examples(recipe.test_data, recipe, kind)
-    training = _draw(training, recipe.limit, recipe.settings.seed)
+    training, test = _draw(training, recipe.limit, recipe.settings.seed), test[: recipe.test_limit]
     console.print(examples.describe(), markup=False, highlight=False)
     overlap = len(set(training.texts) & set(test.texts))
     if overlap:
@@ -262,7 +349,13 @@ _CLOSED = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
 def _draw(examples: Examples, limit: int | None, seed: int) -> Examples:
     if limit is None or limit >= len(examples):
         return examples
-    return replace(examples, rows=tuple(random.Random(seed).sample(examples.rows, limit)))
+    drawn = random.Random(seed).sample(examples.rows, len(examples))
+    if examples.kind not in _CLOSED:
+        return replace(examples, rows=tuple(drawn[:limit]))
+    # One of each label comes first, so that none is missing by chance where there is room for all.
+    firsts = {row.label: place for place, row in reversed(list(enumerate(drawn)))}
+    order = sorted(range(len(drawn)), key=lambda place: (firsts[drawn[place].label] != place, place))
+    return replace(examples, rows=tuple(drawn[place] for place in order[:limit]))
 
 
 def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ...]:
@@ -284,11 +377,11 @@ def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ..
 def _warn_of_truncation(prepared: Training, texts: list[str], console: Console) -> None:
     learner = prepared.learner
     if isinstance(learner, Instructions):
-        count = count_cut([*prepared.rows, *prepared.test_rows])
+        cut = count_cut([*prepared.rows, *prepared.test_rows])
     else:
-        count = count_truncated(texts, learner.tokenizer, learner.task.max_length)
-    if count:
-        console.print(f"{count:,} texts are longer than {learner.task.max_length} tokens and are cut (--max-length).")
+        cut = count_truncated(texts, learner.tokenizer, learner.task.max_length)
+    if cut:
+        console.print(f"{cut:,} texts are longer than {learner.task.max_length} tokens and are cut (--max-length).")
 
 
 def new_folder(source: str) -> Path:

@@ -19,6 +19,7 @@ from ia3.inference.complete import (
     end_tokens,
     has_template,
     messages,
+    most_positions,
     prompt_text,
     render,
     write,
@@ -149,8 +150,12 @@ class Instructions(Learner[Row]):
         summed = float(self.loss(batch)) * count
         assert self.task.max_new_tokens is not None
         asked = [dialogue.asked for dialogue in dialogues]
-        check_positions(self.model, max(map(len, asked)) + self.task.max_new_tokens)
-        return write(self.model, self.tokenizer, asked, self.task.max_new_tokens), summed, count
+        longest = max(map(len, asked))
+        check_positions(self.model, longest + 1)
+        new_tokens = self.task.max_new_tokens
+        if (limit := most_positions(self.model)) is not None:
+            new_tokens = min(new_tokens, limit - longest)
+        return write(self.model, self.tokenizer, asked, new_tokens), summed, count
 
     def _logits(self, places: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The logits after the tokens at `places`, `[batch, places, vocabulary]`: the head runs there alone."""

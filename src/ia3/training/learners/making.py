@@ -21,6 +21,7 @@ _LEARNERS: dict[TaskKind, type[Learner[Any]]] = {
 }
 _WORDS = (TaskKind.LABEL_WORDS,)
 _TEXTS_WITH_LABELS = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+_WRITTEN = (TaskKind.LABEL_WORDS, TaskKind.GENERATION)
 _LABELS = (*_TEXTS_WITH_LABELS, TaskKind.TOKEN_CLASSIFICATION)
 
 
@@ -46,6 +47,9 @@ def check_settings(settings: TrainSettings, kind: TaskKind) -> None:
         (settings.balance, "balance", _TEXTS_WITH_LABELS),
         (settings.best_by == "macro_f1", "best_by: macro_f1", _LABELS),
         (settings.packing, "packing", (TaskKind.INSTRUCTIONS,)),
+        (settings.max_label_length is not None, "max_label_length", _WRITTEN),
+        # A head is trained in the base's precision, where most of its small steps would be lost.
+        (settings.precision == "bf16", "precision: bf16", tuple(kind for kind in TaskKind if kind.writes)),
     ):
         if given and kind not in kinds:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,14 @@ from ia3.inference.rank import tokenise_labels
 from ia3.training.collate import IGNORED, TokenisedExample, collate, tokenise
 from ia3.training.data import Example
 from ia3.training.learner import Learner, Measurement
-from ia3.training.losses import choice_log_probabilities, choice_logits, choice_scores, pad_choices, tfew_losses
+from ia3.training.losses import (
+    choice_log_probabilities,
+    choice_logits,
+    choice_scores,
+    pad_choices,
+    tfew_losses,
+    token_log_probabilities,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,7 @@ class Words(Learner[TokenisedExample]):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The cross-entropy a label token, or L_LM + L_UL + L_LN."""
         if "choices" not in batch:
-            loss: Tensor = self.model(**batch, use_cache=False).loss
-            return loss
+            return _mean_loss(self.model(**batch, use_cache=False), batch["labels"])
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = choice_logits(self.model, batch["choices"], **inputs)
         return tfew_losses(logits, batch["choices"], batch["correct"]).total
@@ -84,7 +91,7 @@ class Words(Learner[TokenisedExample]):
         labels = batch.pop("labels")
         known = {"encoder_outputs": self.model.get_encoder()(**batch), "attention_mask": batch["attention_mask"]}
         count = int((labels != IGNORED).sum())
-        loss = float(self.model(**known, labels=labels, use_cache=False).loss) * count
+        loss = float(_mean_loss(self.model(**known, labels=labels, use_cache=False), labels)) * count
         assert self.task.max_new_tokens is not None
         return generate_words(self.model, self.tokenizer, self.task.max_new_tokens, **known), loss, count
 
@@ -110,3 +117,11 @@ class Words(Learner[TokenisedExample]):
 
     def _correct(self, rows: Sequence[TokenisedExample]) -> Tensor:
         return torch.tensor([self.task.labels.index(row.label) for row in rows])
+
+
+def _mean_loss(output: Any, labels: Tensor) -> Tensor:
+    """The model's own loss; of logits in half precision it is summed in fp32, which few models do."""
+    if output.loss.dtype not in (torch.bfloat16, torch.float16):
+        loss: Tensor = output.loss
+        return loss
+    return -token_log_probabilities(output.logits, labels).sum() / (labels != IGNORED).sum()
