@@ -257,6 +257,44 @@ def test_the_rates_are_measured(heading: str) -> None:
         ], (rate, batch)
 
 
+def test_the_steps_are_measured() -> None:
+    rows = json.loads((RESULTS / "train_step.json").read_text())["rows"]
+    names = {
+        "PEFT guide": "PEFT, its guide's eager step",
+        "PEFT captured": "PEFT, captured whole by hand",
+        "ia3 compile_step": "ia3, `compile_step`",
+    }
+    measured = {
+        (names[row["name"]], f"{row['batch']} × {row['length']}", row["dtype"]): [
+            f"{row['ms']:.1f}",
+            f"{row['busy_ms']:.1f}",
+            f"{row['kernels']:,}",
+        ]
+        for row in rows
+    }
+    table = table_after("speed.md", "Measured")
+    assert {tuple(row[:3]): row[3:] for row in table} == measured
+    times = {key: float(row[0]) for key, row in measured.items()}
+    text = (DOCS / "speed.md").read_text()
+    for batch in ("8 × 128", "64 × 128"):
+        ratio = times[names["ia3 compile_step"], batch, "bfloat16"] / times[names["PEFT captured"], batch, "bfloat16"]
+        assert f"{ratio:.2f}" in text
+    setups = [row["setup_s"] for row in rows if row["name"] == "ia3 compile_step"]
+    assert f"{min(setups):.0f} to {max(setups):.0f} s to compile" in text
+
+
+def test_the_accuracies_of_other_tasks_are_measured() -> None:
+    text = " ".join((DOCS / "training.md").read_text().split())
+    classified = (RESULTS / "classify_minilm.txt").read_text()
+    for name in ("frozen encoder, mean of its tokens, head", "(IA)³, pooler and head"):
+        (accuracy,) = re.findall(r"accuracy ([\d.]+)%", classified.split(f"\n{name}\n")[1].split("\n(IA)")[0])[:1]
+        assert f"{accuracy} %" in text
+    told = (RESULTS / "instruct_smollm2.txt").read_text()
+    for when in ("before", "after"):
+        (correct, total) = re.findall(rf"^{when}: (\d+) of (\d+)", told, re.MULTILINE)[0]
+        assert f"{correct} of {total}" in text
+
+
 def test_the_guides_accuracies_are_measured() -> None:
     runs = json.loads((RESULTS / "phrasebank_accuracy.json").read_text())["runs"]
     last = {(run["library"], str(run["seed"])): f"{run['accuracies'][-1]:.1%}".replace("%", " %") for run in runs}
