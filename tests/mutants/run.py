@@ -1,4 +1,4 @@
-"""Run the core's tests against each mutation of it; every one must fail a test.
+"""Run tests against each mutation of the code; every one must fail a test.
 
     python tests/mutants/run.py [--only WORD]
 
@@ -32,6 +32,19 @@ TESTS = [
     "test_parity.py",
     "test_contexts.py",
 ]
+# Mutations in these folders and files are for these tests instead.
+TESTS_OF = {
+    "training/": [
+        "training/test_collate.py",
+        "training/test_optimise.py",
+        "training/test_losses.py",
+        "training/test_instructions.py",
+        "training/test_loop.py",
+        "training/test_resume.py",
+    ],
+    "fast/": ["fast/test_t5.py", "fast/test_step.py"],
+    "storage.py": ["fast/test_step.py"],
+}
 _CHECK = "import ia3, sys; sys.exit(0 if ia3.__file__.startswith(sys.argv[1]) else 3)"
 
 
@@ -52,7 +65,11 @@ def copy_with(mutant: Mutant | None, folder: Path) -> None:
     path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
 
 
-def run(mutant: Mutant | None) -> tuple[bool, str]:
+def tests_for(mutant: Mutant) -> list[str]:
+    return next((tests for start, tests in TESTS_OF.items() if mutant.file.startswith(start)), TESTS)
+
+
+def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
     """Whether all tests passed, and the first that failed."""
     with tempfile.TemporaryDirectory() as folder:
         copy_with(mutant, Path(folder))
@@ -61,7 +78,7 @@ def run(mutant: Mutant | None) -> tuple[bool, str]:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         command.append("--hypothesis-profile=no-shrinking")
         done = subprocess.run(
-            [*command, *(str(ROOT / "tests" / name) for name in TESTS)],
+            [*command, *(str(ROOT / "tests" / name) for name in tests)],
             env=environment,
             cwd=ROOT,
             capture_output=True,
@@ -77,17 +94,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="mutations whose description has this word")
     chosen = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant.breaks]
-    passed, failed = run(None)
-    if not passed:
-        raise SystemExit(f"The tests fail without a mutation: {failed}")
+    for tests in {tuple(tests_for(mutant)) for mutant in chosen}:
+        passed, failed = run(None, list(tests))
+        if not passed:
+            raise SystemExit(f"The tests fail without a mutation: {failed}")
     survivors = []
     for number, mutant in enumerate(chosen, 1):
         start = time.perf_counter()
-        survived, failed = run(mutant)
+        survived, failed = run(mutant, tests_for(mutant))
         survivors += [mutant] * survived
         state = "SURVIVED" if survived else "killed"
         seconds = time.perf_counter() - start
-        print(f"{number:2} {state:8} {seconds:4.0f} s  {mutant.file:14} {mutant.breaks}  [{failed}]", flush=True)
+        print(f"{number:2} {state:8} {seconds:4.0f} s  {mutant.file:21} {mutant.breaks}  [{failed}]", flush=True)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
     sys.exit(bool(survivors))
 

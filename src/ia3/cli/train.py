@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ia3.training.run import Run
 
 _INTERRUPTED = 130
+# The groups of `--help`.
+_DATA, _TASK, _ADAPTER = "Data", "Task", "Base model and adapter"
+_STEPS, _EVALUATION = "Steps", "Evaluation"
 
 
 # A default of None is "not given": the recipe's value, or what the help shows, then holds.
@@ -25,80 +28,136 @@ def train(
         str | None, typer.Option(help="The base model: a hub name, a folder or bundled:flan-t5-small-titler.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="What to learn from: a CSV, JSON lines or parquet file, or a hub data set.")
+        str | None,
+        typer.Option(
+            rich_help_panel=_DATA, help="What to learn from: a CSV, JSON lines or parquet file, or a hub data set."
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="t-few, or a YAML file with any of these settings; flags override.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
-    test_data: Annotated[str | None, typer.Option(help="Held-out data; otherwise --test-size of the data.")] = None,
-    test_size: Annotated[
-        float | None, typer.Option(help="The part of the data that is held out.", show_default="0.1")
+    test_data: Annotated[
+        str | None, typer.Option(rich_help_panel=_DATA, help="Held-out data; otherwise --test-size of the data.")
     ] = None,
-    test_limit: Annotated[int | None, typer.Option(help="Evaluate on at most this many examples.")] = None,
-    split_seed: Annotated[int | None, typer.Option(help="Decides what is held out.", show_default="42")] = None,
+    test_size: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_DATA, help="The part of the data that is held out.", show_default="0.1"),
+    ] = None,
+    test_limit: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, help="Evaluate on at most this many examples.")
+    ] = None,
+    split_seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, help="Decides what is held out.", show_default="42")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
+            rich_help_panel=_TASK,
             help="label-words, generation, instructions, sequence-classification or token-classification.",
             show_default="the model's",
         ),
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="The column with the text.", show_default="text")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(rich_help_panel=_DATA, help="The column with the text.", show_default="text")
+    ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="The column with the label, answer or tags.", show_default="label")
+        str | None,
+        typer.Option(rich_help_panel=_DATA, help="The column with the label, answer or tags.", show_default="label"),
     ] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option(help='What the model reads, columns in braces: "Review: {text} Sentiment?"; a run each.'),
+        typer.Option(
+            rich_help_panel=_TASK,
+            help='What the model reads, columns in braces: "Review: {text} Sentiment?"; a run each.',
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message, in instruction tuning.")] = None,
+    system: Annotated[
+        str | None, typer.Option(rich_help_panel=_TASK, help="The system message, in instruction tuning.")
+    ] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help="The modules to adapt: names with commas between, or a pattern.")
+        str | None,
+        typer.Option(rich_help_panel=_ADAPTER, help="The modules to adapt: names with commas between, or a pattern."),
     ] = None,
     feedforward_modules: Annotated[
-        str | None, typer.Option(help="Those of them whose input is multiplied, not the output.")
+        str | None,
+        typer.Option(rich_help_panel=_ADAPTER, help="Those of them whose input is multiplied, not the output."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder; by default a new one in runs/.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.", show_default="3")] = None,
-    steps: Annotated[int | None, typer.Option(help="How many steps to train for, instead of --epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate.", show_default="0.008")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(rich_help_panel=_STEPS, help="Passes over the training data.", show_default="3")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(rich_help_panel=_STEPS, help="How many steps to train for, instead of --epochs.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(rich_help_panel=_STEPS, help="The highest learning rate.", show_default="0.008")
+    ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="Over how many steps the rate rises first.", show_default="0")
+        int | None,
+        typer.Option(rich_help_panel=_STEPS, help="Over how many steps the rate rises first.", show_default="0"),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="Pulls vectors towards one, the base model.", show_default="0")
+        float | None,
+        typer.Option(rich_help_panel=_STEPS, help="Pulls vectors towards one, the base model.", show_default="0"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples at once.", show_default="8")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches a step.", show_default="1")] = None,
-    precision: Annotated[str | None, typer.Option(help="The base model's: fp32 or bf16.", show_default="fp32")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(rich_help_panel=_STEPS, help="Examples at once.", show_default="8")
+    ] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(rich_help_panel=_STEPS, help="Batches a step.", show_default="1")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(rich_help_panel=_ADAPTER, help="The base model's: fp32 or bf16.", show_default="fp32")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Where longer texts are cut, in tokens.", show_default="128")
+        int | None,
+        typer.Option(rich_help_panel=_DATA, help="Where longer texts are cut, in tokens.", show_default="128"),
     ] = None,
     balance: Annotated[
-        bool | None, typer.Option("--balance/--no-balance", help="Draw labels equally often.", show_default="off")
+        bool | None,
+        typer.Option(
+            "--balance/--no-balance", rich_help_panel=_DATA, help="Draw labels equally often.", show_default="off"
+        ),
     ] = None,
     packing: Annotated[
         bool | None,
-        typer.Option("--packing/--no-packing", help="Several instructions a row.", show_default="off"),
+        typer.Option(
+            "--packing/--no-packing", rich_help_panel=_TASK, help="Several instructions a row.", show_default="off"
+        ),
     ] = None,
     dropout: Annotated[
-        bool | None, typer.Option("--dropout/--no-dropout", help="Train with the base's dropout.", show_default="on")
+        bool | None,
+        typer.Option(
+            "--dropout/--no-dropout", rich_help_panel=_STEPS, help="Train with the base's dropout.", show_default="on"
+        ),
     ] = None,
     evaluate_every: Annotated[
-        int | None, typer.Option(help="Evaluate after so many steps.", show_default="each epoch")
+        int | None,
+        typer.Option(rich_help_panel=_EVALUATION, help="Evaluate after so many steps.", show_default="each epoch"),
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many evaluations that are no better.", show_default="never")
+        int | None,
+        typer.Option(
+            rich_help_panel=_EVALUATION, help="Stop after so many evaluations that are no better.", show_default="never"
+        ),
     ] = None,
     tracker: Annotated[
-        list[str] | None, typer.Option(help="Log there too, by accelerate's names: tensorboard, wandb, …")
+        list[str] | None,
+        typer.Option(rich_help_panel=_EVALUATION, help="Log there too, by accelerate's names: tensorboard, wandb, …"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Decides the order, the dropout, and what --limit draws.", show_default="42")
+        int | None,
+        typer.Option(
+            rich_help_panel=_STEPS, help="Decides the order, the dropout, and what --limit draws.", show_default="42"
+        ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Train once with each: numbers with commas between.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Train on at most this many examples, drawn at random.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(rich_help_panel=_STEPS, help="Train once with each: numbers with commas between.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(rich_help_panel=_DATA, help="Train on at most this many examples, drawn at random.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fine-tune a model on your data; save the adapter, its figures and a picture."""

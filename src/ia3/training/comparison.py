@@ -473,6 +473,8 @@ def _draw_losses(axes: Any, lines: Sequence[_Line]) -> None:
 def _draw_accuracies(axes: Any, lines: Sequence[_Line]) -> None:
     _draw_figure(axes, lines, "accuracy", scale=100)
     axes.set(title="Held-out accuracy", ylabel="exact match (%)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -1), min(max(high, low + 10), 101))
 
 
 def _draw_figure(axes: Any, lines: Sequence[_Line], name: str, *, scale: float = 1) -> None:
