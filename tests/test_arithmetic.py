@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ia3 import IA3Config, PeftModel, Site, get_peft_model
-from ia3.arithmetic import combine
+from ia3.arithmetic import combine, cosine, distance, fisher_mean
 
 SITES = [Site("a", "output", (3, 1)), Site("b", "input", (1, 2)), Site("c", "output", (1, 2, 1, 1))]
 weights_of_three = st.lists(st.floats(-2, 2), min_size=3, max_size=3)
@@ -71,7 +71,7 @@ def test_shapes_and_precision_are_kept():
         ([{}], [1.0, 2.0], "mean", "1 adapters and 2 weights"),
         ([], [], "mean", "0 adapters and 0 weights"),
         ([{}, {}], [1.0, -1.0], "mean", r"\[1\.0, -1\.0\] add up to 0"),
-        ([{}], [1.0], "ties", "combination_type 'ties': expected 'mean' or 'sum'"),
+        ([{}], [1.0], "average", "combination_type 'average': expected 'mean', 'product'"),
         ([{}, {}], [1.0, math.nan], "mean", r"weights \[1\.0, nan\] are not all finite"),
         ([{}, {}], [1.0, math.inf], "sum", "are not all finite"),
     ],
@@ -247,3 +247,130 @@ def test_unknown_and_taken_names_are_refused(tiny, randomise, trace):
     with pytest.raises(ValueError, match="2 adapters and 1 weights"):
         model.add_weighted_adapter(["a", "b"], [0.5], "c")
     assert before.differences(trace(model)) == []
+
+
+def flat(adapter: dict[Site, torch.Tensor], sites: list[Site]) -> list[float]:
+    """The difference from the base, over these sites, as numbers."""
+    return [x - 1 for site in sites for x in adapter.get(site, torch.ones(site.shape)).flatten().tolist()]
+
+
+def ties_by_loops(rows: list[list[float]], weights: list[float], density: float) -> list[float]:
+    """TIES-merging, number by number."""
+    size = len(rows[0])
+    trimmed = []
+    for row, weight in zip(rows, weights, strict=True):
+        threshold = sorted(abs(x) for x in row)[max(0, size - int(density * size) - 1)]
+        trimmed.append([weight * x if abs(x) >= threshold else 0.0 for x in row])
+    columns = list(zip(*trimmed, strict=True))
+    elected = [(sum(column) > 0) - (sum(column) < 0) for column in columns]
+    majority = (sum(elected) > 0) - (sum(elected) < 0)
+    merged = []
+    for column, sign in zip(columns, elected, strict=True):
+        sign = sign or majority
+        agreeing = [x for x in column if x * sign > 0]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return merged
+
+
+@given(adapters=triples(), weights=weights_of_three, density=st.floats(0.01, 1))
+def test_ties_by_loops(adapters, weights, density):
+    sites = list({site: None for adapter in adapters for site in adapter})
+    expected = ties_by_loops([flat(adapter, sites) for adapter in adapters], weights, density)
+    merged = combine(adapters, weights, "ties", density=density)
+    torch.testing.assert_close(flat(merged, sites), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_trimming_keeps_one_more_than_its_share():
+    site = Site("a", "output", (10, 1))
+    adapter = {site: 1 + torch.arange(1.0, 11).double().view(10, 1)}
+    for density, kept in ((0.2, 3), (0.5, 6), (0.05, 1), (1.0, 10)):
+        merged = combine([adapter], [1.0], "ties", density=density)[site]
+        assert int((merged != 1).sum()) == kept
+
+
+@given(adapters=triples(), weights=weights_of_three)
+def test_task_arithmetic_and_product(adapters, weights):
+    sites = list({site: None for adapter in adapters for site in adapter})
+    rows = [flat(adapter, sites) for adapter in adapters]
+    added = [sum(w * x for w, x in zip(weights, column, strict=True)) for column in zip(*rows, strict=True)]
+    found = flat(combine(adapters, weights, "task_arithmetic"), sites)
+    torch.testing.assert_close(found, added, rtol=1e-9, atol=1e-9)
+    product = [math.prod(1 + x for x in column) - 1 for column in zip(*rows, strict=True)]
+    found = flat(combine(adapters, [1.0, 1.0, 1.0], "product"), sites)
+    torch.testing.assert_close(found, product, rtol=1e-9, atol=1e-9)
+    negated = combine(adapters[:1], [-1.0], "task_arithmetic")
+    for site, vector in adapters[0].items():
+        torch.testing.assert_close(negated[site], 2 - vector)
+
+
+@given(adapters=triples(), weights=st.lists(st.floats(0.1, 2), min_size=3, max_size=3), seed=st.integers(0, 9))
+def test_a_fisher_mean_by_loops(adapters, weights, seed):
+    chance = torch.Generator().manual_seed(seed)
+    fishers = [
+        {s: torch.rand(v.shape, generator=chance).double().round() * 3 for s, v in a.items() if len(s.path) == 1}
+        for a in adapters
+    ]
+    found = fisher_mean(adapters, fishers, weights)
+    for site, values in found.items():
+        for place in range(site.width):
+            pairs = [
+                (w * f[site].flatten()[place].item(), a[site].flatten()[place].item())
+                for w, f, a in zip(weights, fishers, adapters, strict=True)
+                if site in f
+            ]
+            total = sum(p for p, _ in pairs)
+            whole = [
+                (w, a[site].flatten()[place].item() if site in a else 1.0)
+                for w, a in zip(weights, adapters, strict=True)
+            ]
+            plain = sum(w * x for w, x in whole) / sum(weights)
+            expected = sum(p * x for p, x in pairs) / total if total else plain
+            assert values.flatten()[place].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@given(adapters=triples())
+def test_cosine_and_distance(adapters):
+    one, other, _ = adapters
+    sites = list({site: None for adapter in (one, other) for site in adapter})
+    a, b = flat(one, sites), flat(other, sites)
+    assert distance(one, other) == pytest.approx(math.dist(a, b), rel=1e-9, abs=1e-12)
+    lengths = math.hypot(*a) * math.hypot(*b)
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    assert cosine(one, other) == pytest.approx(dot / lengths if lengths > 0 else 0, rel=1e-6, abs=1e-9)
+
+
+def test_a_product_is_what_active_adapters_do_together(tiny, randomise, output):
+    model = get_peft_model(tiny("llama"), IA3Config(task_type="CAUSAL_LM"), adapter_name="a")
+    model.add_adapter("b", IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[]))
+    randomise(model)
+    model.set_adapter(["a", "b"])
+    expected = output(model)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both", combination_type="product")
+    model.set_adapter("both")
+    torch.testing.assert_close(output(model), expected)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="ties", density=0.3)
+    assert "merged" in model.peft_config
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"combination_type": "ties"}, "'ties' needs a density"),
+        ({"combination_type": "ties", "density": 0.0}, "density is 0.0: expected a share"),
+        ({"combination_type": "mean", "density": 0.5}, "'mean' has no use for it"),
+        ({"combination_type": "product", "weights": [0.5]}, "has no power of a weight that is not whole"),
+    ],
+)
+def test_rules_refuse_what_they_cannot_do(how, said):
+    adapter = {SITES[0]: torch.tensor([[-1.0], [0.5], [2.0]])}
+    weights = how.pop("weights", [1.0])
+    with pytest.raises(ValueError, match=said):
+        combine([adapter], weights, **how)
+
+
+def test_fishers_must_fit():
+    adapter = {SITES[0]: torch.ones(3, 1)}
+    with pytest.raises(ValueError, match="1 adapters and 0 Fishers"):
+        fisher_mean([adapter], [], [1.0])
+    with pytest.raises(ValueError, match="The Fisher at a is negative"):
+        fisher_mean([adapter], [{SITES[0]: -torch.ones(3, 1)}], [1.0])

@@ -516,6 +516,7 @@ class PeftModel(Swapped):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: CombinationType = "mean",
+        density: float | None = None,
     ) -> None:
         """Make a new adapter, inactive and frozen, of several; see `arithmetic.combine`.
 
@@ -523,13 +524,14 @@ class PeftModel(Swapped):
             adapters: names of the adapters.
             weights: one each.
             adapter_name: the new adapter's name.
-            combination_type: `"mean"`, or `"sum"` for PEFT's rule.
+            combination_type: `"mean"`, `"sum"` for PEFT's rule, `"task_arithmetic"`, `"ties"` or `"product"`.
+            density: for `"ties"`, the share of an adapter's numbers that is kept.
 
         Raises:
             ValueError: an unknown adapter, a taken name, two that train the same module in full, or what
                 `combine` raises.
         """
-        _add_weighted(self, adapters, weights, adapter_name, combination_type)
+        _add_weighted(self, adapters, weights, adapter_name, combination_type, density)
         self.peft_config[adapter_name] = self._state.adapters[adapter_name].config
 
     # Looking
@@ -808,9 +810,11 @@ def _add_weighted(
     weights: Sequence[float],
     new_name: str,
     combination_type: CombinationType,
+    density: float | None,
 ) -> None:
     chosen = [adapters.get_adapter(model, name) for name in names]
-    values = combine([adapters.whole_vectors(model, adapter) for adapter in chosen], weights, combination_type)
+    vectors = [adapters.whole_vectors(model, adapter) for adapter in chosen]
+    values = combine(vectors, weights, combination_type, density=density)
     if combination_type == "mean" and abs(sum(weights) - 1) > 1e-6:
         logger.warning(
             "add_weighted_adapter: the weights add up to %g and are divided by that; PEFT would scale every "
