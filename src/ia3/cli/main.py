@@ -11,6 +11,8 @@ except ImportError as missing:
     raise SystemExit('The command ia3 needs more than the library: pip install "ia3[train]"') from missing
 
 import ia3
+from ia3.cli.combine import combine
+from ia3.cli.compare import compare
 from ia3.cli.evaluate import evaluate
 from ia3.cli.inspect import inspect
 from ia3.cli.merge import merge
@@ -57,7 +59,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, runs, evaluate, predict, inspect, targets, merge, push, quickstart):
+for command in (train, runs, evaluate, predict, inspect, compare, combine, targets, merge, push, quickstart):
     app.command()(command)
 
 
