@@ -759,3 +759,13 @@ def test_a_line_of_megabytes_is_read(tmp_path):
     path = tmp_path / "long.csv"
     path.write_text(f"text,label\n{'word ' * 400_000},good\nshort,bad\n")
     assert len(load_examples(str(path))) == 2
+
+
+def test_a_rare_label_stays_in_training() -> None:
+    rows = [Example(f"text {index}", "common") for index in range(30)] + [Example("the one", "rare")]
+    examples = Examples(tuple(rows), ("common", "rare"), "rows", 0, 0)
+    for seed in range(60):
+        train, test = split_examples(examples, 0.2, seed)
+        assert {row.label for row in train} == {"common", "rare"}
+        assert {row.label for row in test} == {"common"}
+        assert len(train) + len(test) == 31

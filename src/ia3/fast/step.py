@@ -33,6 +33,7 @@ def compile_step(
     *,
     max_gradient_norm: float | None = None,
     weight_decay: float = 0.0,
+    compile_blocks: bool = True,
 ) -> Step:
     """Make a function that does a whole training step of a model with one active adapter.
 
@@ -42,6 +43,8 @@ def compile_step(
         scheduler: stepped after each step.
         max_gradient_norm: scale a gradient of a larger norm down to this.
         weight_decay: how much of its way back to one a vector goes a step, times the rate.
+        compile_blocks: on a GPU, fuse the blocks' operations by `torch.compile` before they are captured. That makes
+            a step shorter and each new shape some ten seconds slower to set up, so it is for long trainings.
 
     Returns:
         The step: `loss = step(batch)` with a tensor that need not be looked at; `step.path` says which way it goes
@@ -55,7 +58,7 @@ def compile_step(
     reason = _why_not(model, optimizer)
     if reason is not None or not isinstance(optimizer, AdamW):
         return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
-    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay)
+    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, compile_blocks)
 
 
 class Step:
@@ -138,7 +141,9 @@ class _Bucket:
 class _Fast(Step):
     """The step over weights laid out anew, captured on a GPU."""
 
-    def __init__(self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float) -> None:
+    def __init__(
+        self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, compile_blocks: bool
+    ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
         self.adapter: Adapter = attached(model).adapters[attached(model).active[0]]
         self.layout: Layout = self.adapter.layout
@@ -146,7 +151,7 @@ class _Fast(Step):
         self.device, self.dtype = model.device, model.shared.weight.dtype
         self.captured = self.device.type == "cuda"
         self.path = "captured" if self.captured else "laid out"
-        self.loss_of = T5Loss(model, self.layout.sites, compiled=self.captured)
+        self.loss_of = T5Loss(model, self.layout.sites, compiled=self.captured and compile_blocks)
         self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=self.device)
         slices = self.layout.split(self.gradient)
         self.views = [view.view_as(vector) for view, vector in zip(slices, self.vectors, strict=True)]

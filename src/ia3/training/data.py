@@ -171,6 +171,8 @@ def load_examples(
 def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -> tuple[Examples, Examples]:
     """Split at random; rows with the same text, case and white space aside, stay together.
 
+    Where each text has one label, every label stays in training, so that a rare one may be missing among the held-out.
+
     Args:
         examples: what to split.
         test_size: the held-out part, between 0 and 1; rounded up to whole rows.
@@ -193,6 +195,8 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
         if size <= room:
             held_out.add(text)
             room -= size
+    if examples.kind in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION):
+        held_out -= _only_rows(rows, held_out)
     if not 0 < len(held_out) < len(groups):
         raise ValueError(
             f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
@@ -201,6 +205,12 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
     train = [row for row in rows if _what_is_read(row) not in held_out]
     test = [row for row in rows if _what_is_read(row) in held_out]
     return _part(examples, train), _part(examples, test)
+
+
+def _only_rows(rows: Sequence[Example], held_out: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The held-out texts of labels that no other text has."""
+    learned = {row.label for row in rows if _what_is_read(row) not in held_out}
+    return {_what_is_read(row) for row in rows if row.label not in learned}
 
 
 def bundled_tweets() -> tuple[Examples, Examples]:
