@@ -514,16 +514,6 @@ def test_layers_whose_call_is_bypassed_are_not_ignored_in_silence(targets):
         assert not torch.allclose(model(x), before)
 
 
-def test_adapter_names_are_refused_not_ignored(tiny, feed):
-    model = get_peft_model(tiny("t5"), IA3Config())
-    with pytest.raises(ValueError, match=r"adapter_names: a batch that mixes adapters is not supported yet"):
-        model(**feed(model), adapter_names=["default", "default"])
-    with pytest.raises(ValueError, match="adapter_names"):
-        model.generate(feed(model)["input_ids"], adapter_names=["default"] * 2)
-    model(**feed(model), adapter_names=None)
-    assert model.generate(feed(model)["input_ids"], adapter_names=None, max_new_tokens=2).shape == (2, 3)
-
-
 # Removing
 
 

@@ -263,16 +263,6 @@ def test_a_compiled_model_is_refused_before_anything_changes():
     assert "_ia3" not in base.__dict__
 
 
-def test_adapter_names_are_refused():
-    model = adapted(t5(), "a")
-    batch = seq2seq_batch()
-    with pytest.raises(ValueError, match="mixes adapters is not supported"):
-        model(**batch, adapter_names=["a", "default", "a"])
-    with pytest.raises(ValueError, match="set_adapter"):
-        model.generate(input_ids=batch["input_ids"], adapter_names=["a"] * 3)
-    model(**batch, adapter_names=None)
-
-
 def test_autocast():
     model = adapted(t5())
     batch = seq2seq_batch()

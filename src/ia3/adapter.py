@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,14 +13,13 @@ from torch import nn
 
 from ia3.config import IA3Config
 from ia3.hooks import SiteVectors, scale_input, scale_output
-from ia3.sites import SAVED_COPIES, VECTORS, Layout, Site, find_sites, is_inside, logger
+from ia3.rows import BASE, Rows
+from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, is_inside, logger
 from ia3.swap import SavedModule, swap_back
 
 if TYPE_CHECKING:
     from ia3.merging import Originals
 
-BASE = "__base__"
-"""The name that stands for no adapter; no adapter may bear it."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -433,6 +432,57 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
         for source in with_copies:
             for (_, copy), (_, trained) in zip(saved_copies(model, adapter), saved_copies(model, source), strict=True):
                 copy.load_state_dict(trained.state_dict())
+
+
+def gather_rows(model: nn.Module, names: Sequence[str]) -> Rows:
+    """The vectors of a batch whose examples use these adapters: gathered once from one table, then split by site.
+
+    Args:
+        model: the model with its adapters; which are active doesn't matter.
+        names: one an example, `"__base__"` for none.
+
+    Raises:
+        ValueError: unknown names, merged or disabled adapters, or a module that one of the adapters trains in full
+            and another has vectors in.
+    """
+    state = attached(model)
+    unknown = sorted(set(names) - {*state.adapters, BASE})
+    if unknown:
+        raise ValueError(
+            f"Unknown adapter_names {unknown}: this model has {sorted(state.adapters)}, and {BASE!r} for none."
+        )
+    if not state.enabled or state.originals is not None:
+        raise ValueError("The adapters are disabled or merged: enable or unmerge them before a batch that mixes them.")
+    distinct = list(dict.fromkeys(names))
+    chosen = [state.adapters[name] for name in distinct if name != BASE]
+    hidden = hidden_sites(chosen)
+    if hidden:
+        raise ValueError(
+            f"One adapter trains {hidden[0]} in full and another has vectors there: they can't share a batch."
+        )
+    held = {a.name: {_whole(s): s.widen(vector) for s, vector in site_vectors(model, a)} for a in chosen}
+    layout = Layout(tuple(dict.fromkeys(site for vectors in held.values() for site in vectors)))
+    slices: dict[nn.Module, dict[Side, torch.Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, SiteVectors | SavedModule):
+            slices[module] = {}
+    if layout.sites:
+        like = next(iter(next(iter(held.values())).values()))
+        table = torch.stack([_table_row(held.get(name, {}), layout, like) for name in distinct])
+        places = torch.tensor([distinct.index(name) for name in names], device=table.device)
+        for site, part in zip(layout.sites, layout.split(table[places]), strict=True):
+            slices[_container(model, site)][site.side] = part
+    return Rows(tuple(names), slices)
+
+
+def _table_row(vectors: dict[Site, torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
+    """One adapter over all sites of a table, `[D]`; an absent vector is one."""
+    return layout.flatten(
+        [
+            vectors[site].to(like) if site in vectors else torch.ones(site.shape, dtype=like.dtype, device=like.device)
+            for site in layout.sites
+        ]
+    )
 
 
 def whole_vectors(model: nn.Module, adapter: Adapter) -> dict[Site, torch.Tensor]:

@@ -31,6 +31,7 @@ from ia3.checkpoint import (
 )
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
 from ia3.files import HUB_ARGUMENTS
+from ia3.rows import Rows, acting, begin_forward, end_forward
 from ia3.sites import SAVED_COPIES, VECTORS, logger
 from ia3.status import (
     TunerLayerStatus,
@@ -603,13 +604,16 @@ class PeftModel(Swapped):
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`.
+        """The base model's `generate`, with `adapter_names`, one an example, for a batch that mixes adapters.
 
         Raises:
-            ValueError: `adapter_names` was passed.
+            ValueError: unknown names, or another number of them than examples.
         """
-        _refuse_adapter_names(kwargs)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with acting(_rows_of(self, names, args, kwargs)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     # Inside
 
@@ -668,7 +672,8 @@ def _become(
     swap(model, CLASS_FOR_TASK[config.task_type])
     assert isinstance(model, PeftModel)
     model.peft_config = {**model.__dict__.get("peft_config", {}), name: adapter.config}
-    model.register_forward_pre_hook(_refuse_adapter_names_in_forward, with_kwargs=True)
+    model.register_forward_pre_hook(_take_adapter_names, with_kwargs=True)
+    model.register_forward_hook(_forget_adapter_names, always_call=True)
     model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if checkpoints and hasattr(model, "enable_input_require_grads") and not model.__dict__.get("_require_grads_hooks"):
@@ -682,9 +687,10 @@ def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:
     if state.input_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
         model.__dict__.pop("_require_grads_hooks", None)
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _refuse_adapter_names_in_forward]:
-        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _take_adapter_names]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for key in [key for key, hook in model._forward_hooks.items() if hook is _forget_adapter_names]:
+        del model._forward_hooks[key], model._forward_hooks_always_called[key]
     del model._hf_peft_config_loaded, model.peft_config
     swap_back(model)
     return model
@@ -787,21 +793,50 @@ def _is_adapters(key: str) -> bool:
     return f".{VECTORS}." in f".{key}" or f".{SAVED_COPIES}." in f".{key}"
 
 
-def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise ValueError(
-            "adapter_names: a batch that mixes adapters is not supported yet. Call set_adapter(name) and run the "
-            "examples of each adapter in a batch of their own."
-        )
-
-
-def _refuse_adapter_names_in_forward(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _take_adapter_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Take `adapter_names` off a forward's arguments and let their rows act until it ends."""
+    names = kwargs.get("adapter_names")
+    if torch.compiler.is_compiling():
+        if names is not None:
+            raise ValueError(
+                "A batch that mixes adapters runs without torch.compile: call the model that isn't compiled."
+            )
+        return None
+    begin_forward(model, None if names is None else lambda: _rows_of(model, names, args, kwargs))
     if "adapter_names" not in kwargs:
         return None
-    _refuse_adapter_names(kwargs)
-    return args, kwargs
+    return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
+
+
+def _forget_adapter_names(model: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        end_forward(model)
+
+
+# Where a model's batch shows how many examples it has.
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _rows_of(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    """The rows of a call.
+
+    Raises:
+        ValueError: another number of names than examples, gradient checkpointing, or what `gather_rows` raises.
+    """
+    tensors = [value for value in (*args, *map(kwargs.get, _INPUTS)) if isinstance(value, torch.Tensor)]
+    if isinstance(names, str) or not tensors or len(tensors[0]) != len(names):
+        count = len(tensors[0]) if tensors else "no"
+        raise ValueError(f"adapter_names is {names!r} for {count} examples: pass a list with one name an example.")
+    if torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()
+    ):
+        raise ValueError(
+            "A batch that mixes adapters can't be trained with gradient checkpointing, whose second forward knows "
+            "nothing of adapter_names: gradient_checkpointing_disable() first."
+        )
+    return adapters.gather_rows(model, names)
 
 
 def _add_weighted(

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+
+from ia3.rows import Rows, running, split_by_name
 
 if TYPE_CHECKING:
     from torch.nn import Module as _Base  # what every swapped class also is
@@ -75,9 +78,34 @@ class SavedModule(Swapped):
     _ia3_active_copy: str | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._ia3_active_copy is None:
+        rows = None if torch.compiler.is_compiling() else running(self)
+        if rows is not None:
+            return self._forward_by_rows(rows, *args, **kwargs)
+        return self._forward_of(self._ia3_active_copy, *args, **kwargs)
+
+    def _forward_of(self, copy: str | None, *args: Any, **kwargs: Any) -> Any:
+        if copy is None:
             return super().forward(*args, **kwargs)
-        return self.modules_to_save[self._ia3_active_copy](*args, **kwargs)
+        chosen: Any = self.modules_to_save[copy]
+        return chosen(*args, **kwargs)
+
+    def _forward_by_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Each example through its own adapter's copy, or through this module where its adapter has none."""
+        if not args or not isinstance(args[0], torch.Tensor) or len(args) > 1 or kwargs:
+            raise ValueError(
+                f"{type(self).__name__} takes more than one tensor, so a batch can't be split between the adapters' "
+                "copies of it: run the adapters one after the other."
+            )
+        count = rows.rows_an_example(args[0])
+        output: Any = None
+        for name, places in split_by_name(rows.names, count, args[0].device).items():
+            copy = name if name in self.modules_to_save else None
+            found = self._forward_of(copy, args[0][places])
+            if output is None:
+                output = found.new_zeros((args[0].shape[0], *found.shape[1:]))
+            output = output.index_copy(0, places, found)
+        whole: torch.Tensor = output
+        return whole
 
     @staticmethod
     def wrap(module: nn.Module) -> SavedModule:

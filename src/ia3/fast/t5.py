@@ -51,7 +51,7 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
 
 
 _CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
-_OWN_HOOKS = ("scale_input", "scale_output", "_refuse_adapter_names_in_forward")
+_OWN_HOOKS = ("scale_input", "scale_output", "_take_adapter_names", "_forget_adapter_names")
 
 
 def _bypassed(path: str, module: nn.Module, rate: float) -> str | None:

@@ -1,0 +1,132 @@
+"""Which adapter each example of a running call uses: one row of vectors an example.
+
+The rows of a call belong to its thread and to its model: two threads, or two models in one thread, see only their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ia3.sites import Side
+
+# The name for no adapter.
+BASE = "__base__"
+
+_calls = threading.local()
+
+
+class _Frames(threading.local):
+    """The forwards under way in a thread, each with the rows that were running when it began to run others."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, bool, Rows | None]] = []
+
+
+_frames = _Frames()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The vectors of a batch whose examples use different adapters.
+
+    Args:
+        names: the adapter of each example.
+        slices: by a site's module, the side and one vector an example, `[batch, width]`; every site of the model is
+            there, those that no example has a vector for without any.
+    """
+
+    names: tuple[str, ...]
+    slices: Mapping[nn.Module, Mapping[Side, Tensor]]
+
+    def scale(self, site: nn.Module, side: Side, activation: Tensor, *, channels_first: bool) -> Tensor | None:
+        """The product of an activation with its examples' vectors; None where no example has one here.
+
+        Args:
+            site: the site's module.
+            side: which side of it.
+            activation: `[batch · k, …, width]`, with k rows an example in their order, as beams and samples stand; or
+                `[batch · k, width, …]` with the channels first.
+            channels_first: a convolution's.
+
+        Raises:
+            ValueError: a number of rows that is no multiple of the examples'.
+        """
+        vectors = self.slices[site].get(side)
+        if vectors is None:
+            return None
+        vectors = vectors.repeat_interleave(self.rows_an_example(activation), dim=0).to(activation)
+        ones = (1,) * (activation.dim() - 2)
+        shape = (len(vectors), -1, *ones) if channels_first else (len(vectors), *ones, vectors.shape[-1])
+        return activation * vectors.view(shape)
+
+    def rows_an_example(self, activation: Tensor) -> int:
+        """How many rows of an activation belong to each example.
+
+        Raises:
+            ValueError: a number of rows that is no multiple of the examples'.
+        """
+        count, rest = divmod(activation.shape[0], len(self.names))
+        if rest:
+            raise ValueError(
+                f"An activation of {activation.shape[0]} rows can't be told apart by {len(self.names)} adapter_names: "
+                "this model puts its examples together in a way that mixed batches don't support."
+            )
+        return count
+
+
+def running(site: nn.Module) -> Rows | None:
+    """The rows of the call that is under way in this thread, if it is one of this site's model."""
+    rows: Rows | None = getattr(_calls, "rows", None)
+    return rows if rows is not None and site in rows.slices else None
+
+
+def swap_rows(rows: Rows | None) -> Rows | None:
+    """Make these the running rows; what was before."""
+    former: Rows | None = getattr(_calls, "rows", None)
+    _calls.rows = rows
+    return former
+
+
+@contextmanager
+def acting(rows: Rows) -> Iterator[None]:
+    """Let the rows act in this thread."""
+    former = swap_rows(rows)
+    try:
+        yield
+    finally:
+        swap_rows(former)
+
+
+def begin_forward(model: nn.Module, rows: Callable[[], Rows] | None) -> None:
+    """Note that a model's forward begins, and let rows act until `end_forward`; without any the running ones go on.
+
+    Args:
+        model: the model.
+        rows: makes the rows; what it raises leaves nothing behind after `end_forward`.
+    """
+    _frames.stack.append((model, False, None))
+    if rows is not None:
+        made = rows()
+        _frames.stack[-1] = (model, True, swap_rows(made))
+
+
+def end_forward(model: nn.Module) -> None:
+    """Put back what `begin_forward` changed; harmless where that never came to run."""
+    if _frames.stack and _frames.stack[-1][0] is model:
+        _, changed, former = _frames.stack.pop()
+        if changed:
+            swap_rows(former)
+
+
+def split_by_name(names: Sequence[str], count: int, device: torch.device) -> dict[str, Tensor]:
+    """The indices of each name's rows among `count` rows an example."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(name for name in names for _ in range(count)):
+        places.setdefault(name, []).append(place)
+    return {name: torch.tensor(indices, device=device) for name, indices in places.items()}

@@ -1,0 +1,259 @@
+"""A batch that mixes adapters gives each example what it would get alone under its adapter."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ia3 import IA3Config, get_peft_model
+
+TASKS = {
+    "t5": "SEQ_2_SEQ_LM",
+    "mt5": "SEQ_2_SEQ_LM",
+    "bart": "SEQ_2_SEQ_LM",
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bloom": "CAUSAL_LM",
+    "falcon-multi-query": "CAUSAL_LM",
+    "opt": "CAUSAL_LM",
+    "gemma2": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+}
+NAMES = ["a", "b", "narrow", "__base__"]
+
+
+def adapted(tiny, randomise, family, dtype=torch.float32):
+    """A model with two adapters of the default sites and one of fewer."""
+    config = {"task_type": TASKS[family], "modules_to_save": None}
+    model = get_peft_model(tiny(family, dtype=dtype), IA3Config(**config), adapter_name="a")
+    model.add_adapter("b", IA3Config(**config))
+    first = next(iter(model._state.adapters["a"].layout.sites))
+    narrow = IA3Config(task_type=TASKS[family], target_modules=first.path.replace(".", r"\."), feedforward_modules=[])
+    model.add_adapter("narrow", narrow)
+    randomise(model)
+    return model.eval()
+
+
+def batch_of(model, names, length=6):
+    chance = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, 30, (len(names), length), generator=chance)
+    mask = torch.ones_like(ids)
+    for row in range(len(names)):
+        mask[row, : row % 3] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.randint(2, 30, (len(names), 3), generator=chance)
+    return batch
+
+
+def alone(model, name, batch, row):
+    """One example under one adapter."""
+    one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(**one).logits
+    model.set_adapter(name)
+    return model(**one).logits
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_each_example_is_as_alone(tiny, randomise, family):
+    model = adapted(tiny, randomise, family)
+    names = ["b", "a", "__base__", "b", "narrow", "a", "__base__"]
+    batch = batch_of(model, names)
+    mixed = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row : row + 1], alone(model, name, batch, row), rtol=1e-4, atol=1e-5)
+    apart = [mixed[row] for row in range(3)]
+    assert not torch.allclose(apart[0], model(**batch).logits[0])
+    model.set_adapter("a")
+    torch.testing.assert_close(model(**batch).logits[1:2], alone(model, "a", batch, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_any_order_of_any_names(tiny, randomise):
+    model = adapted(tiny, randomise, "t5")
+    batch = batch_of(model, NAMES)
+    expected = {name: [alone(model, name, batch, row).detach() for row in range(len(NAMES))] for name in NAMES}
+
+    @settings(deadline=None, max_examples=25)
+    @given(names=st.lists(st.sampled_from(NAMES), min_size=len(NAMES), max_size=len(NAMES)))
+    def check(names):
+        with torch.no_grad():
+            mixed = model(**batch, adapter_names=names).logits
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row : row + 1], expected[name][row], rtol=1e-4, atol=1e-5)
+
+    check()
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_gradients_are_those_of_the_examples_alone(tiny, randomise, family):
+    model = adapted(tiny, randomise, family, torch.float64)
+    model.set_requires_grad(["a", "b", "narrow"], True)
+    names = ["b", "a", "b", "__base__", "narrow"]
+    batch = batch_of(model, names)
+    weights = torch.randn(model(**batch).logits.shape, generator=torch.Generator().manual_seed(0)).double()
+    vectors = {name: p for name, p in model.named_parameters() if ".ia3_l." in name}
+    assert all(p.requires_grad for p in vectors.values())
+    (model(**batch, adapter_names=names).logits * weights).sum().backward()
+    mixed = {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in vectors.items()}
+    model.zero_grad()
+    for row, name in enumerate(names):
+        loss = (alone(model, name, batch, row) * weights[row : row + 1]).sum()
+        if loss.requires_grad:
+            loss.backward()
+        model.set_requires_grad(["a", "b", "narrow"], True)
+    for name, p in vectors.items():
+        torch.testing.assert_close(
+            mixed[name], p.grad if p.grad is not None else torch.zeros_like(p), rtol=1e-8, atol=1e-10
+        )
+
+
+HOW = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several beams back": {"num_beams": 4, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["t5", "bart", "llama", "gpt2"])
+def test_generated_tokens_are_those_of_the_examples_alone(tiny, randomise, family, how):
+    if how == "static cache" and family == "bart":
+        pytest.skip("this tiny BART has fewer positions than a static cache wants")
+    model = adapted(tiny, randomise, family)
+    names = ["b", "__base__", "a", "narrow", "b"]
+    batch = batch_of(model, names)
+    batch.pop("decoder_input_ids", None)
+    more = {"max_new_tokens": 5, "min_new_tokens": 5, **HOW[how]}
+    mixed = model.generate(**batch, **more, adapter_names=names)
+    count = HOW[how].get("num_return_sequences", 1)
+    assert len(mixed) == count * len(names)
+    for row, name in enumerate(names):
+        one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(**one, **more)
+        else:
+            model.set_adapter(name)
+            expected = model.generate(**one, **more)
+        assert torch.equal(mixed[count * row : count * (row + 1), : expected.shape[1]], expected), name
+
+
+def test_heads_are_the_examples_own(tiny, randomise):
+    model = get_peft_model(tiny("bert"), IA3Config(task_type="SEQ_CLS"), adapter_name="a")
+    model.add_adapter("b", IA3Config(task_type="SEQ_CLS"))
+    randomise(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    names = ["b", "a", "__base__", "b"]
+    batch = batch_of(model, names)
+    mixed = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row : row + 1], alone(model, name, batch, row), rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions(tiny):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+            self.lin = torch.nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.lin(self.conv(x).mean((2, 3)))
+
+    config = IA3Config(target_modules=["conv", "lin"], feedforward_modules=["lin"])
+    model = get_peft_model(Net(), config, adapter_name="a")
+    model.add_adapter("b", config)
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if ".ia3_l." in n):
+            parameter.uniform_(0.5, 2)
+    x, names = torch.randn(3, 3, 6, 6), ["b", "__base__", "a"]
+    mixed = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model(x[row : row + 1])
+        else:
+            model.set_adapter(name)
+            expected = model(x[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a", "c", "b"], r"Unknown adapter_names \['c'\]: this model has \['a', 'b', 'narrow'\]"),
+        (["a", "b"], "for 3 examples: pass a list with one name an example"),
+        ("a", "for 3 examples"),
+    ],
+)
+def test_wrong_names(tiny, randomise, names, said):
+    model = adapted(tiny, randomise, "t5")
+    batch = batch_of(model, ["a"] * 3)
+    expected = model(**batch).logits
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=said):
+            call(**batch, adapter_names=names)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_what_a_mixed_batch_cannot_be(tiny, randomise):
+    model = adapted(tiny, randomise, "t5")
+    batch = batch_of(model, ["a"] * 2)
+    names = ["a", "b"]
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled or merged"):
+        model(**batch, adapter_names=names)
+    model.merge_adapter(["a"])
+    with pytest.raises(ValueError, match="disabled or merged"):
+        model(**batch, adapter_names=names)
+    model.unmerge_adapter()
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(**batch, adapter_names=names)
+
+
+def test_an_error_inside_leaves_nothing_behind(tiny, randomise):
+    model = adapted(tiny, randomise, "t5")
+    batch = batch_of(model, ["a"] * 2)
+    expected = model(**batch).logits
+    with pytest.raises((IndexError, RuntimeError)):
+        model(**{**batch, "input_ids": batch["input_ids"] + 10_000}, adapter_names=["a", "b"])
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_threads_and_models_see_their_own_rows(tiny, randomise):
+    model, other = (adapted(tiny, randomise, "t5") for _ in range(2))
+    batch = batch_of(model, NAMES)
+    orders = [NAMES, NAMES[::-1], ["a"] * 4, ["__base__"] * 4]
+    with torch.no_grad():
+        expected = [model(**batch, adapter_names=names).logits for names in orders]
+        plain = other(**batch).logits
+    wrong = []
+
+    def work(index):
+        with torch.no_grad():
+            for _ in range(10):
+                if not torch.equal(model(**batch, adapter_names=orders[index]).logits, expected[index]):
+                    wrong.append(index)
+                if not torch.equal(other(**batch).logits, plain):
+                    wrong.append("other")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(orders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
