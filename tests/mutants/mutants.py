@@ -147,8 +147,8 @@ MUTANTS = [
     ),
     Mutant(
         "arithmetic.py",
-        "weight * (adapter[site] - 1)",
-        "weight * adapter[site]",
+        "adapter[site] - 1 if site in adapter",
+        "adapter[site] if site in adapter",
         "combining works on l instead of l - 1",
     ),
     Mutant(
@@ -228,5 +228,17 @@ MUTANTS = [
         "        weight.data = weight.data.clone()\n",
         "        pass\n",
         "unloading leaves the weights in one storage",
+    ),
+    Mutant(
+        "rows.py",
+        "vectors.repeat_interleave(self.rows_an_example(activation), dim=0)",
+        "vectors.repeat(self.rows_an_example(activation), 1)",
+        "beams and samples get other examples' adapters",
+    ),
+    Mutant(
+        "rows.py",
+        "        if changed:\n            swap_rows(former)\n",
+        "        pass\n",
+        "a mixed batch's rows go on acting after it",
     ),
 ]

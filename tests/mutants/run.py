@@ -44,6 +44,7 @@ TESTS_OF = {
     ],
     "fast/": ["fast/test_t5.py", "fast/test_step.py"],
     "storage.py": ["fast/test_step.py"],
+    "rows.py": ["test_mixed.py"],
 }
 _CHECK = "import ia3, sys; sys.exit(0 if ia3.__file__.startswith(sys.argv[1]) else 3)"
 
