@@ -283,6 +283,22 @@ def test_the_steps_are_measured() -> None:
     assert f"{min(setups):.0f} to {max(setups):.0f} s to compile" in text
 
 
+def test_the_few_shot_table_is_measured() -> None:
+    from ia3.training.comparison import spread
+
+    runs = json.loads((RESULTS / "few_shot.json").read_text())["runs"]
+    expected = []
+    for count in (16, 32, 64):
+        found = [
+            spread([run["accuracy"] for run in runs if (run["examples"], run["objective"]) == (count, objective)])
+            for objective in ("lm", "t-few")
+        ]
+        cells = [f"{100 * s.median:.1f} ({100 * s.lower:.1f} to {100 * s.upper:.1f})" for s in found]
+        expected.append([str(count), *cells])
+    assert len(runs) == 30
+    assert table_after("training.md", "T-Few") == expected
+
+
 def test_the_accuracies_of_other_tasks_are_measured() -> None:
     text = " ".join((DOCS / "training.md").read_text().split())
     classified = (RESULTS / "classify_minilm.txt").read_text()
