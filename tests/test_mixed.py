@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia3 import IA3Config, get_peft_model
+from ia3 import IA3Config, get_peft_model, rows
 
 TASKS = {
     "t5": "SEQ_2_SEQ_LM",
@@ -232,6 +232,7 @@ def test_an_error_inside_leaves_nothing_behind(tiny, randomise):
     with pytest.raises((IndexError, RuntimeError)):
         model(**{**batch, "input_ids": batch["input_ids"] + 10_000}, adapter_names=["a", "b"])
     assert torch.equal(model(**batch).logits, expected)
+    assert rows.under_way == 0
 
 
 def test_threads_and_models_see_their_own_rows(tiny, randomise):
@@ -257,3 +258,4 @@ def test_threads_and_models_see_their_own_rows(tiny, randomise):
     for thread in threads:
         thread.join()
     assert not wrong
+    assert rows.under_way == 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ia3 import rows as mixed
 from ia3.rows import running
 from ia3.sites import VECTORS, Side, Site
 
@@ -111,7 +112,7 @@ class SiteVectors(nn.Module):
 def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
     site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
-    rows = None if torch.compiler.is_compiling() else running(site)
+    rows = running(site) if mixed.under_way and not torch.compiler.is_compiling() else None
     if rows is not None:
         scaled = rows.scale(site, "input", args[0], channels_first=len(site.view) > 1)
         return None if scaled is None else (scaled, *args[1:])
@@ -128,7 +129,7 @@ def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook: multiply the module's output `[…, width]`."""
     site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
-    rows = None if torch.compiler.is_compiling() else running(site)
+    rows = running(site) if mixed.under_way and not torch.compiler.is_compiling() else None
     if rows is not None:
         return rows.scale(site, "output", output, channels_first=len(site.view) > 1)
     vectors = site.acting("output")

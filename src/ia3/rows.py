@@ -19,6 +19,9 @@ from ia3.sites import Side
 BASE = "__base__"
 
 _calls = threading.local()
+_lock = threading.Lock()
+# How many mixed batches are under way in all threads: while there is none, a site need not look for its rows.
+under_way = 0
 
 
 class _Frames(threading.local):
@@ -88,8 +91,11 @@ def running(site: nn.Module) -> Rows | None:
 
 def swap_rows(rows: Rows | None) -> Rows | None:
     """Make these the running rows; what was before."""
+    global under_way
     former: Rows | None = getattr(_calls, "rows", None)
     _calls.rows = rows
+    with _lock:
+        under_way += (rows is not None) - (former is not None)
     return former
 
 
