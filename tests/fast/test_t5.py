@@ -46,7 +46,7 @@ def by_hand(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, t
     adapter = attached(model).adapters["default"]
     vectors = [vector for _, vector in site_vectors(model, adapter)]
     flat = adapter.layout.flatten([vector.detach() for vector in vectors]).requires_grad_()
-    loss = T5Loss(model, adapter.layout.sites, compiled=False)(**batch, slices=adapter.layout.split(flat))
+    (loss,) = T5Loss(model, adapter.layout)(**batch, table=flat[None])
     (gradient,) = torch.autograd.grad(loss, flat)
     return loss.detach(), gradient
 
@@ -71,6 +71,26 @@ def test_loss_and_gradients_are_the_models(tiny, randomise, form, target, config
     found = by_hand(model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(by_the_model(model, batch), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_have_the_losses_and_gradients_of_each_alone(tiny, randomise, form) -> None:
+    model = adapted(tiny, randomise, form)
+    layout = attached(model).adapters["default"].layout
+    loss_of = T5Loss(model, layout)
+    batch = batch_of(rows=6)
+    batch["labels"][2:4] = -100
+    table = (1 + torch.randn(3, layout.size, dtype=torch.float64) / 3).requires_grad_()
+    losses = loss_of(**batch, table=table)
+    (gradient,) = torch.autograd.grad(losses.sum(), table)
+    for group in range(3):
+        part = {name: tensor[2 * group : 2 * group + 2] for name, tensor in batch.items()}
+        alone = loss_of(**part, table=table[group : group + 1])
+        torch.testing.assert_close(losses[group], alone[0])
+        torch.testing.assert_close(gradient[group], torch.autograd.grad(alone.sum(), table)[0][group])
+    assert losses[1] == 0
+    with pytest.raises(ValueError, match="6 examples can't be divided into 4 equal groups"):
+        loss_of(**batch, table=torch.ones(4, layout.size, dtype=torch.float64))
 
 
 def test_dropout_acts_in_training_alone(tiny, randomise) -> None:

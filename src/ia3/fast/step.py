@@ -6,8 +6,7 @@ is. Where a model or an optimizer is not one that this is right for, the step is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.adapter import Adapter, attached, site_vectors
+from ia3.fast.capture import Captured
+from ia3.fast.operations import IGNORED
 from ia3.fast.t5 import T5Loss, why_not
 from ia3.sites import Layout
 
 # Lengths are rounded up to a multiple of these, so that few graphs serve all batches of a shuffled epoch.
 _SOURCE, _TARGET = 16, 4
 _INPUTS = {"input_ids", "attention_mask", "labels"}
-_IGNORED = -100
 
 
 def compile_step(
@@ -33,7 +33,6 @@ def compile_step(
     *,
     max_gradient_norm: float | None = None,
     weight_decay: float = 0.0,
-    compile_blocks: bool = True,
 ) -> Step:
     """Make a function that does a whole training step of a model with one active adapter.
 
@@ -43,8 +42,6 @@ def compile_step(
         scheduler: stepped after each step.
         max_gradient_norm: scale a gradient of a larger norm down to this.
         weight_decay: how much of its way back to one a vector goes a step, times the rate.
-        compile_blocks: on a GPU, fuse the blocks' operations by `torch.compile` before they are captured. That makes
-            a step shorter and each new shape some ten seconds slower to set up, so it is for long trainings.
 
     Returns:
         The step: `loss = step(batch)` with a tensor that need not be looked at; `step.path` says which way it goes
@@ -58,7 +55,7 @@ def compile_step(
     reason = _why_not(model, optimizer)
     if reason is not None or not isinstance(optimizer, AdamW):
         return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
-    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, compile_blocks)
+    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay)
 
 
 class Step:
@@ -128,57 +125,34 @@ class _Eager(Step):
         return loss.detach()
 
 
-@dataclass
-class _Bucket:
-    """Batches of one shape: where they are copied to, and what is replayed."""
-
-    inputs: dict[str, Tensor]
-    loss: Tensor
-    replay: Callable[[], None]
-    training: bool = field(default=True)
-
-
 class _Fast(Step):
     """The step over weights laid out anew, captured on a GPU."""
 
-    def __init__(
-        self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, compile_blocks: bool
-    ) -> None:
+    def __init__(self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
         self.adapter: Adapter = attached(model).adapters[attached(model).active[0]]
         self.layout: Layout = self.adapter.layout
         self.vectors: list[Parameter] = [vector for _, vector in site_vectors(model, self.adapter)]
-        self.device, self.dtype = model.device, model.shared.weight.dtype
-        self.captured = self.device.type == "cuda"
-        self.path = "captured" if self.captured else "laid out"
-        self.loss_of = T5Loss(model, self.layout.sites, compiled=self.captured and compile_blocks)
-        self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=self.device)
+        self.loss_of = T5Loss(model, self.layout)
+        self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=model.device)
         slices = self.layout.split(self.gradient)
         self.views = [view.view_as(vector) for view, vector in zip(slices, self.vectors, strict=True)]
-        self.buckets: dict[tuple[Any, ...], _Bucket] = {}
+        self.computation = Captured(self._step, model.device, rehearsal=self._backward)
+        self.path = "captured" if self.computation.records else "laid out"
         self.rows = 0
-        if self.captured:
-            self.pool = torch.cuda.graph_pool_handle()
-            _make_capturable(optimizer, self.device)
+        if self.computation.records:
+            _make_capturable(optimizer, model.device)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        unknown = sorted(set(batch) - _INPUTS)
-        if unknown or set(batch) != _INPUTS:
+        if set(batch) != _INPUTS:
             raise ValueError(f"The batch holds {sorted(batch)}; this step takes {sorted(_INPUTS)} and no more.")
         self._expect_as_it_was()
-        padded = self._pad(batch) if self.captured else dict(batch)
-        key = (padded["input_ids"].shape, padded["labels"].shape, self.model.training)
-        bucket = self.buckets.get(key)
-        if bucket is None:
-            bucket = self.buckets[key] = self._prepare(padded)
-        else:
-            for name, tensor in padded.items():
-                bucket.inputs[name].copy_(tensor, non_blocking=True)
         self._point_gradients()
-        bucket.replay()
+        padded = self._pad(batch) if self.computation.records else batch
+        loss: Tensor = self.computation(self.model.training, **padded)
         if self.scheduler is not None:
             self.scheduler.step()
-        return bucket.loss.clone()
+        return loss.clone()
 
     def _expect_as_it_was(self) -> None:
         state = attached(self.model)
@@ -201,51 +175,22 @@ class _Fast(Step):
         self.rows = max(self.rows, len(batch["labels"]))
         return pad(batch, self.rows, self.model.config.pad_token_id or 0)
 
-    def _prepare(self, padded: dict[str, Tensor]) -> _Bucket:
-        """A bucket for batches of this shape, which holds this batch."""
-        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in padded.items()}
-        loss = torch.zeros((), device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
-
-        def step() -> None:
-            self._backward(inputs, loss)
-            self._update()
-
-        if not self.captured:
-            return _Bucket(inputs, loss, step)
-        self._point_gradients()
-        graph = self._capture(step, lambda: self._backward(inputs, loss))
-        return _Bucket(inputs, loss, graph.replay)
-
-    def _backward(self, inputs: dict[str, Tensor], loss: Tensor) -> None:
-        """The loss and the flat gradient of a batch; the vectors are cast once."""
-        flat = self.layout.flatten([vector.detach() for vector in self.vectors]).to(self.dtype).requires_grad_()
-        found = self.loss_of(**inputs, slices=self.layout.split(flat))
-        (gradient,) = torch.autograd.grad(found, flat)
-        self.gradient.copy_(gradient)
-        loss.copy_(found.detach())
-
-    def _update(self) -> None:
+    def _step(self, **batch: Tensor) -> Tensor:
+        loss = self._backward(**batch)
         if self.norm is not None:
             self.gradient.mul_((self.norm / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
         if self.decay:
             _decay(self.vectors, self.optimizer, self.decay)
         self.optimizer.step()
+        return loss
 
-    def _capture(self, step: Callable[[], None], rehearsal: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Record a step after rehearsing its computation, which compiles it; the random state stays as it was."""
-        random = torch.cuda.get_rng_state(self.device)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=64):
-            for _ in range(3):
-                rehearsal()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            step()
-        torch.cuda.set_rng_state(random, self.device)
-        return graph
+    def _backward(self, **batch: Tensor) -> Tensor:
+        """The loss of a batch; its gradient is left in the flat one."""
+        flat = self.layout.flatten([vector.detach() for vector in self.vectors]).requires_grad_()
+        losses = self.loss_of(**batch, table=flat[None])
+        (gradient,) = torch.autograd.grad(losses.sum(), flat)
+        self.gradient.copy_(gradient)
+        return losses[0].detach()
 
 
 def _decay(vectors: list[Parameter], optimizer: Optimizer, decay: float) -> None:
@@ -257,7 +202,7 @@ def _decay(vectors: list[Parameter], optimizer: Optimizer, decay: float) -> None
 
 def pad(batch: Mapping[str, Tensor], rows: int, pad_token_id: int) -> dict[str, Tensor]:
     """Round lengths up, the source's to a multiple of 16, and fill up with rows that are no examples."""
-    fillers = {"input_ids": (pad_token_id, _SOURCE), "attention_mask": (0, _SOURCE), "labels": (_IGNORED, _TARGET)}
+    fillers = {"input_ids": (pad_token_id, _SOURCE), "attention_mask": (0, _SOURCE), "labels": (IGNORED, _TARGET)}
     padded = {}
     for name, (filler, multiple) in fillers.items():
         tensor = batch[name]

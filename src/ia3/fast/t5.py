@@ -12,22 +12,30 @@ Both are exact, and cheaper wherever the queries are the shorter side, as in a d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ia3.sites import Site
+from ia3.fast.operations import (
+    IGNORED,
+    Chance,
+    Vector,
+    add_norm,
+    cross_attention,
+    dropout,
+    gated,
+    has_kernels,
+    padding,
+    self_attention,
+    spread,
+    token_losses,
+)
+from ia3.sites import Layout, Site
 from ia3.storage import lay_out
-
-Vector = Tensor | None
-
-# Below this many queries a fused attention kernel costs more than the plain products.
-_FEW_QUERIES = 16
 
 
 def why_not(model: Any, sites: Sequence[Site]) -> str | None:
@@ -92,100 +100,6 @@ def _expected_sites(model: Any) -> dict[tuple[str, str], str]:
     return expected
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """T5's layer norm: no mean, no shift; the variance in fp32."""
-    variance = x.float().pow(2).mean(-1, keepdim=True)
-    return weight * (x * torch.rsqrt(variance + eps)).to(weight.dtype)
-
-
-def self_attention(
-    x: Tensor,
-    bias: Tensor,
-    norm: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    l_k: Vector,
-    l_v: Vector,
-    heads: int,
-    p: float,
-    eps: float,
-) -> Tensor:
-    """One layer with its residual: `[batch, length, width]`, bias `[batch or 1, heads, length, length]`."""
-    q, k, v = functional.linear(rms_norm(x, norm, eps), qkv).chunk(3, -1)
-    attended = _scaled(_attend(_scaled(q, l_k), k, v, bias, heads, p), l_v)
-    return x + _dropout(functional.linear(attended, out), p)
-
-
-def cross_attention(
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    norm: Tensor,
-    query: Tensor,
-    out: Tensor,
-    l_k: Vector,
-    l_v: Vector,
-    heads: int,
-    p: float,
-    eps: float,
-) -> Tensor:
-    """One layer with its residual over the encoder's keys and values `[batch, source, inner]`."""
-    q = _scaled(functional.linear(rms_norm(x, norm, eps), query), l_k)
-    attended = _scaled(_attend(q, k, v, bias, heads, p), l_v)
-    return x + _dropout(functional.linear(attended, out), p)
-
-
-def feed_forward(
-    x: Tensor,
-    norm: Tensor,
-    inner: Tensor,
-    out: Tensor,
-    l_ff: Vector,
-    act: Callable[[Tensor], Tensor],
-    gated: bool,
-    p: float,
-    eps: float,
-) -> Tensor:
-    """One layer with its residual."""
-    h = functional.linear(rms_norm(x, norm, eps), inner)
-    if gated:
-        gate, linear = h.chunk(2, -1)
-        h = act(gate) * linear
-    else:
-        h = act(h)
-    return x + _dropout(functional.linear(_dropout(_scaled(h, l_ff), p), out), p)
-
-
-def head_loss(
-    x: Tensor, norm: Tensor, weight: Tensor, labels: Tensor, scale: float, p: float, eps: float, count: Tensor
-) -> Tensor:
-    """The mean cross-entropy of the labels that are not -100, `count` of them."""
-    x = _dropout(rms_norm(x, norm, eps), p) * scale
-    logits = functional.linear(x, weight)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1])
-    return functional.cross_entropy(wide, labels.reshape(-1), reduction="sum") / count
-
-
-def _scaled(x: Tensor, vector: Vector) -> Tensor:
-    return x if vector is None else x * vector
-
-
-def _dropout(x: Tensor, p: float) -> Tensor:
-    return functional.dropout(x, p) if p else x
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, p: float) -> Tensor:
-    """Unscaled attention with an additive bias: `[batch, queries, inner]`."""
-    q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
-    if q.shape[2] < _FEW_QUERIES:
-        scores = (q @ k.transpose(-1, -2) + bias).to(torch.promote_types(q.dtype, torch.float32))
-        attended = _dropout(scores.softmax(-1).to(q.dtype), p) @ v
-    else:
-        attended = functional.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=1.0)
-    return attended.transpose(1, 2).flatten(2)
-
-
 @dataclass(frozen=True)
 class _Attention:
     """One attention's frozen weights, and the places of its vectors in the adapter's split."""
@@ -213,76 +127,75 @@ class _Block:
 
 
 class T5Loss:
-    """The loss of a batch as a function of the batch and the adapter's slices.
+    """The losses of a batch as a function of the batch and a table of vectors.
 
     Args:
         model: T5 or mT5 for which `why_not` has nothing to say.
-        sites: the active adapter's, in its layout's order.
-        compiled: compile the blocks one by one.
+        layout: the active adapter's.
     """
 
-    def __init__(self, model: Any, sites: Sequence[Site], *, compiled: bool) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: Any, layout: Layout) -> None:
+        self.model, self.config, self.layout = model, model.config, layout
         self.gated = model.config.is_gated_act
-        self.act = model.encoder.block[0].layer[-1].DenseReluDense.act
+        self.act: Any = model.encoder.block[0].layer[-1].DenseReluDense.act
         self.joined: list[tuple[nn.Module, Tensor]] = []
-        self.place = {(site.path, site.side): index for index, site in enumerate(sites)}
+        self.positions: dict[tuple[nn.Module, int, int], Tensor] = {}
+        self.place = {(site.path, site.side): index for index, site in enumerate(layout.sites)}
         self.encoder = [self._block(f"encoder.block.{i}", block) for i, block in enumerate(model.encoder.block)]
         self.decoder = [self._block(f"decoder.block.{i}", block) for i, block in enumerate(model.decoder.block)]
         cross = [f"decoder.block.{i}.layer.1.EncDecAttention" for i in range(len(self.decoder))]
         self.cross_kv = self._join([f"{path}.{part}" for path in cross for part in ("k", "v")])
-        compile_part: Any = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda part: part
-        self.self_attention, self.cross_attention = compile_part(self_attention), compile_part(cross_attention)
-        self.feed_forward, self.head_loss = compile_part(feed_forward), compile_part(head_loss)
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, slices: Sequence[Tensor]) -> Tensor:
-        """The mean loss of the label tokens.
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, table: Tensor) -> Tensor:
+        """The mean loss of each group's label tokens, `[groups]`, 0 for a group without any.
 
         Args:
-            input_ids: `[batch, source]`.
+            input_ids: `[batch, source]`, the examples of one group after those of another, equally many.
             attention_mask: `[batch, source]`; a row of zeros is no example.
             labels: `[batch, target]`, -100 where nothing is learned.
-            slices: one flat vector a site, of the model's dtype.
+            table: a row of vectors a group, `[groups, D]`.
         """
-        config, model = self.config, self.model
-        p = config.dropout_rate if model.training else 0.0
-        eps, heads = config.layer_norm_epsilon, config.num_heads
-
-        def at(place: int | None) -> Vector:
-            return None if place is None else slices[place]
-
-        x = _dropout(model.shared(input_ids), p)
-        padding = torch.zeros(attention_mask.shape, dtype=x.dtype, device=x.device)
-        padding = padding.masked_fill(attention_mask == 0, torch.finfo(x.dtype).min)[:, None, None, :]
-        bias = (self._positions(model.encoder, input_ids.shape[1]).to(x.dtype) + padding).contiguous()
+        model, kernels = self.model, has_kernels(self.model.shared.weight, self.config.dense_act_fn)
+        run = _Run(self, table, len(labels), kernels)
+        x = dropout(model.shared(input_ids), run.p)
+        bias, mask = self._positions(model.encoder, input_ids.shape[1]), attention_mask
+        if not kernels:
+            bias = bias + padding(mask, x.dtype)
+        h: Tensor | None = None
         for block in self.encoder:
-            a, f = block.attention, block.feed_forward
-            x = self.self_attention(x, bias, a.norm, a.project, a.out, at(a.k), at(a.v), heads, p, eps)
-            x = self.feed_forward(x, f.norm, f.inner, f.out, at(f.ff), self.act, self.gated, p, eps)
-        x = _dropout(rms_norm(x, model.encoder.final_layer_norm.weight, eps), p)
+            x, h = run.attend(x, h, block.attention, bias, mask if kernels else None)
+            x, h = run.feed(x, h, block.feed_forward)
+        _, x = run.add_norm(x, h, model.encoder.final_layer_norm.weight)
 
-        kv = functional.linear(x, self.cross_kv).chunk(2 * len(self.decoder), -1)
-        y = _dropout(model.shared(model._shift_right(labels)), p)
-        length = labels.shape[1]
-        causal = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
-        bias = self._positions(model.decoder, length).to(x.dtype) + causal
+        kv = functional.linear(dropout(x, run.p), self.cross_kv)
+        shared: dict[str, Tensor] = {}
+        y = dropout(model.shared(model._shift_right(labels)), run.p)
+        bias = self._positions(model.decoder, labels.shape[1])
+        h = None
         for index, block in enumerate(self.decoder):
-            a, c, f = block.attention, block.cross, block.feed_forward
-            assert c is not None
-            k, v = kv[2 * index], kv[2 * index + 1]
-            y = self.self_attention(y, bias, a.norm, a.project, a.out, at(a.k), at(a.v), heads, p, eps)
-            y = self.cross_attention(y, k, v, padding, c.norm, c.project, c.out, at(c.k), at(c.v), heads, p, eps)
-            y = self.feed_forward(y, f.norm, f.inner, f.out, at(f.ff), self.act, self.gated, p, eps)
-        scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
-        count = (labels != -100).sum()
-        norm, weight = model.decoder.final_layer_norm.weight, model.lm_head.weight
-        loss: Tensor = self.head_loss(y, norm, weight, labels, scale, p, eps, count)
-        return loss
+            assert block.cross is not None
+            y, h = run.attend(y, h, block.attention, bias, None)
+            y, h = run.attend_across(y, h, block.cross, kv, index, shared, mask)
+            y, h = run.feed(y, h, block.feed_forward)
+        _, y = run.add_norm(y, h, model.decoder.final_layer_norm.weight)
+        scale = self.config.d_model**-0.5 if getattr(self.config, "scale_decoder_outputs", False) else 1.0
+        logits = functional.linear(dropout(y, run.p) * scale, model.lm_head.weight)
+        losses = token_losses(logits, labels, by_kernels=kernels).view(len(table), -1)
+        return losses.sum(1) / (labels != IGNORED).view(len(table), -1).sum(1).clamp(min=1)
 
     def _positions(self, stack: Any, length: int) -> Tensor:
-        """The relative positions' bias `[1, heads, length, length]`, which the first block holds for all."""
-        bias: Tensor = stack.block[0].layer[0].SelfAttention.compute_bias(length, length)
-        return bias
+        """The relative positions' bias `[1, heads, length, length]`, which the first block holds for all.
+
+        It is frozen, so it is computed once a length; a decoder's hides what comes later.
+        """
+        attention = stack.block[0].layer[0].SelfAttention
+        key = (attention, length, attention.relative_attention_bias.weight._version)
+        if key not in self.positions:
+            bias = attention.compute_bias(length, length).to(self.model.shared.weight.dtype)
+            if stack is self.model.decoder:
+                bias = bias + torch.full_like(bias, torch.finfo(bias.dtype).min).triu(1)
+            self.positions[key] = bias.contiguous()
+        return self.positions[key]
 
     def _block(self, path: str, block: Any) -> _Block:
         attention, last = block.layer[0].SelfAttention, len(block.layer) - 1
@@ -313,3 +226,47 @@ class T5Loss:
 
     def _k_and_v(self, path: str) -> tuple[int | None, int | None]:
         return self.place.get((f"{path}.k", "output")), self.place.get((f"{path}.v", "output"))
+
+
+class _Run:
+    """One forward: the vectors split by site, and the dropouts' seeds, drawn in order."""
+
+    def __init__(self, loss: T5Loss, table: Tensor, examples: int, kernels: bool) -> None:
+        config = loss.config
+        self.p = config.dropout_rate if loss.model.training else 0.0
+        self.eps, self.heads, self.gated, self.act = config.layer_norm_epsilon, config.num_heads, loss.gated, loss.act
+        self.act_name = config.dense_act_fn
+        self.slices = loss.layout.split(spread(table, examples, by_kernels=kernels))
+        count = 4 * len(loss.encoder) + 6 * len(loss.decoder) + 2
+        self.chance = Chance(table.device, count, by_kernels=kernels)
+
+    def at(self, place: int | None) -> Vector:
+        return None if place is None else self.slices[place]
+
+    def add_norm(self, x: Tensor, h: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_norm(x, h, weight, self.eps, self.p, self.chance.next())
+
+    def attend(
+        self, x: Tensor, h: Tensor | None, layer: _Attention, bias: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after the layer before, and what this layer makes of it."""
+        x, normed = self.add_norm(x, h, layer.norm)
+        qkv = functional.linear(normed, layer.project)
+        k, v = self.at(layer.k), self.at(layer.v)
+        attended = self_attention(qkv, bias, mask, k, v, self.heads, self.p, self.chance.next())
+        return x, functional.linear(attended, layer.out)
+
+    def attend_across(
+        self, x: Tensor, h: Tensor, layer: _Attention, kv: Tensor, index: int, shared: dict[str, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, normed = self.add_norm(x, h, layer.norm)
+        q = functional.linear(normed, layer.project)
+        k, v = self.at(layer.k), self.at(layer.v)
+        attended = cross_attention(q, kv, index, shared, mask, k, v, self.heads, self.p, self.chance.next())
+        return x, functional.linear(attended, layer.out)
+
+    def feed(self, x: Tensor, h: Tensor, layer: _FeedForward) -> tuple[Tensor, Tensor]:
+        x, normed = self.add_norm(x, h, layer.norm)
+        inner = functional.linear(normed, layer.inner)
+        found = gated(inner, self.at(layer.ff), self.act_name, self.act, self.gated, self.p, self.chance.next())
+        return x, functional.linear(found, layer.out)

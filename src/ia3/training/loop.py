@@ -61,8 +61,6 @@ from ia3.training.task import TaskKind, save_task
 
 # A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.
 _SAVE_SECONDS = 300.0
-# From so many steps on, compiling a T5's blocks for each of some eight lengths pays.
-_LONG = 10_000
 
 
 class Interrupted(KeyboardInterrupt):
@@ -155,7 +153,6 @@ class Training:
             self.schedule,
             max_gradient_norm=self.settings.max_gradient_norm,
             weight_decay=self.settings.weight_decay,
-            compile_blocks=self.total_steps >= _LONG,
         )
 
     def describe_path(self) -> str:

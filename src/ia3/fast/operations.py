@@ -1,0 +1,216 @@
+"""What a block with vectors is made of, each in plain PyTorch, and on a GPU by a kernel of `kernels.py`.
+
+A vector is `[stripes, groups, width]`, equal along the stripes: a batch's examples are divided into equal groups in
+their order, each with a vector of its own. How the gradient is shared among the stripes is not said; their sum is the
+vector's gradient.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Vector = Tensor | None
+
+# Below this many queries a fused attention kernel costs more than the plain products.
+_FEW_QUERIES = 16
+# A group's gradient is summed in at most so many parts.
+_MOST_STRIPES = 32
+IGNORED = -100
+
+
+def has_kernels(x: Tensor, act: str) -> bool:
+    """Whether a model's computation goes by kernels: on a GPU, in a dtype and with an activation that they know."""
+    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return False
+    return act in _kernels().ACTIVATIONS
+
+
+def _kernels() -> Any:
+    from ia3.fast import kernels
+
+    return kernels
+
+
+def spread(table: Tensor, examples: int, *, by_kernels: bool) -> Tensor:
+    """A table `[groups, D]` as `[stripes, groups, D]`; its backward is the sum over the stripes.
+
+    Args:
+        table: a row of vectors a group.
+        examples: in the batch.
+        by_kernels: see `has_kernels`; one stripe is enough without.
+
+    Raises:
+        ValueError: the examples can't be divided into the table's groups.
+    """
+    groups = len(table)
+    if examples % groups:
+        raise ValueError(f"{examples} examples can't be divided into {groups} equal groups.")
+    stripes = max(1, min(_MOST_STRIPES // groups, examples // groups)) if by_kernels else 1
+    return table.expand(stripes, *table.shape)
+
+
+class Chance:
+    """The seeds of a step's dropouts by kernels, drawn from the device's own generator.
+
+    Args:
+        device: the model's.
+        count: how many dropouts a step has.
+        by_kernels: without kernels PyTorch's dropout draws for itself.
+    """
+
+    def __init__(self, device: torch.device, count: int, *, by_kernels: bool) -> None:
+        self.by_kernels = by_kernels
+        drawn = torch.randint(0, 2**62, (count,), device=device) if by_kernels else torch.zeros(1, dtype=torch.int64)
+        self.seeds: Iterator[Tensor] = iter(drawn.unbind())
+
+    def next(self) -> Tensor | None:
+        """A seed for one dropout; None where PyTorch draws."""
+        return next(self.seeds) if self.by_kernels else None
+
+
+def add_norm(
+    x: Tensor, h: Tensor | None, weight: Tensor, eps: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x plus what a layer made of it, and its root-mean-square norm for the next layer.
+
+    Args:
+        x: `[batch, length, width]`.
+        h: the same shape, dropped by p before it is added; None where x is the first.
+        weight: the norm's `[width]`.
+        eps: added to the variance, which is taken in fp32 at least.
+        p: dropout's.
+        seed: from `Chance`.
+    """
+    if seed is not None:
+        return _kernels().add_norm(x, h, weight, eps, p, seed)  # type: ignore[no-any-return]
+    if h is not None:
+        x = x + dropout(h, p)
+    return x, rms_norm(x, weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """T5's layer norm: no mean, no shift; the variance in fp32."""
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    return weight * (x * torch.rsqrt(variance + eps)).to(weight.dtype)
+
+
+def gated(
+    h: Tensor, vector: Vector, act: str, activation: Callable[[Tensor], Tensor], is_gated: bool, p: float,
+    seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The feed-forward intermediate `[batch, length, d_ff]`: activated, gated, multiplied, dropped.
+
+    Args:
+        h: `[batch, length, 2 · d_ff]`, the gate before the linear half; `[batch, length, d_ff]` without a gate.
+        vector: l_ff.
+        act: the activation's name in transformers.
+        activation: itself.
+        is_gated: whether h has two halves.
+        p: dropout's.
+        seed: from `Chance`.
+    """
+    if seed is not None:
+        return _kernels().gated(h, vector, act, is_gated, p, seed)  # type: ignore[no-any-return]
+    if is_gated:
+        gate, linear = h.chunk(2, -1)
+        h = activation(gate) * linear
+    else:
+        h = activation(h)
+    return dropout(scaled(h, vector), p)
+
+
+def self_attention(
+    qkv: Tensor, bias: Tensor, mask: Tensor | None, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor | None
+) -> Tensor:
+    """Unscaled attention with relative positions, `[batch, length, inner]`.
+
+    Args:
+        qkv: `[batch, length, 3 · inner]`.
+        bias: `[1, heads, length, length]`, added to the scores.
+        mask: `[batch, length]`, 0 where there is padding.
+        l_k: the keys' vector, which multiplies the queries.
+        l_v: the values', which multiplies what attention returns.
+        heads: of `inner`.
+        p: dropout's, on the weights.
+        seed: from `Chance`.
+    """
+    if seed is not None and qkv.shape[1] <= _kernels().MOST_KEYS:
+        return _kernels().self_attention(qkv, bias, mask, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
+    q, k, v = qkv.chunk(3, -1)
+    both = bias if mask is None else bias + padding(mask, bias.dtype)
+    return scaled(_attend(scaled(q, l_k), k, v, both, heads, p), l_v)
+
+
+def cross_attention(
+    q: Tensor, kv: Tensor, index: int, shared: dict[str, Tensor], mask: Tensor, l_k: Vector, l_v: Vector, heads: int,
+    p: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Unscaled attention over the encoder's output, `[batch, target, inner]`.
+
+    Args:
+        q: `[batch, target, inner]`.
+        kv: keys and values of all layers, `[batch, source, layers · 2 · inner]`.
+        index: the layer.
+        shared: one dict a forward, empty at first, where the layers' kernels share kv's gradient; each layer's output
+            must depend on that of the layer before.
+        mask: `[batch, source]`, 0 where there is padding.
+        l_k, l_v, heads, p, seed: as in `self_attention`.
+    """
+    if seed is not None and kv.shape[1] <= _kernels().MOST_KEYS:
+        return _kernels().cross_attention(q, kv, index, shared, mask, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
+    inner = q.shape[-1]
+    k, v = kv[..., 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
+    return scaled(_attend(scaled(q, l_k), k, v, padding(mask, q.dtype), heads, p), l_v)
+
+
+def token_losses(logits: Tensor, labels: Tensor, *, by_kernels: bool) -> Tensor:
+    """Cross-entropy of each token in fp32 at least, 0 where the label is -100, `[tokens]`.
+
+    Args:
+        logits: `[…, words]`; by kernels their memory is used for their gradient.
+        labels: as many as there are rows of logits.
+        by_kernels: see `has_kernels`.
+    """
+    if by_kernels:
+        return _kernels().token_losses(logits, labels)  # type: ignore[no-any-return]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.shape[-1])
+    return functional.cross_entropy(wide, labels.reshape(-1), reduction="none", ignore_index=IGNORED)
+
+
+def scaled(x: Tensor, vector: Vector) -> Tensor:
+    """The product of `[batch, length, width]` with each group's vector."""
+    if vector is None:
+        return x
+    factors = vector[0].to(x.dtype)
+    if len(factors) == 1:
+        return x * factors[0]
+    grouped = x.reshape(len(factors), -1, *x.shape[1:])
+    return (grouped * factors[:, None, None]).flatten(0, 1)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """PyTorch's, where there is anything to drop."""
+    return functional.dropout(x, p) if p else x
+
+
+def padding(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of padding, `[batch, 1, 1, length]`."""
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, p: float) -> Tensor:
+    """Unscaled attention with an additive bias: `[batch, queries, inner]`."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    if q.shape[2] < _FEW_QUERIES:
+        scores = (q @ k.transpose(-1, -2) + bias).to(torch.promote_types(q.dtype, torch.float32))
+        attended = dropout(scores.softmax(-1).to(q.dtype), p) @ v
+    else:
+        attended = functional.scaled_dot_product_attention(q, k, v, bias.contiguous(), dropout_p=p, scale=1.0)
+    return attended.transpose(1, 2).flatten(2)

@@ -1,0 +1,259 @@
+"""Each kernel computes what its plain twin computes in float64, gradients included.
+
+They run on a GPU; without one, where `triton` is installed, with TRITON_INTERPRET=1 in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from ia3.fast import operations
+
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("there is no GPU, and Triton is not told to interpret", allow_module_level=True)
+pytest.importorskip("triton")
+
+from test_t5 import adapted, batch_of  # noqa: E402
+
+from ia3.adapter import attached  # noqa: E402
+from ia3.fast import kernels  # noqa: E402
+from ia3.fast.t5 import T5Loss  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def seed() -> Tensor:
+    return torch.tensor(7, device=DEVICE)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, device=DEVICE)
+
+
+def vector(stripes: int, groups: int, width: int) -> Tensor:
+    """As a slice of a larger table is: with a stride between the groups."""
+    table = 1 + 0.5 * torch.randn(groups, width + 5, dtype=torch.float64, device=DEVICE)
+    return table[:, 3 : 3 + width].expand(stripes, groups, width)
+
+
+def leaf(x: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().to(dtype).requires_grad_()
+
+
+def compare(
+    kernel: Callable[..., Any],
+    twin: Callable[..., Any],
+    inputs: Sequence[Any],
+    dtype: torch.dtype,
+    vectors: Sequence[int],
+) -> None:
+    """Outputs and gradients of a kernel in a dtype against its twin in float64 on the same rounded inputs."""
+    rounded = [
+        leaf(x.to(torch.bfloat16 if dtype == torch.bfloat16 else dtype), torch.float32 if i in vectors else dtype)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for i, x in enumerate(inputs)
+    ]
+    exact = [leaf(x, torch.float64) for x in rounded]
+    found, expected = kernel(*rounded), twin(*exact)
+    found, expected = [x if isinstance(x, tuple) else (x,) for x in (found, expected)]
+    weights = [draw(*y.shape) for y in expected]
+    sum((x.double() * w).sum() for x, w in zip(found, weights, strict=True)).backward()
+    sum((y * w).sum() for y, w in zip(expected, weights, strict=True)).backward()
+    for x, y in zip(found, expected, strict=True):
+        near(x, y, dtype)
+    for index, (x, y) in enumerate(zip(rounded, exact, strict=True)):
+        if not isinstance(x, Tensor) or not x.is_floating_point() or y.grad is None:
+            continue
+        assert x.grad is not None, index
+        near(*(each.grad.double().sum(0) if index in vectors else each.grad for each in (x, y)), dtype)
+
+
+def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert float(error) < TOLERANCE[dtype], float(error)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_norm(dtype: torch.dtype, width: int, adds: bool) -> None:
+    weight = 1 + 0.1 * draw(width)
+    inputs = [draw(3, 5, width), draw(3, 5, width) if adds else None, weight.detach()]
+
+    def kernel(x: Tensor, h: Tensor | None, weight: Tensor) -> Any:
+        return kernels.add_norm(x, h, weight.detach(), 1e-6, 0.0, seed())
+
+    def twin(x: Tensor, h: Tensor | None, weight: Tensor) -> Any:
+        total = x if h is None else x + h
+        return total, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.detach()
+
+    compare(kernel, twin, inputs, dtype, vectors=[])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["relu", "gelu_new", "gelu", "silu"])
+@pytest.mark.parametrize(("stripes", "groups"), [(1, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_gated(dtype: torch.dtype, act: str, stripes: int, groups: int, is_gated: bool) -> None:
+    h = draw(6, 5, 40 * (1 + is_gated))
+    compare(
+        lambda h, l_ff: kernels.gated(h, l_ff, act, is_gated, 0.0, seed()),
+        lambda h, l_ff: operations.gated(h, l_ff, act, ACT2FN[act], is_gated, 0.0, None),
+        [h, vector(stripes, groups, 40)],
+        dtype,
+        vectors=[1],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "heads", "dim"), [(5, 2, 8), (21, 3, 16), (70, 2, 16)])
+@pytest.mark.parametrize(("stripes", "groups"), [(1, 1), (4, 1), (2, 3)])
+def test_self_attention(dtype: torch.dtype, length: int, heads: int, dim: int, stripes: int, groups: int) -> None:
+    qkv = 0.6 * draw(6, length, 3 * heads * dim)
+    bias = draw(1, heads, length, length)
+    mask = torch.ones(6, length, dtype=torch.int64, device=DEVICE)
+    mask[1, length // 2 :] = 0
+    inputs = [qkv, vector(stripes, groups, heads * dim), vector(stripes, groups, heads * dim)]
+    rounded = bias.to(dtype)
+
+    def twin(qkv: Tensor, l_k: Tensor, l_v: Tensor) -> Tensor:
+        both = rounded.double() + operations.padding(mask, torch.float64)
+        return operations.self_attention(qkv, both, None, l_k, l_v, heads, 0.0, None)
+
+    compare(
+        lambda qkv, l_k, l_v: kernels.self_attention(qkv, rounded, mask, l_k, l_v, heads, 0.0, seed()),
+        twin,
+        inputs,
+        dtype,
+        vectors=[1, 2],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("which", "stripes", "groups"), [("kv", 1, 1), ("kv", 2, 3), ("k", 2, 1), ("v", 2, 2), ("", 1, 1)]
+)
+def test_cross_attention_of_two_layers(dtype: torch.dtype, which: str, stripes: int, groups: int) -> None:
+    heads, inner = 2, 32
+    mask = torch.ones(6, 20, dtype=torch.int64, device=DEVICE)
+    mask[2, 7:] = 0
+    vectors = [vector(stripes, groups, inner) if part in which else None for part in ("k", "v")]
+
+    def two_layers(function: Callable[..., Tensor], given: Tensor | None) -> Callable[..., Tensor]:
+        def forward(q: Tensor, kv: Tensor, l_k: Tensor | None, l_v: Tensor | None) -> Tensor:
+            shared: dict[str, Tensor] = {}
+            first = function(q, kv, 0, shared, mask, l_k, l_v, heads, 0.0, given)
+            return function(first + q, kv, 1, shared, mask, l_k, l_v, heads, 0.0, given)
+
+        return forward
+
+    inputs = [draw(6, 3, inner), 0.5 * draw(6, 20, 4 * inner), *vectors]
+    plain = two_layers(operations.cross_attention, None)
+    compare(two_layers(kernels.cross_attention, seed()), plain, inputs, dtype, vectors=[2, 3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("words", [30, 5000])
+def test_token_losses(dtype: torch.dtype, words: int) -> None:
+    labels = torch.randint(0, words, (4, 3), device=DEVICE)
+    labels[1, 1:] = -100
+    compare(
+        lambda logits: kernels.token_losses(logits * 1, labels),
+        lambda logits: operations.token_losses(logits, labels, by_kernels=False),
+        [3 * draw(4, 3, words)],
+        dtype,
+        vectors=[],
+    )
+
+
+def test_dropout_is_inverted_and_the_same_in_the_backward() -> None:
+    h = torch.ones(64, 128, device=DEVICE)
+    x = torch.zeros(64, 128, device=DEVICE, requires_grad=True)
+    h.requires_grad_()
+    total, _ = kernels.add_norm(x, h, torch.ones(128, device=DEVICE), 1e-6, 0.25, seed())
+    kept = total != 0
+    assert 0.72 < float(kept.float().mean()) < 0.78
+    torch.testing.assert_close(total[kept], torch.full_like(total[kept], 1 / 0.75))
+    total.sum().backward()
+    torch.testing.assert_close(h.grad, kept / 0.75)
+    other, _ = kernels.add_norm(x, h, torch.ones(128, device=DEVICE), 1e-6, 0.25, seed() + 1)
+    assert bool(((other != 0) != kept).any())
+
+
+@pytest.mark.parametrize("part", ["gated", "attention"])
+def test_gradients_under_dropout_are_the_slopes(part: str) -> None:
+    """With the seed held, a kernel is a fixed function: its gradient is its slope."""
+    if part == "gated":
+        x = draw(4, 6, 48).float()
+        factors = [vector(2, 2, 24).float()]
+
+        def function(x: Tensor, *factors: Tensor) -> Tensor:
+            return kernels.gated(x, factors[0], "gelu_new", True, 0.3, seed())
+    else:
+        x = 0.6 * draw(4, 6, 3 * 32).float()
+        bias = draw(1, 2, 6, 6).float()
+        factors = [vector(2, 2, 32).float() for _ in range(2)]
+
+        def function(x: Tensor, *factors: Tensor) -> Tensor:
+            return kernels.self_attention(x, bias, None, *factors, 2, 0.3, seed())
+
+    weights = torch.randn_like(function(x, *factors))
+    inputs = [x.requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
+    (function(*inputs) * weights).sum().backward()
+    for index, each in enumerate(inputs):
+        way = torch.randn_like(each if index == 0 else each[:1])
+        moved = [
+            sum(
+                (
+                    function(*[e.detach() + s * 1e-2 * way if i == index else e.detach() for i, e in enumerate(inputs)])
+                    * weights
+                )
+                .double()
+                .sum()
+                * s
+                for s in (1, -1)
+            )
+            / 2e-2
+        ]
+        assert each.grad is not None
+        gradient = each.grad if index == 0 else each.grad.sum(0, keepdim=True)
+        assert float((gradient * way).double().sum()) == pytest.approx(float(moved[0]), rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.parametrize("form", ["t5", "t5 gated", "mt5"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_whole_loss(tiny: Any, randomise: Any, monkeypatch: Any, form: str, groups: int) -> None:
+    exact = adapted(tiny, randomise, form, torch.float64).to(DEVICE)
+    model = copy.deepcopy(exact).to(torch.float32)
+    layout = attached(exact).adapters["default"].layout
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch_of(rows=4).items()}
+    table = 1 + 0.3 * draw(groups, layout.size)
+
+    def found(model: Any, table: Tensor) -> tuple[Tensor, Tensor]:
+        table = table.detach().requires_grad_()
+        losses = T5Loss(model, layout)(**batch, table=table)
+        return losses, *torch.autograd.grad(losses.sum(), table)
+
+    expected = found(exact, table)
+    monkeypatch.setattr("ia3.fast.t5.has_kernels", lambda *_: True)
+    for x, y in zip(found(model, table.float()), expected, strict=True):
+        near(x, y, torch.float32)
