@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import STEPS, batches, optimiser_of, vectors_of
+from test_step import batches, optimiser_of, vectors_of
 from test_t5 import adapted
 
 import ia3
@@ -79,11 +79,16 @@ def test_dropout_has_a_seed_that_capturing_leaves_alone(tiny, randomise) -> None
 
     assert losses_of(1) == losses_of(1)
     assert losses_of(1) != losses_of(2)
-    still = copy.deepcopy(start).eval()
-    plain = [float(loss) for loss in map(ia3.compile_step(still, *optimiser_of(still)), batches())]
-    several = torch.tensor([losses_of(seed) for seed in range(8)]).mean(dim=0)
-    assert float((several - torch.tensor(plain)).abs().max()) < 0.5
-    assert len(plain) == STEPS
+
+    def eager_losses_of(seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        return train_eagerly(copy.deepcopy(start))
+
+    captured, eager = (torch.tensor([run(seed) for seed in range(10)]) for run in (losses_of, eager_losses_of))
+    spread = (captured.var(dim=0) + eager.var(dim=0)).div(10).sqrt()
+    apart = (captured.mean(dim=0) - eager.mean(dim=0)) / spread
+    assert float(apart.abs().max()) < 4.5
+    assert float(apart.mean().abs()) < 2.5  # steps of one run are related
 
 
 @pytest.fixture
