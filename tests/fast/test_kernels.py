@@ -6,6 +6,7 @@ They run on a GPU; without one, where `triton` is installed, with TRITON_INTERPR
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from test_t5 import adapted, batch_of  # noqa: E402
 
 from ia3.adapter import attached  # noqa: E402
 from ia3.fast import kernels  # noqa: E402
+from ia3.fast.packing import Spans, pack, round_up  # noqa: E402
 from ia3.fast.t5 import T5Loss  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -47,6 +49,17 @@ def vector(stripes: int, groups: int, width: int) -> Tensor:
     return table[:, 3 : 3 + width].expand(stripes, groups, width)
 
 
+def spans_of(lengths: Sequence[int], groups: int) -> Spans:
+    """Examples of these lengths, and three rows of nobody's."""
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    return Spans(starts, max(lengths), sum(lengths) + 3, groups)
+
+
+def inside(function: Callable[..., Any], spans: Spans) -> Callable[..., Any]:
+    """Without nobody's rows, which hold anything."""
+    return lambda *inputs: function(*inputs)[: int(spans.starts[-1])]
+
+
 def leaf(x: Any, dtype: torch.dtype) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
@@ -59,8 +72,12 @@ def compare(
     inputs: Sequence[Any],
     dtype: torch.dtype,
     vectors: Sequence[int],
+    rows: int | None = None,
 ) -> None:
-    """Outputs and gradients of a kernel in a dtype against its twin in float64 on the same rounded inputs."""
+    """Outputs and gradients of a kernel in a dtype against its twin in float64 on the same rounded inputs.
+
+    Gradients beyond `rows` may be anything.
+    """
     rounded = [
         leaf(x.to(torch.bfloat16 if dtype == torch.bfloat16 else dtype), torch.float32 if i in vectors else dtype)
         if isinstance(x, Tensor) and x.is_floating_point()
@@ -79,7 +96,7 @@ def compare(
         if not isinstance(x, Tensor) or not x.is_floating_point() or y.grad is None:
             continue
         assert x.grad is not None, index
-        near(*(each.grad.double().sum(0) if index in vectors else each.grad for each in (x, y)), dtype)
+        near(*(each.grad.double().sum(0) if index in vectors else each.grad[:rows] for each in (x, y)), dtype)
 
 
 def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -109,42 +126,41 @@ def test_add_norm(dtype: torch.dtype, width: int, adds: bool) -> None:
     compare(kernel, twin, inputs, dtype, vectors=[])
 
 
+LENGTHS = (5, 1, 7, 3, 9, 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ["relu", "gelu_new", "gelu", "silu"])
 @pytest.mark.parametrize(("stripes", "groups"), [(1, 1), (4, 1), (2, 3)])
 @pytest.mark.parametrize("is_gated", [True, False])
 def test_gated(dtype: torch.dtype, act: str, stripes: int, groups: int, is_gated: bool) -> None:
-    h = draw(6, 5, 40 * (1 + is_gated))
+    spans = spans_of(LENGTHS, groups)
     compare(
-        lambda h, l_ff: kernels.gated(h, l_ff, act, is_gated, 0.0, seed()),
-        lambda h, l_ff: operations.gated(h, l_ff, act, ACT2FN[act], is_gated, 0.0, None),
-        [h, vector(stripes, groups, 40)],
+        inside(lambda h, l_ff: kernels.gated(h, l_ff, spans, act, is_gated, 0.0, seed()), spans),
+        inside(lambda h, l_ff: operations.gated(h, l_ff, spans, act, ACT2FN[act], is_gated, 0.0, None), spans),
+        [draw(spans.rows, 40 * (1 + is_gated)), vector(stripes, groups, 40)],
         dtype,
         vectors=[1],
+        rows=int(spans.starts[-1]),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "heads", "dim"), [(5, 2, 8), (21, 3, 16), (70, 2, 16)])
+@pytest.mark.parametrize(("longest", "heads", "dim"), [(5, 2, 8), (21, 3, 16), (70, 2, 16)])
 @pytest.mark.parametrize(("stripes", "groups"), [(1, 1), (4, 1), (2, 3)])
-def test_self_attention(dtype: torch.dtype, length: int, heads: int, dim: int, stripes: int, groups: int) -> None:
-    qkv = 0.6 * draw(6, length, 3 * heads * dim)
-    bias = draw(1, heads, length, length)
-    mask = torch.ones(6, length, dtype=torch.int64, device=DEVICE)
-    mask[1, length // 2 :] = 0
-    inputs = [qkv, vector(stripes, groups, heads * dim), vector(stripes, groups, heads * dim)]
-    rounded = bias.to(dtype)
-
-    def twin(qkv: Tensor, l_k: Tensor, l_v: Tensor) -> Tensor:
-        both = rounded.double() + operations.padding(mask, torch.float64)
-        return operations.self_attention(qkv, both, None, l_k, l_v, heads, 0.0, None)
-
+def test_self_attention(dtype: torch.dtype, longest: int, heads: int, dim: int, stripes: int, groups: int) -> None:
+    spans = spans_of([longest, 3, longest - 1, 1, longest // 2, longest], groups)
+    bias = draw(1, heads, longest, longest).to(dtype)
     compare(
-        lambda qkv, l_k, l_v: kernels.self_attention(qkv, rounded, mask, l_k, l_v, heads, 0.0, seed()),
-        twin,
-        inputs,
+        inside(lambda qkv, *vectors: kernels.self_attention(qkv, bias, spans, *vectors, heads, 0.0, seed()), spans),
+        inside(
+            lambda qkv, *vectors: operations.self_attention(qkv, bias.double(), spans, *vectors, heads, 0.0, None),
+            spans,
+        ),
+        [0.6 * draw(spans.rows, 3 * heads * dim), *(vector(stripes, groups, heads * dim) for _ in range(2))],
         dtype,
         vectors=[1, 2],
+        rows=int(spans.starts[-1]),
     )
 
 
@@ -154,21 +170,33 @@ def test_self_attention(dtype: torch.dtype, length: int, heads: int, dim: int, s
 )
 def test_cross_attention_of_two_layers(dtype: torch.dtype, which: str, stripes: int, groups: int) -> None:
     heads, inner = 2, 32
-    mask = torch.ones(6, 20, dtype=torch.int64, device=DEVICE)
-    mask[2, 7:] = 0
+    source, target = spans_of((20, 17, 7, 1, 20, 3), groups), Spans.even(6, 3, groups, torch.device(DEVICE))
     vectors = [vector(stripes, groups, inner) if part in which else None for part in ("k", "v")]
 
     def two_layers(function: Callable[..., Tensor], given: Tensor | None) -> Callable[..., Tensor]:
-        def forward(q: Tensor, kv: Tensor, l_k: Tensor | None, l_v: Tensor | None) -> Tensor:
+        def forward(q: Tensor, kv: Tensor, *vectors: Tensor | None) -> Tensor:
             shared: dict[str, Tensor] = {}
-            first = function(q, kv, 0, shared, mask, l_k, l_v, heads, 0.0, given)
-            return function(first + q, kv, 1, shared, mask, l_k, l_v, heads, 0.0, given)
+            first = function(q, target, kv, source, 0, shared, *vectors, heads, 0.0, given)
+            return function(first + q, target, kv, source, 1, shared, *vectors, heads, 0.0, given)
 
         return forward
 
-    inputs = [draw(6, 3, inner), 0.5 * draw(6, 20, 4 * inner), *vectors]
-    plain = two_layers(operations.cross_attention, None)
-    compare(two_layers(kernels.cross_attention, seed()), plain, inputs, dtype, vectors=[2, 3])
+    compare(
+        two_layers(kernels.cross_attention, seed()),
+        two_layers(operations.cross_attention, None),
+        [draw(18, inner), 0.5 * draw(source.rows, 4 * inner), *vectors],
+        dtype,
+        vectors=[2, 3],
+        rows=int(source.starts[-1]),
+    )
+
+
+def test_an_example_without_keys_gets_nothing() -> None:
+    source, target = spans_of((4, 0), 1), Spans.even(2, 3, 1, torch.device(DEVICE))
+    q, kv = draw(6, 32).float(), draw(source.rows, 64).float()
+    found = kernels.cross_attention(q, target, kv, source, 0, {}, None, None, 2, 0.0, seed())
+    assert bool(found[:3].abs().min() > 0)
+    assert float(found[3:].abs().max()) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,19 +230,20 @@ def test_dropout_is_inverted_and_the_same_in_the_backward() -> None:
 @pytest.mark.parametrize("part", ["gated", "attention"])
 def test_gradients_under_dropout_are_the_slopes(part: str) -> None:
     """With the seed held, a kernel is a fixed function: its gradient is its slope."""
+    spans = Spans.even(4, 6, 2, torch.device(DEVICE))
     if part == "gated":
-        x = draw(4, 6, 48).float()
+        x = draw(24, 48).float()
         factors = [vector(2, 2, 24).float()]
 
         def function(x: Tensor, *factors: Tensor) -> Tensor:
-            return kernels.gated(x, factors[0], "gelu_new", True, 0.3, seed())
+            return kernels.gated(x, factors[0], spans, "gelu_new", True, 0.3, seed())
     else:
-        x = 0.6 * draw(4, 6, 3 * 32).float()
+        x = 0.6 * draw(24, 3 * 32).float()
         bias = draw(1, 2, 6, 6).float()
         factors = [vector(2, 2, 32).float() for _ in range(2)]
 
         def function(x: Tensor, *factors: Tensor) -> Tensor:
-            return kernels.self_attention(x, bias, None, *factors, 2, 0.3, seed())
+            return kernels.self_attention(x, bias, spans, *factors, 2, 0.3, seed())
 
     weights = torch.randn_like(function(x, *factors))
     inputs = [x.requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
@@ -245,12 +274,13 @@ def test_a_whole_loss(tiny: Any, randomise: Any, monkeypatch: Any, form: str, gr
     exact = adapted(tiny, randomise, form, torch.float64).to(DEVICE)
     model = copy.deepcopy(exact).to(torch.float32)
     layout = attached(exact).adapters["default"].layout
-    batch = {name: tensor.to(DEVICE) for name, tensor in batch_of(rows=4).items()}
+    packed = round_up(pack(batch_of(rows=4)), 4, 0)
+    packed = dataclasses.replace(packed, **{name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()})
     table = 1 + 0.3 * draw(groups, layout.size)
 
     def found(model: Any, table: Tensor) -> tuple[Tensor, Tensor]:
         table = table.detach().requires_grad_()
-        losses = T5Loss(model, layout)(**batch, table=table)
+        losses = T5Loss(model, layout)(packed, table)
         return losses, *torch.autograd.grad(losses.sum(), table)
 
     expected = found(exact, table)

@@ -13,7 +13,6 @@ from transformers import get_linear_schedule_with_warmup
 
 import ia3
 from ia3 import IA3Config, get_peft_model
-from ia3.fast.step import pad
 
 STEPS = 20
 
@@ -191,16 +190,3 @@ def test_laying_out_twice_moves_nothing(tiny, randomise) -> None:
     batch = batch_of()
     assert float(first(batch)) > 0
     assert float(second(batch)) > 0
-
-
-def test_padding_changes_no_loss(tiny, randomise) -> None:
-    model = adapted(tiny, randomise, "t5 gated")
-    batch = batch_of(rows=3, source=19, target=3)
-    padded = pad(batch, rows=5, pad_token_id=0)
-    assert {name: tuple(tensor.shape) for name, tensor in padded.items()} == {
-        "attention_mask": (5, 32),
-        "input_ids": (5, 32),
-        "labels": (5, 4),
-    }
-    losses = [float(model(**each).loss) for each in (batch, padded)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

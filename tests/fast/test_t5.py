@@ -12,6 +12,7 @@ from torch import nn
 
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import attached, site_vectors
+from ia3.fast.packing import pack
 from ia3.fast.t5 import T5Loss, why_not
 
 WITHOUT_THE_GATE = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}
@@ -46,7 +47,7 @@ def by_hand(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, t
     adapter = attached(model).adapters["default"]
     vectors = [vector for _, vector in site_vectors(model, adapter)]
     flat = adapter.layout.flatten([vector.detach() for vector in vectors]).requires_grad_()
-    (loss,) = T5Loss(model, adapter.layout)(**batch, table=flat[None])
+    (loss,) = T5Loss(model, adapter.layout)(pack(batch), flat[None])
     (gradient,) = torch.autograd.grad(loss, flat)
     return loss.detach(), gradient
 
@@ -81,16 +82,16 @@ def test_groups_have_the_losses_and_gradients_of_each_alone(tiny, randomise, for
     batch = batch_of(rows=6)
     batch["labels"][2:4] = -100
     table = (1 + torch.randn(3, layout.size, dtype=torch.float64) / 3).requires_grad_()
-    losses = loss_of(**batch, table=table)
+    losses = loss_of(pack(batch), table)
     (gradient,) = torch.autograd.grad(losses.sum(), table)
     for group in range(3):
         part = {name: tensor[2 * group : 2 * group + 2] for name, tensor in batch.items()}
-        alone = loss_of(**part, table=table[group : group + 1])
+        alone = loss_of(pack(part), table[group : group + 1])
         torch.testing.assert_close(losses[group], alone[0])
         torch.testing.assert_close(gradient[group], torch.autograd.grad(alone.sum(), table)[0][group])
     assert losses[1] == 0
     with pytest.raises(ValueError, match="6 examples can't be divided into 4 equal groups"):
-        loss_of(**batch, table=torch.ones(4, layout.size, dtype=torch.float64))
+        loss_of(pack(batch), torch.ones(4, layout.size, dtype=torch.float64))
 
 
 def test_dropout_acts_in_training_alone(tiny, randomise) -> None:

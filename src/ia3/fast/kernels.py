@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ia3.fast.packing import Spans
+
 Vector = Tensor | None
 
 # Of more keys than this, a program could not hold its keys' and values' gradients.
@@ -135,9 +137,9 @@ def _activation(x, KIND: tl.constexpr):
 
 @triton.jit
 def _gated_forward(
-    h, vector, out, seed, p, group_rows, vector_stride,
+    h, vector, group_of_row, out, seed, p, vector_stride,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
-    DROP: tl.constexpr,
+    GROUPED: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -147,24 +149,34 @@ def _gated_forward(
     if GATED:
         value *= tl.load(start + WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
-        factor = tl.load(vector + (row // group_rows) * vector_stride + at, mask=inside, other=0.0)
-        value *= factor.to(h.dtype.element_ty).to(tl.float32)
+        if GROUPED:
+            vector += tl.load(group_of_row + row) * vector_stride
+        value *= tl.load(vector + at, mask=inside, other=0.0).to(h.dtype.element_ty).to(tl.float32)
     if DROP:
         value = _dropped(value, seed, row * WIDTH + at, p)
     tl.store(out + row * WIDTH + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _part(edges, groups, stripes):
+    """A program's stripe of a group: the group, the first row and the end."""
+    part = tl.program_id(0)
+    group = part % groups
+    begin = tl.load(edges + group)
+    end = tl.load(edges + group + 1)
+    each = tl.cdiv(end - begin, stripes)
+    first = begin + (part // groups) * each
+    return group, first, tl.minimum(first + each, end)
+
+
+@triton.jit(do_not_specialize=["groups", "stripes"])
 def _gated_backward(
-    h, vector, grad, dh, d_vector, seed, p, group_rows, stripe_rows, groups, vector_stride,
+    h, vector, edges, grad, dh, d_vector, seed, p, groups, stripes, vector_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
     SCALED: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """One program a stripe of a group's rows and a block of columns."""
-    part = tl.program_id(0)
-    group = part % groups
-    first = group * group_rows + (part // groups) * stripe_rows
-    last = tl.minimum(first + stripe_rows, (group + 1) * group_rows)
+    group, first, last = _part(edges, groups, stripes)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
     if SCALED:
@@ -192,22 +204,24 @@ def _gated_backward(
             g *= factor
         tl.store(dh + wide, (g * slope).to(dh.dtype.element_ty), mask=both)
     if SCALED:
-        tl.store(d_vector + part * WIDTH + at, summed, mask=inside)
+        tl.store(d_vector + tl.program_id(0) * WIDTH + at, summed, mask=inside)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, vector: Vector, act: str, gated: bool, p: float, seed: Tensor) -> Any:
-        width = h.shape[-1] // 2 if gated else h.shape[-1]
+    def forward(
+        ctx: Any, h: Tensor, vector: Vector, spans: Spans, act: str, is_gated: bool, p: float, seed: Tensor
+    ) -> Tensor:
+        width = h.shape[-1] // 2 if is_gated else h.shape[-1]
         out = h.new_empty(*h.shape[:-1], width)
-        rows = out.numel() // width
-        stripes, ctx.groups, stride = _measures(vector)
-        ctx.p, ctx.group_rows, ctx.stripe_rows = p, rows // ctx.groups, triton.cdiv(rows // ctx.groups, stripes)
-        ctx.parts = stripes * ctx.groups
-        ctx.form = {"WIDTH": width, "KIND": ACTIVATIONS[act], "GATED": gated}
+        ctx.spans, ctx.p = spans, p
+        ctx.form = {"WIDTH": width, "KIND": ACTIVATIONS[act], "GATED": is_gated}
         ctx.form |= {"SCALED": vector is not None, "DROP": p > 0}
-        grid = (rows, triton.cdiv(width, 512))
-        _gated_forward[grid](h, vector, out, seed, p, ctx.group_rows, stride, BLOCK=512, **ctx.form)
+        grouped = spans.groups > 1
+        _gated_forward[(out.numel() // width, triton.cdiv(width, 512))](
+            h, vector, spans.group_of_row if grouped else None, out, seed, p, _measures(vector)[1], BLOCK=512,
+            GROUPED=grouped, **ctx.form,
+        )  # fmt: skip
         ctx.save_for_backward(h, vector, seed)
         return out
 
@@ -217,23 +231,24 @@ class _Gated(torch.autograd.Function):
         h, vector, seed = ctx.saved_tensors
         dh = torch.empty_like(h)
         d_vector = None if vector is None else _gradient_of(vector)
-        width = ctx.form["WIDTH"]
-        _gated_backward[(ctx.parts, triton.cdiv(width, 128))](
-            h, vector, grad.contiguous(), dh, d_vector, seed, ctx.p, ctx.group_rows, ctx.stripe_rows, ctx.groups,
-            _measures(vector)[2], ROWS=8, BLOCK=128, **ctx.form,
+        width, groups = ctx.form["WIDTH"], ctx.spans.groups
+        stripes, stride = _measures(vector)
+        _gated_backward[(stripes * groups, triton.cdiv(width, 128))](
+            h, vector, ctx.spans.edges, grad.contiguous(), dh, d_vector, seed, ctx.p, groups, stripes, stride, ROWS=8,
+            BLOCK=128, **ctx.form,
         )  # fmt: skip
-        return dh, d_vector, None, None, None, None
+        return dh, d_vector, None, None, None, None, None
 
 
-def gated(h: Tensor, vector: Vector, act: str, gated: bool, p: float, seed: Tensor) -> Tensor:
+def gated(h: Tensor, vector: Vector, spans: Spans, act: str, is_gated: bool, p: float, seed: Tensor) -> Tensor:
     """`operations.gated`."""
-    found: Tensor = _Gated.apply(h, vector, act, gated, p, seed)
+    found: Tensor = _Gated.apply(h, vector, spans, act, is_gated, p, seed)
     return found
 
 
-def _measures(vector: Vector) -> tuple[int, int, int]:
-    """Stripes, groups, and what lies between two groups' vectors."""
-    return (1, 1, 0) if vector is None else (vector.shape[0], vector.shape[1], vector.stride(1))
+def _measures(vector: Vector) -> tuple[int, int]:
+    """Stripes, and what lies between two groups' vectors."""
+    return (1, 0) if vector is None else (vector.shape[0], vector.stride(1))
 
 
 def _gradient_of(vector: Tensor) -> Tensor:
@@ -241,36 +256,31 @@ def _gradient_of(vector: Tensor) -> Tensor:
 
 
 @triton.jit
-def _weights(
-    q, k, bias, mask, example, head, rows, queries, keys,
-    BLOCK_K: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _weights(q, k, bias, head, rows, queries, keys, longest, BLOCK_K: tl.constexpr, BIASED: tl.constexpr):
     """The softmax over an example's keys, `[rows, BLOCK_K]`."""
     columns = tl.arange(0, BLOCK_K)
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if BIASED:
-        places = (head * queries + rows)[:, None] * keys + columns[None, :]
-        scores += tl.load(bias + places, mask=(rows < queries)[:, None] & (columns < keys)[None, :], other=0.0).to(
-            tl.float32
-        )
-    if MASKED:
-        seen = tl.load(mask + example * keys + columns, mask=columns < keys, other=0)
-        scores = tl.where((seen != 0)[None, :], scores, -1e30)
+        places = (head * longest + rows)[:, None] * longest + columns[None, :]
+        near = (rows < queries)[:, None] & (columns < keys)[None, :]
+        scores += tl.load(bias + places, mask=near, other=0.0).to(tl.float32)
     scores = tl.where((columns < keys)[None, :], scores, -float("inf"))
-    powers = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return powers / tl.sum(powers, 1)[:, None]
+    # An example without keys gets nothing, instead of NaN.
+    powers = tl.exp(scores - tl.maximum(tl.max(scores, 1), -1e30)[:, None])
+    return powers / tl.maximum(tl.sum(powers, 1), 1e-30)[:, None]
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "group_examples"])
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "group_examples"])
 def _attention_forward(
-    q, k, v, bias, mask, l_k, l_v, out, seed, p, q_stride, kv_stride, stride_k, stride_v, queries, keys,
-    group_examples, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr,
-    DROP: tl.constexpr,
+    q, k, v, bias, q_starts, k_starts, l_k, l_v, out, seed, p, q_stride, kv_stride, stride_k, stride_v, longest_q,
+    longest_k, group_examples, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """One program an example, a head and a block of queries."""
     example, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     group = example // group_examples
+    first_q, first_k = tl.load(q_starts + example), tl.load(k_starts + example)
+    queries, keys = tl.load(q_starts + example + 1) - first_q, tl.load(k_starts + example + 1) - first_k
     depth = tl.arange(0, BLOCK_D)
     channels = head * DIM + depth
     deep = depth < DIM
@@ -279,42 +289,42 @@ def _attention_forward(
     dtype = q.dtype.element_ty
     here = (rows < queries)[:, None] & deep[None, :]
     there = (columns < keys)[:, None] & deep[None, :]
-    query = tl.load(q + (example * queries + rows)[:, None] * q_stride + channels[None, :], mask=here, other=0.0)
+    query = tl.load(q + (first_q + rows)[:, None] * q_stride + channels[None, :], mask=here, other=0.0)
     if SCALE_K:
         factor = tl.load(l_k + group * stride_k + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)
         query = (query.to(tl.float32) * factor[None, :]).to(dtype)
-    of_keys = (example * keys + columns)[:, None] * kv_stride + channels[None, :]
+    of_keys = (first_k + columns).to(tl.int64)[:, None] * kv_stride + channels[None, :]
     key = tl.load(k + of_keys, mask=there, other=0.0)
-    weights = _weights(query, key, bias, mask, example, head, rows, queries, keys, BLOCK_K, BIASED, MASKED)
+    weights = _weights(query, key, bias, head, rows, queries, keys, longest_k, BLOCK_K, BIASED)
     if DROP:
-        places = ((example * HEADS + head) * queries + rows)[:, None] * keys + columns[None, :]
+        places = ((example * HEADS + head) * longest_q + rows)[:, None] * longest_k + columns[None, :]
         weights = _dropped(weights, seed, places, p)
     value = tl.load(v + of_keys, mask=there, other=0.0)
     found = tl.dot(weights.to(dtype), value, input_precision="tf32x3")
     if SCALE_V:
         found *= tl.load(l_v + group * stride_v + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)[None, :]
-    place = (example * queries + rows)[:, None] * (HEADS * DIM) + channels[None, :]
+    place = (first_q + rows)[:, None] * (HEADS * DIM) + channels[None, :]
     tl.store(out + place, found.to(dtype), mask=here)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "group_examples", "stripe_examples", "groups"])
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "group_examples", "groups", "stripes"])
 def _attention_backward(
-    q, k, v, bias, mask, l_k, l_v, grad, dq, dk, dv, d_l_k, d_l_v, seed, p, q_stride, kv_stride, dq_stride, dkv_stride,
-    stride_k, stride_v, queries, keys, group_examples, stripe_examples, groups, HEADS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
-    SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr,
+    q, k, v, bias, q_starts, k_starts, l_k, l_v, grad, dq, dk, dv, d_l_k, d_l_v, seed, p, q_stride, kv_stride,
+    dq_stride, dkv_stride, stride_k, stride_v, longest_q, longest_k, group_examples, groups, stripes,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """One program a stripe of a group's examples and a head."""
     part, head = tl.program_id(0), tl.program_id(1)
     group = part % groups
-    first = group * group_examples + (part // groups) * stripe_examples
-    last = tl.minimum(first + stripe_examples, (group + 1) * group_examples)
+    each = tl.cdiv(group_examples, stripes)
+    first = group * group_examples + (part // groups) * each
+    last = tl.minimum(first + each, (group + 1) * group_examples)
     depth = tl.arange(0, BLOCK_D)
     channels = head * DIM + depth
     deep = depth < DIM
     columns = tl.arange(0, BLOCK_K)
     dtype = q.dtype.element_ty
-    there = (columns < keys)[:, None] & deep[None, :]
     if SCALE_K:
         of_k = tl.load(l_k + group * stride_k + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)[None, :]
     if SCALE_V:
@@ -322,7 +332,10 @@ def _attention_backward(
     sum_k = tl.zeros([BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_D], tl.float32)
     for example in range(first, last):
-        of_keys = (example * keys + columns)[:, None] * kv_stride + channels[None, :]
+        first_q, first_k = tl.load(q_starts + example), tl.load(k_starts + example)
+        queries, keys = tl.load(q_starts + example + 1) - first_q, tl.load(k_starts + example + 1) - first_k
+        there = (columns < keys)[:, None] & deep[None, :]
+        of_keys = (first_k + columns).to(tl.int64)[:, None] * kv_stride + channels[None, :]
         key = tl.load(k + of_keys, mask=there, other=0.0)
         value = tl.load(v + of_keys, mask=there, other=0.0)
         d_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -330,15 +343,15 @@ def _attention_backward(
         for start in range(0, queries, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             here = (rows < queries)[:, None] & deep[None, :]
-            tokens = (example * queries + rows)[:, None]
+            tokens = (first_q + rows)[:, None]
             plain = tl.load(q + tokens * q_stride + channels[None, :], mask=here, other=0.0)
             query = plain
             if SCALE_K:
                 query = (plain.to(tl.float32) * of_k).to(dtype)
-            weights = _weights(query, key, bias, mask, example, head, rows, queries, keys, BLOCK_K, BIASED, MASKED)
-            places = ((example * HEADS + head) * queries + rows)[:, None] * keys + columns[None, :]
+            weights = _weights(query, key, bias, head, rows, queries, keys, longest_k, BLOCK_K, BIASED)
             dropped = weights
             if DROP:
+                places = ((example * HEADS + head) * longest_q + rows)[:, None] * longest_k + columns[None, :]
                 kept = _kept(seed, places, p)
                 dropped = tl.where(kept, weights / (1 - p), 0.0)
             g = tl.load(grad + tokens * (HEADS * DIM) + channels[None, :], mask=here, other=0.0)
@@ -358,7 +371,7 @@ def _attention_backward(
                 d_query *= of_k
             tl.store(dq + tokens * dq_stride + channels[None, :], d_query.to(dtype), mask=here)
             d_key += tl.dot(tl.trans(d_scores), query, input_precision="tf32x3")
-        of_keys = (example * keys + columns)[:, None] * dkv_stride + channels[None, :]
+        of_keys = (first_k + columns).to(tl.int64)[:, None] * dkv_stride + channels[None, :]
         tl.store(dk + of_keys, d_key.to(dtype), mask=there)
         tl.store(dv + of_keys, d_value.to(dtype), mask=there)
     place = part * (HEADS * DIM) + channels
@@ -372,46 +385,41 @@ class _Form:
     """One attention's sizes: what forward and backward hand to their kernels."""
 
     def __init__(
-        self, q: Tensor, keys: int, bias: Vector, mask: Vector, l_k: Vector, l_v: Vector, heads: int, p: float
-    ):
-        self.batch, self.queries, inner = q.shape
-        self.keys, self.heads, self.p = keys, heads, p
-        dim = inner // heads
+        self, width: int, of_q: Spans, of_k: Spans, bias: Vector, l_k: Vector, l_v: Vector, heads: int, p: float
+    ) -> None:
+        self.of_q, self.of_k, self.heads, self.p = of_q, of_k, heads, p
         vector = l_k if l_k is not None else l_v
-        stripes, self.groups, _ = _measures(vector) if vector is not None else (1, self.batch, 0)
-        self.group_examples = self.batch // self.groups
-        self.stripe_examples = triton.cdiv(self.group_examples, stripes)
-        self.parts = stripes * self.groups
-        self.strides = (_measures(l_k)[2], _measures(l_v)[2])
-        block_k = 16 if keys <= 16 else max(64, triton.next_power_of_2(keys))
-        self.block_q = 16 if self.queries <= 16 else 64 if block_k <= 128 else 32
+        self.stripes, self.groups = (1, of_q.examples) if vector is None else (vector.shape[0], of_q.groups)
+        self.strides = (_measures(l_k)[1], _measures(l_v)[1])
+        self.sizes = (of_q.longest, of_k.longest, of_q.examples // self.groups)
+        block_k = 16 if of_k.longest <= 16 else max(64, triton.next_power_of_2(of_k.longest))
+        self.block_q = 16 if of_q.longest <= 16 else 64 if block_k <= 128 else 32
+        dim = width // heads
         self.form = {
             "HEADS": heads, "DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_Q": self.block_q,
-            "BLOCK_K": block_k, "BIASED": bias is not None, "MASKED": mask is not None, "SCALE_K": l_k is not None,
-            "SCALE_V": l_v is not None, "DROP": p > 0, "num_warps": 8 if self.block_q > 16 else 4,
+            "BLOCK_K": block_k, "BIASED": bias is not None, "SCALE_K": l_k is not None, "SCALE_V": l_v is not None,
+            "DROP": p > 0, "num_warps": 8 if self.block_q > 16 else 4,
         }  # fmt: skip
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, mask: Vector, l_k: Vector, l_v: Vector, seed: Tensor
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, l_k: Vector, l_v: Vector, seed: Tensor) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        _attention_forward[(self.batch * self.heads, triton.cdiv(self.queries, self.block_q))](
-            q, k, v, bias, mask, l_k, l_v, out, seed, self.p, q.stride(1), k.stride(1), *self.strides, self.queries,
-            self.keys, self.group_examples, **self.form,
+        _attention_forward[(self.of_q.examples * self.heads, triton.cdiv(self.of_q.longest, self.block_q))](
+            q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, out, seed, self.p, q.stride(0), k.stride(0),
+            *self.strides, *self.sizes, **self.form,
         )  # fmt: skip
         return out
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, mask: Vector, l_k: Vector, l_v: Vector, seed: Tensor,
-        grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, l_k: Vector, l_v: Vector, seed: Tensor, grad: Tensor,
+        dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> tuple[Vector, Vector]:  # fmt: skip
         """Fills the gradients of queries, keys and values; returns the vectors'."""
         d_l_k = None if l_k is None else _gradient_of(l_k)
         d_l_v = None if l_v is None else _gradient_of(l_v)
-        _attention_backward[(self.parts, self.heads)](
-            q, k, v, bias, mask, l_k, l_v, grad.contiguous(), dq, dk, dv, d_l_k, d_l_v, seed, self.p, q.stride(1),
-            k.stride(1), dq.stride(1), dk.stride(1), *self.strides, self.queries, self.keys, self.group_examples,
-            self.stripe_examples, self.groups, **self.form,
+        _attention_backward[(self.stripes * self.groups, self.heads)](
+            q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, grad.contiguous(), dq, dk, dv, d_l_k, d_l_v,
+            seed, self.p, q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), *self.strides, *self.sizes, self.groups,
+            self.stripes, **self.form,
         )  # fmt: skip
         return d_l_k, d_l_v
 
@@ -419,12 +427,12 @@ class _Form:
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, bias: Tensor, mask: Vector, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor
+        ctx: Any, qkv: Tensor, bias: Tensor, spans: Spans, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor
     ) -> Tensor:
         q, k, v = qkv.chunk(3, -1)
-        ctx.form = _Form(q, qkv.shape[1], bias, mask, l_k, l_v, heads, p)
-        ctx.save_for_backward(qkv, bias, mask, l_k, l_v, seed)
-        return ctx.form.forward(q, k, v, bias, mask, l_k, l_v, seed)  # type: ignore[no-any-return]
+        ctx.form = _Form(q.shape[-1], spans, spans, bias, l_k, l_v, heads, p)
+        ctx.save_for_backward(qkv, bias, l_k, l_v, seed)
+        return ctx.form.forward(q, k, v, bias, l_k, l_v, seed)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -436,23 +444,23 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def self_attention(
-    qkv: Tensor, bias: Tensor, mask: Vector, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor
+    qkv: Tensor, bias: Tensor, spans: Spans, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor
 ) -> Tensor:
     """`operations.self_attention`."""
-    found: Tensor = _SelfAttention.apply(qkv, bias, mask, l_k, l_v, heads, p, seed)
+    found: Tensor = _SelfAttention.apply(qkv, bias, spans, l_k, l_v, heads, p, seed)
     return found
 
 
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, kv: Tensor, index: int, shared: dict[str, Tensor], mask: Tensor, l_k: Vector, l_v: Vector,
-        heads: int, p: float, seed: Tensor,
+        ctx: Any, q: Tensor, of_q: Spans, kv: Tensor, of_k: Spans, index: int, shared: dict[str, Tensor], l_k: Vector,
+        l_v: Vector, heads: int, p: float, seed: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.form = _Form(q, kv.shape[1], None, mask, l_k, l_v, heads, p)
+        ctx.form = _Form(q.shape[-1], of_q, of_k, None, l_k, l_v, heads, p)
         ctx.index, ctx.shared = index, shared
-        ctx.save_for_backward(q, kv, mask, l_k, l_v, seed)
-        return ctx.form.forward(q, *_of_layer(kv, index, q), None, mask, l_k, l_v, seed)  # type: ignore[no-any-return]
+        ctx.save_for_backward(q, kv, l_k, l_v, seed)
+        return ctx.form.forward(q, *_of_layer(kv, index, q), None, l_k, l_v, seed)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -465,21 +473,21 @@ class _CrossAttention(torch.autograd.Function):
         d_k, d_v = _of_layer(ctx.shared["gradient"], ctx.index, q)
         d_vectors = ctx.form.backward(q, *_of_layer(kv, ctx.index, q), None, *rest, grad, dq, d_k, d_v)
         whole = ctx.shared.pop("gradient") if ctx.index == 0 else None
-        return dq, whole, None, None, None, *d_vectors, None, None, None
+        return dq, None, whole, None, None, None, *d_vectors, None, None, None
 
 
 def _of_layer(kv: Tensor, index: int, q: Tensor) -> tuple[Tensor, Tensor]:
     inner = q.shape[-1]
     start = 2 * index * inner
-    return kv[..., start : start + inner], kv[..., start + inner : start + 2 * inner]
+    return kv[:, start : start + inner], kv[:, start + inner : start + 2 * inner]
 
 
 def cross_attention(
-    q: Tensor, kv: Tensor, index: int, shared: dict[str, Tensor], mask: Tensor, l_k: Vector, l_v: Vector, heads: int,
-    p: float, seed: Tensor,
+    q: Tensor, of_q: Spans, kv: Tensor, of_k: Spans, index: int, shared: dict[str, Tensor], l_k: Vector, l_v: Vector,
+    heads: int, p: float, seed: Tensor,
 ) -> Tensor:  # fmt: skip
     """`operations.cross_attention`."""
-    found: Tensor = _CrossAttention.apply(q, kv, index, shared, mask, l_k, l_v, heads, p, seed)
+    found: Tensor = _CrossAttention.apply(q, of_q, kv, of_k, index, shared, l_k, l_v, heads, p, seed)
     return found
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ia3.fast.packing import IGNORED, Spans
+
 Vector = Tensor | None
 
 # Below this many queries a fused attention kernel costs more than the plain products.
 _FEW_QUERIES = 16
 # A group's gradient is summed in at most so many parts.
 _MOST_STRIPES = 32
-IGNORED = -100
 
 
 def has_kernels(x: Tensor, act: str) -> bool:
@@ -44,13 +45,8 @@ def spread(table: Tensor, examples: int, *, by_kernels: bool) -> Tensor:
         table: a row of vectors a group.
         examples: in the batch.
         by_kernels: see `has_kernels`; one stripe is enough without.
-
-    Raises:
-        ValueError: the examples can't be divided into the table's groups.
     """
     groups = len(table)
-    if examples % groups:
-        raise ValueError(f"{examples} examples can't be divided into {groups} equal groups.")
     stripes = max(1, min(_MOST_STRIPES // groups, examples // groups)) if by_kernels else 1
     return table.expand(stripes, *table.shape)
 
@@ -80,7 +76,7 @@ def add_norm(
     """The residual stream x plus what a layer made of it, and its root-mean-square norm for the next layer.
 
     Args:
-        x: `[batch, length, width]`.
+        x: `[rows, width]`.
         h: the same shape, dropped by p before it is added; None where x is the first.
         weight: the norm's `[width]`.
         eps: added to the variance, which is taken in fp32 at least.
@@ -101,14 +97,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated(
-    h: Tensor, vector: Vector, act: str, activation: Callable[[Tensor], Tensor], is_gated: bool, p: float,
+    h: Tensor, vector: Vector, spans: Spans, act: str, activation: Callable[[Tensor], Tensor], is_gated: bool, p: float,
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The feed-forward intermediate `[batch, length, d_ff]`: activated, gated, multiplied, dropped.
+    """The feed-forward intermediate `[rows, d_ff]`: activated, gated, multiplied, dropped.
 
     Args:
-        h: `[batch, length, 2 · d_ff]`, the gate before the linear half; `[batch, length, d_ff]` without a gate.
+        h: `[rows, 2 · d_ff]`, the gate before the linear half; `[rows, d_ff]` without a gate.
         vector: l_ff.
+        spans: the rows' examples and groups.
         act: the activation's name in transformers.
         activation: itself.
         is_gated: whether h has two halves.
@@ -116,57 +113,57 @@ def gated(
         seed: from `Chance`.
     """
     if seed is not None:
-        return _kernels().gated(h, vector, act, is_gated, p, seed)  # type: ignore[no-any-return]
+        return _kernels().gated(h, vector, spans, act, is_gated, p, seed)  # type: ignore[no-any-return]
     if is_gated:
         gate, linear = h.chunk(2, -1)
         h = activation(gate) * linear
     else:
         h = activation(h)
-    return dropout(scaled(h, vector), p)
+    return dropout(scaled(h, vector, spans), p)
 
 
 def self_attention(
-    qkv: Tensor, bias: Tensor, mask: Tensor | None, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor | None
+    qkv: Tensor, bias: Tensor, spans: Spans, l_k: Vector, l_v: Vector, heads: int, p: float, seed: Tensor | None
 ) -> Tensor:
-    """Unscaled attention with relative positions, `[batch, length, inner]`.
+    """Unscaled attention with relative positions, `[rows, inner]`.
 
     Args:
-        qkv: `[batch, length, 3 · inner]`.
-        bias: `[1, heads, length, length]`, added to the scores.
-        mask: `[batch, length]`, 0 where there is padding.
+        qkv: `[rows, 3 · inner]`.
+        bias: `[1, heads, longest, longest]`, added to the scores.
+        spans: the rows' examples and groups.
         l_k: the keys' vector, which multiplies the queries.
         l_v: the values', which multiplies what attention returns.
         heads: of `inner`.
         p: dropout's, on the weights.
         seed: from `Chance`.
     """
-    if seed is not None and qkv.shape[1] <= _kernels().MOST_KEYS:
-        return _kernels().self_attention(qkv, bias, mask, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
+    if seed is not None and spans.longest <= _kernels().MOST_KEYS:
+        return _kernels().self_attention(qkv, bias, spans, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
     q, k, v = qkv.chunk(3, -1)
-    both = bias if mask is None else bias + padding(mask, bias.dtype)
-    return scaled(_attend(scaled(q, l_k), k, v, both, heads, p), l_v)
+    return scaled(_attend(scaled(q, l_k, spans), spans, k, v, spans, bias, heads, p), l_v, spans)
 
 
 def cross_attention(
-    q: Tensor, kv: Tensor, index: int, shared: dict[str, Tensor], mask: Tensor, l_k: Vector, l_v: Vector, heads: int,
-    p: float, seed: Tensor | None,
+    q: Tensor, of_q: Spans, kv: Tensor, of_k: Spans, index: int, shared: dict[str, Tensor], l_k: Vector, l_v: Vector,
+    heads: int, p: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Unscaled attention over the encoder's output, `[batch, target, inner]`.
+    """Unscaled attention over the encoder's output, `[target rows, inner]`.
 
     Args:
-        q: `[batch, target, inner]`.
-        kv: keys and values of all layers, `[batch, source, layers · 2 · inner]`.
+        q: `[target rows, inner]`.
+        of_q: their examples and groups.
+        kv: keys and values of all layers, `[source rows, layers · 2 · inner]`.
+        of_k: their examples.
         index: the layer.
         shared: one dict a forward, empty at first, where the layers' kernels share kv's gradient; each layer's output
             must depend on that of the layer before.
-        mask: `[batch, source]`, 0 where there is padding.
         l_k, l_v, heads, p, seed: as in `self_attention`.
     """
-    if seed is not None and kv.shape[1] <= _kernels().MOST_KEYS:
-        return _kernels().cross_attention(q, kv, index, shared, mask, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
+    if seed is not None and of_k.longest <= _kernels().MOST_KEYS:
+        return _kernels().cross_attention(q, of_q, kv, of_k, index, shared, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
     inner = q.shape[-1]
-    k, v = kv[..., 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
-    return scaled(_attend(scaled(q, l_k), k, v, padding(mask, q.dtype), heads, p), l_v)
+    k, v = kv[:, 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
+    return scaled(_attend(scaled(q, l_k, of_q), of_q, k, v, of_k, None, heads, p), l_v, of_q)
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, by_kernels: bool) -> Tensor:
@@ -183,15 +180,12 @@ def token_losses(logits: Tensor, labels: Tensor, *, by_kernels: bool) -> Tensor:
     return functional.cross_entropy(wide, labels.reshape(-1), reduction="none", ignore_index=IGNORED)
 
 
-def scaled(x: Tensor, vector: Vector) -> Tensor:
-    """The product of `[batch, length, width]` with each group's vector."""
+def scaled(x: Tensor, vector: Vector, spans: Spans) -> Tensor:
+    """The product of `[rows, width]` with each group's vector."""
     if vector is None:
         return x
     factors = vector[0].to(x.dtype)
-    if len(factors) == 1:
-        return x * factors[0]
-    grouped = x.reshape(len(factors), -1, *x.shape[1:])
-    return (grouped * factors[:, None, None]).flatten(0, 1)
+    return x * (factors[0] if len(factors) == 1 else factors.index_select(0, spans.group_of_row))
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -199,18 +193,22 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return functional.dropout(x, p) if p else x
 
 
-def padding(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of padding, `[batch, 1, 1, length]`."""
-    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return zeros.masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None, :]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, heads: int, p: float) -> Tensor:
-    """Unscaled attention with an additive bias: `[batch, queries, inner]`."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+def _attend(
+    q: Tensor, of_q: Spans, k: Tensor, v: Tensor, of_k: Spans, bias: Tensor | None, heads: int, p: float
+) -> Tensor:
+    """Unscaled attention of each example's rows, `[rows, inner]`."""
+    q, k, v = (_by_head(spans.pad(x), heads) for x, spans in ((q, of_q), (k, of_k), (v, of_k)))
+    hidden = torch.zeros(of_k.mask.shape, dtype=q.dtype, device=q.device)
+    hidden = hidden.masked_fill(~of_k.mask, torch.finfo(q.dtype).min)[:, None, None, :]
+    bias = hidden if bias is None else (hidden + bias).contiguous()
     if q.shape[2] < _FEW_QUERIES:
         scores = (q @ k.transpose(-1, -2) + bias).to(torch.promote_types(q.dtype, torch.float32))
         attended = dropout(scores.softmax(-1).to(q.dtype), p) @ v
     else:
-        attended = functional.scaled_dot_product_attention(q, k, v, bias.contiguous(), dropout_p=p, scale=1.0)
-    return attended.transpose(1, 2).flatten(2)
+        attended = functional.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=1.0)
+    return of_q.unpad(attended.transpose(1, 2).flatten(2))
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[batch, length, inner]` to `[batch, heads, length, dim]`."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)

@@ -17,13 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.adapter import Adapter, attached, site_vectors
 from ia3.fast.capture import Captured
-from ia3.fast.operations import IGNORED
+from ia3.fast.packing import Packed, pack, round_up
 from ia3.fast.t5 import T5Loss, why_not
 from ia3.sites import Layout
-
-# Lengths are rounded up to a multiple of these, so that few graphs serve all batches of a shuffled epoch.
-_SOURCE, _TARGET = 16, 4
-_INPUTS = {"input_ids", "attention_mask", "labels"}
 
 
 def compile_step(
@@ -68,7 +64,7 @@ class Step:
         """Forward, backward, clipping, optimizer, scheduler.
 
         Args:
-            batch: what the model's forward takes, labels among it, on any device.
+            batch: what the model's forward takes, labels among it, best on the CPU.
 
         Returns:
             The loss before the update, a scalar on the model's device.
@@ -144,12 +140,14 @@ class _Fast(Step):
             _make_capturable(optimizer, model.device)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        if set(batch) != _INPUTS:
-            raise ValueError(f"The batch holds {sorted(batch)}; this step takes {sorted(_INPUTS)} and no more.")
+        packed = pack(batch)
         self._expect_as_it_was()
         self._point_gradients()
-        padded = self._pad(batch) if self.computation.records else batch
-        loss: Tensor = self.computation(self.model.training, **padded)
+        if self.computation.records:
+            self.rows = max(self.rows, len(packed.labels))
+            packed = round_up(packed, self.rows, self.model.config.pad_token_id or 0)
+        fixed = (self.model.training, packed.longest, packed.uniform)
+        loss: Tensor = self.computation(*fixed, **packed.tensors)
         if self.scheduler is not None:
             self.scheduler.step()
         return loss.clone()
@@ -170,13 +168,8 @@ class _Fast(Step):
             if vector.grad is not view:
                 vector.grad = view
 
-    def _pad(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """To one of few shapes: as many rows as the largest batch yet, lengths rounded up."""
-        self.rows = max(self.rows, len(batch["labels"]))
-        return pad(batch, self.rows, self.model.config.pad_token_id or 0)
-
-    def _step(self, **batch: Tensor) -> Tensor:
-        loss = self._backward(**batch)
+    def _step(self, training: bool, longest: int, uniform: bool, **tensors: Tensor) -> Tensor:
+        loss = self._backward(training, longest, uniform, **tensors)
         if self.norm is not None:
             self.gradient.mul_((self.norm / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
         if self.decay:
@@ -184,10 +177,10 @@ class _Fast(Step):
         self.optimizer.step()
         return loss
 
-    def _backward(self, **batch: Tensor) -> Tensor:
-        """The loss of a batch; its gradient is left in the flat one."""
+    def _backward(self, training: bool, longest: int, uniform: bool, **tensors: Tensor) -> Tensor:
+        """The loss of a batch; its gradient is left in the flat one. The mode is the model's own already."""
         flat = self.layout.flatten([vector.detach() for vector in self.vectors]).requires_grad_()
-        losses = self.loss_of(**batch, table=flat[None])
+        losses = self.loss_of(Packed(**tensors, longest=longest, uniform=uniform), flat[None])
         (gradient,) = torch.autograd.grad(losses.sum(), flat)
         self.gradient.copy_(gradient)
         return losses[0].detach()
@@ -198,17 +191,6 @@ def _decay(vectors: list[Parameter], optimizer: Optimizer, decay: float) -> None
     with torch.no_grad():
         for vector in vectors:
             vector.add_((1 - vector) * (rate * decay))
-
-
-def pad(batch: Mapping[str, Tensor], rows: int, pad_token_id: int) -> dict[str, Tensor]:
-    """Round lengths up, the source's to a multiple of 16, and fill up with rows that are no examples."""
-    fillers = {"input_ids": (pad_token_id, _SOURCE), "attention_mask": (0, _SOURCE), "labels": (IGNORED, _TARGET)}
-    padded = {}
-    for name, (filler, multiple) in fillers.items():
-        tensor = batch[name]
-        missing = -tensor.shape[1] % multiple
-        padded[name] = torch.nn.functional.pad(tensor, (0, missing, 0, rows - len(tensor)), value=filler)
-    return padded
 
 
 def _make_capturable(optimizer: AdamW, device: torch.device) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ia3.fast.operations import (
-    IGNORED,
     Chance,
     Vector,
     add_norm,
@@ -29,11 +28,11 @@ from ia3.fast.operations import (
     dropout,
     gated,
     has_kernels,
-    padding,
     self_attention,
     spread,
     token_losses,
 )
+from ia3.fast.packing import IGNORED, Packed, Spans
 from ia3.sites import Layout, Site
 from ia3.storage import lay_out
 
@@ -146,37 +145,38 @@ class T5Loss:
         cross = [f"decoder.block.{i}.layer.1.EncDecAttention" for i in range(len(self.decoder))]
         self.cross_kv = self._join([f"{path}.{part}" for path in cross for part in ("k", "v")])
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, table: Tensor) -> Tensor:
+    def __call__(self, packed: Packed, table: Tensor) -> Tensor:
         """The mean loss of each group's label tokens, `[groups]`, 0 for a group without any.
 
         Args:
-            input_ids: `[batch, source]`, the examples of one group after those of another, equally many.
-            attention_mask: `[batch, source]`; a row of zeros is no example.
-            labels: `[batch, target]`, -100 where nothing is learned.
+            packed: the batch, the examples of one group after those of another, equally many.
             table: a row of vectors a group, `[groups, D]`.
+
+        Raises:
+            ValueError: the examples can't be divided into the table's groups.
         """
         model, kernels = self.model, has_kernels(self.model.shared.weight, self.config.dense_act_fn)
+        labels, source = packed.labels, packed.spans(len(table))
+        target = Spans.even(len(labels), labels.shape[1], source.groups, labels.device)
         run = _Run(self, table, len(labels), kernels)
-        x = dropout(model.shared(input_ids), run.p)
-        bias, mask = self._positions(model.encoder, input_ids.shape[1]), attention_mask
-        if not kernels:
-            bias = bias + padding(mask, x.dtype)
+        x = dropout(model.shared(packed.tokens), run.p)
+        bias = self._positions(model.encoder, packed.longest)
         h: Tensor | None = None
         for block in self.encoder:
-            x, h = run.attend(x, h, block.attention, bias, mask if kernels else None)
-            x, h = run.feed(x, h, block.feed_forward)
+            x, h = run.attend(x, h, block.attention, bias, source)
+            x, h = run.feed(x, h, block.feed_forward, source)
         _, x = run.add_norm(x, h, model.encoder.final_layer_norm.weight)
 
         kv = functional.linear(dropout(x, run.p), self.cross_kv)
         shared: dict[str, Tensor] = {}
-        y = dropout(model.shared(model._shift_right(labels)), run.p)
+        y = dropout(model.shared(model._shift_right(labels)).flatten(0, 1), run.p)
         bias = self._positions(model.decoder, labels.shape[1])
         h = None
         for index, block in enumerate(self.decoder):
             assert block.cross is not None
-            y, h = run.attend(y, h, block.attention, bias, None)
-            y, h = run.attend_across(y, h, block.cross, kv, index, shared, mask)
-            y, h = run.feed(y, h, block.feed_forward)
+            y, h = run.attend(y, h, block.attention, bias, target)
+            y, h = run.attend_across(y, h, block.cross, target, kv, source, index, shared)
+            y, h = run.feed(y, h, block.feed_forward, target)
         _, y = run.add_norm(y, h, model.decoder.final_layer_norm.weight)
         scale = self.config.d_model**-0.5 if getattr(self.config, "scale_decoder_outputs", False) else 1.0
         logits = functional.linear(dropout(y, run.p) * scale, model.lm_head.weight)
@@ -247,26 +247,27 @@ class _Run:
         return add_norm(x, h, weight, self.eps, self.p, self.chance.next())
 
     def attend(
-        self, x: Tensor, h: Tensor | None, layer: _Attention, bias: Tensor, mask: Tensor | None
+        self, x: Tensor, h: Tensor | None, layer: _Attention, bias: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after the layer before, and what this layer makes of it."""
         x, normed = self.add_norm(x, h, layer.norm)
         qkv = functional.linear(normed, layer.project)
         k, v = self.at(layer.k), self.at(layer.v)
-        attended = self_attention(qkv, bias, mask, k, v, self.heads, self.p, self.chance.next())
+        attended = self_attention(qkv, bias, spans, k, v, self.heads, self.p, self.chance.next())
         return x, functional.linear(attended, layer.out)
 
     def attend_across(
-        self, x: Tensor, h: Tensor, layer: _Attention, kv: Tensor, index: int, shared: dict[str, Tensor], mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, h: Tensor, layer: _Attention, target: Spans, kv: Tensor, source: Spans, index: int,
+        shared: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x, normed = self.add_norm(x, h, layer.norm)
         q = functional.linear(normed, layer.project)
         k, v = self.at(layer.k), self.at(layer.v)
-        attended = cross_attention(q, kv, index, shared, mask, k, v, self.heads, self.p, self.chance.next())
+        attended = cross_attention(q, target, kv, source, index, shared, k, v, self.heads, self.p, self.chance.next())
         return x, functional.linear(attended, layer.out)
 
-    def feed(self, x: Tensor, h: Tensor, layer: _FeedForward) -> tuple[Tensor, Tensor]:
+    def feed(self, x: Tensor, h: Tensor, layer: _FeedForward, spans: Spans) -> tuple[Tensor, Tensor]:
         x, normed = self.add_norm(x, h, layer.norm)
         inner = functional.linear(normed, layer.inner)
-        found = gated(inner, self.at(layer.ff), self.act_name, self.act, self.gated, self.p, self.chance.next())
+        found = gated(inner, self.at(layer.ff), spans, self.act_name, self.act, self.gated, self.p, self.chance.next())
         return x, functional.linear(found, layer.out)

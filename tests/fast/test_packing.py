@@ -1,0 +1,86 @@
+"""Packed batches: the same losses with any fillers, and what can't be packed is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_t5 import FORMS, adapted, batch_of
+
+from ia3.adapter import attached
+from ia3.fast.packing import Spans, pack, round_up
+from ia3.fast.t5 import T5Loss
+
+
+def test_tokens_without_padding() -> None:
+    batch = batch_of(rows=3, source=9)
+    packed = pack(batch)
+    assert packed.starts.tolist() == [0, 9, 15, 18]
+    assert packed.longest == 9
+    assert torch.equal(
+        packed.tokens, torch.cat([batch["input_ids"][row, :length] for row, length in enumerate((9, 6, 3))])
+    )
+
+
+def test_padding_on_the_left_is_left_out_too() -> None:
+    batch = batch_of(rows=3, source=9)
+    left = {name: tensor if name == "labels" else tensor.flip(1) for name, tensor in batch.items()}
+    right = left | {"input_ids": left["input_ids"].clone(), "attention_mask": batch["attention_mask"]}
+    for row, length in enumerate((9, 6, 3)):
+        right["input_ids"][row, :length] = left["input_ids"][row, 9 - length :]
+    assert torch.equal(pack(left).tokens, pack(right).tokens)
+    assert torch.equal(pack(left).starts, pack(right).starts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rounding_up_changes_no_loss_and_no_gradient(tiny, randomise, form) -> None:
+    model = adapted(tiny, randomise, form)
+    adapter = attached(model).adapters["default"]
+    loss_of = T5Loss(model, adapter.layout)
+    packed = pack(batch_of(rows=3, source=19, target=3))
+    rounded = round_up(packed, examples=5, filler=0)
+    assert (len(rounded.tokens), rounded.labels.shape, rounded.longest) == (64, (5, 4), 64)
+    table = (1 + torch.randn(1, adapter.layout.size, dtype=torch.float64) / 3).requires_grad_()
+    found = [
+        (loss, *torch.autograd.grad(loss.sum(), table)) for loss in (loss_of(each, table) for each in (packed, rounded))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 2, 2], [4, 0, 1, 3], [0, 3]])
+def test_padding_and_back(lengths: list[int]) -> None:
+    rows = sum(lengths) + 2
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    spans = Spans(starts, longest=max(lengths) + 1, rows=rows, groups=len(lengths))
+    x = torch.arange(rows * 2.0).view(rows, 2)
+    padded = spans.pad(x)
+    for example, (start, length) in enumerate(zip(starts.tolist(), lengths, strict=False)):
+        assert torch.equal(padded[example, :length], x[start : start + length])
+        assert spans.mask[example].tolist() == [place < length for place in range(max(lengths) + 1)]
+    assert torch.equal(spans.unpad(padded)[: sum(lengths)], x[: sum(lengths)])
+    assert spans.group_of_row[: sum(lengths)].tolist() == [e for e, length in enumerate(lengths) for _ in range(length)]
+    assert spans.edges.tolist() == starts.tolist()
+
+
+def test_few_shapes() -> None:
+    sizes = set()
+    for rows in range(1, 65):
+        batch = batch_of(rows=1, source=rows * 37, target=1)
+        sizes.add(len(round_up(pack(batch), 1, 0).tokens))
+        assert len(round_up(pack(batch), 1, 0).tokens) <= max(64, rows * 37 + 64, rows * 37 * 17 / 16)
+    assert len(sizes) < 36
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    batch = batch_of(rows=3, source=9)
+    holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    holes["attention_mask"][1, 2] = 0
+    with pytest.raises(ValueError, match="example 1 hides tokens between others"):
+        pack(holes)
+    nothing = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    nothing["attention_mask"][2] = 0
+    with pytest.raises(ValueError, match="Example 2 has labels, and no token"):
+        pack(nothing)
+    with pytest.raises(ValueError, match="and no more"):
+        pack({**batch, "position_ids": batch["input_ids"]})
+    with pytest.raises(ValueError, match="3 examples can't be divided into 2 equal groups"):
+        pack(batch).spans(2)
