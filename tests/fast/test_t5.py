@@ -14,6 +14,7 @@ from ia3 import IA3Config, get_peft_model
 from ia3.adapter import attached, site_vectors
 from ia3.fast.packing import pack
 from ia3.fast.t5 import T5Loss, why_not
+from ia3.training.losses import choice_log_probabilities
 
 WITHOUT_THE_GATE = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}
 FORMS = {
@@ -92,6 +93,21 @@ def test_groups_have_the_losses_and_gradients_of_each_alone(tiny, randomise, for
     assert losses[1] == 0
     with pytest.raises(ValueError, match="6 examples can't be divided into 4 equal groups"):
         loss_of(pack(batch), torch.ones(4, layout.size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [1, 5])
+def test_choices_have_the_models_log_probabilities(tiny, randomise, form, groups) -> None:
+    model = adapted(tiny, randomise, form).eval()
+    adapter = attached(model).adapters["default"]
+    batch = batch_of()
+    choices = torch.tensor([[5, 1, -100], [7, 9, 1], [4, -100, -100], [5, 2, 1]])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = choice_log_probabilities(model, choices.expand(5, -1, -1), **inputs).detach()
+    vectors = adapter.layout.flatten([vector.detach() for _, vector in site_vectors(model, adapter)])
+    with torch.no_grad():
+        found = T5Loss(model, adapter.layout).log_probabilities(pack(batch), choices, vectors.expand(groups, -1))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_dropout_acts_in_training_alone(tiny, randomise) -> None:

@@ -155,33 +155,68 @@ class T5Loss:
         Raises:
             ValueError: the examples can't be divided into the table's groups.
         """
-        model, kernels = self.model, has_kernels(self.model.shared.weight, self.config.dense_act_fn)
         labels, source = packed.labels, packed.spans(len(table))
+        run = _Run(self, table, source)
         target = Spans.even(len(labels), labels.shape[1], source.groups, labels.device)
-        run = _Run(self, table, len(labels), kernels)
-        x = dropout(model.shared(packed.tokens), run.p)
-        bias = self._positions(model.encoder, packed.longest)
-        h: Tensor | None = None
+        read = self._read(run, packed, source)
+        logits = self._write(run, self.model._shift_right(labels).flatten(), target, target, read, source)
+        losses = token_losses(logits, labels, by_kernels=run.kernels).view(len(table), -1)
+        return losses.sum(1) / (labels != IGNORED).view(len(table), -1).sum(1).clamp(min=1)
+
+    def log_probabilities(self, packed: Packed, choices: Tensor, table: Tensor) -> Tensor:
+        """The log-probability of each token of each choice after each input, `[examples, choices, length]`.
+
+        The encoder runs once an example, and its keys and values serve all choices, whose tokens are more queries.
+
+        Args:
+            packed: the inputs; its labels only say how many examples there are.
+            choices: `[choices, length]`, -100 after a choice's end.
+            table: as in the loss.
+        """
+        count, length = choices.shape
+        source = packed.spans(len(table))
+        run = _Run(self, table, source)
+        alone = Spans.even(source.examples * count, length, source.groups, choices.device)
+        together = Spans.even(source.examples, count * length, source.groups, choices.device)
+        read = self._read(run, packed, source)
+        labels = choices.repeat(source.examples, 1)
+        logits = self._write(run, self.model._shift_right(labels).flatten(), alone, together, read, source)
+        return -token_losses(logits, labels, by_kernels=run.kernels).view(source.examples, count, length)
+
+    def _read(self, run: _Run, packed: Packed, source: Spans) -> Tensor:
+        """The keys and values of all cross-attentions, `[rows, layers · 2 · inner]`."""
+        stack = self.model.encoder
+        x, h = dropout(self.model.shared(packed.tokens), run.p), None
+        bias = self._positions(stack, packed.longest)
         for block in self.encoder:
             x, h = run.attend(x, h, block.attention, bias, source)
             x, h = run.feed(x, h, block.feed_forward, source)
-        _, x = run.add_norm(x, h, model.encoder.final_layer_norm.weight)
+        _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
+        return functional.linear(dropout(x, run.p), self.cross_kv)
 
-        kv = functional.linear(dropout(x, run.p), self.cross_kv)
+    def _write(self, run: _Run, ids: Tensor, alone: Spans, together: Spans, kv: Tensor, source: Spans) -> Tensor:
+        """The logits of the decoder's rows, `[rows, words]`.
+
+        Args:
+            run: this forward.
+            ids: `[rows]`.
+            alone: the rows that see each other.
+            together: the rows that see the same input.
+            kv: from `_read`.
+            source: its rows.
+        """
+        stack = self.model.decoder
+        x, h = dropout(self.model.shared(ids), run.p), None
+        bias = self._positions(stack, alone.longest)
         shared: dict[str, Tensor] = {}
-        y = dropout(model.shared(model._shift_right(labels)).flatten(0, 1), run.p)
-        bias = self._positions(model.decoder, labels.shape[1])
-        h = None
         for index, block in enumerate(self.decoder):
             assert block.cross is not None
-            y, h = run.attend(y, h, block.attention, bias, target)
-            y, h = run.attend_across(y, h, block.cross, target, kv, source, index, shared)
-            y, h = run.feed(y, h, block.feed_forward, target)
-        _, y = run.add_norm(y, h, model.decoder.final_layer_norm.weight)
+            x, h = run.attend(x, h, block.attention, bias, alone)
+            x, h = run.attend_across(x, h, block.cross, together, kv, source, index, shared)
+            x, h = run.feed(x, h, block.feed_forward, together)
+        _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
         scale = self.config.d_model**-0.5 if getattr(self.config, "scale_decoder_outputs", False) else 1.0
-        logits = functional.linear(dropout(y, run.p) * scale, model.lm_head.weight)
-        losses = token_losses(logits, labels, by_kernels=kernels).view(len(table), -1)
-        return losses.sum(1) / (labels != IGNORED).view(len(table), -1).sum(1).clamp(min=1)
+        return functional.linear(dropout(x, run.p) * scale, self.model.lm_head.weight)
 
     def _positions(self, stack: Any, length: int) -> Tensor:
         """The relative positions' bias `[1, heads, length, length]`, which the first block holds for all.
@@ -231,14 +266,15 @@ class T5Loss:
 class _Run:
     """One forward: the vectors split by site, and the dropouts' seeds, drawn in order."""
 
-    def __init__(self, loss: T5Loss, table: Tensor, examples: int, kernels: bool) -> None:
+    def __init__(self, loss: T5Loss, table: Tensor, source: Spans) -> None:
         config = loss.config
+        self.kernels = has_kernels(loss.model.shared.weight, config.dense_act_fn)
         self.p = config.dropout_rate if loss.model.training else 0.0
         self.eps, self.heads, self.gated, self.act = config.layer_norm_epsilon, config.num_heads, loss.gated, loss.act
         self.act_name = config.dense_act_fn
-        self.slices = loss.layout.split(spread(table, examples, by_kernels=kernels))
+        self.slices = loss.layout.split(spread(table, source.examples, by_kernels=self.kernels))
         count = 4 * len(loss.encoder) + 6 * len(loss.decoder) + 2
-        self.chance = Chance(table.device, count, by_kernels=kernels)
+        self.chance = Chance(table.device, count, by_kernels=self.kernels)
 
     def at(self, place: int | None) -> Vector:
         return None if place is None else self.slices[place]
