@@ -18,7 +18,7 @@ from ia3.model import PeftModel
 from ia3.training.collate import collate, shuffled_batches, tokenise
 from ia3.training.data import Example, Examples
 from ia3.training.learners.words import Words
-from ia3.training.loop import fit
+from ia3.training.loop import Training, fit
 from ia3.training.losses import choice_logits, pad_choices, tfew_losses
 from ia3.training.run import Run
 from ia3.training.settings import TrainSettings
@@ -409,3 +409,20 @@ def test_losses_of_a_half_precision_model_are_summed_in_fp32(tmp_path: Path) -> 
     batches_of_one = replace(FAST, evaluation_batch_size=8)
     measured = Words(model, TOKENIZER, TASK, batches_of_one).measure(rows, lambda rows: None)
     assert measured.loss == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_fast_step_has_the_ordinary_ones_losses(tmp_path: Path, monkeypatch: Any) -> None:
+    settings = TrainSettings(epochs=2, dropout=False, weight_decay=0.1, max_gradient_norm=1.0, warmup_steps=2)
+    data = tiny_seq2seq.examples(40)
+
+    def trained(name: str) -> tuple[str, list[float]]:
+        learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, settings)
+        training = Training(learner, data, data, tmp_path / name)
+        return training.describe_path(), training.run(QUIET).losses
+
+    path, losses = trained("fast")
+    assert path == "The fast step: no padding."
+    monkeypatch.setattr("ia3.training.loop.compile_step", lambda *_, **__: None)
+    path, expected = trained("ordinary")
+    assert path.startswith("The ordinary step")
+    assert losses == pytest.approx(expected, rel=1e-4)

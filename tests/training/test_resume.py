@@ -31,21 +31,21 @@ SETTINGS = TrainSettings(learning_rate=0.05, epochs=3, evaluation_batch_size=4, 
 
 @dataclass(frozen=True)
 class Signalling(Words):
-    """Sends a signal during the given call of `loss` or of `measure`'s beat."""
+    """Sends a signal while the given batch is made or in the given call of `measure`'s beat."""
 
-    at_loss: int = -1
+    at_batch: int = -1
     at_beat: int = -1
     number: int = signal.SIGINT
-    calls: dict[str, int] = field(default_factory=lambda: {"loss": 0, "beat": 0})
+    calls: dict[str, int] = field(default_factory=lambda: {"batch": 0, "beat": 0})
 
     def _count(self, name: str, at: int) -> None:
         self.calls[name] += 1
         if self.calls[name] == at:
             signal.raise_signal(self.number)
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        self._count("loss", self.at_loss)
-        return super().loss(batch)
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        self._count("batch", self.at_batch)
+        return super().collate(rows)
 
     def measure(self, rows: Sequence[Any], beat: Callable[[int], None]) -> Measurement:
         def counted(count: int) -> None:
@@ -55,8 +55,11 @@ class Signalling(Words):
         return super().measure(rows, counted)
 
 
-def run(folder: Path, settings: TrainSettings = SETTINGS, *, resume: bool = False, **signals: int) -> Run:
-    learner = Signalling(tiny_seq2seq.adapted(head=True), TOKENIZER, TASK, settings, **signals)
+def run(
+    folder: Path, settings: TrainSettings = SETTINGS, *, head: bool = True, resume: bool = False, **signals: int
+) -> Run:
+    """Without a head trained in full it goes by the fast step."""
+    learner = Signalling(tiny_seq2seq.adapted(head=head), TOKENIZER, TASK, settings, **signals)
     training, test = tiny_seq2seq.examples(43), tiny_seq2seq.examples(12, 43)
     return fit(learner, training, test, output_dir=folder, resume=resume, console=Console(quiet=True))
 
@@ -86,15 +89,25 @@ def assert_the_same(one: Run, other: Run) -> None:
     ],
     ids=["dropout", "accumulation", "adafactor"],
 )
-@pytest.mark.parametrize("signals", [{"at_loss": 5}, {"at_loss": 6, "number": signal.SIGTERM}, {"at_beat": 5}], ids=str)
+@pytest.mark.parametrize(
+    "signals", [{"at_batch": 5}, {"at_batch": 6, "number": signal.SIGTERM}, {"at_beat": 5}], ids=str
+)
 def test_it_goes_on_bit_for_bit(tmp_path: Path, settings: TrainSettings, signals: dict[str, int]) -> None:
     whole = run(tmp_path / "whole", settings)
     with pytest.raises(Interrupted, match=r"at step \d+ of 1[68]\. Go on: fit\(…, resume=True\)"):
         run(tmp_path / "parts", settings, **signals)
     with pytest.raises(Interrupted):
-        run(tmp_path / "parts", settings, resume=True, at_loss=4)
+        run(tmp_path / "parts", settings, resume=True, at_batch=4)
     torch.rand(3)
     assert_the_same(run(tmp_path / "parts", settings, resume=True), whole)
+
+
+def test_the_fast_step_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", head=False)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", head=False, at_batch=5)
+    torch.rand(3)
+    assert_the_same(run(tmp_path / "parts", head=False, resume=True), whole)
 
 
 def test_after_a_crash_it_goes_on_from_the_last_evaluation(tmp_path: Path) -> None:
@@ -105,11 +118,11 @@ def test_after_a_crash_it_goes_on_from_the_last_evaluation(tmp_path: Path) -> No
     class Dying(Words):
         calls: list[int] = field(default_factory=list)
 
-        def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
             self.calls.append(1)
             if len(self.calls) == 9:
                 raise learner_dies
-            return super().loss(batch)
+            return super().collate(rows)
 
     learner = Dying(tiny_seq2seq.adapted(head=True), TOKENIZER, TASK, SETTINGS)
     training, test = tiny_seq2seq.examples(43), tiny_seq2seq.examples(12, 43)
@@ -121,7 +134,7 @@ def test_after_a_crash_it_goes_on_from_the_last_evaluation(tmp_path: Path) -> No
 
 def test_the_adapter_as_it_is_at_an_interruption(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match=r"The adapter as it is now: .*adapter"):
-        run(tmp_path, at_loss=3)
+        run(tmp_path, at_batch=3)
     assert load_task(tmp_path / "adapter") == TASK
     saved = load_peft_weights(tmp_path / "adapter")
     state = torch.load(tmp_path / "state.pt", weights_only=True)["parameters"]
@@ -144,7 +157,7 @@ def test_finishing_what_was_all_but_finished(tmp_path: Path) -> None:
 
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        run(tmp_path, at_loss=3)
+        run(tmp_path, at_batch=3)
     learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, SETTINGS)
     examples = tiny_seq2seq.examples(43)
     with pytest.raises(ValueError, match=r"holds \d+ trained tensors that are not those of this model"):
@@ -154,7 +167,7 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no pickle", None])
 def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes | None) -> None:
     with pytest.raises(Interrupted):
-        run(tmp_path, at_loss=3)
+        run(tmp_path, at_batch=3)
     whole = (tmp_path / "state.pt").read_bytes()
     (tmp_path / "state.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(ValueError, match="is no whole state of a training"):
@@ -164,7 +177,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path, content: bytes | None) -> No
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Impatient(Words):
-        def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             raise AssertionError("the second one ends the step")

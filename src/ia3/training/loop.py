@@ -39,7 +39,7 @@ from ia3.fast.step import Step, compile_step
 from ia3.files import write_atomically
 from ia3.training.collate import shuffled_batches
 from ia3.training.data import Examples
-from ia3.training.learner import Learner
+from ia3.training.learner import Learner, Measurement
 from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
 from ia3.training.run import (
     ADAPTER_FOLDER,
@@ -101,6 +101,144 @@ def fit(
     return Training(learner, train_examples, test_examples, Path(output_dir), resume=resume).run(console)
 
 
+class Course:
+    """One run: its batches step by step, when it is evaluated, which evaluation is the best, and how far it has come.
+
+    Args:
+        learner: the model with its adapter, its task and how to train it.
+        training: what to learn from.
+        rows: the same, as `learner.tokenise` gives it.
+        test_rows: what to evaluate on, likewise.
+    """
+
+    def __init__(
+        self, learner: Learner[Any], training: Examples, rows: Sequence[Any], test_rows: Sequence[Any]
+    ) -> None:
+        self.learner, self.settings = learner, learner.settings
+        self.rows, self.test_rows, self.train_count = rows, test_rows, len(training)
+        self.lengths = [learner.length(row) for row in rows]
+        self.balanced = [example.label for example in training] if self.settings.balance else None
+        batches = len(self._batches(epoch=0))
+        self.steps_an_epoch = self.settings.steps_an_epoch(batches)
+        self.total_steps = self.settings.total_steps(batches)
+        self.interval = self.settings.evaluation_interval(batches)
+        self.progress = Progress()
+        self.shown: list[str] | None = None
+        self.truth: list[str] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.stopped_early or self.progress.step >= self.total_steps
+
+    def steps_from(self, step: int) -> Iterator[list[list[Any]]]:
+        """The rows of each batch of each step from `step` on, epoch after epoch.
+
+        The order depends on seed and epoch alone.
+        """
+        while True:
+            epoch, done = divmod(step, self.steps_an_epoch)
+            size = self.settings.gradient_accumulation
+            batches = self._batches(epoch)
+            for start in range(done * size, len(batches), size):
+                yield [[self.rows[i] for i in indices] for indices in batches[start : start + size]]
+                step += 1
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        return shuffled_batches(
+            self.lengths,
+            self.settings.batch_size,
+            seed=self.settings.seed,
+            epoch=epoch,
+            group_by_length=self.settings.group_by_length,
+            balanced=self.balanced,
+        )
+
+    def evaluation_is_due(self) -> bool:
+        """At each interval and after the last step, once each."""
+        step, done = self.progress.step, self.progress.evaluations
+        if done and done[-1].step == step:
+            return False
+        return step % self.interval == 0 or step >= self.total_steps
+
+    def judge(self, found: Measurement, seconds: float) -> Evaluation:
+        """The evaluation of the step that the run is at."""
+        self.shown, self.truth = found.shown, found.truth
+        return judge(
+            self.progress.step,
+            found.loss,
+            found.truth,
+            found.predictions,
+            self.learner.task.labels,
+            seconds=seconds,
+            scores=found.scores,
+        )
+
+    def add(self, evaluation: Evaluation) -> bool:
+        """Add an evaluation, and end the run where its patience is over.
+
+        Returns:
+            Whether it is the best one, which the one before the first step never is.
+
+        Raises:
+            FloatingPointError: its loss is not finite.
+        """
+        self.check_finite(evaluation.loss, "held-out loss", evaluation.step)
+        progress = self.progress
+        progress.evaluations.append(evaluation)
+        if not progress.step:
+            return False
+        best = progress.best is None or self.rank(evaluation) > self.rank(progress.evaluations[progress.best])
+        if best:
+            progress.best = len(progress.evaluations) - 1
+        assert progress.best is not None
+        since = len(progress.evaluations) - 1 - progress.best
+        patient = self.settings.patience is None or since < self.settings.patience
+        progress.stopped_early = not patient and progress.step < self.total_steps
+        return best
+
+    def rank(self, evaluation: Evaluation) -> tuple[float, ...]:
+        """The larger, the better."""
+        by = self.settings.best_by or ("accuracy" if self.learner.task.kind.has_labels else "loss")
+        if by == "loss":
+            return (-evaluation.loss,)
+        score = evaluation.accuracy if by == "accuracy" else evaluation.macro_f1
+        assert score is not None
+        return (score, -evaluation.loss)
+
+    def check_finite(self, loss: float, name: str, step: int) -> None:
+        """Refuse a loss that is not finite.
+
+        Raises:
+            FloatingPointError: it isn't.
+        """
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The {name} is {loss} at step {step}, so training stopped and the adapter was not saved. Lower the "
+                f"learning rate (it is {self.settings.learning_rate:g}); T5 models overflow in float16: load them in "
+                "float32 or bfloat16."
+            )
+
+    def result(self, folder: Path) -> Run:
+        """The run, once it is finished and its adapters are in the folder; writes `result.json`."""
+        model = self.learner.model
+        run = Run(
+            output_dir=folder,
+            settings=self.settings,
+            task=self.learner.task,
+            shown=self.shown or [],
+            truth=self.truth,
+            progress=self.progress,
+            train_examples=self.train_count,
+            trainable_parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
+            all_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+        predictions = [{"label": right, "prediction": found, "text": text} for text, right, found in answers]
+        write_json(folder / RESULT_NAME, run.summary() | {"predictions": predictions})
+        return run
+
+
 class _Stop(BaseException):
     """Somebody wants the training to end here."""
 
@@ -118,33 +256,25 @@ class Training:
         self.learner, self.settings, self.folder = learner, settings, folder
         self.accelerator = _accelerator(settings, folder)
         self.trainable = trainable_parameters(learner.model)
-        self.rows = learner.tokenise(training)
-        self.test_rows = learner.tokenise(test)
-        self.lengths = [learner.length(row) for row in self.rows]
-        self.balanced = [example.label for example in training] if settings.balance else None
-        self.train_count = len(training)
-        batches = len(self._batches(epoch=0))
-        self.steps_an_epoch = settings.steps_an_epoch(batches)
-        self.total_steps = settings.total_steps(batches)
-        self.interval = settings.evaluation_interval(batches)
+        self.course = Course(learner, training, learner.tokenise(training), learner.tokenise(test))
         torch.manual_seed(settings.seed)
         optimizer = make_optimizer(self.trainable, settings)
         self.model, self.optimizer = self.accelerator.prepare(learner.model, optimizer)
-        self.schedule = make_schedule(optimizer, settings, self.total_steps)
-        self.progress = Progress()
-        self.shown: list[str] | None = None
-        self.truth: list[str] = []
+        self.schedule = make_schedule(optimizer, settings, self.course.total_steps)
         self.saved_at = time.monotonic()
         self.stop_asked = False
         self.advice = "fit(…, resume=True)"
         if resume:
-            self.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
+            self.course.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
         self.fast = self._fast_step(optimizer)
 
+    @property
+    def progress(self) -> Progress:
+        """How far it has come."""
+        return self.course.progress
+
     def _fast_step(self, optimizer: Optimizer) -> Step | None:
-        """The captured step, on a GPU; on a CPU, where the arithmetic decides, the ordinary one costs the same."""
-        if self.accelerator.device.type != "cuda":
-            return None
+        """The step that leaves padding out and on a GPU is captured; where it isn't right, it is the ordinary one."""
         if not self.learner.is_the_models_loss or self.settings.gradient_accumulation > 1:
             return None
         return compile_step(
@@ -157,25 +287,25 @@ class Training:
 
     def describe_path(self) -> str:
         """Which way a step goes, and why, in a line."""
-        if self.fast is not None and self.fast.reason is None:
-            return "Each step is captured as a CUDA graph."
-        if self.fast is not None:
+        if self.fast is None:
+            return "The ordinary step: the fast one is for the model's own loss of one batch a step."
+        if self.fast.reason is not None:
             return f"The ordinary step, since {self.fast.reason}."
-        if self.accelerator.device.type != "cuda":
-            return f"The ordinary step, on the {self.accelerator.device.type.upper()}."
-        return "The ordinary step: captured ones are for the model's own loss of one batch a step."
+        if self.fast.path == "captured":
+            return "The fast step: no padding, captured as a CUDA graph."
+        return "The fast step: no padding."
 
     def run(self, console: Console | None = None) -> Run:
         """From where the progress stands to the end, then the run's files; see `fit`."""
-        with _progress(console) as bars, _stop_on_signals(self):
+        with progress_bars(console) as bars, _stop_on_signals(self):
             return self._run(bars)
 
     def _run(self, bars: ProgressBars) -> Run:
-        bar = bars.add_task("training", total=self.total_steps, completed=self.progress.step, note="")
+        bar = bars.add_task("training", total=self.course.total_steps, completed=self.progress.step, note="")
         try:
             self._evaluate_if_due(bars)
             self._begin_logs()
-            while not self._finished():
+            while not self.course.finished:
                 self._train_until_due(bars, bar)
                 self._evaluate_if_due(bars)
                 self._save_state()
@@ -190,13 +320,11 @@ class Training:
         finally:
             self.accelerator.end_training()
 
-    def _finished(self) -> bool:
-        return self.progress.stopped_early or self.progress.step >= self.total_steps
-
     def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
         """Steps up to the next evaluation."""
         self.learner.model.train(self.settings.dropout)
-        for batches in self._steps_from(self.progress.step):
+        for parts in self.course.steps_from(self.progress.step):
+            batches = [self.learner.collate(rows) for rows in parts]
             started = time.perf_counter()
             record = self._step(batches)
             self.progress.steps.append(record)
@@ -205,39 +333,17 @@ class Training:
             bars.update(bar, advance=1, note=f"loss {record['loss']:.3f}")
             if self.stop_asked:
                 raise _Stop
-            if self._evaluation_is_due():
+            if self.course.evaluation_is_due():
                 return
             if time.monotonic() - self.saved_at > _SAVE_SECONDS:
                 self._save_state()
 
-    def _steps_from(self, step: int) -> Iterator[list[dict[str, Tensor]]]:
-        """The batches of each step from `step` on, epoch after epoch; the order depends on seed and epoch alone."""
-        while True:
-            epoch, done = divmod(step, self.steps_an_epoch)
-            size = self.settings.gradient_accumulation
-            batches = self._batches(epoch)
-            for start in range(done * size, len(batches), size):
-                yield [
-                    self.learner.collate([self.rows[i] for i in indices]) for indices in batches[start : start + size]
-                ]
-                step += 1
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        return shuffled_batches(
-            self.lengths,
-            self.settings.batch_size,
-            seed=self.settings.seed,
-            epoch=epoch,
-            group_by_length=self.settings.group_by_length,
-            balanced=self.balanced,
-        )
-
     def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """One update from one or more batches, whose losses count by their targets; its number, loss and rate."""
         rate = float(self.optimizer.param_groups[0]["lr"])
-        if self.fast is not None:
+        if self.fast is not None and self.fast.reason is None:
             loss = self.fast(batches[0]).item()
-            self._check_finite(loss, "training loss", self.progress.step + 1)
+            self.course.check_finite(loss, "training loss", self.progress.step + 1)
             return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
         targets = [self.learner.targets(batch) for batch in batches]
         loss = 0.0
@@ -248,7 +354,7 @@ class Training:
                 part = part * (count / sum(targets))
             self.accelerator.backward(part)
             loss += part.item()
-        self._check_finite(loss, "training loss", self.progress.step + 1)
+        self.course.check_finite(loss, "training loss", self.progress.step + 1)
         if self.settings.max_gradient_norm is not None:
             self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.settings.max_gradient_norm)
         decay_vectors(self.trainable, rate, self.settings.weight_decay)
@@ -257,32 +363,19 @@ class Training:
         self.optimizer.zero_grad()
         return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
 
-    def _evaluation_is_due(self) -> bool:
-        """At each interval and after the last step, once each."""
-        step, done = self.progress.step, self.progress.evaluations
-        if done and done[-1].step == step:
-            return False
-        return step % self.interval == 0 or step >= self.total_steps
-
     def _evaluate_if_due(self, bars: ProgressBars) -> None:
-        if not self._evaluation_is_due():
+        if not self.course.evaluation_is_due():
             return
         evaluation = self._evaluate(bars)
-        self._check_finite(evaluation.loss, "held-out loss", evaluation.step)
-        progress = self.progress
-        progress.evaluations.append(evaluation)
+        best = self.course.add(evaluation)
         if self.progress.step:
             self._log({"evaluation": evaluation.summary(), "step": evaluation.step})
-            if progress.best is None or self._rank(evaluation) > self._rank(progress.evaluations[progress.best]):
-                progress.best = len(progress.evaluations) - 1
-                self._save_adapter(BEST_FOLDER)
-            since = len(progress.evaluations) - 1 - progress.best
-            patient = self.settings.patience is None or since < self.settings.patience
-            progress.stopped_early = not patient and progress.step < self.total_steps
+        if best:
+            self._save_adapter(BEST_FOLDER)
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
-        bar = bars.add_task("evaluating", total=len(self.test_rows), note="")
+        bar = bars.add_task("evaluating", total=len(self.course.test_rows), note="")
 
         def beat(rows: int) -> None:
             bars.update(bar, advance=rows)
@@ -290,36 +383,10 @@ class Training:
                 raise _Stop
 
         try:
-            found = self.learner.measure(self.test_rows, beat)
+            found = self.learner.measure(self.course.test_rows, beat)
         finally:
             bars.remove_task(bar)
-        self.shown, self.truth = found.shown, found.truth
-        return judge(
-            self.progress.step,
-            found.loss,
-            found.truth,
-            found.predictions,
-            self.learner.task.labels,
-            seconds=time.perf_counter() - started,
-            scores=found.scores,
-        )
-
-    def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
-        """The larger, the better."""
-        by = self.settings.best_by or ("accuracy" if self.learner.task.kind.has_labels else "loss")
-        if by == "loss":
-            return (-evaluation.loss,)
-        score = evaluation.accuracy if by == "accuracy" else evaluation.macro_f1
-        assert score is not None
-        return (score, -evaluation.loss)
-
-    def _check_finite(self, loss: float, name: str, step: int) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The {name} is {loss} at step {step}, so training stopped and the adapter was not saved. Lower the "
-                f"learning rate (it is {self.settings.learning_rate:g}); T5 models overflow in float16: load them in "
-                "float32 or bfloat16."
-            )
+        return self.course.judge(found, time.perf_counter() - started)
 
     def _begin_logs(self) -> None:
         """`metrics.jsonl` as far as the progress goes, and the trackers."""
@@ -354,29 +421,15 @@ class Training:
         self._save_state()
         adapter = self._save_adapter(ADAPTER_FOLDER)
         return Interrupted(
-            f"Interrupted at step {self.progress.step} of {self.total_steps}. Go on: {self.advice}\n"
+            f"Interrupted at step {self.progress.step} of {self.course.total_steps}. Go on: {self.advice}\n"
             f"The adapter as it is now: {adapter}"
         )
 
     def _finish(self, bars: ProgressBars) -> Run:
         self._save_adapter(ADAPTER_FOLDER)
-        if self.shown is None:  # resumed when all but these files was done
+        if self.course.shown is None:  # resumed when all but these files was done
             self._evaluate(bars)
-        run = Run(
-            output_dir=self.folder,
-            settings=self.settings,
-            task=self.learner.task,
-            shown=self.shown or [],
-            truth=self.truth,
-            progress=self.progress,
-            train_examples=self.train_count,
-            trainable_parameters=sum(parameter.numel() for parameter in self.trainable.values()),
-            all_parameters=sum(parameter.numel() for parameter in self.learner.model.parameters()),
-        )
-        answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
-        predictions = [{"label": right, "prediction": found, "text": text} for text, right, found in answers]
-        write_json(self.folder / RESULT_NAME, run.summary() | {"predictions": predictions})
-        return run
+        return self.course.result(self.folder)
 
 
 def _accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
@@ -456,7 +509,8 @@ class _StepsPerSecond(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.2f}/s", style="progress.data.speed")
 
 
-def _progress(console: Console | None) -> ProgressBars:
+def progress_bars(console: Console | None) -> ProgressBars:
+    """The bars of a training."""
     return ProgressBars(
         TextColumn("{task.description}"),
         BarColumn(),
