@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia3 import IA3Config, get_peft_model, rows
+from ia3 import AdapterTable, IA3Config, get_peft_model, rows
+from ia3.training.learners.instructions import separating_mask
 
 TASKS = {
     "t5": "SEQ_2_SEQ_LM",
@@ -259,3 +260,144 @@ def test_threads_and_models_see_their_own_rows(tiny, randomise):
         thread.join()
     assert not wrong
     assert rows.under_way == 0
+
+
+# One name a token: rows that pack several examples
+
+# A row is [(name, length), …]; the last example of the second row fills it up.
+PACKED = [[("b", 3), ("a", 4), ("__base__", 2)], [("narrow", 5), ("b", 2), ("__base__", 2)]]
+
+
+def packed_batch(model):
+    """Rows of several examples apart by a mask for each pair of tokens, and the name of each token."""
+    chance = torch.Generator().manual_seed(3)
+    positions = torch.tensor([[place for _, length in row for place in range(length)] for row in PACKED])
+    names = [[name for name, length in row for _ in range(length)] for row in PACKED]
+    ids = torch.randint(2, 30, positions.shape, generator=chance)
+    mask = separating_mask(positions, model.dtype)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}, names
+
+
+def each_packed(batch):
+    """Each example of the packed rows: its name, its row and its places in it, itself alone."""
+    for number, row in enumerate(PACKED):
+        start = 0
+        for name, length in row:
+            places = slice(start, start + length)
+            yield name, number, places, {"input_ids": batch["input_ids"][number : number + 1, places]}
+            start += length
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon-multi-query", "gemma2"])
+@torch.no_grad()
+def test_packed_examples_are_as_alone(tiny, randomise, family):
+    model = adapted(tiny, randomise, family)
+    batch, names = packed_batch(model)
+    mixed = model(**batch, adapter_names=names).logits
+    for name, row, places, example in each_packed(batch):
+        torch.testing.assert_close(mixed[row, places], alone(model, name, example, 0)[0], rtol=1e-4, atol=1e-5)
+    model.set_adapter("a")
+    assert not torch.allclose(mixed, model(**batch).logits, atol=1e-3)
+
+
+def test_gradients_of_packed_examples_are_those_of_the_examples_alone(tiny, randomise):
+    model = adapted(tiny, randomise, "llama", torch.float64)
+    model.set_requires_grad(["a", "b", "narrow"], True)
+    batch, names = packed_batch(model)
+    vectors = [p for n, p in model.named_parameters() if ".ia3_l." in n]
+    mixed = torch.autograd.grad(model(**batch, adapter_names=names).logits.square().sum(), vectors)
+    total = [torch.zeros_like(p) for p in vectors]
+    for name, _, _, example in each_packed(batch):
+        if name != "__base__":
+            model.set_adapter(name)
+            loss = model(**example).logits.square().sum()
+            model.set_requires_grad(["a", "b", "narrow"], True)
+            for sum_, gradient in zip(total, torch.autograd.grad(loss, vectors, allow_unused=True), strict=True):
+                sum_ += 0 if gradient is None else gradient
+    for gradient, expected in zip(mixed, total, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-8)
+
+
+@torch.no_grad()
+def test_packed_examples_of_registered_adapters(tiny, randomise, tmp_path):
+    model = adapted(tiny, randomise, "llama")
+    batch, names = packed_batch(model)
+    expected = model(**batch, adapter_names=names).logits
+    model.save_pretrained(tmp_path)
+    for name in ("a", "b"):
+        model.delete_adapter(name)
+    table = AdapterTable(model)  # "narrow" stays attached
+    for name in ("a", "b"):
+        table.register(name, tmp_path / name)
+    torch.testing.assert_close(model(**batch, adapter_names=names).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([["a"] * 9, ["a"] * 8], r"adapter_names\[1\] is 8 names for 9 tokens"),
+        ([["a"] * 9, "a"], r"adapter_names\[1\] is 'a' for 9 tokens"),
+        ([["a"] * 9, None], r"adapter_names\[1\] is None for 9 tokens"),
+        ([["a"] * 9], "for 2 examples"),
+        ([["a"] * 9, ["a"] * 8 + ["c"]], r"Unknown adapter_names \['c'\]"),
+    ],
+)
+def test_wrong_names_a_token(tiny, randomise, names, said):
+    model = adapted(tiny, randomise, "llama")
+    batch, _ = packed_batch(model)
+    layers = []
+    model.model.embed_tokens.register_forward_hook(lambda *_: layers.append(1))
+    with pytest.raises(ValueError, match=said):
+        model(**batch, adapter_names=names)
+    assert not layers
+
+
+def test_where_names_a_token_cannot_work(tiny, randomise):
+    model = adapted(tiny, randomise, "t5")
+    batch = batch_of(model, ["a"] * 2)
+    with pytest.raises(ValueError, match="decoder's tokens are others than its encoder's"):
+        model(**batch, adapter_names=[["a"] * 6] * 2)
+    model = adapted(tiny, randomise, "llama")
+    batch, names = packed_batch(model)
+    with pytest.raises(ValueError, match="generate continues one example a row"):
+        model.generate(batch["input_ids"], adapter_names=names)
+    model.add_adapter("head", IA3Config(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"can't choose between copies of lm_head"):
+        model(**batch, adapter_names=names)
+
+
+def test_names_a_token_reach_no_convolution_and_no_other_shape():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(9, 4)
+            self.conv = torch.nn.Conv1d(4, 4, 3, padding=1)
+            self.pool = torch.nn.Linear(4, 4)
+
+        def forward(self, input_ids):
+            return self.pool(self.conv(self.embed(input_ids).transpose(1, 2)).mean(-1))
+
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for targets, said in ((["conv"], "can't reach a convolution"), (["pool"], r"doesn't hold the \(2, 3\) tokens")):
+        model = get_peft_model(Net(), IA3Config(target_modules=targets, feedforward_modules=[]), adapter_name="a")
+        with pytest.raises(ValueError, match=said):
+            model(ids, adapter_names=[["a"] * 3] * 2)
+        assert rows.under_way == 0
+
+
+def test_a_module_that_another_adapter_trains_in_full_is_not_split(tiny, randomise):
+    model = get_peft_model(tiny("llama"), IA3Config(task_type="CAUSAL_LM"), adapter_name="a")
+    model.add_adapter("b", IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], modules_to_save=["mlp"]))
+    randomise(model)
+    batch = batch_of(model, ["a"] * 2)
+    with pytest.raises(ValueError, match=r"trains model.layers.0.mlp.down_proj in full and another has vectors there"):
+        model(**batch, adapter_names=["a", "__base__"])
+    model.set_adapter("a")
+    torch.testing.assert_close(model(**batch, adapter_names=["a", "a"]).logits, model(**batch).logits)
+
+
+def test_an_activation_that_is_not_floating_is_refused():
+    site = torch.nn.Linear(1, 1)
+    mixed = rows.Rows(("a", "b"), {site: {"output": torch.ones(2, 3)}})
+    with pytest.raises(TypeError, match=r"floating-point activations; this layer's is torch\.int8"):
+        mixed.scale(site, "output", torch.ones(2, 3, dtype=torch.int8), channels_first=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,8 +21,11 @@ from ia3.swap import SavedModule, swap_back
 
 if TYPE_CHECKING:
     from ia3.merging import Originals
+    from ia3.table import AdapterTable
 
 _HALF = (torch.float16, torch.bfloat16)
+# How many known names an error lists in full.
+_FEW = 8
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Attached:
         merged: names of the merged adapters.
         trained_before: names of the base parameters that required a gradient before attaching.
         input_gradients: whether attaching made the embeddings' output require a gradient.
+        table: more adapters, registered instead of attached; None where there are none.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -54,6 +60,7 @@ class Attached:
     merged: tuple[str, ...] = ()
     trained_before: tuple[str, ...] = ()
     input_gradients: bool = False
+    table: AdapterTable | None = None
 
 
 def attached(model: nn.Module) -> Attached:
@@ -175,9 +182,10 @@ def detach(model: nn.Module, name: str) -> None:
             _unwrap(module)
     del state.adapters[name]
     if not state.adapters:
-        del model._ia3
         for parameter in state.trained_before:
             model.get_parameter(parameter).requires_grad_(True)
+        state.trained_before = ()
+        _forget_if_empty(model, state)
 
 
 def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) -> None:
@@ -285,6 +293,10 @@ def _check_name(name: str, state: Attached) -> None:
         raise ValueError(
             f"The model already carries an adapter {name!r}: choose another name, delete_adapter({name!r}), or "
             "unload() to get the bare base back."
+        )
+    if state.table is not None and name in state.table:
+        raise ValueError(
+            f"The model's AdapterTable has an adapter {name!r}: choose another name, or drop({name!r}) first."
         )
 
 
@@ -434,45 +446,161 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
                 copy.load_state_dict(trained.state_dict())
 
 
-def gather_rows(model: nn.Module, names: Sequence[str]) -> Rows:
+def hold_sites(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Put hooks where a table's adapters have vectors, without any vector of their own.
+
+    Raises:
+        ValueError: another library's vectors are there; the model is then unchanged.
+    """
+    sites = list(sites)
+    for site in sites:
+        _check_free(model.get_submodule(site.path), site)
+    for site in sites:
+        _container_for(model.get_submodule(site.path), site).sides[_table_holds(site.side)] = site.side
+
+
+def release_sites(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Take a table off the model: its hooks, where no attached adapter needs them."""
+    for site in sites:
+        module, container = model.get_submodule(site.path), _container(model, site)
+        container.sides.pop(_table_holds(site.side))
+        _drop_idle_hooks(module)
+        if not container.sides:
+            del module._modules[VECTORS]
+    state = attached(model)
+    state.table = None
+    _forget_if_empty(model, state)
+
+
+def _table_holds(side: Side) -> str:
+    """What stands for a table among a site's adapters: no adapter's name has a dot."""
+    return f"table.{side}"
+
+
+def _forget_if_empty(model: nn.Module, state: Attached) -> None:
+    if not state.adapters and state.table is None:
+        del model._ia3
+
+
+def device_at(model: nn.Module, site: Site) -> torch.device:
+    """Where a vector of this site belongs."""
+    return _kind_of_vector(model.get_submodule(site.path), True)[1]
+
+
+def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]) -> Rows:
     """The vectors of a batch whose examples use these adapters: gathered once from one table, then split by site.
 
     Args:
-        model: the model with its adapters; which are active doesn't matter.
-        names: one an example, `"__base__"` for none.
+        model: the model with its adapters, attached or in its `AdapterTable`; which are active doesn't matter.
+        names: one an example, `"__base__"` for none; or `[batch][length]`, one a token, for rows that pack several
+            examples.
 
     Raises:
-        ValueError: unknown names, merged or disabled adapters, or a module that one of the adapters trains in full
-            and another has vectors in.
+        ValueError: unknown names, merged or disabled adapters, a module that one adapter trains in full and another
+            has vectors in, more adapters of the table than it has room for; and for names a token modules trained in
+            full and convolutions.
     """
     state = attached(model)
-    unknown = sorted(set(names) - {*state.adapters, BASE})
+    packed = any(not isinstance(name, str) for name in names)
+    each = [name for item in names for name in ([item] if isinstance(item, str) else item)]
+    distinct = list(dict.fromkeys(each))
+    _check_known(state, distinct)  # outside of the lock, because looking for near names takes its time
+    with state.table.lock if state.table is not None else nullcontext():
+        _check_mixture(state, distinct, packed)
+        layout, flat = _rows_over(model, state, distinct if packed else each)
+        if not packed:
+            return make_rows(model, each, layout, flat)
+        if any(len(site.shape) > 2 for site in layout.sites):
+            raise ValueError("adapter_names a token can't reach a convolution, which mixes neighbouring tokens.")
+        number = {name: index for index, name in enumerate(distinct)}
+        places = torch.tensor([[number[name] for name in row] for row in names], device=flat.device)
+        return make_rows(model, distinct, layout, flat, places)
+
+
+def make_rows(
+    model: nn.Module, names: Sequence[str], layout: Layout, flat: torch.Tensor, places: torch.Tensor | None = None
+) -> Rows:
+    """Rows of vectors, split by site.
+
+    Args:
+        model: the model, whose sites are found in one walk.
+        names: the adapter of each row of `flat`.
+        layout: the flat rows' sites, whole ones.
+        flat: `[rows, D]`.
+        places: see `Rows`.
+    """
+    containers: dict[str, nn.Module] = {}
+    slices: dict[nn.Module, dict[Side, torch.Tensor]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SiteVectors | SavedModule):
+            containers[path], slices[module] = module, {}
+    for site, part in zip(layout.sites, layout.split(flat), strict=True):
+        slices[containers[site.key]][site.side] = part
+    return Rows(tuple(names), slices, places)
+
+
+def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> ValueError:
+    """The error for names that are not known: it lists these in full where they are few, else the nearest."""
+    known = sorted(known)
+    if len(known) <= _FEW:
+        return ValueError(f"Unknown adapter_names {unknown}: this model has {known}, and {BASE!r} for none.")
+    near = list(dict.fromkeys(n for name in unknown[:3] for n in difflib.get_close_matches(str(name), known, n=3)))
+    return ValueError(
+        f"Unknown adapter_names {unknown[:_FEW]}: this model has {len(known)} adapters"
+        f"{f', the nearest {near}' if near else f', such as {known[:3]}'}; {BASE!r} is for none."
+    )
+
+
+def _check_known(state: Attached, distinct: Sequence[str]) -> None:
+    registered = state.table if state.table is not None else ()
+    unknown = [name for name in distinct if name not in state.adapters and name not in registered and name != BASE]
     if unknown:
-        raise ValueError(
-            f"Unknown adapter_names {unknown}: this model has {sorted(state.adapters)}, and {BASE!r} for none."
-        )
+        raise unknown_names(sorted(unknown, key=str), [*state.adapters, *registered])
+
+
+def _check_mixture(state: Attached, distinct: Sequence[str], packed: bool) -> None:
+    _check_known(state, distinct)
     if not state.enabled or state.originals is not None:
         raise ValueError("The adapters are disabled or merged: enable or unmerge them before a batch that mixes them.")
-    distinct = list(dict.fromkeys(names))
-    chosen = [state.adapters[name] for name in distinct if name != BASE]
-    hidden = hidden_sites(chosen)
-    if hidden:
+    saved = {path for adapter in state.adapters.values() for path in adapter.saved}
+    if not saved:
+        return
+    if packed:
+        raise ValueError(
+            f"adapter_names a token can't choose between copies of {min(saved)}, which an adapter of this model trains "
+            "in full: pass one name an example, one example a row."
+        )
+    sites = {site.path for name in distinct if name in state.adapters for site in state.adapters[name].layout.sites}
+    if state.table is not None and any(name in state.table for name in distinct):
+        sites |= {site.path for site in state.table.layout.sites}
+    hidden = sorted(site for site in sites if any(is_inside(site, path) for path in saved))
+    if hidden and len(distinct) > 1:
         raise ValueError(
             f"One adapter trains {hidden[0]} in full and another has vectors there: they can't share a batch."
         )
+
+
+def _rows_over(model: nn.Module, state: Attached, names: Sequence[str]) -> tuple[Layout, torch.Tensor]:
+    """One row a name, `[len(names), D]`, and the sites that it is over; an absent vector is one."""
+    distinct = list(dict.fromkeys(names))
+    chosen = [state.adapters[name] for name in distinct if name in state.adapters]
+    registered = [name for name in distinct if name not in state.adapters and name != BASE]
+    if registered and not chosen:
+        assert state.table is not None
+        return state.table.layout, state.table.gather(names)
     held = {a.name: {_whole(s): s.widen(vector) for s, vector in site_vectors(model, a)} for a in chosen}
+    if registered:
+        assert state.table is not None
+        sites = state.table.layout
+        for name, row in zip(registered, state.table.gather(registered), strict=True):
+            held[name] = dict(zip(sites.sites, sites.split(row), strict=True))
     layout = Layout(tuple(dict.fromkeys(site for vectors in held.values() for site in vectors)))
-    slices: dict[nn.Module, dict[Side, torch.Tensor]] = {}
-    for module in model.modules():
-        if isinstance(module, SiteVectors | SavedModule):
-            slices[module] = {}
-    if layout.sites:
-        like = next(iter(next(iter(held.values())).values()))
-        table = torch.stack([_table_row(held.get(name, {}), layout, like) for name in distinct])
-        places = torch.tensor([distinct.index(name) for name in names], device=table.device)
-        for site, part in zip(layout.sites, layout.split(table[places]), strict=True):
-            slices[_container(model, site)][site.side] = part
-    return Rows(tuple(names), slices)
+    if not layout.sites:
+        return layout, torch.ones(len(names), 0)
+    like = next(iter(next(iter(held.values())).values()))
+    table = torch.stack([_table_row(held.get(name, {}), layout, like) for name in distinct])
+    number = {name: index for index, name in enumerate(distinct)}
+    return layout, table[torch.tensor([number[name] for name in names], device=table.device)]
 
 
 def _table_row(vectors: dict[Site, torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -101,25 +102,17 @@ def set_peft_model_state_dict(
     adapter = get_adapter(model, adapter_name)
     if adapter_name in attached(model).merged:
         raise ValueError(f"{adapter_name!r} is merged, so new values wouldn't act: call unmerge_adapter() first.")
-    tensors = {_plain_key(key, adapter_name): tensor for key, tensor in peft_model_state_dict.items()}
-    if len(tensors) < len(peft_model_state_dict):
-        plain = [_plain_key(key, adapter_name) for key in peft_model_state_dict]
-        twice = sorted({key for key in plain if plain.count(key) > 1})
-        raise ValueError(f"{len(twice)} tensors come twice, with and without a prefix (such as {twice[0]}).")
+    tensors = plain_tensors(peft_model_state_dict, adapter_name)
     sites = {site.key: site for site in adapter.layout.sites}
     targets = _plain_targets(model, adapter, tensors)
     _check_keys(model, tensors, sites, targets)
-    mismatched = {
-        key: problem
-        for key, tensor in tensors.items()
-        if (problem := _mismatch(key, tensor, sites.get(key), targets.get(key)))
-    }
+    mismatched = _mismatches(tensors, sites, targets)
     if mismatched and not ignore_mismatched_sizes:
-        raise ValueError("This adapter doesn't fit the model: " + " ".join(list(mismatched.values())[:3]))
+        raise _doesnt_fit(mismatched)
     for problem in mismatched.values():
         logger.warning("Left out: %s", problem)
     held = dict(zip(sites, vectors(model, adapter), strict=True)) | targets
-    _check_finite({key: tensor.to(held[key].dtype) for key, tensor in tensors.items()})
+    check_finite({key: tensor.to(held[key].dtype) for key, tensor in tensors.items()})
 
     fitting = {key: tensor for key, tensor in tensors.items() if key not in mismatched}
     if any(not sites[key].fits(tensor) for key, tensor in fitting.items() if key in sites):
@@ -161,8 +154,7 @@ def load_peft_weights(
     if path is None:
         where = f"{model_id}/{subfolder}" if subfolder else model_id
         raise FileNotFoundError(f"No {SAFETENSORS_NAME} or {PICKLE_NAME} in {where}.")
-    tensors = read_tensors(path, device or "cpu")
-    return _renamed(tensors, key_mapping) if key_mapping else tensors
+    return renamed(read_tensors(path, device or "cpu"), key_mapping)
 
 
 def saved_modules_in(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> set[str]:
@@ -194,12 +186,82 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> Tensors:
             "safetensors file."
         ) from error
     except Exception as error:  # damaged bytes make torch.load raise almost anything
-        raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again.") from error
+        raise _damaged(path, error) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
     ):
         raise ValueError(f"{path} holds no dictionary of tensors: it isn't an adapter's file.")
     return loaded
+
+
+def read_in_parts(path: Path) -> tuple[bytes, bytearray]:
+    """A safetensors file read once: its header with the length before it, and its data, neither of them checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is shorter than it says.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise _damaged(path, "its header is longer than the file")
+        header, data = file.read(length), bytearray(size - 8 - length)
+        if len(header) < length or file.readinto(data) < len(data):
+            raise _damaged(path, "it became shorter while it was read")
+    return prefix + header, data
+
+
+def parse_tensors(content: bytes, path: Path) -> Tensors:
+    """The tensors of a safetensors file's content, in the order of its data.
+
+    Raises:
+        ValueError: the content is damaged; `path` says where it came from.
+    """
+    from safetensors.torch import load
+
+    try:
+        tensors: Tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except Exception as error:  # safetensors raises an exception of its own
+        raise _damaged(path, error) from error
+    return {key: tensors[key] for key in sorted(tensors, key=lambda key: header[key]["data_offsets"])}
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path} is truncated or damaged ({why}): copy or download it again.")
+
+
+def plain_tensors(tensors: Mapping[str, torch.Tensor], adapter_name: str = "default") -> Tensors:
+    """Tensors under the names of their sites and modules, without PEFT's prefix and the adapter's name.
+
+    Raises:
+        ValueError: one comes with and without the prefix.
+    """
+    plain = {_plain_key(key, adapter_name): tensor for key, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        keys = [_plain_key(key, adapter_name) for key in tensors]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"{len(twice)} tensors come twice, with and without a prefix (such as {twice[0]}).")
+    return plain
+
+
+def check_vectors(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site]) -> None:
+    """Refuse tensors that are not these sites' vectors alone, as `set_peft_model_state_dict` does.
+
+    Args:
+        model: the base, which the errors name.
+        tensors: by plain name, see `plain_tensors`.
+        sites: by key.
+
+    Raises:
+        ValueError: unknown or missing keys, another shape or side.
+    """
+    _check_keys(model, tensors, sites, {})
+    mismatched = _mismatches(tensors, sites, {})
+    if mismatched:
+        raise _doesnt_fit(mismatched)
 
 
 def save_adapter(
@@ -297,16 +359,19 @@ def _was_resized(model: nn.Module) -> bool:
     return bool(json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size", size) != size)
 
 
-def _renamed(tensors: Tensors, key_mapping: Mapping[str, str]) -> Tensors:
-    renamed: Tensors = {}
+def renamed(tensors: Tensors, key_mapping: Mapping[str, str] | None) -> Tensors:
+    """Tensors under the names that their modules have now; see `load_peft_weights`."""
+    if not key_mapping:
+        return tensors
+    new: Tensors = {}
     for key, tensor in tensors.items():
         plain = key.removeprefix(PREFIX)
         for pattern, replacement in key_mapping.items():
             plain, hits = re.subn(pattern, replacement, plain)
             if hits:
                 break
-        renamed[PREFIX + plain] = tensor
-    return renamed
+        new[PREFIX + plain] = tensor
+    return new
 
 
 def _plain_key(key: str, adapter_name: str) -> str:
@@ -342,6 +407,16 @@ def _check_keys(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site], t
     )
 
 
+def _mismatches(tensors: Tensors, sites: Mapping[str, Site], targets: Tensors) -> dict[str, str]:
+    """What is wrong with the tensors' shapes, by key."""
+    problems = {key: _mismatch(key, tensor, sites.get(key), targets.get(key)) for key, tensor in tensors.items()}
+    return {key: problem for key, problem in problems.items() if problem}
+
+
+def _doesnt_fit(mismatched: Mapping[str, str]) -> ValueError:
+    return ValueError("This adapter doesn't fit the model: " + " ".join(list(mismatched.values())[:3]))
+
+
 def _mismatch(key: str, tensor: torch.Tensor, site: Site | None, target: torch.Tensor | None) -> str:
     """What is wrong with a tensor's shape; empty where nothing is."""
     expected = site.shape if site is not None else tuple(target.shape) if target is not None else ()
@@ -360,7 +435,12 @@ def _mismatch(key: str, tensor: torch.Tensor, site: Site | None, target: torch.T
     return text + " It was made for another base model."
 
 
-def _check_finite(tensors: Tensors) -> None:
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse vectors with NaN or infinity.
+
+    Raises:
+        ValueError: there are some; it says where.
+    """
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,9 +90,9 @@ def get_peft_model(
     if hasattr(model, "_orig_mod"):
         raise ValueError("The model was compiled already: attach the adapter first, then call torch.compile.")
     if isinstance(model, PeftModel):
+        what = f"the adapters {sorted(model.peft_config)}" if model.peft_config else "a table"
         raise ValueError(
-            f"The model already carries the adapters {sorted(model.peft_config)}: use add_adapter(name, config) "
-            "for one more, or unload() to begin anew."
+            f"The model already carries {what}: use add_adapter(name, config) for one more, or unload() to begin anew."
         )
     config = _checked(peft_config)
     config.base_model_name_or_path = _base_name(model, config)
@@ -205,7 +206,7 @@ class PeftModel(Swapped):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, device, key_mapping, **hub)
         _add_saved(config, tensors)
-        _warn_of_other_base(model, config)
+        warn_of_other_base(model, config)
         peft_model = _become(model, config, adapter_name, autocast_adapter_dtype, on_meta=False, loading=True)
         try:
             set_peft_model_state_dict(peft_model, tensors, adapter_name, ignore_sizes)
@@ -400,16 +401,17 @@ class PeftModel(Swapped):
         """Remove an adapter; where it was the only active one, another becomes active.
 
         Raises:
-            ValueError: an unknown adapter, one that is merged, or the last one (`unload` removes that).
+            ValueError: an unknown adapter, one that is merged, or the last one (`unload` removes that) where there
+                is no `AdapterTable` either.
         """
         adapters.get_adapter(self, adapter_name)
         if adapter_name in self._state.merged:
             raise ValueError(f"{adapter_name!r} is merged: call unmerge_adapter() before deleting it.")
-        if len(self.peft_config) == 1:
+        if len(self.peft_config) == 1 and self._state.table is None:
             raise ValueError(f"{adapter_name!r} is the last adapter: unload() gives the base back.")
         adapters.detach(self, adapter_name)
         del self.peft_config[adapter_name]
-        if not self._state.active:
+        if not self._state.active and self.peft_config:
             other = min(self.peft_config)  # the one that PEFT takes
             logger.warning("delete_adapter(%r): %r is active now.", adapter_name, other)
             adapters.activate(self, [other], trainable=not self.peft_config[other].inference_mode)
@@ -496,7 +498,8 @@ class PeftModel(Swapped):
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """Remove every adapter and give the base model back: the same object with its own class and keys.
+        """Remove every adapter, those of an `AdapterTable` too, and give the base model back: the same object with its
+        own class and keys.
 
         What `merge_adapter` folded into the weights stays there, as in PEFT.
 
@@ -508,6 +511,8 @@ class PeftModel(Swapped):
             raise ValueError("The adapters are disabled: unload after disable_adapter, or enable_adapters() first.")
         for name in list(self.peft_config):
             adapters.detach(self, name)
+        if state.table is not None:
+            state.table.leave()
         storage.restore(self)
         return _become_base(self, state)
 
@@ -553,7 +558,7 @@ class PeftModel(Swapped):
 
     @property
     def active_peft_config(self) -> IA3Config:
-        return self.peft_config[self._state.active[0]]
+        return self.peft_config[self._first_active]
 
     @property
     def peft_type(self) -> PeftType:
@@ -590,7 +595,7 @@ class PeftModel(Swapped):
         self, adapter_name: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
     ) -> Tensors:
         """As `get_peft_model_state_dict`, of the active adapter by default."""
-        return get_peft_model_state_dict(self, state_dict, adapter_name or self._state.active[0])
+        return get_peft_model_state_dict(self, state_dict, adapter_name or self._first_active)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `resize_token_embeddings`, which puts new modules in the place of the old.
@@ -607,11 +612,16 @@ class PeftModel(Swapped):
         """The base model's `generate`, with `adapter_names`, one an example, for a batch that mixes adapters.
 
         Raises:
-            ValueError: unknown names, or another number of them than examples.
+            ValueError: unknown names, another number of them than examples, or names a token.
         """
         names = kwargs.pop("adapter_names", None)
         if names is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if any(not isinstance(name, str) for name in names):
+            raise ValueError(
+                "generate continues one example a row, so it takes one name a row, not one a token: unpack the "
+                "examples, and pass adapter_names as a list of names."
+            )
         with acting(_rows_of(self, names, args, kwargs)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -621,8 +631,14 @@ class PeftModel(Swapped):
     def _state(self) -> adapters.Attached:
         return adapters.attached(self)
 
+    @property
+    def _first_active(self) -> str:
+        if not self._state.active:
+            raise ValueError(f"No adapter is active: call set_adapter with one of {sorted(self.peft_config)} first.")
+        return self._state.active[0]
+
     def _attach(self, name: str, config: IA3Config, half_to_fp32: bool, *, on_meta: bool, loading: bool) -> None:
-        _with_head(self, config)
+        with_head(self, config)
         adapter = adapters.attach(self, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
         self.peft_config[name] = adapter.config
 
@@ -666,20 +682,27 @@ def _become(
     model: nn.Module, config: IA3Config, name: str, half_to_fp32: bool, *, on_meta: bool, loading: bool
 ) -> PeftModel:
     """Attach the first adapter, active, and give the model its new class."""
-    _with_head(model, config)
+    with_head(model, config)
     adapter = adapters.attach(model, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
     adapters.activate(model, [name], trainable=not config.inference_mode)
-    swap(model, CLASS_FOR_TASK[config.task_type])
-    assert isinstance(model, PeftModel)
-    model.peft_config = {**model.__dict__.get("peft_config", {}), name: adapter.config}
-    model.register_forward_pre_hook(_take_adapter_names, with_kwargs=True)
-    model.register_forward_hook(_forget_adapter_names, always_call=True)
-    model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
+    model = become_adapted(model, CLASS_FOR_TASK[config.task_type])
+    model.peft_config[name] = adapter.config
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if checkpoints and hasattr(model, "enable_input_require_grads") and not model.__dict__.get("_require_grads_hooks"):
         # Reentrant checkpointing gives no gradient to what lies behind an input that requires none.
         model.enable_input_require_grads()  # type: ignore[operator]
         model._state.input_gradients = True
+    return model
+
+
+def become_adapted(model: nn.Module, cls: type[PeftModel]) -> PeftModel:
+    """Give a base model its new class, and the hooks that take `adapter_names` off its arguments."""
+    swap(model, cls)
+    assert isinstance(model, PeftModel)
+    model.peft_config = dict(model.__dict__.get("peft_config", {}))
+    model.register_forward_pre_hook(_take_adapter_names, with_kwargs=True)
+    model.register_forward_hook(_forget_adapter_names, always_call=True)
+    model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
     return model
 
 
@@ -733,7 +756,7 @@ def _checked(config: PeftConfig) -> IA3Config:
     return deepcopy(config)
 
 
-def _with_head(model: nn.Module, config: IA3Config) -> None:
+def with_head(model: nn.Module, config: IA3Config) -> None:
     """Add the task's head to the modules trained in full."""
     heads = _HEADS.get(config.task_type, ())  # type: ignore[call-overload]
     ends = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
@@ -760,7 +783,7 @@ def _base_name(model: nn.Module, config: IA3Config) -> str | None:
     return name
 
 
-def _warn_of_other_base(model: nn.Module, config: IA3Config) -> None:
+def warn_of_other_base(model: nn.Module, config: IA3Config) -> None:
     name, wanted = model.__dict__.get("name_or_path"), config.base_model_name_or_path
     if name and wanted and Path(name).name != Path(wanted).name:
         logger.warning("The adapter was made for the base model %r; this one is %r.", wanted, name)
@@ -819,16 +842,23 @@ def _forget_adapter_names(model: nn.Module, args: Any, output: Any) -> None:
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def _rows_of(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+def _rows_of(
+    model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Rows:
     """The rows of a call.
 
     Raises:
-        ValueError: another number of names than examples, gradient checkpointing, or what `gather_rows` raises.
+        ValueError: another number of names than examples or tokens, names a token where they can't work, gradient
+            checkpointing, or what `gather_rows` raises.
     """
     tensors = [value for value in (*args, *map(kwargs.get, _INPUTS)) if isinstance(value, torch.Tensor)]
     if isinstance(names, str) or not tensors or len(tensors[0]) != len(names):
         count = len(tensors[0]) if tensors else "no"
-        raise ValueError(f"adapter_names is {names!r} for {count} examples: pass a list with one name an example.")
+        raise ValueError(
+            f"adapter_names is {reprlib.repr(names)} for {count} examples: pass a list with one name an example."
+        )
+    if any(not isinstance(name, str) for name in names):
+        _check_packed(model, names, tensors[0])
     if torch.is_grad_enabled() and any(
         getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()
     ):
@@ -837,6 +867,25 @@ def _rows_of(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwar
             "nothing of adapter_names: gradient_checkpointing_disable() first."
         )
     return adapters.gather_rows(model, names)
+
+
+def _check_packed(model: nn.Module, names: Sequence[Any], batch: torch.Tensor) -> None:
+    """Refuse names a token that are not `[batch][length]`, or a model that they can't work for."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "An encoder-decoder model takes one name an example, not one a token: its decoder's tokens are others than "
+            "its encoder's. Pass one example a row."
+        )
+    if batch.dim() not in (2, 3):
+        raise ValueError(f"adapter_names a token need a batch of tokens, not one of shape {tuple(batch.shape)}.")
+    for place, row in enumerate(names):
+        is_list = isinstance(row, list | tuple)
+        if not is_list or len(row) != batch.shape[1]:
+            got = f"{len(row)} names" if is_list else repr(row)
+            raise ValueError(
+                f"adapter_names[{place}] is {got} for {batch.shape[1]} tokens: pass one name a token in every row, "
+                "padding included, or one name a row in all."
+            )
 
 
 def _add_weighted(

@@ -39,13 +39,15 @@ class Rows:
     """The vectors of a batch whose examples use different adapters.
 
     Args:
-        names: the adapter of each example.
-        slices: by a site's module, the side and one vector an example, `[batch, width]`; every site of the model is
+        names: the adapter of each example; with `places` the adapters in the batch, each once.
+        slices: by a site's module, the side and one vector a name, `[names, width]`; every site of the model is
             there, those that no example has a vector for without any.
+        places: for rows that pack several examples, which of the names each token uses, `[batch, length]`.
     """
 
     names: tuple[str, ...]
     slices: Mapping[nn.Module, Mapping[Side, Tensor]]
+    places: Tensor | None = None
 
     def scale(self, site: nn.Module, side: Side, activation: Tensor, *, channels_first: bool) -> Tensor | None:
         """The product of an activation with its examples' vectors; None where no example has one here.
@@ -58,15 +60,33 @@ class Rows:
             channels_first: a convolution's.
 
         Raises:
-            ValueError: a number of rows that is no multiple of the examples'.
+            ValueError: a number of rows that is no multiple of the examples', or of tokens that isn't the places'.
+            TypeError: the activation is not floating-point.
         """
         vectors = self.slices[site].get(side)
         if vectors is None:
             return None
-        vectors = vectors.repeat_interleave(self.rows_an_example(activation), dim=0).to(activation)
+        if not activation.is_floating_point():
+            raise TypeError(f"ia3 multiplies floating-point activations; this layer's is {activation.dtype}.")
+        if self.places is not None:
+            return activation * self._of_each_token(vectors, self.places, activation)
+        count = self.rows_an_example(activation)
+        if count > 1:  # else the product alone is one kernel
+            vectors = vectors.repeat_interleave(count, dim=0)
+        vectors = vectors.to(activation)
         ones = (1,) * (activation.dim() - 2)
         shape = (len(vectors), -1, *ones) if channels_first else (len(vectors), *ones, vectors.shape[-1])
         return activation * vectors.view(shape)
+
+    def _of_each_token(self, vectors: Tensor, places: Tensor, activation: Tensor) -> Tensor:
+        """The tokens' own vectors, shaped as the activation `[batch, length, width]` or `[batch · length, width]`."""
+        if activation.shape[:-1] not in (places.shape, (places.numel(),)):
+            raise ValueError(
+                f"An activation of {tuple(activation.shape)} doesn't hold the {tuple(places.shape)} tokens of "
+                "adapter_names one by one: this model can't take a name a token. Pass one example a row."
+            )
+        chosen = vectors.to(activation).index_select(0, places.flatten().to(activation.device))
+        return chosen.view(activation.shape)
 
     def rows_an_example(self, activation: Tensor) -> int:
         """How many rows of an activation belong to each example.

@@ -1,0 +1,389 @@
+"""Thousands of adapters of one base model, registered from disk and used by name in batches that mix them.
+
+A registered adapter has no parameters and is never active. Its numbers stay in host memory as its file has them; the
+device holds those that batches used last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ia3.adapter import Attached, attached, device_at, hold_sites, release_sites, unknown_names
+from ia3.checkpoint import (
+    PICKLE_NAME,
+    SAFETENSORS_NAME,
+    Tensors,
+    check_finite,
+    check_vectors,
+    embeddings,
+    parse_tensors,
+    plain_tensors,
+    read_in_parts,
+    read_tensors,
+    renamed,
+)
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.model import PeftModel, become_adapted, warn_of_other_base, with_head
+from ia3.rows import BASE
+from ia3.sites import Layout, Site, find_sites
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What one configuration and one header say of a file.
+
+    Args:
+        sites: whole ones, in the order of its data.
+        plain: all of it is fp32.
+        size: the bytes of its data.
+    """
+
+    sites: tuple[Site, ...]
+    plain: bool
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Registered:
+    """An adapter in host memory: its numbers `[D of its form]` in the file's order. Nothing changes it."""
+
+    digest: str
+    form: _Form
+    numbers: Tensor
+
+
+class AdapterTable:
+    """Adapters of one base model by the thousand: registered from disk, used by name, without attaching them.
+
+    A bare model becomes a `PeftModel` without adapters, which computes exactly what the base computes; its `forward`
+    and `generate` then take `adapter_names`. Attached adapters and the table's may share a batch.
+
+    All adapters stay in host memory in fp32, each in a buffer of its own, so that growing copies nothing and `drop`
+    gives the memory back. The device holds `capacity` of them over the union of their sites, absent = 1, and the one
+    that was used longest ago makes room. They are fp32 there too, as attached vectors are: a site casts them to its
+    activation, whose precision differs from layer to layer (autocast, T5's `wo`), so both ways give the same numbers.
+
+    Any number of threads may register, drop and run batches. A batch gathers its own copy of the numbers at its
+    beginning, so nothing that happens later changes it.
+
+    Args:
+        model: the base model, bare or with adapters.
+        capacity: the most adapters that one batch may use. Their memory on the device is allocated by the first
+            batch: `capacity + 1` rows, for mt0-large 1.1 MB each.
+
+    Raises:
+        ValueError: the model has a table, was compiled, or has adapters from `inject_adapter_in_model`.
+
+    Example:
+        >>> table = AdapterTable(model)
+        >>> table.register("news", "adapters/news")
+        >>> model(**batch, adapter_names=["news", "__base__"])
+    """
+
+    def __init__(self, model: nn.Module, *, capacity: int = 256) -> None:
+        if capacity < 1:
+            raise ValueError(
+                f"capacity is {capacity}: expected the number of adapters that a batch may use, 1 or more."
+            )
+        state = _state_for_table(model)
+        self.capacity = capacity
+        self.layout = Layout(())
+        """The union of the registered adapters' sites, in the order of their coming; it only grows."""
+        self.lock = threading.RLock()
+        """Held while a batch gathers its rows and while the table changes, never while a file is read."""
+        self._model = model
+        self._registered: dict[str, _Registered] = {}
+        self._forms: dict[bytes, _Form] = {}
+        self._starts: dict[Site, int] = {}
+        self._open = True
+        self._gathered: torch.cuda.Event | None = None
+        self._forget_device()
+        state.table = self
+        model.__dict__["_ia3"] = state
+        if not isinstance(model, PeftModel):
+            become_adapted(model, PeftModel)
+
+    # Registering
+
+    def register(self, name: str, path: str | Path) -> str:
+        """Read an adapter from its folder, under a new name or in the place of another content.
+
+        Args:
+            name: its name in `adapter_names`.
+            path: the folder that `save_pretrained` wrote, with `adapter_config.json` and the vectors.
+
+        Returns:
+            The content's digest. The same content under the same name changes nothing.
+
+        Raises:
+            FileNotFoundError: no such adapter.
+            ValueError: a bad name or that of an attached adapter, modules trained in full, a closed table, or what
+                `PeftModel.from_pretrained` raises. The table is then unchanged.
+        """
+        self._check_name(name)
+        text, header, data = _read(Path(path))
+        content = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+        content.update(header)
+        about = content.digest()
+        content.update(data)
+        digest = content.hexdigest()
+        held = self._registered.get(name)
+        if held is not None and held.digest == digest:
+            return digest
+        form = self._forms.get(about)
+        if form is None or form.size != len(data):
+            form = self._forms[about] = self._form_of(text, header, data, Path(path))
+        numbers = _numbers(form, header, data, Path(path))
+        with self.lock:
+            self._check_name(name)
+            self._take_place(form)
+            former = self._registered.get(name)
+            self._registered[name] = _Registered(digest, form, numbers)
+            if former is not None:
+                self._leave_slot(former)
+        return digest
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter; batches under way go on with it.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        with self.lock:
+            if name not in self._registered:
+                raise unknown_names([name], self._registered)
+            self._leave_slot(self._registered.pop(name))
+
+    def close(self) -> None:
+        """Forget all adapters and take the table off the model; one without attached adapters is the bare base again.
+
+        No batch may be under way. `model.unload()` does the same.
+        """
+        if not self._open:
+            return
+        if attached(self._model).adapters:
+            self.leave()
+        else:
+            self._model.unload()  # type: ignore[operator]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registered
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._registered))
+
+    def __len__(self) -> int:
+        return len(self._registered)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("A model with an AdapterTable can't be copied or pickled: close() the table before.")
+
+    # For the model
+
+    def gather(self, names: Sequence[str]) -> Tensor:
+        """The rows of these names, a copy `[len(names), D]` in fp32 on the model's device; the lock must be held.
+
+        Args:
+            names: registered ones and `"__base__"`.
+
+        Raises:
+            ValueError: more different adapters than the table's capacity.
+        """
+        wanted = {name: self._registered[name] for name in names if name != BASE}
+        if len(wanted) > self.capacity:
+            raise ValueError(
+                f"This batch uses {len(wanted)} adapters of the table, whose capacity is {self.capacity}: pass smaller "
+                f"batches, or make it AdapterTable(model, capacity={len(wanted)})."
+            )
+        device = device_at(self._model, self.layout.sites[0])
+        if self._gathered is not None:  # no slot is filled, on whichever stream, before the last batch has read it
+            torch.cuda.current_stream(device).wait_event(self._gathered)
+        rows = self._rows_on(device)
+        for adapter in wanted.values():
+            if adapter in self._slots:
+                self._slots.move_to_end(adapter)
+        for adapter in wanted.values():
+            if adapter not in self._slots:
+                self._fill_slot(rows, adapter)
+        numbers = [0 if name == BASE else self._slots[wanted[name]] for name in names]
+        gathered = rows.index_select(0, torch.tensor(numbers, device=device))
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            rows.record_stream(stream)
+            self._gathered = stream.record_event()
+        return gathered
+
+    def leave(self) -> None:
+        """Take the table off the model, whose class stays as it is: what `close` and `unload` share."""
+        with self.lock:
+            self._open = False
+            release_sites(self._model, self.layout.sites)
+            self._registered.clear()
+            self._forms.clear()
+            self._forget_device()
+
+    # Inside: what is read
+
+    def _check_name(self, name: str) -> None:
+        if not self._open:
+            raise ValueError("This AdapterTable is closed: make a new one, AdapterTable(model).")
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(f"{name!r} can't name an adapter: expected a non-empty string, not {BASE!r}.")
+        if name in attached(self._model).adapters:
+            raise ValueError(
+                f"The model carries an attached adapter {name!r}: register under another name, or "
+                f"delete_adapter({name!r}) first."
+            )
+
+    def _form_of(self, text: bytes, header: bytes, data: bytearray, path: Path) -> _Form:
+        """Check a file against its configuration and the model as loading an adapter does, all but the numbers."""
+        config = _config_of(text, path / CONFIG_NAME)
+        tensors = parse_tensors(header + data, path / SAFETENSORS_NAME)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        with self.lock:  # which other registrations hold while they change the model's modules
+            mapping = getattr(self._model, "_checkpoint_conversion_mapping", None)
+            tensors = plain_tensors(renamed(tensors, mapping))
+            with_head(self._model, config)
+            self._refuse_whole_modules(config, tensors, path)
+            warn_of_other_base(self._model, config)
+            found = find_sites(self._model, config, loading=True)
+            # A file has every channel, also of a fused projection.
+            sites = {site.key: replace(site, intervals=None) for site in found.layout.sites}
+            check_vectors(self._model, tensors, sites)
+        return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(data))
+
+    def _refuse_whole_modules(self, config: IA3Config, tensors: Tensors, path: Path) -> None:
+        held = [f"{place}.weight" for place, _ in embeddings(self._model) if f"{place}.weight" in tensors]
+        whole = config.modules_to_save or held
+        if whole:
+            raise ValueError(
+                f"The adapter in {path} holds modules in full ({', '.join(sorted(whole))}), not vectors alone: attach "
+                "it as an ordinary adapter, with PeftModel.from_pretrained or load_adapter."
+            )
+
+    # Inside: where it is held
+
+    def _take_place(self, form: _Form) -> None:
+        """Give the form's sites their columns and the model its hooks, where they are new."""
+        new = [site for site in form.sites if site not in self._starts]
+        if not new:
+            return
+        hold_sites(self._model, new)
+        start = self.layout.size
+        for site in new:
+            self._starts[site] = start
+            start += site.width
+        self.layout = Layout((*self.layout.sites, *new))
+        self._forget_device()
+
+    def _forget_device(self) -> None:
+        """Let the rows on the device go; the next batch makes new ones."""
+        self._rows: Tensor | None = None
+        self._slots: OrderedDict[_Registered, int] = OrderedDict()  # the one that was used last is last
+        self._free: list[int] = []
+
+    def _rows_on(self, device: torch.device) -> Tensor:
+        """Rows `[1 + capacity, D]` on the device, the first of them the base's."""
+        if self._rows is None or self._rows.device != device:
+            self._forget_device()
+            with torch.inference_mode(False):
+                self._rows = torch.ones(1 + self.capacity, self.layout.size, device=device)
+            self._free = list(range(self.capacity, 0, -1))
+        return self._rows
+
+    def _fill_slot(self, rows: Tensor, adapter: _Registered) -> None:
+        """Copy an adapter to the device, in the place of the one used longest ago where none is free."""
+        slot = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
+        with torch.no_grad():
+            rows[slot].copy_(self._spread(adapter))
+        self._slots[adapter] = slot
+
+    def _leave_slot(self, adapter: _Registered) -> None:
+        slot = self._slots.pop(adapter, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def _spread(self, adapter: _Registered) -> Tensor:
+        """An adapter's numbers over the table's sites, `[D]`; an absent vector is one."""
+        if adapter.form.sites == self.layout.sites:
+            return adapter.numbers
+        row = torch.ones(self.layout.size)
+        for site, part in zip(adapter.form.sites, Layout(adapter.form.sites).split(adapter.numbers), strict=True):
+            start = self._starts[site]
+            row[start : start + site.width] = part
+        return row
+
+
+def _state_for_table(model: nn.Module) -> Attached:
+    """What the model carries, for a table to join."""
+    state: Attached | None = model.__dict__.get("_ia3")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model was compiled: make the AdapterTable of the model that isn't.")
+    if state is not None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "The model carries adapters of inject_adapter_in_model, beside which adapter_names don't work: attach them "
+            "with get_peft_model."
+        )
+    if state is not None and state.table is not None:
+        raise ValueError("The model has an AdapterTable already: register in that one, or close() it first.")
+    return state or Attached()
+
+
+def _read(folder: Path) -> tuple[bytes, bytes, bytearray]:
+    """An adapter's configuration, and its tensors' header and data as safetensors has them."""
+    try:
+        text = (folder / CONFIG_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        where = f"No {CONFIG_NAME} in {folder}" if folder.is_dir() else f"{folder} is no folder"
+        raise FileNotFoundError(f"{where}: expected an adapter saved by `save_pretrained`.") from error
+    try:
+        return text, *read_in_parts(folder / SAFETENSORS_NAME)
+    except FileNotFoundError as error:
+        if not (folder / PICKLE_NAME).is_file():
+            raise FileNotFoundError(f"No {SAFETENSORS_NAME} or {PICKLE_NAME} in {folder}.") from error
+    return text, *_in_parts(read_tensors(folder / PICKLE_NAME))
+
+
+def _in_parts(tensors: Tensors) -> tuple[bytes, bytearray]:
+    """Tensors as `read_in_parts` reads them."""
+    from safetensors.torch import save
+
+    content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[:start], bytearray(content[start:])
+
+
+def _config_of(text: bytes, path: Path) -> IA3Config:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
+    config = IA3Config.from_dict(content, source=str(path))
+    assert isinstance(config, IA3Config)
+    return config
+
+
+def _numbers(form: _Form, header: bytes, data: bytearray, path: Path) -> Tensor:
+    """The file's numbers in fp32, `[D]`, finite; plain ones are the very bytes that were read."""
+    if form.plain:
+        numbers = torch.frombuffer(data, dtype=torch.float32)
+    else:
+        tensors = parse_tensors(header + data, path / SAFETENSORS_NAME)
+        numbers = torch.cat([tensor.reshape(-1).float() for tensor in tensors.values()])
+    least, most = numbers.aminmax()
+    if not torch.isfinite(most - least):
+        vectors = Layout(form.sites).split(numbers)
+        check_finite({site.key: vector for site, vector in zip(form.sites, vectors, strict=True)})
+    return numbers
