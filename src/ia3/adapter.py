@@ -517,6 +517,20 @@ def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]
         return make_rows(model, distinct, layout, flat, places)
 
 
+def gather_flat(model: nn.Module, names: Sequence[str]) -> tuple[Layout, torch.Tensor]:
+    """The same vectors as `gather_rows`, one name an example, not split: the sites and `[examples, D]`.
+
+    Raises:
+        ValueError: what `gather_rows` raises for names an example.
+    """
+    state = attached(model)
+    distinct = list(dict.fromkeys(names))
+    _check_known(state, distinct)
+    with state.table.lock if state.table is not None else nullcontext():
+        _check_mixture(state, distinct, packed=False)
+        return _rows_over(model, state, names)
+
+
 def make_rows(
     model: nn.Module, names: Sequence[str], layout: Layout, flat: torch.Tensor, places: torch.Tensor | None = None
 ) -> Rows:

@@ -23,10 +23,11 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is no GPU, and Triton is not told to interpret", allow_module_level=True)
 pytest.importorskip("triton")
 
+from test_llama import adapted_causal, texts_of  # noqa: E402
 from test_t5 import adapted, batch_of  # noqa: E402
 
 from ia3.adapter import attached  # noqa: E402
-from ia3.fast import kernels  # noqa: E402
+from ia3.fast import kernels, llama  # noqa: E402
 from ia3.fast.packing import Spans, pack, round_up  # noqa: E402
 from ia3.fast.t5 import T5Loss  # noqa: E402
 
@@ -287,3 +288,105 @@ def test_a_whole_loss(tiny: Any, randomise: Any, monkeypatch: Any, form: str, gr
     monkeypatch.setattr("ia3.fast.t5.has_kernels", lambda *_: True)
     for x, y in zip(found(model, table.float()), expected, strict=True):
         near(x, y, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 6), (3, 3, 16)])
+@pytest.mark.parametrize(
+    ("which", "stripes", "groups"), [("kv", 1, 1), ("kv", 7, 3), ("k", 2, 1), ("v", 2, 2), ("", 1, 2)]
+)
+def test_rotary_heads(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, which: str, stripes: int, groups: int
+) -> None:
+    spans = spans_of((20, 17, 0, 1, 35, 3), groups)
+    angles = torch.rand(35, dim // 2, dtype=torch.float64, device=DEVICE) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    mask = spans.mask[:, None, :, None]
+
+    def rows(
+        function: Callable[..., tuple[Tensor, ...]], cos: Tensor, sin: Tensor
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda qkv, l_k, l_v: tuple(x * mask for x in function(qkv, cos, sin, spans, l_k, l_v, heads, kv_heads))
+
+    def twin(*inputs: Any) -> tuple[Tensor, ...]:
+        return operations.rotary_heads(*inputs, by_kernels=False)
+
+    width = kv_heads * dim
+    compare(
+        rows(kernels.rotary_heads, cos, sin),
+        rows(twin, cos.double(), sin.double()),
+        [
+            draw(spans.rows, (heads + 2 * kv_heads) * dim),
+            *(vector(stripes, groups, width) if part in which else None for part in "kv"),
+        ],
+        dtype,
+        vectors=[1, 2],
+        rows=int(spans.starts[-1]),
+    )
+
+
+def test_rotary_heads_are_zero_where_no_row_is() -> None:
+    spans = spans_of((3, 5), 1)
+    angles = torch.zeros(5, 4, device=DEVICE)
+    qkv = draw(spans.rows, 4 * 8).float()
+    for x in kernels.rotary_heads(qkv, angles.cos(), angles.sin(), spans, None, None, 2, 1):
+        assert float(x[0, :, 3:].abs().max()) == 0
+        assert float(x[0, :, :3].abs().min()) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_losses(dtype: torch.dtype, monkeypatch: Any) -> None:
+    monkeypatch.setattr("ia3.fast.operations._LOGITS_AT_ONCE", 1)
+    weight = draw(300, 16).to(dtype)
+    places, labels = torch.arange(10, 270, device=DEVICE), torch.randint(0, 300, (260,), device=DEVICE)
+    labels[-5:], places[-5:] = -100, 0
+
+    def plain(y: Tensor) -> Tensor:
+        logits = y[places] @ weight.double().T
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    compare(
+        lambda y: operations.head_losses(y, weight, places, labels, by_kernels=True),
+        plain,
+        [draw(280, 16)],
+        dtype,
+        vectors=[],
+    )
+
+
+@pytest.mark.parametrize("form", ["llama", "llama without groups", "qwen2"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_whole_causal_loss(tiny: Any, randomise: Any, monkeypatch: Any, form: str, groups: int) -> None:
+    exact = adapted_causal(tiny, randomise, form, torch.float64).to(DEVICE)
+    model = copy.deepcopy(exact).to(torch.float32)
+    layout = attached(exact).adapters["default"].layout
+    texts = llama.round_up(llama.pack(texts_of(rows=4)), 4, 0)
+    texts = dataclasses.replace(texts, **{name: tensor.to(DEVICE) for name, tensor in texts.tensors.items()})
+    table = 1 + 0.3 * draw(groups, layout.size)
+
+    def found(model: Any, table: Tensor) -> tuple[Tensor, Tensor]:
+        table = table.detach().requires_grad_()
+        losses = llama.LlamaLoss(model, layout)(texts, table)
+        return losses, *torch.autograd.grad(losses.sum(), table)
+
+    expected = found(exact, table)
+    monkeypatch.setattr("ia3.fast.llama.has_kernels", lambda *_: True)
+    for x, y in zip(found(model, table.float()), expected, strict=True):
+        near(x, y, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["t5", "mt5"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_whole_choices(tiny: Any, randomise: Any, monkeypatch: Any, form: str, groups: int) -> None:
+    exact = adapted(tiny, randomise, form, torch.float64).to(DEVICE).eval()
+    model = copy.deepcopy(exact).to(torch.float32)
+    layout = attached(exact).adapters["default"].layout
+    packed = round_up(pack(batch_of(rows=4)), 6, 0)
+    packed = dataclasses.replace(packed, **{name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()})
+    table = 1 + 0.3 * draw(groups, layout.size)
+    choices = torch.tensor([[5, 1, -100], [7, 9, 1], [4, -100, -100]], device=DEVICE)
+    with torch.no_grad():
+        expected = T5Loss(exact, layout).log_probabilities(packed, choices, table)
+        monkeypatch.setattr("ia3.fast.t5.has_kernels", lambda *_: True)
+        found = T5Loss(model, layout).log_probabilities(packed, choices, table.float())
+    near(found[:4], expected[:4], torch.float32)

@@ -61,14 +61,19 @@ class Captured:
         found = self.recorded.get(key)
         if found is None and self.rehearsal is None and key not in self.seen:
             self.seen.add(key)
-            return self.function(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()})
+            return self.function(*fixed, **{name: self._sent(tensor) for name, tensor in inputs.items()})
         if found is None:
             found = self.recorded[key] = self._record(fixed, inputs)
         else:
             for name, tensor in inputs.items():
-                found.inputs[name].copy_(tensor, non_blocking=True)
+                found.inputs[name].copy_(self._sent(tensor), non_blocking=True)
         found.replay()
         return found.outputs
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """The tensor on its way to the device, which nobody waits for."""
+        crosses = tensor.device.type == "cpu" and self.device.type == "cuda"
+        return (tensor.pin_memory() if crosses else tensor).to(self.device, non_blocking=True)
 
     def _record(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> _Recorded:
         """Record the computation after rehearsing it; the random state stays as it was."""

@@ -218,8 +218,8 @@ class _Gated(torch.autograd.Function):
         ctx.form = {"WIDTH": width, "KIND": ACTIVATIONS[act], "GATED": is_gated}
         ctx.form |= {"SCALED": vector is not None, "DROP": p > 0}
         grouped = spans.groups > 1
-        _gated_forward[(out.numel() // width, triton.cdiv(width, 512))](
-            h, vector, spans.group_of_row if grouped else None, out, seed, p, _measures(vector)[1], BLOCK=512,
+        _gated_forward[(out.numel() // width, triton.cdiv(width, 1024))](
+            h, vector, spans.group_of_row if grouped else None, out, seed, p, _measures(vector)[1], BLOCK=1024,
             GROUPED=grouped, **ctx.form,
         )  # fmt: skip
         ctx.save_for_backward(h, vector, seed)
@@ -233,9 +233,9 @@ class _Gated(torch.autograd.Function):
         d_vector = None if vector is None else _gradient_of(vector)
         width, groups = ctx.form["WIDTH"], ctx.spans.groups
         stripes, stride = _measures(vector)
-        _gated_backward[(stripes * groups, triton.cdiv(width, 128))](
-            h, vector, ctx.spans.edges, grad.contiguous(), dh, d_vector, seed, ctx.p, groups, stripes, stride, ROWS=8,
-            BLOCK=128, **ctx.form,
+        _gated_backward[(stripes * groups, triton.cdiv(width, 64))](
+            h, vector, ctx.spans.edges, grad.contiguous(), dh, d_vector, seed, ctx.p, groups, stripes, stride, ROWS=16,
+            BLOCK=64, **ctx.form,
         )  # fmt: skip
         return dh, d_vector, None, None, None, None, None
 
@@ -256,25 +256,28 @@ def _gradient_of(vector: Tensor) -> Tensor:
 
 
 @triton.jit
-def _weights(q, k, bias, head, rows, queries, keys, longest, BLOCK_K: tl.constexpr, BIASED: tl.constexpr):
-    """The softmax over an example's keys, `[rows, BLOCK_K]`."""
-    columns = tl.arange(0, BLOCK_K)
+def _scores(q, k, bias, head, rows, columns, queries, keys, bias_rows, longest, BIASED: tl.constexpr):
+    """Of some of an example's queries and keys, `[rows, columns]`; -inf where there is none."""
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    near = (rows < queries)[:, None] & (columns < keys)[None, :]
     if BIASED:
-        places = (head * longest + rows)[:, None] * longest + columns[None, :]
-        near = (rows < queries)[:, None] & (columns < keys)[None, :]
+        places = (head * bias_rows + rows)[:, None] * longest + columns[None, :]
         scores += tl.load(bias + places, mask=near, other=0.0).to(tl.float32)
-    scores = tl.where((columns < keys)[None, :], scores, -float("inf"))
-    # An example without keys gets nothing, instead of NaN.
-    powers = tl.exp(scores - tl.maximum(tl.max(scores, 1), -1e30)[:, None])
-    return powers / tl.maximum(tl.sum(powers, 1), 1e-30)[:, None]
+    return tl.where(near, scores, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["longest_q", "longest_k", "group_examples"])
+@triton.jit
+def _factor(vector, place, deep, dtype):
+    """A head's part of a vector, rounded as the activations are, `[1, BLOCK_D]`."""
+    return tl.load(vector + place, mask=deep, other=0.0).to(dtype).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "bias_rows", "group_examples"])
 def _attention_forward(
-    q, k, v, bias, q_starts, k_starts, l_k, l_v, out, seed, p, q_stride, kv_stride, stride_k, stride_v, longest_q,
-    longest_k, group_examples, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr,
+    q, k, v, bias, q_starts, k_starts, l_k, l_v, out, normalisers, seed, p, q_stride, kv_stride, stride_k, stride_v,
+    longest_q, longest_k, bias_rows, group_examples, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr,
+    DROP: tl.constexpr,
 ):  # fmt: skip
     """One program an example, a head and a block of queries."""
     example, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -291,94 +294,157 @@ def _attention_forward(
     there = (columns < keys)[:, None] & deep[None, :]
     query = tl.load(q + (first_q + rows)[:, None] * q_stride + channels[None, :], mask=here, other=0.0)
     if SCALE_K:
-        factor = tl.load(l_k + group * stride_k + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)
-        query = (query.to(tl.float32) * factor[None, :]).to(dtype)
+        query = (query.to(tl.float32) * _factor(l_k, group * stride_k + channels, deep, dtype)).to(dtype)
     of_keys = (first_k + columns).to(tl.int64)[:, None] * kv_stride + channels[None, :]
     key = tl.load(k + of_keys, mask=there, other=0.0)
-    weights = _weights(query, key, bias, head, rows, queries, keys, longest_k, BLOCK_K, BIASED)
+    scores = _scores(query, key, bias, head, rows, columns, queries, keys, bias_rows, longest_k, BIASED)
+    # An example without keys gets nothing, instead of NaN.
+    most = tl.maximum(tl.max(scores, 1), -1e30)
+    powers = tl.exp(scores - most[:, None])
+    summed = tl.maximum(tl.sum(powers, 1), 1e-30)
+    tl.store(normalisers + (first_q + rows) * HEADS + head, most + tl.log(summed), mask=rows < queries)
+    weights = powers / summed[:, None]
     if DROP:
         places = ((example * HEADS + head) * longest_q + rows)[:, None] * longest_k + columns[None, :]
         weights = _dropped(weights, seed, places, p)
     value = tl.load(v + of_keys, mask=there, other=0.0)
     found = tl.dot(weights.to(dtype), value, input_precision="tf32x3")
     if SCALE_V:
-        found *= tl.load(l_v + group * stride_v + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)[None, :]
+        found *= _factor(l_v, group * stride_v + channels, deep, dtype)
     place = (first_q + rows)[:, None] * (HEADS * DIM) + channels[None, :]
     tl.store(out + place, found.to(dtype), mask=here)
 
 
-@triton.jit(do_not_specialize=["longest_q", "longest_k", "group_examples", "groups", "stripes"])
-def _attention_backward(
-    q, k, v, bias, q_starts, k_starts, l_k, l_v, grad, dq, dk, dv, d_l_k, d_l_v, seed, p, q_stride, kv_stride,
-    dq_stride, dkv_stride, stride_k, stride_v, longest_q, longest_k, group_examples, groups, stripes,
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "bias_rows", "group_examples", "groups", "stripes"])
+def _attention_backward_queries(
+    q, k, v, bias, q_starts, k_starts, l_k, l_v, grad, normalisers, dots, dq, dk, dv, d_l_k, d_l_v, seed, p,
+    q_stride, kv_stride, dq_stride, dkv_stride, stride_k, stride_v, longest_q, longest_k, bias_rows, group_examples,
+    groups, stripes,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr,
+    BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One program a stripe of a group's examples and a head."""
+    """One program a stripe of a group's blocks of queries and a head: their gradients, the vectors', and the sums over
+    the keys of weights times their gradients (`dots`), which the keys' gradients need. A block that holds an example's
+    queries whole does these, too."""
     part, head = tl.program_id(0), tl.program_id(1)
     group = part % groups
-    each = tl.cdiv(group_examples, stripes)
-    first = group * group_examples + (part // groups) * each
-    last = tl.minimum(first + each, (group + 1) * group_examples)
+    blocks = tl.cdiv(longest_q, BLOCK_Q)
+    each = tl.cdiv(group_examples * blocks, stripes)
+    first = (part // groups) * each
+    last = tl.minimum(first + each, group_examples * blocks)
     depth = tl.arange(0, BLOCK_D)
     channels = head * DIM + depth
     deep = depth < DIM
     columns = tl.arange(0, BLOCK_K)
     dtype = q.dtype.element_ty
     if SCALE_K:
-        of_k = tl.load(l_k + group * stride_k + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)[None, :]
+        of_k = _factor(l_k, group * stride_k + channels, deep, dtype)
     if SCALE_V:
-        of_v = tl.load(l_v + group * stride_v + channels, mask=deep, other=0.0).to(dtype).to(tl.float32)[None, :]
+        of_v = _factor(l_v, group * stride_v + channels, deep, dtype)
     sum_k = tl.zeros([BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_D], tl.float32)
-    for example in range(first, last):
+    for unit in range(first, last):
+        example = group * group_examples + unit // blocks
         first_q, first_k = tl.load(q_starts + example), tl.load(k_starts + example)
         queries, keys = tl.load(q_starts + example + 1) - first_q, tl.load(k_starts + example + 1) - first_k
-        there = (columns < keys)[:, None] & deep[None, :]
-        of_keys = (first_k + columns).to(tl.int64)[:, None] * kv_stride + channels[None, :]
-        key = tl.load(k + of_keys, mask=there, other=0.0)
-        value = tl.load(v + of_keys, mask=there, other=0.0)
-        d_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        d_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        for start in range(0, queries, BLOCK_Q):
-            rows = start + tl.arange(0, BLOCK_Q)
+        rows = (unit % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        if (unit % blocks) * BLOCK_Q < queries:
             here = (rows < queries)[:, None] & deep[None, :]
+            there = (columns < keys)[:, None] & deep[None, :]
+            of_keys = (first_k + columns).to(tl.int64)[:, None] * kv_stride + channels[None, :]
             tokens = (first_q + rows)[:, None]
             plain = tl.load(q + tokens * q_stride + channels[None, :], mask=here, other=0.0)
             query = plain
             if SCALE_K:
                 query = (plain.to(tl.float32) * of_k).to(dtype)
-            weights = _weights(query, key, bias, head, rows, queries, keys, longest_k, BLOCK_K, BIASED)
+            key = tl.load(k + of_keys, mask=there, other=0.0)
+            scores = _scores(query, key, bias, head, rows, columns, queries, keys, bias_rows, longest_k, BIASED)
+            normaliser = tl.load(normalisers + (first_q + rows) * HEADS + head, mask=rows < queries, other=0.0)
+            weights = tl.exp(scores - normaliser[:, None])
+            g = tl.load(grad + tokens * (HEADS * DIM) + channels[None, :], mask=here, other=0.0)
+            value = tl.load(v + of_keys, mask=there, other=0.0)
             dropped = weights
             if DROP:
                 places = ((example * HEADS + head) * longest_q + rows)[:, None] * longest_k + columns[None, :]
                 kept = _kept(seed, places, p)
                 dropped = tl.where(kept, weights / (1 - p), 0.0)
-            g = tl.load(grad + tokens * (HEADS * DIM) + channels[None, :], mask=here, other=0.0)
             if SCALE_V:
                 found = tl.dot(dropped.to(dtype), value, input_precision="tf32x3")
                 sum_v += tl.sum(g.to(tl.float32) * found, 0)
                 g = (g.to(tl.float32) * of_v).to(dtype)
-            d_value += tl.dot(tl.trans(dropped.to(dtype)), g, input_precision="tf32x3")
             d_weights = tl.dot(g, tl.trans(value), input_precision="tf32x3")
             if DROP:
                 d_weights = tl.where(kept, d_weights / (1 - p), 0.0)
-            d_scores = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
-            d_scores = d_scores.to(dtype)
+            dot = tl.sum(weights * d_weights, 1)
+            tl.store(dots + (first_q + rows) * HEADS + head, dot, mask=rows < queries)
+            d_scores = (weights * (d_weights - dot[:, None])).to(dtype)
             d_query = tl.dot(d_scores, key, input_precision="tf32x3")
             if SCALE_K:
                 sum_k += tl.sum(d_query * plain.to(tl.float32), 0)
                 d_query *= of_k
             tl.store(dq + tokens * dq_stride + channels[None, :], d_query.to(dtype), mask=here)
-            d_key += tl.dot(tl.trans(d_scores), query, input_precision="tf32x3")
-        of_keys = (first_k + columns).to(tl.int64)[:, None] * dkv_stride + channels[None, :]
-        tl.store(dk + of_keys, d_key.to(dtype), mask=there)
-        tl.store(dv + of_keys, d_value.to(dtype), mask=there)
+            if WHOLE:
+                of_keys = (first_k + columns).to(tl.int64)[:, None] * dkv_stride + channels[None, :]
+                d_key = tl.dot(tl.trans(d_scores), query, input_precision="tf32x3")
+                tl.store(dk + of_keys, d_key.to(dtype), mask=there)
+                d_value = tl.dot(tl.trans(dropped.to(dtype)), g, input_precision="tf32x3")
+                tl.store(dv + of_keys, d_value.to(dtype), mask=there)
     place = part * (HEADS * DIM) + channels
     if SCALE_K:
         tl.store(d_l_k + place, sum_k, mask=deep)
     if SCALE_V:
         tl.store(d_l_v + place, sum_v, mask=deep)
+
+
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "bias_rows", "group_examples"])
+def _attention_backward_keys(
+    q, k, v, bias, q_starts, k_starts, l_k, l_v, grad, normalisers, dots, dk, dv, seed, p, q_stride, kv_stride,
+    dkv_stride, stride_k, stride_v, longest_q, longest_k, bias_rows, group_examples,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIASED: tl.constexpr, SCALE_K: tl.constexpr, SCALE_V: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """One program an example, a head and a block of keys."""
+    example, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    group = example // group_examples
+    first_q, first_k = tl.load(q_starts + example), tl.load(k_starts + example)
+    queries, keys = tl.load(q_starts + example + 1) - first_q, tl.load(k_starts + example + 1) - first_k
+    depth = tl.arange(0, BLOCK_D)
+    channels = head * DIM + depth
+    deep = depth < DIM
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dtype = q.dtype.element_ty
+    there = (columns < keys)[:, None] & deep[None, :]
+    of_keys = (first_k + columns).to(tl.int64)[:, None]
+    key = tl.load(k + of_keys * kv_stride + channels[None, :], mask=there, other=0.0)
+    value = tl.load(v + of_keys * kv_stride + channels[None, :], mask=there, other=0.0)
+    d_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    d_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, queries, BLOCK_Q):
+        rows = start + tl.arange(0, BLOCK_Q)
+        here = (rows < queries)[:, None] & deep[None, :]
+        tokens = (first_q + rows)[:, None]
+        query = tl.load(q + tokens * q_stride + channels[None, :], mask=here, other=0.0)
+        if SCALE_K:
+            query = (query.to(tl.float32) * _factor(l_k, group * stride_k + channels, deep, dtype)).to(dtype)
+        g = tl.load(grad + tokens * (HEADS * DIM) + channels[None, :], mask=here, other=0.0)
+        if SCALE_V:
+            g = (g.to(tl.float32) * _factor(l_v, group * stride_v + channels, deep, dtype)).to(dtype)
+        scores = _scores(query, key, bias, head, rows, columns, queries, keys, bias_rows, longest_k, BIASED)
+        normaliser = tl.load(normalisers + (first_q + rows) * HEADS + head, mask=rows < queries, other=0.0)
+        weights = tl.exp(scores - normaliser[:, None])
+        d_weights = tl.dot(g, tl.trans(value), input_precision="tf32x3")
+        dropped = weights
+        if DROP:
+            places = ((example * HEADS + head) * longest_q + rows)[:, None] * longest_k + columns[None, :]
+            kept = _kept(seed, places, p)
+            dropped = tl.where(kept, weights / (1 - p), 0.0)
+            d_weights = tl.where(kept, d_weights / (1 - p), 0.0)
+        d_value += tl.dot(tl.trans(dropped.to(dtype)), g, input_precision="tf32x3")
+        dot = tl.load(dots + (first_q + rows) * HEADS + head, mask=rows < queries, other=0.0)
+        d_scores = (weights * (d_weights - dot[:, None])).to(dtype)
+        d_key += tl.dot(tl.trans(d_scores), query, input_precision="tf32x3")
+    tl.store(dk + of_keys * dkv_stride + channels[None, :], d_key.to(dtype), mask=there)
+    tl.store(dv + of_keys * dkv_stride + channels[None, :], d_value.to(dtype), mask=there)
 
 
 class _Form:
@@ -391,37 +457,73 @@ class _Form:
         vector = l_k if l_k is not None else l_v
         self.stripes, self.groups = (1, of_q.examples) if vector is None else (vector.shape[0], of_q.groups)
         self.strides = (_measures(l_k)[1], _measures(l_v)[1])
-        self.sizes = (of_q.longest, of_k.longest, of_q.examples // self.groups)
-        block_k = 16 if of_k.longest <= 16 else max(64, triton.next_power_of_2(of_k.longest))
-        self.block_q = 16 if of_q.longest <= 16 else 64 if block_k <= 128 else 32
+        bias_rows = 0 if bias is None else bias.shape[-2]
+        self.sizes = (of_q.longest, of_k.longest, bias_rows, of_q.examples // self.groups)
+        self.block_q = 16 if of_q.longest <= 16 else 64
+        self.all_keys = 16 if of_k.longest <= 16 else max(64, triton.next_power_of_2(of_k.longest))
         dim = width // heads
         self.form = {
-            "HEADS": heads, "DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_Q": self.block_q,
-            "BLOCK_K": block_k, "BIASED": bias is not None, "SCALE_K": l_k is not None, "SCALE_V": l_v is not None,
-            "DROP": p > 0, "num_warps": 8 if self.block_q > 16 else 4,
+            "HEADS": heads, "DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BIASED": bias is not None,
+            "SCALE_K": l_k is not None, "SCALE_V": l_v is not None, "DROP": p > 0,
         }  # fmt: skip
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, l_k: Vector, l_v: Vector, seed: Tensor) -> Tensor:
+    def blocks(self, kernel: str, x: Tensor) -> dict[str, int]:
+        """How many queries and keys a program takes, as measured on an H100; more than registers hold is slow."""
+        keys, narrow = self.all_keys, x.element_size() == 2
+        if kernel == "keys":
+            block_q, keys, warps = (64, min(keys, 64), 4) if narrow else (32, min(keys, 32), 4)
+        elif kernel == "queries":
+            block_q, warps = (32, 4 if keys <= 128 else 8) if narrow else (16, 8)
+        else:
+            block_q, warps = (64 if keys <= 128 else 32, 4) if narrow else (32 if keys <= 128 else 16, 8)
+        return {"BLOCK_Q": min(block_q, self.block_q), "BLOCK_K": keys, "num_warps": warps}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, l_k: Vector, l_v: Vector, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What attention returns, and the logarithms of the sums of each row's and head's powers."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        _attention_forward[(self.of_q.examples * self.heads, triton.cdiv(self.of_q.longest, self.block_q))](
-            q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, out, seed, self.p, q.stride(0), k.stride(0),
-            *self.strides, *self.sizes, **self.form,
+        normalisers = torch.empty(len(q), self.heads, dtype=torch.float32, device=q.device)
+        blocks = self.blocks("forward", q)
+        grid = (self.of_q.examples * self.heads, triton.cdiv(self.of_q.longest, blocks["BLOCK_Q"]))
+        _attention_forward[grid](
+            q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, out, normalisers, seed, self.p, q.stride(0),
+            k.stride(0), *self.strides, *self.sizes, **blocks, **self.form,
         )  # fmt: skip
-        return out
+        return out, normalisers
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, l_k: Vector, l_v: Vector, seed: Tensor, grad: Tensor,
-        dq: Tensor, dk: Tensor, dv: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Vector, l_k: Vector, l_v: Vector, seed: Tensor,
+        normalisers: Tensor, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> tuple[Vector, Vector]:  # fmt: skip
         """Fills the gradients of queries, keys and values; returns the vectors'."""
         d_l_k = None if l_k is None else _gradient_of(l_k)
         d_l_v = None if l_v is None else _gradient_of(l_v)
-        _attention_backward[(self.stripes * self.groups, self.heads)](
-            q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, grad.contiguous(), dq, dk, dv, d_l_k, d_l_v,
-            seed, self.p, q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), *self.strides, *self.sizes, self.groups,
-            self.stripes, **self.form,
+        dots = torch.empty_like(normalisers)
+        inputs = (q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, grad.contiguous(), normalisers, dots)
+        blocks = self.blocks("queries", q)
+        whole = self.of_q.longest <= blocks["BLOCK_Q"] and self.block_q == 16
+        _attention_backward_queries[(self.stripes * self.groups, self.heads)](
+            *inputs, dq, dk, dv, d_l_k, d_l_v, seed, self.p, q.stride(0), k.stride(0), dq.stride(0), dk.stride(0),
+            *self.strides, *self.sizes, self.groups, self.stripes, WHOLE=whole, **blocks, **self.form,
+        )  # fmt: skip
+        if whole:
+            return d_l_k, d_l_v
+        blocks = self.blocks("keys", q)
+        grid = (self.of_k.examples * self.heads, triton.cdiv(self.of_k.longest, blocks["BLOCK_K"]))
+        _attention_backward_keys[grid](
+            *inputs, dk, dv, seed, self.p, q.stride(0), k.stride(0), dk.stride(0), *self.strides, *self.sizes,
+            **blocks, **self.form,
         )  # fmt: skip
         return d_l_k, d_l_v
+
+
+def attention(
+    q: Tensor, of_q: Spans, k: Tensor, v: Tensor, of_k: Spans, bias: Vector, l_k: Vector, l_v: Vector, heads: int,
+    seed: Tensor,
+) -> Tensor:  # fmt: skip
+    """`operations.attention`."""
+    return _Form(q.shape[-1], of_q, of_k, bias, l_k, l_v, heads, 0.0).forward(q, k, v, bias, l_k, l_v, seed)[0]
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -431,8 +533,9 @@ class _SelfAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = qkv.chunk(3, -1)
         ctx.form = _Form(q.shape[-1], spans, spans, bias, l_k, l_v, heads, p)
-        ctx.save_for_backward(qkv, bias, l_k, l_v, seed)
-        return ctx.form.forward(q, k, v, bias, l_k, l_v, seed)  # type: ignore[no-any-return]
+        out, normalisers = ctx.form.forward(q, k, v, bias, l_k, l_v, seed)
+        ctx.save_for_backward(qkv, bias, l_k, l_v, seed, normalisers)
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -459,8 +562,9 @@ class _CrossAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.form = _Form(q.shape[-1], of_q, of_k, None, l_k, l_v, heads, p)
         ctx.index, ctx.shared = index, shared
-        ctx.save_for_backward(q, kv, l_k, l_v, seed)
-        return ctx.form.forward(q, *_of_layer(kv, index, q), None, l_k, l_v, seed)  # type: ignore[no-any-return]
+        out, normalisers = ctx.form.forward(q, *_of_layer(kv, index, q), None, l_k, l_v, seed)
+        ctx.save_for_backward(q, kv, l_k, l_v, seed, normalisers)
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -553,3 +657,210 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """`operations.token_losses`; the logits' memory becomes their gradient's."""
     losses: Tensor = _TokenLosses.apply(logits, labels)
     return losses
+
+
+@triton.jit
+def _turned(first, second, cos, sin):
+    """Both halves of a head's channels, rotated by their positions' angles; by the angles' negatives with -sin."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _halves(start, at, mask, HALF: tl.constexpr):
+    first = tl.load(start + at, mask=mask, other=0.0).to(tl.float32)
+    return first, tl.load(start + HALF + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_halves(start, at, first, second, mask, HALF: tl.constexpr):
+    tl.store(start + at, first.to(start.dtype.element_ty), mask=mask)
+    tl.store(start + HALF + at, second.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _factors(vector, at, dtype, HALF: tl.constexpr):
+    first, second = _halves(vector, at, at < HALF, HALF)
+    return first.to(dtype).to(tl.float32)[None, :], second.to(dtype).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _head_forward(
+    source, target, vector, plain, cos, sin, head, rows, places, length, longest, source_stride,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Some places of one head of as many: read at rows, kept as they are where a vector needs that, written."""
+    at = tl.arange(0, BLOCK)[None, :]
+    here = (places < length)[:, None] & (at < HALF)
+    there = (places < longest)[:, None] & (at < HALF)
+    own = head * 2 * HALF
+    first, second = _halves(source + rows[:, None] * source_stride + own, at, here, HALF)
+    if SCALED:
+        _store_halves(plain + rows[:, None] * (HEADS * 2 * HALF) + own, at, first, second, here, HALF)
+        of_first, of_second = _factors(vector + own, tl.arange(0, BLOCK), target.dtype.element_ty, HALF)
+        first, second = first * of_first, second * of_second
+    if TURNED:
+        c = tl.load(cos + places[:, None] * HALF + at, mask=there, other=0.0).to(tl.float32)
+        s = tl.load(sin + places[:, None] * HALF + at, mask=there, other=0.0).to(tl.float32)
+        first, second = _turned(first, second, c, s)
+    _store_halves(target + places[:, None] * (HEADS * 2 * HALF) + own, at, first, second, there, HALF)
+
+
+@triton.jit(do_not_specialize=["longest", "blocks", "group_examples"])
+def _heads_forward(
+    qkv, cos, sin, starts, l_k, l_v, q, k, v, plain_k, plain_v, stride_k, stride_v, longest, blocks, group_examples,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SCALE_K: tl.constexpr, SCALE_V: tl.constexpr,
+):  # fmt: skip
+    """One program a block of an example's places and a head of queries, keys or values."""
+    example, head = tl.program_id(0) // blocks, tl.program_id(1)
+    group = example // group_examples
+    begin = tl.load(starts + example)
+    length = tl.load(starts + example + 1) - begin
+    places = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    rows = (begin + places).to(tl.int64)
+    width = (HEADS + 2 * KV_HEADS) * 2 * HALF
+    before = example.to(tl.int64) * longest * (2 * HALF)
+    if head < HEADS:
+        _head_forward(
+            qkv, q + before * HEADS, None, None, cos, sin, head, rows, places, length, longest, width,
+            HEADS, HALF, BLOCK, False, True,
+        )  # fmt: skip
+    elif head < HEADS + KV_HEADS:
+        if SCALE_K:
+            l_k += group * stride_k
+        _head_forward(
+            qkv + HEADS * 2 * HALF, k + before * KV_HEADS, l_k, plain_k, cos, sin, head - HEADS, rows, places, length,
+            longest, width, KV_HEADS, HALF, BLOCK, SCALE_K, True,
+        )  # fmt: skip
+    else:
+        if SCALE_V:
+            l_v += group * stride_v
+        _head_forward(
+            qkv + (HEADS + KV_HEADS) * 2 * HALF, v + before * KV_HEADS, l_v, plain_v, cos, sin, head - HEADS - KV_HEADS,
+            rows, places, length, longest, width, KV_HEADS, HALF, BLOCK, SCALE_V, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _head_backward(
+    grad, d_source, vector, plain, d_vector, cos, sin, head, of_row, starts, first_row, end, example_stride,
+    head_stride, place_stride, source_stride, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """A stripe of rows of one head of as many, read at their examples' places."""
+    at = tl.arange(0, BLOCK)[None, :]
+    own = head * 2 * HALF
+    if SCALED:
+        of_first, of_second = _factors(vector + own, tl.arange(0, BLOCK), d_source.dtype.element_ty, HALF)
+    sum_first = tl.zeros([BLOCK], tl.float32)
+    sum_second = tl.zeros([BLOCK], tl.float32)
+    for start in range(first_row, end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        near = rows < end
+        here = near[:, None] & (at < HALF)
+        example = tl.load(of_row + rows, mask=near, other=0)
+        places = rows - tl.load(starts + example, mask=near, other=0)
+        padded = example.to(tl.int64) * example_stride + places * place_stride
+        first, second = _halves(grad + head * head_stride + padded[:, None], at, here, HALF)
+        if TURNED:
+            c = tl.load(cos + places[:, None] * HALF + at, mask=here, other=0.0).to(tl.float32)
+            s = tl.load(sin + places[:, None] * HALF + at, mask=here, other=0.0).to(tl.float32)
+            first, second = _turned(first, second, c, -s)
+        rows = rows.to(tl.int64)[:, None]
+        if SCALED:
+            was_first, was_second = _halves(plain + rows * (HEADS * 2 * HALF) + own, at, here, HALF)
+            sum_first += tl.sum(first * was_first, 0)
+            sum_second += tl.sum(second * was_second, 0)
+            first, second = first * of_first, second * of_second
+        _store_halves(d_source + rows * source_stride + own, at, first, second, here, HALF)
+    if SCALED:
+        columns = tl.arange(0, BLOCK)
+        _store_halves(d_vector + own, columns, sum_first, sum_second, columns < HALF, HALF)
+
+
+@triton.jit(do_not_specialize=["groups", "stripes"])
+def _heads_backward(
+    dq, dk, dv, of_row, starts, edges, cos, sin, l_k, l_v, plain_k, plain_v, d_qkv, d_l_k, d_l_v, dq_example, dq_head,
+    dq_place, dk_example, dk_head, dk_place, dv_example, dv_head, dv_place, stride_k, stride_v, groups, stripes,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SCALE_K: tl.constexpr, SCALE_V: tl.constexpr,
+):  # fmt: skip
+    """One program a stripe of a group's rows and a head of queries, keys or values."""
+    group, first_row, end = _part(edges, groups, stripes)
+    head = tl.program_id(1)
+    width = (HEADS + 2 * KV_HEADS) * 2 * HALF
+    summed = tl.program_id(0) * (KV_HEADS * 2 * HALF)
+    if head < HEADS:
+        _head_backward(
+            dq, d_qkv, None, None, None, cos, sin, head, of_row, starts, first_row, end, dq_example, dq_head, dq_place,
+            width, HEADS, HALF, BLOCK, ROWS, False, True,
+        )  # fmt: skip
+    elif head < HEADS + KV_HEADS:
+        if SCALE_K:
+            l_k += group * stride_k
+            d_l_k += summed
+        _head_backward(
+            dk, d_qkv + HEADS * 2 * HALF, l_k, plain_k, d_l_k, cos, sin, head - HEADS, of_row, starts, first_row, end,
+            dk_example, dk_head, dk_place, width, KV_HEADS, HALF, BLOCK, ROWS, SCALE_K, True,
+        )  # fmt: skip
+    else:
+        if SCALE_V:
+            l_v += group * stride_v
+            d_l_v += summed
+        _head_backward(
+            dv, d_qkv + (HEADS + KV_HEADS) * 2 * HALF, l_v, plain_v, d_l_v, cos, sin, head - HEADS - KV_HEADS, of_row,
+            starts, first_row, end, dv_example, dv_head, dv_place, width, KV_HEADS, HALF, BLOCK, ROWS, SCALE_V, False,
+        )  # fmt: skip
+
+
+class _RotaryHeads(torch.autograd.Function):
+    """Of keys and values that a vector multiplies it keeps what they were before; of the product nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: Spans, l_k: Vector, l_v: Vector, heads: int,
+        kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        dim = qkv.shape[1] // (heads + 2 * kv_heads)
+        q = qkv.new_empty(spans.examples, spans.longest, heads, dim)
+        k, v = (qkv.new_empty(spans.examples, spans.longest, kv_heads, dim) for _ in range(2))
+        plain_k, plain_v = (
+            None if vector is None else qkv.new_empty(len(qkv), kv_heads * dim) for vector in (l_k, l_v)
+        )
+        ctx.spans, ctx.shape = spans, qkv.shape
+        ctx.form = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": dim // 2, "BLOCK": triton.next_power_of_2(dim // 2)}
+        ctx.form |= {"SCALE_K": l_k is not None, "SCALE_V": l_v is not None}
+        blocks = triton.cdiv(spans.longest, 32)
+        _heads_forward[(spans.examples * blocks, heads + 2 * kv_heads)](
+            qkv, cos, sin, spans.starts, l_k, l_v, q, k, v, plain_k, plain_v, _measures(l_k)[1], _measures(l_v)[1],
+            spans.longest, blocks, spans.examples // spans.groups, ROWS=32, **ctx.form,
+        )  # fmt: skip
+        ctx.save_for_backward(cos, sin, l_k, l_v, plain_k, plain_v)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
+        cos, sin, l_k, l_v, plain_k, plain_v = ctx.saved_tensors
+        spans = ctx.spans
+        d_qkv = torch.empty(ctx.shape, dtype=dq.dtype, device=dq.device)
+        d_l_k, d_l_v = (None if vector is None else _gradient_of(vector) for vector in (l_k, l_v))
+        dq, dk, dv = (grad if grad.stride(3) == 1 else grad.contiguous() for grad in (dq, dk, dv))
+        strides = [grad.stride(axis) for grad in (dq, dk, dv) for axis in (0, 2, 1)]
+        stripes = max(_measures(l_k)[0], _measures(l_v)[0])
+        if l_k is None and l_v is None:
+            stripes = triton.cdiv(len(d_qkv), 64 * spans.groups)
+        heads = ctx.form["HEADS"] + 2 * ctx.form["KV_HEADS"]
+        _heads_backward[(stripes * spans.groups, heads)](
+            dq, dk, dv, spans.of_row, spans.starts, spans.edges, cos, sin, l_k, l_v, plain_k, plain_v, d_qkv, d_l_k,
+            d_l_v, *strides, _measures(l_k)[1], _measures(l_v)[1], spans.groups, stripes, ROWS=16, **ctx.form,
+        )  # fmt: skip
+        return d_qkv, None, None, None, d_l_k, d_l_v, None, None
+
+
+def rotary_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, spans: Spans, l_k: Vector, l_v: Vector, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`operations.rotary_heads`."""
+    q, k, v = _RotaryHeads.apply(qkv, cos, sin, spans, l_k, l_v, heads, kv_heads)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ia3.fast.packing import IGNORED, Spans
@@ -21,8 +22,8 @@ Vector = Tensor | None
 
 # Below this many queries a fused attention kernel costs more than the plain products.
 _FEW_QUERIES = 16
-# A group's gradient is summed in at most so many parts.
-_MOST_STRIPES = 32
+# All groups' gradients are summed in about so many parts.
+_STRIPES = 16
 
 
 def has_kernels(x: Tensor, act: str) -> bool:
@@ -38,16 +39,15 @@ def _kernels() -> Any:
     return kernels
 
 
-def spread(table: Tensor, examples: int, *, by_kernels: bool) -> Tensor:
+def spread(table: Tensor, *, by_kernels: bool) -> Tensor:
     """A table `[groups, D]` as `[stripes, groups, D]`; its backward is the sum over the stripes.
 
     Args:
         table: a row of vectors a group.
-        examples: in the batch.
         by_kernels: see `has_kernels`; one stripe is enough without.
     """
     groups = len(table)
-    stripes = max(1, min(_MOST_STRIPES // groups, examples // groups)) if by_kernels else 1
+    stripes = max(1, _STRIPES // groups) if by_kernels else 1
     return table.expand(stripes, *table.shape)
 
 
@@ -143,6 +143,26 @@ def self_attention(
     return scaled(_attend(scaled(q, l_k, spans), spans, k, v, spans, bias, heads, p), l_v, spans)
 
 
+def attention(
+    q: Tensor, of_q: Spans, k: Tensor, v: Tensor, of_k: Spans, bias: Tensor | None, l_k: Vector, l_v: Vector,
+    heads: int, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Unscaled attention of a decoder that writes, without a gradient and without dropout, `[query rows, inner]`.
+
+    Args:
+        q: `[query rows, inner]`.
+        of_q: their examples and groups.
+        k: `[key rows, inner]`.
+        v: the same.
+        of_k: their examples.
+        bias: `[1, heads, longest query, longest key]`, added to the scores.
+        l_k, l_v, heads, seed: as in `self_attention`.
+    """
+    if seed is not None and of_k.longest <= _kernels().MOST_KEYS:
+        return _kernels().attention(q, of_q, k, v, of_k, bias, l_k, l_v, heads, seed)  # type: ignore[no-any-return]
+    return scaled(_attend(scaled(q, l_k, of_q), of_q, k, v, of_k, bias, heads, 0.0), l_v, of_q)
+
+
 def cross_attention(
     q: Tensor, of_q: Spans, kv: Tensor, of_k: Spans, index: int, shared: dict[str, Tensor], l_k: Vector, l_v: Vector,
     heads: int, p: float, seed: Tensor | None,
@@ -212,3 +232,123 @@ def _attend(
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """`[batch, length, inner]` to `[batch, heads, length, dim]`."""
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def rotary_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, spans: Spans, l_k: Vector, l_v: Vector, heads: int, kv_heads: int, *,
+    by_kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values by heads, `[examples, heads, longest, dim]`: multiplied, then turned by their positions.
+
+    The keys' vector must act before they are turned. The values' acts here too: with fewer heads of values than of
+    queries that is cheaper than on what attention returns.
+
+    Args:
+        qkv: `[rows, (heads + 2 · kv_heads) · dim]`, the queries first.
+        cos: of the angles, `[longest, dim / 2]`: channel i turns with channel i + dim / 2, as transformers has it.
+        sin: alike.
+        spans: the rows' examples and groups.
+        l_k: the keys' vector.
+        l_v: the values'.
+        heads: of the queries.
+        kv_heads: of the keys, and of the values.
+        by_kernels: see `has_kernels`.
+
+    Returns:
+        What is finite and of no example's where an example has no row.
+    """
+    if by_kernels:
+        return _kernels().rotary_heads(qkv, cos, sin, spans, l_k, l_v, heads, kv_heads)  # type: ignore[no-any-return]
+    dim = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = torch.split(qkv, [heads * dim, kv_heads * dim, kv_heads * dim], -1)
+    q, k, v = (
+        spans.pad(x).view(spans.examples, spans.longest, -1, dim).transpose(1, 2)
+        for x in (q, scaled(k, l_k, spans), scaled(v, l_v, spans))
+    )
+    return _turned(q, cos, sin), _turned(k, cos, sin), v
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, p: float) -> Tensor:
+    """Attention of each row to its example's rows up to itself, `[rows, heads · dim]`, the scores over √dim.
+
+    Args:
+        q: `[examples, heads, longest, dim]`, finite where an example has no row; so are k and v, of fewer heads.
+        k: the keys.
+        v: the values.
+        spans: the rows' examples.
+        p: dropout's, on the weights.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    by_groups = grouped and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)  # others know no groups
+    if grouped and not by_groups:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    # What has no row stands behind all that has, so that causality hides it.
+    attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=by_groups)
+    found: Tensor = _Unpad.apply(attended.transpose(1, 2).flatten(2), spans)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Unpad(torch.autograd.Function):
+    """`Spans.unpad`, whose backward gathers too, where autograd would add atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: Spans) -> Tensor:
+        ctx.spans = spans
+        return spans.unpad(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        padded = ctx.spans.pad(grad)
+        return padded if ctx.spans.uniform else padded.masked_fill(~ctx.spans.mask[..., None], 0), None
+
+
+# Logits and their gradient are made in pieces of about so many numbers.
+_LOGITS_AT_ONCE = 1 << 27
+
+
+def head_losses(y: Tensor, weight: Tensor, places: Tensor, labels: Tensor, *, by_kernels: bool) -> Tensor:
+    """Cross-entropy of labels behind a frozen head, `[labels]`, without all logits at a time.
+
+    The loss of one label depends on one row, so that its gradient can be had with it: backward only multiplies
+    (after Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+
+    Args:
+        y: `[rows, width]`.
+        weight: the head's, `[words, width]`.
+        places: the row that predicts each label, `[labels]`.
+        labels: `[labels]`, -100 for none.
+        by_kernels: see `has_kernels`.
+    """
+    losses: Tensor = _HeadLosses.apply(y, weight, places, labels, by_kernels)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, places: Tensor, labels: Tensor, by_kernels: bool) -> Tensor:
+        at_once = max(128, _LOGITS_AT_ONCE // len(weight) // 128 * 128)
+        learns = ctx.needs_input_grad[0]
+        losses: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for part, wanted in zip(torch.split(places, at_once), torch.split(labels, at_once), strict=True):
+            rows = y.detach().index_select(0, part).requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                found = token_losses(functional.linear(rows, weight), wanted, by_kernels=by_kernels)
+                slopes += torch.autograd.grad(found.sum(), rows) if learns else []
+            losses.append(found.detach())
+        ctx.shape = y.shape
+        ctx.save_for_backward(places, *([torch.cat(slopes)] if learns else []))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        places, slopes = ctx.saved_tensors
+        d_y = slopes.new_zeros(ctx.shape)
+        return d_y.index_add_(0, places, (slopes * grad[:, None]).to(slopes.dtype)), None, None, None, None

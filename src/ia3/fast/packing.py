@@ -159,7 +159,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
         examples: as many as the largest batch has.
         filler: a token.
     """
-    rows = _rounded(len(packed.tokens))
+    rows = round_up_rows(len(packed.tokens))
     missing = (0, rows - len(packed.tokens))
     more = examples - len(packed.labels)
     width = -packed.labels.shape[1] % 4
@@ -171,7 +171,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
     )
 
 
-def _rounded(count: int) -> int:
+def round_up_rows(count: int) -> int:
     """Up to a multiple of 64, of more from 2,048 on: at most a fifteenth more."""
     multiple = max(64, 1 << max(0, count.bit_length() - 5))
     return max(1, -(-count // multiple)) * multiple

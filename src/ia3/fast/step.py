@@ -6,7 +6,8 @@ is. Where a model or an optimizer is not one that this is right for, the step is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,37 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.adapter import Adapter, attached, site_vectors
+from ia3.fast import llama, packing, t5
 from ia3.fast.capture import Captured
-from ia3.fast.packing import Packed, pack, round_up
-from ia3.fast.t5 import T5Loss, why_not
 from ia3.sites import Layout
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose loss is written by hand.
+
+    Args:
+        why_not: why a model with an adapter at these sites is none of them, after all.
+        loss: of a model and a layout; it takes a packed batch and a table of vectors.
+        packed: the packed batch's class.
+        pack: makes one from a batch.
+        round_up: to one of few shapes, for a number of examples and a filler's token.
+    """
+
+    why_not: Callable[..., str | None]
+    loss: Callable[..., Any]
+    packed: Callable[..., Any]
+    pack: Callable[..., Any]
+    round_up: Callable[..., Any]
+
+
+_T5 = Family(t5.why_not, t5.T5Loss, packing.Packed, packing.pack, packing.round_up)
+_LLAMA = Family(llama.why_not, llama.LlamaLoss, llama.PackedTexts, llama.pack, llama.round_up)
+_FAMILIES = {"t5": _T5, "mt5": _T5, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+
+
+def family_of(model: Any) -> Family | None:
+    return _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def compile_step(
@@ -77,13 +105,17 @@ def _why_not(model: Any, optimizer: Optimizer) -> str | None:
     if len(adapters.active) != 1 or not adapters.enabled or adapters.originals is not None:
         return "exactly one adapter must act, and none be merged"
     adapter = adapters.adapters[adapters.active[0]]
-    reason = why_not(model, adapter.layout.sites)
+    family = family_of(model)
+    if family is None:
+        return f"it is written for {', '.join(_FAMILIES)}, and this is a {type(model).__name__}"
+    reason = family.why_not(model, adapter.layout.sites)
     if reason is not None:
         return reason
     vectors = [vector for _, vector in site_vectors(model, adapter)]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if {id(vector) for vector in vectors} != {id(parameter) for parameter in trained}:
-        return "more than the adapter's vectors is trained, or less"
+    own = {id(vector) for vector in vectors}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (id(parameter) in own):
+            return f"{name} is {'trained' if parameter.requires_grad else 'not trained'}"
     if type(optimizer) is not AdamW:
         return f"it is written for torch's AdamW, and this is {type(optimizer).__name__}"
     groups = optimizer.param_groups
@@ -129,23 +161,25 @@ class _Fast(Step):
         self.adapter: Adapter = attached(model).adapters[attached(model).active[0]]
         self.layout: Layout = self.adapter.layout
         self.vectors: list[Parameter] = [vector for _, vector in site_vectors(model, self.adapter)]
-        self.loss_of = T5Loss(model, self.layout)
+        family = family_of(model)
+        assert family is not None
+        self.family, self.loss_of = family, family.loss(model, self.layout)
         self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=model.device)
         slices = self.layout.split(self.gradient)
         self.views = [view.view_as(vector) for view, vector in zip(slices, self.vectors, strict=True)]
         self.computation = Captured(self._step, model.device, rehearsal=self._backward)
         self.path = "captured" if self.computation.records else "laid out"
-        self.rows = 0
+        self.examples = 0
         if self.computation.records:
             _make_capturable(optimizer, model.device)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        packed = pack(batch)
+        packed = self.family.pack(batch)
         self._expect_as_it_was()
         self._point_gradients()
         if self.computation.records:
-            self.rows = max(self.rows, len(packed.labels))
-            packed = round_up(packed, self.rows, self.model.config.pad_token_id or 0)
+            self.examples = max(self.examples, len(packed.starts) - 1)
+            packed = self.family.round_up(packed, self.examples, self.model.config.pad_token_id or 0)
         fixed = (self.model.training, packed.longest, packed.uniform)
         loss: Tensor = self.computation(*fixed, **packed.tensors)
         if self.scheduler is not None:
@@ -180,7 +214,7 @@ class _Fast(Step):
     def _backward(self, training: bool, longest: int, uniform: bool, **tensors: Tensor) -> Tensor:
         """The loss of a batch; its gradient is left in the flat one. The mode is the model's own already."""
         flat = self.layout.flatten([vector.detach() for vector in self.vectors]).requires_grad_()
-        losses = self.loss_of(Packed(**tensors, longest=longest, uniform=uniform), flat[None])
+        losses: Tensor = self.loss_of(self.family.packed(**tensors, longest=longest, uniform=uniform), flat[None])
         (gradient,) = torch.autograd.grad(losses.sum(), flat)
         self.gradient.copy_(gradient)
         return losses[0].detach()

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ia3.fast.bypassing import unheard
 from ia3.fast.operations import (
     Chance,
     Vector,
     add_norm,
+    attention,
     cross_attention,
     dropout,
     gated,
@@ -50,36 +52,28 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
     other = next((site for site in sites if (site.path, site.side) not in expected or site.intervals), None)
     if other is not None:
         return f"the {other.side} of {other.path} is adapted, where it expects keys, values and feed-forward alone"
+    twice = _adapted_twice(sites)
+    if twice is not None:
+        return twice
+    rate = model.config.dropout_rate
     for path, module in model.named_modules():
-        reason = _bypassed(path, module, model.config.dropout_rate)
-        if reason is not None:
-            return reason
-    return None
+        if isinstance(module, nn.Dropout) and module.p != rate:
+            return f"{path} drops {module.p:g}, and the configuration says {rate:g}"
+        if isinstance(module, nn.Linear) and getattr(module, "bias", None) is not None:
+            return f"{path} has a bias"
+    return unheard(model)
 
 
 _CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
-_OWN_HOOKS = ("scale_input", "scale_output", "_take_adapter_names", "_forget_adapter_names")
 
 
-def _bypassed(path: str, module: nn.Module, rate: float) -> str | None:
-    """What would go unheard if this module were not called."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-    strange = [hook for hook in hooks if getattr(hook, "__name__", "") not in _OWN_HOOKS]
-    if strange:
-        return f"{path or 'the model'} carries another's hook"
-    if "forward" in module.__dict__:
-        return f"the forward of {path or 'the model'} was replaced"
-    if getattr(module, "gradient_checkpointing", False):
-        return f"{path or 'the model'} checkpoints its gradients"
-    if isinstance(module, nn.Dropout) and module.p != rate:
-        return f"{path} drops {module.p:g}, and the configuration says {rate:g}"
-    if not isinstance(module, nn.Linear):
-        return None
-    kind = type(module.weight).__name__
-    if kind != "Parameter":
-        return f"the weight of {path} is a {kind}"
-    if module.weight.requires_grad or getattr(module, "bias", None) is not None:
-        return f"{path} is trained, or has a bias"
+def _adapted_twice(sites: Sequence[Site]) -> str | None:
+    """Whether one intermediate has two vectors, of which one would be forgotten."""
+    taken = {(site.path, site.side) for site in sites}
+    for path, side in taken:
+        linear = f"{path.removesuffix('.wo')}.wi_1"
+        if side == "input" and (linear, "output") in taken:
+            return f"both the output of {linear} and the input of {path} are adapted"
     return None
 
 
@@ -183,10 +177,54 @@ class T5Loss:
         logits = self._write(run, self.model._shift_right(labels).flatten(), alone, together, read, source)
         return -token_losses(logits, labels, by_kernels=run.kernels).view(source.examples, count, length)
 
+    def read(self, packed: Packed, table: Tensor, into: Tensor) -> None:
+        """Compute the keys and values of all cross-attentions.
+
+        Args:
+            packed: the inputs; its labels only say how many examples there are.
+            table: as in the loss.
+            into: where they go, `[at least rows, layers · 2 · inner]`.
+        """
+        source = packed.spans(len(table))
+        into[: source.rows].copy_(self._read(_Run(self, table, source), packed, source))
+
+    def write_one(
+        self, token: Tensor, position: Tensor, kv: Tensor, source: Spans, written: Sequence[Tensor], table: Tensor
+    ) -> Tensor:
+        """The logits of the next token of each example, `[examples, words]`.
+
+        Args:
+            token: the last of each, `[examples]`.
+            position: how many there are before it, `[1]`.
+            kv: from `read`.
+            source: its rows.
+            written: a layer's keys and values so far, `[examples, most, 2 · inner]`; this token's are put there.
+            table: as in the loss.
+        """
+        run, stack = _Run(self, table, source), self.model.decoder
+        examples, most = written[0].shape[:2]
+        one, before = (Spans.even(examples, length, source.groups, token.device) for length in (1, most))
+        bias = self._positions(stack, most).index_select(2, position)
+        x, h = stack.embed_tokens(token), None
+        for index, (block, cache) in enumerate(zip(self.decoder, written, strict=True)):
+            a, c = block.attention, block.cross
+            assert c is not None
+            x, normed = run.add_norm(x, h, a.norm)
+            q, own = functional.linear(normed, a.project).tensor_split([cache.shape[-1] // 2], -1)
+            k, v = cache.index_copy_(1, position, own[:, None]).flatten(0, 1).chunk(2, -1)
+            h = functional.linear(run.attention(q, one, k, v, before, bias, a), a.out)
+            x, normed = run.add_norm(x, h, c.norm)
+            q, inner = functional.linear(normed, c.project), cache.shape[-1] // 2
+            k, v = kv[:, 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
+            h = functional.linear(run.attention(q, one, k, v, source, None, c), c.out)
+            x, h = run.feed(x, h, block.feed_forward, one)
+        _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
+        return self._logits(x)
+
     def _read(self, run: _Run, packed: Packed, source: Spans) -> Tensor:
         """The keys and values of all cross-attentions, `[rows, layers · 2 · inner]`."""
         stack = self.model.encoder
-        x, h = dropout(self.model.shared(packed.tokens), run.p), None
+        x, h = dropout(stack.embed_tokens(packed.tokens), run.p), None
         bias = self._positions(stack, packed.longest)
         for block in self.encoder:
             x, h = run.attend(x, h, block.attention, bias, source)
@@ -206,7 +244,7 @@ class T5Loss:
             source: its rows.
         """
         stack = self.model.decoder
-        x, h = dropout(self.model.shared(ids), run.p), None
+        x, h = dropout(stack.embed_tokens(ids), run.p), None
         bias = self._positions(stack, alone.longest)
         shared: dict[str, Tensor] = {}
         for index, block in enumerate(self.decoder):
@@ -215,8 +253,11 @@ class T5Loss:
             x, h = run.attend_across(x, h, block.cross, together, kv, source, index, shared)
             x, h = run.feed(x, h, block.feed_forward, together)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
+        return self._logits(dropout(x, run.p))
+
+    def _logits(self, x: Tensor) -> Tensor:
         scale = self.config.d_model**-0.5 if getattr(self.config, "scale_decoder_outputs", False) else 1.0
-        return functional.linear(dropout(x, run.p) * scale, self.model.lm_head.weight)
+        return functional.linear(x * scale, self.model.lm_head.weight)
 
     def _positions(self, stack: Any, length: int) -> Tensor:
         """The relative positions' bias `[1, heads, length, length]`, which the first block holds for all.
@@ -272,7 +313,7 @@ class _Run:
         self.p = config.dropout_rate if loss.model.training else 0.0
         self.eps, self.heads, self.gated, self.act = config.layer_norm_epsilon, config.num_heads, loss.gated, loss.act
         self.act_name = config.dense_act_fn
-        self.slices = loss.layout.split(spread(table, source.examples, by_kernels=self.kernels))
+        self.slices = loss.layout.split(spread(table, by_kernels=self.kernels))
         count = 4 * len(loss.encoder) + 6 * len(loss.decoder) + 2
         self.chance = Chance(table.device, count, by_kernels=self.kernels)
 
@@ -281,6 +322,12 @@ class _Run:
 
     def add_norm(self, x: Tensor, h: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         return add_norm(x, h, weight, self.eps, self.p, self.chance.next())
+
+    def attention(
+        self, q: Tensor, of_q: Spans, k: Tensor, v: Tensor, of_k: Spans, bias: Tensor | None, layer: _Attention
+    ) -> Tensor:
+        l_k, l_v = self.at(layer.k), self.at(layer.v)
+        return attention(q, of_q, k, v, of_k, bias, l_k, l_v, self.heads, self.chance.next())
 
     def attend(
         self, x: Tensor, h: Tensor | None, layer: _Attention, bias: Tensor, spans: Spans

@@ -1,0 +1,159 @@
+"""One training step on Llama-3.2-3B's shape, PEFT and ia3 side by side on one card.
+
+    python benchmarks/llama_step.py [--tiny]
+
+Random weights in Llama-3.2-3B's shape (28 layers, width 3,072, 24 heads over 8 of keys and values, 128,256 words, tied
+head), bfloat16, 4 texts of 512 tokens, of which all but the first 64 are learned. PEFT's IA3 and LoRA (r = 8 on
+queries and values) run as they are, and whole in one CUDA graph, the strongest that PEFT can be made without changing
+it; it gets no attention mask, which it needs not, and transformers is kept from making one while a graph is recorded,
+so that its attention is the fused one. ia3's step is `ia3.compile_step`, also on texts of four lengths, which it
+doesn't pad. Columns are as in `train_step.py`; `loss` is the first step's, alike for all that start at the base.
+`--tiny` tries the script on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import ia3
+from train_step import captured, guide, launches, ours, timed
+
+RESULTS = Path(__file__).parent / "results" / "llama_step.json"
+THREE_B = {
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+TINY = THREE_B | {
+    "vocab_size": 512,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+LENGTH, PROMPT = 512, 64
+FULL, MIXED = (LENGTH,) * 4, (LENGTH, 384, 256, 128)
+
+
+def build(shape: dict[str, Any], device: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**shape, use_cache=False), dtype=torch.bfloat16)
+
+
+def without_masks() -> Any:
+    """transformers without its looks at masks and positions, which would say that no mask is needed."""
+    return mock.patch.multiple(
+        "transformers.masking_utils", is_tracing=lambda *_: False, find_packed_sequence_indices=lambda *_: None
+    )
+
+
+def batch_of(words: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    ids = torch.randint(2, words, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :PROMPT] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def measure(
+    model: torch.nn.Module, make: Callable[..., Callable[[], Any]], lengths: tuple[int, ...], device: str
+) -> dict[str, Any]:
+    """One case: its first step's loss, set-up, times and memory."""
+    cuda = device == "cuda"
+    batch = batch_of(model.config.vocab_size, lengths)
+    if make is not ours:
+        batch = {name: batch[name].to(device) for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            loss = float(model(**batch).loss)
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    step = make(model, batch, cuda)
+    first = step()
+    if cuda:
+        torch.cuda.synchronize()
+    setup = time.perf_counter() - started
+    row = {"loss": float(first) if make is ours else loss, "setup_s": setup}
+    return row | timed(step, cuda, 20 if cuda else 2) | (launches(step) if cuda else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="ia3's steps alone")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    import peft
+
+    cuda = torch.cuda.is_available()
+    device, shape = "cuda" if cuda else "cpu", TINY if arguments.tiny or not cuda else THREE_B
+    card = torch.cuda.get_device_name() if cuda else platform.processor() or "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    print(f"# {card}, {versions}", flush=True)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
+    cases: list[tuple[str, Any, Any, Any, tuple[int, ...]]] = [
+        ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, FULL),
+        ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, MIXED),
+        ("PEFT IA3 captured", peft, peft.IA3Config(task_type="CAUSAL_LM"), captured, FULL),
+        ("PEFT LoRA captured", peft, lora, captured, FULL),
+        ("PEFT IA3", peft, peft.IA3Config(task_type="CAUSAL_LM"), guide, FULL),
+        ("PEFT LoRA", peft, lora, guide, FULL),
+    ]
+    rows: list[dict[str, Any]] = []
+    for name, library, config, make, lengths in cases:
+        if (make is captured and not cuda) or (arguments.ours and make is not ours):
+            continue
+        row: dict[str, Any] = {"name": name, "lengths": list(lengths)}
+        model = library.get_peft_model(build(shape, device), config).train()
+        row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        try:
+            with without_masks():
+                row |= measure(model, make, lengths, device)
+        except Exception as error:  # the next cases can still be measured
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        rows.append(row)
+        print({key: value for key, value in row.items() if key != "longest"}, flush=True)
+        if shape is THREE_B or arguments.output != RESULTS:
+            arguments.output.write_text(json.dumps({"card": card, "rows": rows, "versions": versions}, indent=1) + "\n")
+        del model
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    for key, count, busy in rows[0].get("longest", []):
+        print(f"  {busy:8.3f} ms {count:5} x {key}")
+
+
+if __name__ == "__main__":
+    main()

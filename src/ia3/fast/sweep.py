@@ -1,0 +1,262 @@
+"""Steps of many runs in one batch: run r's examples are the batch's group r, and its vectors row r of one table.
+
+All runs share the frozen base. A row has its own loss, clipping, decay, moments, count of steps and rate, so that it
+moves as if it were trained alone. A step is arithmetic of tensors alone, so that a GPU can capture it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ia3.fast.capture import Captured
+from ia3.fast.packing import IGNORED
+from ia3.fast.step import Family, family_of
+from ia3.hooks import SiteVectors
+from ia3.rows import Rows, acting
+from ia3.sites import Layout, Side
+
+# torch's defaults for AdamW.
+_BETAS, _EPS = (0.9, 0.999), 1e-8
+
+
+class GroupLosses(ABC):
+    """The losses of a batch whose examples are divided into equal groups, each with a row of vectors of its own."""
+
+    captured = False
+    """Whether a GPU may record it as a CUDA graph."""
+
+    @abstractmethod
+    def prepare(self, batch: Mapping[str, Tensor]) -> tuple[tuple[Hashable, ...], dict[str, Tensor]]:
+        """What the losses are computed from: positional arguments that are no tensors, and tensors by name.
+
+        Args:
+            batch: tensors `[examples, …]` on the CPU, the examples of one group after those of another, equally many;
+                `labels` among them, -100 where nothing is learned. An example without a label is none.
+        """
+
+    @abstractmethod
+    def __call__(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> Tensor:
+        """The mean loss of each group's learned tokens, `[groups]`, 0 for a group without any.
+
+        Args:
+            table: a row of vectors a group, `[groups, D]`.
+            fixed: from `prepare`.
+            tensors: from `prepare`, on the model's device.
+        """
+
+
+class MixedLosses(GroupLosses):
+    """By the model's own forward, whose sites take each example's vectors from the table.
+
+    Args:
+        model: the model with one adapter attached; its own vectors don't act.
+        layout: the adapter's.
+        token_losses: runs the model on a batch; gives the loss of each token and which are learned, both
+            `[examples, tokens]`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        token_losses: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.layout, self.token_losses = layout, token_losses
+        self.containers = {path: module for path, module in model.named_modules() if isinstance(module, SiteVectors)}
+
+    def prepare(self, batch: Mapping[str, Tensor]) -> tuple[tuple[Hashable, ...], dict[str, Tensor]]:
+        """The batch as it is: an example without a label must have inputs, since a mask of zeros alone may give NaN."""
+        return (), dict(batch)
+
+    def __call__(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> Tensor:
+        """See `GroupLosses`."""
+        with acting(self.rows(table)):
+            losses, learned = self.token_losses(tensors)
+        return losses.reshape(len(table), -1).sum(1) / learned.reshape(len(table), -1).sum(1).clamp(min=1)
+
+    def rows(self, table: Tensor) -> Rows:
+        """The table's rows, each for an equal share of a batch's examples, in their order."""
+        slices: dict[nn.Module, dict[Side, Tensor]] = {container: {} for container in self.containers.values()}
+        for site, part in zip(self.layout.sites, self.layout.split(table), strict=True):
+            if site.intervals is not None:
+                ones = part.new_ones(len(part), site.width)
+                part = ones.index_copy(1, site.channels().to(part.device), part)
+            slices[self.containers[site.key]][site.side] = part
+        return Rows(tuple(f"row {number}" for number in range(len(table))), slices)
+
+
+class HandLosses(GroupLosses):
+    """By hand, over the tokens of all examples without padding.
+
+    Args:
+        model: one of the family.
+        layout: the adapter's.
+        family: what writes its loss.
+    """
+
+    captured = True
+
+    def __init__(self, model: Any, layout: Layout, family: Family) -> None:
+        self.model, self.family, self.loss_of = model, family, family.loss(model, layout)
+
+    def prepare(self, batch: Mapping[str, Tensor]) -> tuple[tuple[Hashable, ...], dict[str, Tensor]]:
+        """Without padding; on a GPU filled up to one of few shapes."""
+        has_label = (batch["labels"] != IGNORED).any(1, keepdim=True)
+        packed = self.family.pack({**batch, "attention_mask": batch["attention_mask"] * has_label})
+        if self.model.device.type == "cuda":
+            packed = self.family.round_up(packed, len(has_label), self.model.config.pad_token_id or 0)
+        return (packed.longest, packed.uniform), dict(packed.tensors)
+
+    def __call__(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> Tensor:
+        """See `GroupLosses`."""
+        longest, uniform = fixed
+        losses: Tensor = self.loss_of(self.family.packed(**tensors, longest=longest, uniform=uniform), table)
+        return losses
+
+
+def group_losses(
+    model: Any, layout: Layout, token_losses: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+) -> tuple[GroupLosses, str | None]:
+    """The losses by hand, or else by the model's own forward, with the reason.
+
+    Args:
+        model: the model with one adapter.
+        layout: the adapter's.
+        token_losses: as in `MixedLosses`.
+    """
+    family = family_of(model)
+    if family is None:
+        return MixedLosses(model, layout, token_losses), f"there is none for a {type(model).__name__}"
+    reason = family.why_not(model, layout.sites)
+    if reason is not None:
+        return MixedLosses(model, layout, token_losses), reason
+    return HandLosses(model, layout, family), None
+
+
+class SweepStep:
+    """A training step of every row of a table at once; see the module.
+
+    Args:
+        model: the model, on its device.
+        losses: of a batch under a table.
+        table: where the runs begin, `[R, D]`; copied.
+        max_gradient_norms: what each row's gradient is scaled down to, infinite for none.
+        weight_decays: how much of its way back to one each row goes a step, times its rate.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        losses: GroupLosses,
+        table: Tensor,
+        *,
+        max_gradient_norms: Sequence[float],
+        weight_decays: Sequence[float],
+    ) -> None:
+        self.model, self.losses = model, losses
+        self.table = table.detach().clone()
+        self.first, self.second = torch.zeros_like(self.table), torch.zeros_like(self.table)
+        self.counts = self.table.new_zeros(len(table), 1)
+        self.norms = self.table.new_tensor(max_gradient_norms)[:, None]
+        self.decays = self.table.new_tensor(weight_decays)[:, None]
+        self.computation = self._computation()
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded as CUDA graphs and replayed, so that few shapes of batches save time."""
+        return self.losses.captured and self.table.is_cuda
+
+    def __call__(self, batch: Mapping[str, Tensor], rates: Sequence[float]) -> Tensor:
+        """Losses, gradients, clipping, decay and AdamW; a group without a label keeps its vectors and its moments.
+
+        Where a loss or a gradient is not finite, no row moves: a NaN may have reached its neighbours, whose padding is
+        where its numbers are. `diverged` then says whose it is.
+
+        Args:
+            batch: as `GroupLosses.prepare` takes it, of R groups.
+            rates: each row's learning rate.
+
+        Returns:
+            The losses before the update, `[R]`, on the model's device; NaN where it or its gradient is not finite.
+        """
+        fixed, tensors = self.losses.prepare(batch)
+        has_label = (batch["labels"] != IGNORED).view(len(self.table), -1).any(1, keepdim=True)
+        tensors["learning"] = has_label.to(self.table.dtype)
+        tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype)[:, None]
+        losses: Tensor = self.computation(self.model.training, *fixed, **tensors)
+        return losses.clone()
+
+    def diverged(self, batch: Mapping[str, Tensor]) -> list[int]:
+        """The rows whose loss or gradient on their part of a batch is not finite when they are alone."""
+        found = []
+        size = len(batch["labels"]) // len(self.table)
+        for row in range(len(self.table)):
+            own = {name: tensor[row * size : (row + 1) * size] for name, tensor in batch.items()}
+            fixed, tensors = self.losses.prepare(own)
+            tensors = {name: tensor.to(self.table.device) for name, tensor in tensors.items()}
+            loss, gradient = self._gradients(self.table[row : row + 1], *fixed, **tensors)
+            if not (loss.isfinite().all() and gradient.isfinite().all()):
+                found.append(row)
+        return found
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        chosen = torch.tensor(rows, device=self.table.device)
+        for name in ("table", "first", "second", "counts", "norms", "decays"):
+            setattr(self, name, getattr(self, name)[chosen])
+        self.computation = self._computation()
+
+    def _computation(self) -> Callable[..., Any]:
+        """The step; graphs would go on with the tensors that they were recorded with."""
+        if self.records:
+            return Captured(self._step, self.table.device, rehearsal=self._rehearse)
+        return self._on_device
+
+    def _on_device(self, training: bool, *fixed: Any, **tensors: Tensor) -> Tensor:
+        return self._step(training, *fixed, **{name: tensor.to(self.table.device) for name, tensor in tensors.items()})
+
+    def _step(self, training: bool, *fixed: Any, rates: Tensor, learning: Tensor, **tensors: Tensor) -> Tensor:
+        """The mode is the model's own already; it only tells graphs apart."""
+        losses, gradients = self._gradients(self.table, *fixed, **tensors)
+        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+        finite = losses.isfinite() & norms[:, 0].isfinite()
+        sound = finite.all()
+        gradients, norms = gradients.where(sound, 0.0), norms.where(sound, 0.0)
+        self._update(gradients, norms, rates, learning * sound)
+        return losses.where(finite, torch.nan)
+
+    def _rehearse(self, training: bool, *fixed: Any, rates: Tensor, learning: Tensor, **tensors: Tensor) -> None:
+        self._gradients(self.table, *fixed, **tensors)
+
+    def _gradients(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses, and the gradient of their sum, in which each row is that of its own loss."""
+        leaf = table.detach().requires_grad_()
+        losses = self.losses(leaf, *fixed, **tensors)
+        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), gradients
+
+    @torch.no_grad()
+    def _update(self, gradients: Tensor, norms: Tensor, rates: Tensor, learning: Tensor) -> None:
+        """`clip_grad_norm_`, `decay_vectors` and AdamW without its own decay, a row each.
+
+        Args:
+            gradients: `[R, D]`.
+            norms: theirs, `[R, 1]`.
+            rates: `[R, 1]`.
+            learning: 1 for rows that move, 0 for others, `[R, 1]`.
+        """
+        gradients = gradients * (self.norms / (norms + 1e-6)).clamp(max=1)
+        rates = rates * learning
+        self.table.add_((1 - self.table) * (rates * self.decays))
+        self.counts.add_(learning)
+        self.first.lerp_(gradients, (1 - _BETAS[0]) * learning)
+        self.second.lerp_(gradients.square(), (1 - _BETAS[1]) * learning)
+        # 1 − βᵗ, without the digits that a difference from one would lose.
+        first, second = (-torch.expm1(self.counts.clamp(min=1) * math.log(beta)) for beta in _BETAS)
+        self.table.addcdiv_(self.first * (-rates / first), (self.second / second).sqrt_() + _EPS)
