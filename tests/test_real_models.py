@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import ia3
-from ia3.inference.answering import answer
+from ia3.inference.answering import Answerer
 from ia3.inference.loading import load_adapter
 from ia3.training.data import load_examples, split_examples
 from ia3.training.task import TaskKind
@@ -66,5 +66,5 @@ def test_minilm_tells_sentiments_apart(tmp_path: Path) -> None:
     assert run.task.kind is TaskKind.SEQUENCE_CLASSIFICATION
     assert run.final.accuracy > run.majority + 0.1
     model, tokenizer = load_adapter(run.adapter_dir)
-    answers = answer(model, tokenizer, run.task, test[:100])
+    answers = Answerer(model, tokenizer, run.task)(test[:100])
     assert [each.label for each in answers] == run.final.predictions

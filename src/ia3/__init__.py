@@ -25,9 +25,12 @@ _HOME = {
         "get_peft_model",
         "inject_adapter_in_model",
     ],
+    "fast.decode": ["compile_generate"],
     "fast.step": ["compile_step"],
+    "training.sweep": ["sweep"],
     "training.train": ["resume", "train"],
     "status": ["get_layer_status", "get_model_status"],
+    "table": ["AdapterTable"],
     "checkpoint": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "auto": [
         "AutoPeftModel",
@@ -42,6 +45,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AdapterTable",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -63,6 +67,7 @@ __all__ = [
     "Site",
     "TaskType",
     "__version__",
+    "compile_generate",
     "compile_step",
     "find_sites",
     "get_layer_status",
@@ -73,6 +78,7 @@ __all__ = [
     "load_peft_weights",
     "resume",
     "set_peft_model_state_dict",
+    "sweep",
     "train",
 ]
 
@@ -88,6 +94,7 @@ if TYPE_CHECKING:
     )
     from ia3.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+    from ia3.fast.decode import compile_generate
     from ia3.fast.step import compile_step
     from ia3.model import (
         PeftModel,
@@ -102,6 +109,8 @@ if TYPE_CHECKING:
     )
     from ia3.sites import Layout, Site, find_sites
     from ia3.status import get_layer_status, get_model_status
+    from ia3.table import AdapterTable
+    from ia3.training.sweep import sweep
     from ia3.training.train import resume, train
 
 

@@ -8,7 +8,9 @@ import torch
 
 import builders
 import tiny_seq2seq
-from ia3.inference.rank import rank, score_labels
+from ia3.inference.rank import LabelScorer, _scores_under_masks, rank, score_labels
+from ia3.training.losses import pad_choices
+from replayed import recording
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 LABELS = ("negative", "very much positive", "the share stays", "neutral")
@@ -73,6 +75,79 @@ def test_the_encoder_runs_once_a_text(model: Any) -> None:
     rank(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
     handle.remove()
     assert rows == [3, 3, 1]
+
+
+@pytest.fixture
+def without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: batches are filled up and recorded."""
+    monkeypatch.setattr("ia3.inference.rank._why_not", lambda model: None)
+
+
+@pytest.mark.usefixtures("without_a_reason")
+@pytest.mark.parametrize("reason", [None, "only the model's own forward"], ids=["by hand", "forward"])
+def test_recorded_scores_are_the_same(model: Any, monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    monkeypatch.setattr("ia3.fast.scores.why_not", lambda model: reason)
+    plain = score_labels(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
+    with recording() as recorded:
+        scorer = LabelScorer(model, TOKENIZER, LABELS, batch_size=3)
+        for _ in range(2):
+            torch.testing.assert_close(scorer(TEXTS), plain, rtol=0, atol=1e-10)
+        if reason is not None:
+            assert len(recorded) == 1  # of three batches, all filled up to three rows of sixteen tokens
+        long = [*TEXTS, "the share " * 12]
+        wanted = score_labels(model, TOKENIZER, long, LABELS)
+        for _ in range(2):
+            torch.testing.assert_close(scorer(long), wanted, rtol=0, atol=1e-10)
+        if reason is not None:
+            assert len(recorded) == 2
+        assert scorer([]).shape == (0, len(LABELS))
+
+
+@pytest.mark.usefixtures("without_a_reason")
+def test_a_scorer_follows_the_model(model: Any) -> None:
+    with recording():
+        scorer = LabelScorer(model, TOKENIZER, LABELS, batch_size=3)
+        adapted = scorer(TEXTS)
+        with model.disable_adapter():
+            plain = scorer(TEXTS)
+        torch.testing.assert_close(scorer(TEXTS), adapted)
+    assert (adapted - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_recorded_scores_look_at_nothing_on_the_host(implementation: str) -> None:
+    model = tiny_seq2seq.adapted().eval()
+    model.set_attn_implementation(implementation)
+    model.to("meta")
+    batch = {name: torch.ones(3, 16, dtype=torch.long, device="meta") for name in ("input_ids", "attention_mask")}
+    choices = pad_choices([[5, 1], [4, 3, 1]]).to("meta")
+    with torch.inference_mode():
+        assert _scores_under_masks(model, choices, True, **batch).shape == (3, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_captured_scores(model: Any) -> None:
+    plain = score_labels(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
+    try:
+        scorer = LabelScorer(model.cuda(), TOKENIZER, LABELS, batch_size=3)
+        assert (scorer.path, scorer.reason) == ("captured", None)
+        for _ in range(3):
+            torch.testing.assert_close(scorer(TEXTS), plain, rtol=0, atol=1e-10)
+    finally:
+        model.cpu()
+
+
+def test_on_a_cpu_nothing_is_recorded(model: Any) -> None:
+    scorer = LabelScorer(model, TOKENIZER, LABELS)
+    assert (scorer.path, scorer.reason) == ("eager", "there is no GPU")
+
+
+def test_models_whose_positions_are_no_distances(tiny: Any) -> None:
+    """A BART's choices stand in rows of their own."""
+    model = tiny("bart", vocab_size=20, pad_token_id=0, eos_token_id=1, decoder_start_token_id=1).double()
+    scores = score_labels(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
+    expected = [[alone(model, text, label) for label in LABELS] for text in TEXTS]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
 def test_long_texts_are_cut(model: Any) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import get_linear_schedule_with_warmup
 
 import tiny_seq2seq
+from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
 from ia3.model import PeftModel
@@ -426,3 +427,26 @@ def test_the_fast_step_has_the_ordinary_ones_losses(tmp_path: Path, monkeypatch:
     path, expected = trained("ordinary")
     assert path.startswith("The ordinary step")
     assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("answer_by", ["generation", "rank"])
+def test_evaluations_by_hand_are_the_forwards(tmp_path: Path, monkeypatch: Any, answer_by: Any) -> None:
+    """What a GPU records for evaluations, called here."""
+    settings = TrainSettings(learning_rate=0.05, epochs=2, answer_by=answer_by, evaluation_batch_size=5)
+    data = tiny_seq2seq.examples(32)
+
+    def trained(name: str) -> Run:
+        learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, settings)
+        return fit(learner, data, data, output_dir=tmp_path / name, console=QUIET)
+
+    plain = trained("plain")
+    calls = []
+    compute = ChoiceScores._compute
+    monkeypatch.setattr(ChoiceScores, "_compute", lambda *a, **b: calls.append(1) or compute(*a, **b))
+    monkeypatch.setattr("ia3.training.learners.words._on_a_gpu", lambda model: True)
+    by_hand = trained("by hand")
+    assert len(calls) == 3 * 7
+    assert by_hand.losses == pytest.approx(plain.losses, rel=1e-4)
+    for one, other in zip(by_hand.evaluations, plain.evaluations, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.predictions == other.predictions

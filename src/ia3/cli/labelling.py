@@ -94,7 +94,7 @@ def answer(
     Args:
         labeller: the loaded adapter.
         examples: rendered texts, with their earlier turns.
-        console: where the bar goes, and how many texts are cut.
+        console: where the bar goes, how many texts are cut, and on a GPU which way the answers are found.
         generate: let the model write its answer, instead of choosing the likeliest label.
         batch_size: texts at once.
 
@@ -103,7 +103,7 @@ def answer(
     """
     from rich.progress import track
 
-    from ia3.inference.answering import answer as answer_batch
+    from ia3.inference.answering import Answerer
     from ia3.inference.complete import encode, prompt_text
     from ia3.training.data import count_truncated
     from ia3.training.task import TaskKind
@@ -116,13 +116,13 @@ def answer(
         cut = count_truncated([example.text for example in examples], labeller.tokenizer, task.max_length)
     if cut:
         console.print(f"Cut at {task.max_length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
+    answerer = Answerer(labeller.model, labeller.tokenizer, task, generate=generate, batch_size=batch_size)
+    if (path := answerer.describe_path()) is not None:
+        console.print(path, markup=False, highlight=False)
     # Sorting by length within a stretch saves most of the padding, and the bar moves at each.
     size = batch_size * _BATCHES_A_STRETCH
     answers: list[Answer] = []
     starts = range(0, len(examples), size)
     for start in track(starts, "answering", console=console, transient=True, disable=len(starts) == 1):
-        stretch = examples[start : start + size]
-        answers += answer_batch(
-            labeller.model, labeller.tokenizer, task, stretch, generate=generate, batch_size=batch_size
-        )
+        answers += answerer(examples[start : start + size])
     return answers

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3.inference.classify import classify, tag
-from ia3.inference.complete import complete
-from ia3.inference.predict import predict
-from ia3.inference.rank import rank
+from ia3.inference.complete import compile_answers, complete
+from ia3.inference.predict import compile_words, predict
+from ia3.inference.rank import LabelScorer, rankings
 from ia3.training.data import Example
 from ia3.training.task import Task, TaskKind
 
@@ -30,45 +30,71 @@ class Answer:
         return None if self.probabilities is None else self.probabilities[self.label]
 
 
-def answer(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    examples: Sequence[Example],
-    *,
-    generate: bool = False,
-    batch_size: int = 32,
-) -> list[Answer]:
-    """Answer texts as the task asks for.
+class Answerer:
+    """Answers texts as a task asks for; what a GPU has recorded for one call serves the next.
 
     Args:
         model: the base model with its adapter; left in evaluation mode.
         tokenizer: the base model's tokenizer.
-        task: what to answer; its texts are rendered already.
-        examples: texts and earlier turns; their labels are not looked at.
+        task: what to answer.
         generate: let the model write a label word, instead of taking the likeliest.
         batch_size: texts at once.
 
-    Returns:
-        One answer an example, in order.
-
     Raises:
-        ValueError: what `rank`, `complete`, `classify` and `tag` raise.
+        ValueError: labels that `LabelScorer` refuses.
     """
-    texts = [example.text for example in examples]
-    how: dict[str, Any] = {"max_length": task.max_length, "batch_size": batch_size}
-    if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
-        return [Answer(found.label, found.probabilities) for found in classify(model, tokenizer, texts, **how)]
-    if task.kind is TaskKind.TOKEN_CLASSIFICATION:
-        tagged = tag(model, tokenizer, [text.split() for text in texts], **how)
-        return [Answer(" ".join(word.tag or UNREAD for word in words)) for words in tagged]
-    if task.kind is TaskKind.LABEL_WORDS and not generate:
-        found = rank(model, tokenizer, texts, task.labels, **how)
-        return [Answer(ranking.label, ranking.probabilities) for ranking in found]
-    how["max_new_tokens"] = task.max_new_tokens
-    if task.kind is TaskKind.INSTRUCTIONS:
-        turns = [example.turns for example in examples]
-        written = complete(model, tokenizer, texts, system=task.system, turns=turns, **how)
-    else:
-        written = predict(model, tokenizer, texts, **how)
-    return [Answer(text) for text in written]
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, *, generate: bool = False, batch_size: int = 32) -> None:
+        self.model, self.tokenizer, self.task, self.batch_size = model.eval(), tokenizer, task, batch_size
+        self.scorer = self.generate = None
+        if task.kind is TaskKind.LABEL_WORDS and not generate:
+            sizes: dict[str, Any] = {"max_length": task.max_length, "batch_size": batch_size}
+            self.scorer = LabelScorer(model, tokenizer, task.labels, **sizes)
+        elif task.kind is TaskKind.INSTRUCTIONS:
+            self.generate = compile_answers(model, tokenizer, _longest(task))
+        elif task.kind.writes:
+            self.generate = compile_words(model, _longest(task))
+
+    def describe_path(self) -> str | None:
+        """Which way the answers are found on a GPU, and why, in a line; None where there is but one way."""
+        made = self.scorer or self.generate
+        if made is None or self.model.device.type != "cuda":
+            return None
+        what = "The labels are scored" if self.scorer is not None else "The answers are written"
+        if made.reason is not None:
+            return f"{what} the ordinary way, since {made.reason}."
+        return f"{what} by captured CUDA graphs."
+
+    def __call__(self, examples: Sequence[Example]) -> list[Answer]:
+        """One answer an example, in order.
+
+        Args:
+            examples: rendered texts and earlier turns; their labels are not looked at.
+
+        Raises:
+            ValueError: what `LabelScorer`, `complete`, `classify` and `tag` raise.
+        """
+        model, tokenizer, task = self.model, self.tokenizer, self.task
+        texts = [example.text for example in examples]
+        if self.scorer is not None:
+            found = rankings(task.labels, self.scorer(texts))
+            return [Answer(ranking.label, ranking.probabilities) for ranking in found]
+        how: dict[str, Any] = {"max_length": task.max_length, "batch_size": self.batch_size}
+        if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
+            return [Answer(found.label, found.probabilities) for found in classify(model, tokenizer, texts, **how)]
+        if task.kind is TaskKind.TOKEN_CLASSIFICATION:
+            tagged = tag(model, tokenizer, [text.split() for text in texts], **how)
+            return [Answer(" ".join(word.tag or UNREAD for word in words)) for words in tagged]
+        how |= {"max_new_tokens": _longest(task), "generate": self.generate}
+        if task.kind is TaskKind.INSTRUCTIONS:
+            turns = [example.turns for example in examples]
+            written = complete(model, tokenizer, texts, system=task.system, turns=turns, **how)
+        else:
+            written = predict(model, tokenizer, texts, **how)
+        return [Answer(text) for text in written]
+
+
+def _longest(task: Task) -> int:
+    """The most tokens that are written; every task that writes has a number."""
+    assert task.max_new_tokens is not None
+    return task.max_new_tokens

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ia3.fast.decode import Generate, compile_generate
 from ia3.inference.predict import sorted_batches
 
 Turns = Sequence[tuple[str, str]]
@@ -22,6 +24,7 @@ def complete(
     max_length: int = 128,
     max_new_tokens: int = 128,
     batch_size: int = 32,
+    generate: Generate | None = None,
 ) -> list[str]:
     """Answer each text greedily, as an assistant where the tokenizer has a chat template.
 
@@ -35,6 +38,7 @@ def complete(
             left out, then the beginning of the text.
         max_new_tokens: the longest answer in tokens.
         batch_size: prompts a batch; sorted by length, so that short ones aren't padded to long ones.
+        generate: what `compile_answers` made for the model and `max_new_tokens`, to use it again; made here otherwise.
 
     Returns:
         One answer a text, in the order of `texts`, special tokens and outer spaces removed.
@@ -54,9 +58,13 @@ def complete(
     ]
     check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
     model.eval()
+    settings = _settings(model, tokenizer, max_new_tokens)
+    generate = generate or compile_generate(model, **settings)
     answers = [""] * len(prompts)
     for indices in sorted_batches([len(prompt) for prompt in prompts], batch_size):
-        found = write(model, tokenizer, [prompts[i] for i in indices], max_new_tokens)
+        batch = _left_padded([prompts[i] for i in indices], settings["pad_token_id"])
+        tokens = generate(batch["input_ids"], batch["attention_mask"])
+        found = _as_answers(tokenizer, settings["eos_token_id"], tokens, batch["input_ids"])
         for index, answer in zip(indices, found, strict=True):
             answers[index] = answer
     return answers
@@ -226,7 +234,7 @@ def check_positions(model: Any, longest: int) -> None:
 
 @torch.inference_mode()
 def write(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Answer one batch of prompts greedily.
+    """Answer one batch of prompts greedily, by the model's own `generate`.
 
     Args:
         model: a causal model.
@@ -237,24 +245,39 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_
     Returns:
         The answers without special tokens and outer spaces.
     """
+    settings = _settings(model, tokenizer, max_new_tokens)
+    batch = {name: tensor.to(model.device) for name, tensor in _left_padded(prompts, settings["pad_token_id"]).items()}
+    return _as_answers(tokenizer, settings["eos_token_id"], model.generate(**batch, **settings), batch["input_ids"])
+
+
+def compile_answers(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:
+    """What generates a model's answers greedily; see `compile_generate`."""
+    return compile_generate(model, **_settings(model, tokenizer, max_new_tokens))
+
+
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
     ends = end_tokens(model, tokenizer)
-    # Padding is masked, so any token will do where there is none for it.
-    filler = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": 1,
+        "do_sample": False,
+        # A model's own repetition penalty would count the padding, and so make an answer depend on its neighbours.
+        "repetition_penalty": 1.0,
+        "eos_token_id": ends,
+        # Padding is masked, so any token will do where there is none for it.
+        "pad_token_id": ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], filler: int) -> dict[str, Tensor]:
     width = max(map(len, prompts))
-    ids = torch.tensor([[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # A model's own repetition penalty would count the padding, and so make an answer depend on its neighbours.
-    written = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        num_beams=1,
-        do_sample=False,
-        repetition_penalty=1.0,
-        eos_token_id=ends,
-        pad_token_id=filler,
-    )
-    answers = [_up_to_end(row, ends) for row in written[:, width:].tolist()]
+    ids = [[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def _as_answers(tokenizer: Any, ends: Sequence[int], written: Tensor, prompts: Tensor) -> list[str]:
+    answers = [_up_to_end(row, ends) for row in written[:, prompts.shape[1] :].tolist()]
     return [answer.strip() for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

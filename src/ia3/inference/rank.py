@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ia3.fast import scores as by_hand
+from ia3.fast.capture import Captured, Standing
+from ia3.fast.decode import BUCKET, as_scores, fill_up, why_not_recorded
 from ia3.inference.predict import sorted_batches
-from ia3.training.losses import choice_log_probabilities, choice_scores, pad_choices
+from ia3.training.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
 
 
 @dataclass(frozen=True)
@@ -34,30 +38,26 @@ def rank(
     """Choose a label for each text by its probability, so that the answer is always one of the labels.
 
     The probabilities are the softmax of the scores over the labels (Liu et al. 2022, sections 3.2 and 3.4);
-    of equal ones the first label wins. The arguments are those of `score_labels`.
+    of equal ones the first label wins. The arguments are those of `LabelScorer`.
 
     Returns:
         One ranking a text, in the order of `texts`.
 
     Raises:
-        ValueError: what `score_labels` raises.
+        ValueError: what `LabelScorer` raises.
     """
-    scores = score_labels(
-        model,
-        tokenizer,
-        texts,
-        labels,
-        length_normalised=length_normalised,
-        max_length=max_length,
-        batch_size=batch_size,
-    )
+    how: dict[str, Any] = {"length_normalised": length_normalised, "max_length": max_length, "batch_size": batch_size}
+    return rankings(labels, score_labels(model, tokenizer, texts, labels, **how))
+
+
+def rankings(labels: Sequence[str], scores: Tensor) -> list[Ranking]:
+    """The likeliest label of each row of scores `[texts, labels]`, with all probabilities."""
     return [
         Ranking(labels[max(range(len(labels)), key=row.__getitem__)], dict(zip(labels, row, strict=True)))
         for row in scores.softmax(dim=-1).tolist()
     ]
 
 
-@torch.inference_mode()
 def score_labels(
     model: Any,
     tokenizer: Any,
@@ -68,35 +68,113 @@ def score_labels(
     max_length: int = 128,
     batch_size: int = 32,
 ) -> Tensor:
-    """The log-probability of each label after each text, its end token included.
+    """The log-probability of each label after each text, its end token included; see `LabelScorer`."""
+    how: dict[str, Any] = {"length_normalised": length_normalised, "max_length": max_length, "batch_size": batch_size}
+    return LabelScorer(model, tokenizer, labels, **how)(texts)
+
+
+class LabelScorer:
+    """The log-probability of each label after each text; on a GPU recorded once a length of texts and replayed.
 
     Args:
         model: a seq2seq model, with or without an adapter; left in evaluation mode.
         tokenizer: the base model's tokenizer.
-        texts: the sentences.
         labels: the label words.
         length_normalised: the mean over a label's tokens; False takes their sum, which favours short labels.
         max_length: where longer inputs are cut, in tokens. Labels are never cut.
-        batch_size: sentences a batch, sorted by length. The encoder runs once a sentence, the decoder on a
-            row for each sentence and label, so lower it for many labels.
-
-    Returns:
-        Scores `[texts, labels]` on the CPU in float64, in the order of `texts`.
+        batch_size: sentences a batch, sorted by length. The encoder runs once a sentence, the decoder on all labels
+            of each, so lower it for many labels.
 
     Raises:
-        ValueError: fewer than two labels, labels that the tokenizer can't tell apart, or a model without
-            encoder and decoder.
+        ValueError: fewer than two labels, or labels that the tokenizer can't tell apart.
     """
-    choices = pad_choices(tokenise_labels(labels, tokenizer)).to(model.device)
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
-    scores = torch.empty(len(rows), len(labels), dtype=torch.float64)
-    model.eval()
-    for indices in sorted_batches([len(row) for row in rows], batch_size):
-        inputs = tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt").to(model.device)
-        shared = choices.expand(len(indices), -1, -1)
-        found = choice_log_probabilities(model, shared, **inputs)
-        scores[indices] = choice_scores(found, shared, length_normalised=length_normalised).cpu().double()
-    return scores
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        labels: Sequence[str],
+        *,
+        length_normalised: bool = True,
+        max_length: int = 128,
+        batch_size: int = 32,
+    ) -> None:
+        self.model, self.tokenizer, self.max_length, self.batch_size = model.eval(), tokenizer, max_length, batch_size
+        self.labels = labels
+        self.choices = pad_choices(tokenise_labels(labels, tokenizer)).to(model.device)
+        self.length_normalised, self.rows = length_normalised, 0
+        self.reason = _why_not(model)
+        self.path = "captured" if self.reason is None else "eager"
+        self._record_anew()
+
+    def _record_anew(self) -> None:
+        """By hand, where an adapter acts alone on a T5; else by the model's own forward."""
+        self.by_hand = None
+        if self.reason is None and by_hand.why_not(self.model) is None:
+            self.by_hand = by_hand.ChoiceScores(self.model, self.choices)
+        score = partial(_scores_under_masks, self.model, self.choices, self.length_normalised)
+        self.standing, self.recorded = Standing(self.model), Captured(score, self.model.device)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Scores `[texts, labels]` on the CPU in float64, in the order of `texts`.
+
+        Raises:
+            ValueError: a model without encoder and decoder.
+        """
+        self.model.eval()
+        if not self.standing.holds():
+            self._record_anew()
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if texts else []
+        scores = torch.empty(len(rows), len(self.labels), dtype=torch.float64)
+        batches = list(sorted_batches([len(row) for row in rows], self.batch_size))
+        score = self._at_once if self.reason is not None else self._filled_up
+        # Nothing is looked at before all of it is under way.
+        found = [score([rows[i] for i in indices]) for indices in batches]
+        for indices, part in zip(batches, found, strict=True):
+            scores[indices] = part.cpu().double()
+        return scores
+
+    def _at_once(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+        return _scores(self.model, self.choices, self.length_normalised, **batch)
+
+    def _filled_up(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The scores of a batch that is filled up to one of few shapes."""
+        if self.by_hand is not None:
+            batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+            found = self.by_hand(batch["input_ids"], batch["attention_mask"])
+            shared = self.choices.expand(len(rows), -1, -1)
+            return choice_scores(found, shared, length_normalised=self.length_normalised)
+        self.rows = max(self.rows, len(rows))
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt", pad_to_multiple_of=BUCKET)
+        filled = {name: fill_up(tensor, self.rows) for name, tensor in batch.items()}
+        scores: Tensor = self.recorded(**filled)
+        return scores[: len(rows)].clone()
+
+
+def _why_not(model: Any) -> str | None:
+    """Why the scores can't be recorded; None where they can."""
+    if model.device.type != "cuda":
+        return "there is no GPU"
+    if not hides_choices(model):
+        return f"it is written for T5 and mT5, and this is a {type(model).__name__}"
+    return why_not_recorded(model)
+
+
+def _scores(model: Any, choices: Tensor, length_normalised: bool, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The scores of all choices `[choices, length]` after each row, `[rows, choices]`."""
+    shared = choices.expand(len(input_ids), -1, -1)
+    found = choice_log_probabilities(model, shared, input_ids=input_ids, attention_mask=attention_mask)
+    return choice_scores(found, shared, length_normalised=length_normalised)
+
+
+def _scores_under_masks(
+    model: Any, choices: Tensor, length_normalised: bool, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """The same, with masks whose values the model doesn't look at on the host."""
+    mask = as_scores(attention_mask[:, None, None] != 0, model.dtype)
+    return _scores(model, choices, length_normalised, input_ids, mask)
 
 
 def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:

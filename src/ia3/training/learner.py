@@ -36,6 +36,21 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """A batch of held-out rows, as the model answers them.
+
+    Args:
+        predictions: one a row.
+        losses: of each row, summed over the targets of its right answer.
+        targets: how many these are.
+    """
+
+    predictions: list[str]
+    losses: list[float]
+    targets: list[int]
+
+
+@dataclass(frozen=True)
 class Learner(ABC, Generic[RowT]):
     """One kind of task on one model.
 
@@ -88,3 +103,15 @@ class Learner(ABC, Generic[RowT]):
             rows: what `tokenise` gave.
             beat: called after each batch with its number of rows; what it raises ends the measurement.
         """
+
+
+class Writer(Learner[RowT]):
+    """A kind of task whose answers the model writes: each row of a batch may be another adapter's."""
+
+    @abstractmethod
+    def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each token, 0 where none is learned, and where one is: both `[batch, tokens]`."""
+
+    @abstractmethod
+    def answer(self, rows: Sequence[RowT]) -> Answers:
+        """Answer one batch of rows, in their order, each of them one example."""

@@ -107,14 +107,20 @@ class Course:
     Args:
         learner: the model with its adapter, its task and how to train it.
         training: what to learn from.
-        rows: the same, as `learner.tokenise` gives it.
-        test_rows: what to evaluate on, likewise.
+        test: what to evaluate on.
+        rows: the training examples, as `learner.tokenise` gives them.
+        test_rows: the others, likewise.
     """
 
     def __init__(
-        self, learner: Learner[Any], training: Examples, rows: Sequence[Any], test_rows: Sequence[Any]
+        self,
+        learner: Learner[Any],
+        training: Examples,
+        test: Examples,
+        rows: Sequence[Any],
+        test_rows: Sequence[Any],
     ) -> None:
-        self.learner, self.settings = learner, learner.settings
+        self.learner, self.settings, self.test = learner, learner.settings, test
         self.rows, self.test_rows, self.train_count = rows, test_rows, len(training)
         self.lengths = [learner.length(row) for row in rows]
         self.balanced = [example.label for example in training] if self.settings.balance else None
@@ -254,9 +260,9 @@ class Training:
         check_output(folder)
         check_examples(learner.task.kind, training, test)
         self.learner, self.settings, self.folder = learner, settings, folder
-        self.accelerator = _accelerator(settings, folder)
+        self.accelerator = make_accelerator(settings, folder)
         self.trainable = trainable_parameters(learner.model)
-        self.course = Course(learner, training, learner.tokenise(training), learner.tokenise(test))
+        self.course = Course(learner, training, test, learner.tokenise(training), learner.tokenise(test))
         torch.manual_seed(settings.seed)
         optimizer = make_optimizer(self.trainable, settings)
         self.model, self.optimizer = self.accelerator.prepare(learner.model, optimizer)
@@ -371,7 +377,7 @@ class Training:
         if self.progress.step:
             self._log({"evaluation": evaluation.summary(), "step": evaluation.step})
         if best:
-            self._save_adapter(BEST_FOLDER)
+            save_adapter(self.learner, self.folder / BEST_FOLDER)
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
@@ -410,29 +416,30 @@ class Training:
         save_state(self.folder / STATE_NAME, self.progress, self.trainable, self.optimizer, self.schedule)
         self.saved_at = time.monotonic()
 
-    def _save_adapter(self, name: str) -> Path:
-        folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        self.learner.model.save_pretrained(folder)
-        save_task(folder, self.learner.task)
-        return folder
-
     def _interrupted(self) -> Interrupted:
         self._save_state()
-        adapter = self._save_adapter(ADAPTER_FOLDER)
+        adapter = save_adapter(self.learner, self.folder / ADAPTER_FOLDER)
         return Interrupted(
             f"Interrupted at step {self.progress.step} of {self.course.total_steps}. Go on: {self.advice}\n"
             f"The adapter as it is now: {adapter}"
         )
 
     def _finish(self, bars: ProgressBars) -> Run:
-        self._save_adapter(ADAPTER_FOLDER)
+        save_adapter(self.learner, self.folder / ADAPTER_FOLDER)
         if self.course.shown is None:  # resumed when all but these files was done
             self._evaluate(bars)
         return self.course.result(self.folder)
 
 
-def _accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
+def save_adapter(learner: Learner[Any], folder: Path) -> Path:
+    """Save the model's adapter with its task; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learner.model.save_pretrained(folder)
+    save_task(folder, learner.task)
+    return folder
+
+
+def make_accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
     """accelerate's device and trackers; it would leave out a tracker that is not installed without a word."""
     installed = {str(name) for name in get_available_trackers()}
     missing = sorted(set(settings.trackers) - installed)

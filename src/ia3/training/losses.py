@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from ia3.fast.decode import as_scores
 from ia3.training.collate import IGNORED
 
 
@@ -74,11 +75,15 @@ def tfew_losses(logits: Tensor, choices: Tensor, correct: Tensor) -> TFewLosses:
 def choice_logits(model: Any, choices: Tensor, *, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run the encoder once an example, and the decoder on all choices of all examples in one batch.
 
+    Where the decoder knows positions by their distance alone, as T5's does, an example's choices stand one after the
+    other in one row, each hidden from the others: the keys and values of the encoder's output are then computed once
+    an example instead of once a choice. The logits are the same.
+
     Args:
         model: a seq2seq model of transformers, with or without an adapter.
         choices: tokens `[examples, choices, length]`, padded with -100.
         input_ids: `[examples, input length]`.
-        attention_mask: `[examples, input length]`.
+        attention_mask: `[examples, input length]`, or what is added to the scores, `[examples, 1, 1, input length]`.
 
     Returns:
         Logits `[examples, choices, length, vocabulary]`.
@@ -93,15 +98,37 @@ def choice_logits(model: Any, choices: Tensor, *, input_ids: Tensor, attention_m
         )
     count = choices.shape[1]
     encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    # Each family shifts its labels in its own way, and only the model's forward knows it in all of them.
-    output = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, dim=0)),
-        attention_mask=attention_mask.repeat_interleave(count, dim=0),
-        labels=choices.flatten(0, 1),
-        use_cache=False,
-    )
+    if hides_choices(model):
+        output = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            attention_mask=attention_mask,
+            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(choices.flatten(0, 1)).view(len(choices), -1),
+            decoder_attention_mask=_side_by_side(choices, model.dtype),
+            use_cache=False,
+        )
+    else:
+        # Each family shifts its labels in its own way, and only the model's forward knows it in all of them.
+        output = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, dim=0)),
+            attention_mask=attention_mask.repeat_interleave(count, dim=0),
+            labels=choices.flatten(0, 1),
+            use_cache=False,
+        )
     logits: Tensor = output.logits
     return logits.view(*choices.shape, -1)
+
+
+def hides_choices(model: Any) -> bool:
+    """Whether a decoder's positions are distances and its attention takes masks, so that choices may share a row."""
+    return model.config.model_type in ("t5", "mt5") and model.config._attn_implementation in ("sdpa", "eager")
+
+
+def _side_by_side(choices: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of choices in one row, `[1, 1, all, all]`: each sees its own earlier tokens."""
+    count, length = choices.shape[1:]
+    place = torch.arange(count * length, device=choices.device)
+    seen = (place[:, None] >= place) & (place[:, None] // length == place // length)
+    return as_scores(seen[None, None], dtype)
 
 
 def choice_log_probabilities(model: Any, choices: Tensor, *, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

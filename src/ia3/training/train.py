@@ -25,10 +25,9 @@ from ia3.inference.loading import default_kind, load_base, load_config, load_tok
 from ia3.model import get_peft_model
 from ia3.training.collate import measure_labels
 from ia3.training.data import Examples, count_truncated, load_examples, split_examples
-from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions, count_cut
 from ia3.training.learners.making import check_settings, make_learner
-from ia3.training.loop import Training, check_examples
+from ia3.training.loop import Course, Training, check_examples
 from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe
 from ia3.training.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
 from ia3.training.run import (
@@ -70,13 +69,22 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
         >>> run.final.accuracy
     """
-    name = recipe.pop("recipe", None)
-    given = {**recipe, "model": model, "data": data}
+    content, source = recipe_content({**recipe, "model": model, "data": data})
+    return run_recipe(make_recipe(content, source), console or Console(stderr=True))
+
+
+def recipe_content(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | Path | None]:
+    """What `make_recipe` takes, from the keywords of `train`: those of the recipe named `recipe` among them.
+
+    Returns:
+        The content, and the name of the recipe that it is over.
+    """
+    own = dict(given)
+    name = own.pop("recipe", None)
     for key in ("data", "model", "template", "test_data"):
-        if isinstance(given.get(key), Path):
-            given[key] = str(given[key])
-    content = override({} if name is None else read_recipe(name), given)
-    return run_recipe(make_recipe(content, name), console or Console(stderr=True))
+        if isinstance(own.get(key), Path):
+            own[key] = str(own[key])
+    return override({} if name is None else read_recipe(name), own), name
 
 
 def resume(
@@ -130,12 +138,15 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
     check_settings(recipe.settings, kind)
     if recipe.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
-    with _folder_of(recipe) as output:
+    with folder_of(recipe) as output:
         if not resuming:
             _refuse_unfinished(output)
-        training, test = _read_data(recipe, kind, console)
+        training, test = read_data(recipe, kind, console)
         check_examples(kind, training, test)
-        learner = _load_learner(recipe, kind, training, test, console)
+        with console.status(f"Loading {recipe.model}"):
+            tokenizer = load_tokenizer(recipe.model)
+            task = make_task(recipe, kind, training, test, tokenizer)
+            learner = make_learner(load_adapted(recipe, kind, task.labels), tokenizer, task, recipe.settings)
         whole = replace(recipe, task=kind)
         environment = describe_environment(training, test, learner.model, recipe.settings.seed)
         environment["recipe"] = whole.content()
@@ -143,9 +154,9 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
             _check_environment(output, environment, console)
         prepared = Training(learner, training, test, output, resume=resuming)
         if not resuming:
-            _begin_folder(output, whole, environment)
+            begin_folder(output, whole, environment)
     prepared.advice = _how_to_resume(recipe, output)
-    _warn_of_truncation(prepared, [*training.texts, *test.texts], console)
+    warn_of_truncation(prepared.course, [*training.texts, *test.texts], console)
     console.print(prepared.describe_path(), highlight=False)
     run = prepared.run(console)
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
@@ -157,7 +168,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
 
 
 @contextmanager
-def _folder_of(recipe: Recipe) -> Iterator[Path]:
+def folder_of(recipe: Recipe) -> Iterator[Path]:
     """The run's folder; one that is made here is taken away again where the run can't begin."""
     if recipe.output is not None:
         check_output(recipe.output)
@@ -215,31 +226,37 @@ def _how_to_resume(recipe: Recipe, output: Path) -> str:
     return f"ia3 train --resume {output}"
 
 
-def _load_learner(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples, console: Console) -> Learner[Any]:
-    """The base model with a new adapter, and its task."""
-    settings = recipe.settings
+def make_task(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples, tokenizer: Any) -> Task:
+    """What the recipe's adapter learns to do.
+
+    Raises:
+        ValueError: labels that can't be learned.
+    """
     labels = _labels(kind, training, test)
-    with console.status(f"Loading {recipe.model}"):
-        tokenizer = load_tokenizer(recipe.model)
-        task = Task(
-            kind=kind,
-            template=recipe.wording,
-            labels=labels,
-            max_length=settings.max_length,
-            max_new_tokens=_longest_answer(kind, labels or [row.label for row in training], tokenizer, settings),
-            base_model=recipe.model,
-            label_column=recipe.label_column,
-            system=recipe.system,
-        )
-        base = load_base(recipe.model, kind, labels=labels, dtype=_DTYPES[settings.precision], seed=settings.seed)
-        config = IA3Config(
-            task_type=kind.task_type,
-            target_modules=recipe.target_modules,
-            feedforward_modules=recipe.feedforward_modules,
-            modules_to_save=None if kind.writes else head_modules(base),
-        )
-        model = get_peft_model(base, config)
-    return make_learner(model, tokenizer, task, settings)
+    answers = labels or [row.label for row in training]
+    return Task(
+        kind=kind,
+        template=recipe.wording,
+        labels=labels,
+        max_length=recipe.settings.max_length,
+        max_new_tokens=_longest_answer(kind, answers, tokenizer, recipe.settings),
+        base_model=recipe.model,
+        label_column=recipe.label_column,
+        system=recipe.system,
+    )
+
+
+def load_adapted(recipe: Recipe, kind: TaskKind, labels: tuple[str, ...]) -> Any:
+    """The base model with a new adapter."""
+    settings = recipe.settings
+    base = load_base(recipe.model, kind, labels=labels, dtype=_DTYPES[settings.precision], seed=settings.seed)
+    config = IA3Config(
+        task_type=kind.task_type,
+        target_modules=recipe.target_modules,
+        feedforward_modules=recipe.feedforward_modules,
+        modules_to_save=None if kind.writes else head_modules(base),
+    )
+    return get_peft_model(base, config)
 
 
 # What a chat template puts after an answer, and what the answer's first blank may cost.
@@ -268,7 +285,7 @@ def _refuse_unfinished(output: Path) -> None:
         )
 
 
-def _begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
     """The folder with recipe and environment, and nothing of an earlier, finished run."""
     for name in (STATE_NAME, RESULT_NAME, METRICS_NAME, REPORT_NAME, PICTURE_NAME):
         (output / name).unlink(missing_ok=True)
@@ -306,7 +323,7 @@ def _check_environment(output: Path, environment: Mapping[str, Any], console: Co
         console.print(f"Other {', '.join(others)} than when the run began: its numbers may differ.", style="yellow")
 
 
-def _read_data(recipe: Recipe, kind: TaskKind, console: Console) -> tuple[Examples, Examples]:
+def read_data(recipe: Recipe, kind: TaskKind, console: Console) -> tuple[Examples, Examples]:
     """The training and the held-out examples; what is odd about them is printed."""
     examples = _examples(recipe.data, recipe, kind)
     if recipe.test_data is None:
@@ -374,10 +391,11 @@ def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ..
     return found
 
 
-def _warn_of_truncation(prepared: Training, texts: list[str], console: Console) -> None:
-    learner = prepared.learner
+def warn_of_truncation(course: Course, texts: list[str], console: Console) -> None:
+    """Say how many texts are cut."""
+    learner = course.learner
     if isinstance(learner, Instructions):
-        cut = count_cut([*prepared.rows, *prepared.test_rows])
+        cut = count_cut([*course.rows, *course.test_rows])
     else:
         cut = count_truncated(texts, learner.tokenizer, learner.task.max_length)
     if cut:

@@ -27,7 +27,7 @@ from ia3.inference.complete import (
 from ia3.inference.predict import sorted_batches
 from ia3.training.collate import IGNORED
 from ia3.training.data import Example
-from ia3.training.learner import Learner, Measurement
+from ia3.training.learner import Answers, Measurement, Writer
 from ia3.training.losses import token_log_probabilities
 
 
@@ -67,8 +67,13 @@ def count_cut(rows: Sequence[Row]) -> int:
 
 
 @dataclass(frozen=True)
-class Instructions(Learner[Row]):
+class Instructions(Writer[Row]):
     """Completions after prompts; the loss is that of the completions' tokens alone."""
+
+    @property
+    def is_the_models_loss(self) -> bool:
+        """Of one dialogue a row: packed ones come with masks or positions of their own."""
+        return not self.settings.packing
 
     def tokenise(self, examples: Sequence[Example]) -> list[Row]:
         """Prompts by the chat template, or plain where the tokenizer has none, and whole completions.
@@ -119,11 +124,15 @@ class Instructions(Learner[Row]):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The cross-entropy a token of the completions, in float32 where the model is of half precision."""
+        losses, learned = self.token_losses(batch)
+        return losses.sum() / learned.sum()
+
+    def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """At the places where any row of the batch learns a token."""
         following = batch["labels"][:, 1:]
-        learned = (following != IGNORED).any(dim=0).nonzero().squeeze(-1)
-        following = following[:, learned]
-        logits = self._logits(learned, batch)
-        return -token_log_probabilities(logits, following).sum() / (following != IGNORED).sum()
+        places = (following != IGNORED).any(dim=0).nonzero().squeeze(-1)
+        following = following[:, places]
+        return -token_log_probabilities(self._logits(places, batch), following), following != IGNORED
 
     @torch.inference_mode()
     def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> Measurement:
@@ -134,28 +143,28 @@ class Instructions(Learner[Row]):
         predictions, loss, tokens = [""] * len(dialogues), 0.0, 0
         for indices in sorted_batches([len(each) for each in dialogues], self.settings.evaluation_batch_size):
             chosen = [dialogues[i] for i in indices]
-            answers, summed, count = self._answer(chosen)
-            loss, tokens = loss + summed, tokens + count
-            for index, answer in zip(indices, answers, strict=True):
+            found = self.answer([(dialogue,) for dialogue in chosen])
+            loss, tokens = loss + sum(found.losses), tokens + sum(found.targets)
+            for index, answer in zip(indices, found.predictions, strict=True):
                 predictions[index] = answer
             beat(sum(each.place in row_ends for each in chosen))
         shown, truth = [each.text for each in dialogues], [each.label for each in dialogues]
         return Measurement(loss / tokens, shown, truth, predictions)
 
-    def _answer(self, dialogues: Sequence[Dialogue]) -> tuple[list[str], float, int]:
-        """What the model writes, the summed loss of the right completions' tokens, and their number."""
-        batch = self.collate([(dialogue,) for dialogue in dialogues])
-        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        count = self.targets(batch)
-        summed = float(self.loss(batch)) * count
+    @torch.inference_mode()
+    def answer(self, rows: Sequence[Row]) -> Answers:
+        """Written greedily."""
+        batch = {name: tensor.to(self.model.device) for name, tensor in self.collate(rows).items()}
+        losses, learned = self.token_losses(batch)
         assert self.task.max_new_tokens is not None
-        asked = [dialogue.asked for dialogue in dialogues]
+        asked = [dialogue.asked for (dialogue,) in rows]
         longest = max(map(len, asked))
         check_positions(self.model, longest + 1)
         new_tokens = self.task.max_new_tokens
         if (limit := most_positions(self.model)) is not None:
             new_tokens = min(new_tokens, limit - longest)
-        return write(self.model, self.tokenizer, asked, new_tokens), summed, count
+        written = write(self.model, self.tokenizer, asked, new_tokens)
+        return Answers(written, losses.double().sum(1).tolist(), learned.sum(1).tolist())
 
     def _logits(self, places: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The logits after the tokens at `places`, `[batch, places, vocabulary]`: the head runs there alone."""

@@ -1,0 +1,130 @@
+"""A step of eight runs in one batch, a step of each in sequence, and eight of PEFT's guide, on mt0-large's shape.
+
+    python benchmarks/sweep_step.py [--tiny]
+
+Random weights, bf16, dropout on, batches of 8 a run, shuffled PhraseBank lengths, four batches a run. `together` is
+`ia3.sweep`'s step, over a table of eight rows; `in sequence` is `ia3.compile_step` on the eight runs' batches one after
+the other; PEFT's guide is fp32, eager, padded to 128. Milliseconds for all eight runs, medians of ten rounds over the
+four batches. `--tiny` tries the script on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+import ia3
+from ia3.adapter import attached, site_vectors
+from ia3.fast.sweep import SweepStep, group_losses
+from lengths import shuffled
+from train_step import LARGE, TINY, batch_of, build, guide, milliseconds
+
+RESULTS = Path(__file__).parent / "results" / "sweep_step.json"
+RUNS, SIZE, BATCHES = 8, 8, 4
+
+
+def batches(words: int) -> list[list[dict[str, Tensor]]]:
+    """Of each round, a batch a run."""
+    lengths, chance = shuffled(), torch.Generator().manual_seed(3)
+    made = []
+    for number in range(BATCHES * RUNS):
+        own = torch.tensor(lengths[number * SIZE : (number + 1) * SIZE])
+        longest = int(own.max())
+        mask = (torch.arange(longest) < own[:, None]).long()
+        ids = torch.randint(2, words, (SIZE, longest), generator=chance) * mask
+        labels = torch.randint(2, words, (SIZE, 3), generator=chance)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return [made[start : start + RUNS] for start in range(0, len(made), RUNS)]
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    together = {
+        name: [torch.nn.functional.pad(part[name], (0, longest - part[name].shape[1])) for part in parts]
+        for name in ("input_ids", "attention_mask")
+    }
+    return {name: torch.cat(each) for name, each in together.items()} | {
+        "labels": torch.cat([part["labels"] for part in parts])
+    }
+
+
+def adapted(library: object, dtype: torch.dtype, shape: dict, device: str) -> torch.nn.Module:
+    config = library.IA3Config(task_type="SEQ_2_SEQ_LM")  # type: ignore[attr-defined]
+    return library.get_peft_model(build(shape, dtype, device), config).train()  # type: ignore[attr-defined]
+
+
+def together(model: torch.nn.Module, rounds: list[list[dict[str, Tensor]]]) -> Callable[[int], object]:
+    adapter = attached(model).adapters["default"]
+    vectors = [vector.detach() for _, vector in site_vectors(model, adapter)]
+    losses, reason = group_losses(model, adapter.layout, lambda batch: (_ for _ in ()).throw(AssertionError))
+    assert reason is None, reason
+    table = adapter.layout.flatten(vectors).expand(RUNS, -1)
+    step = SweepStep(model, losses, table, max_gradient_norms=[float("inf")] * RUNS, weight_decays=[0.0] * RUNS)
+    whole = [joined(parts) for parts in rounds]
+    rates = [8e-3 / 2**run for run in range(RUNS)]
+    return lambda number: step(whole[number], rates)
+
+
+def in_sequence(model: torch.nn.Module, rounds: list[list[dict[str, Tensor]]]) -> Callable[[int], object]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step = ia3.compile_step(model, torch.optim.AdamW(trained, lr=8e-3, weight_decay=0.0))
+    return lambda number: [step(part) for part in rounds[number]]
+
+
+def measured(steps: Callable[[int], object], cuda: bool) -> dict:
+    started = time.perf_counter()
+    for number in range(BATCHES):
+        steps(number)
+    if cuda:
+        torch.cuda.synchronize()
+    setup = time.perf_counter() - started
+    taken = [milliseconds(lambda: [steps(number) for number in range(BATCHES)], cuda, 1) / BATCHES for _ in range(10)]
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+    return {"setup_s": setup, "ms": statistics.median(taken), "peak_mib": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    import peft
+
+    cuda = torch.cuda.is_available()
+    device, shape = ("cuda" if cuda else "cpu"), (LARGE if cuda and not arguments.tiny else TINY)
+    card = torch.cuda.get_device_name() if cuda else platform.processor() or "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    print(f"# {card}, {versions}", flush=True)
+    rounds = batches(shape["vocab_size"])
+    rows = []
+    for name, make in (("together", together), ("in sequence", in_sequence)):
+        model = adapted(ia3, torch.bfloat16, shape, device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        rows.append({"name": name, **measured(make(model, rounds), cuda)})
+        print(rows[-1], flush=True)
+        del model
+        gc.collect()
+    model = adapted(peft, torch.float32, shape, device)
+    step = guide(model, batch_of(shape, SIZE, 128, device), cuda)
+    alone = statistics.median(milliseconds(step, cuda, 1) for _ in range(13))
+    rows.append({"name": "PEFT guide, eight steps", "ms": RUNS * alone})
+    print(rows[-1], flush=True)
+    for row in rows[1:]:
+        row["together_takes"] = rows[0]["ms"] / row["ms"]
+        print(f"{row['name']}: together takes {row['together_takes']:.3f} of it")
+    arguments.output.write_text(json.dumps({"card": card, "rows": rows, "versions": versions}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,597 @@
+"""Many trainings in one batch: a grid of settings over one frozen base, ranked by what they reach."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as ProgressBars
+from rich.table import Table
+from torch import Tensor
+
+from ia3.adapter import attached, get_adapter, vectors
+from ia3.fast.packing import IGNORED
+from ia3.fast.sweep import MixedLosses, SweepStep, group_losses
+from ia3.files import write_atomically
+from ia3.inference.loading import default_kind, load_config, load_tokenizer
+from ia3.inference.predict import sorted_batches
+from ia3.rows import acting
+from ia3.training.data import Examples
+from ia3.training.learner import Measurement, Writer
+from ia3.training.learners.making import check_settings, make_learner
+from ia3.training.loop import Course, check_examples, make_accelerator, progress_bars, save_adapter
+from ia3.training.optimise import make_schedule
+from ia3.training.picture import draw_curves
+from ia3.training.recipe import Recipe, make_recipe
+from ia3.training.report import complete_cards
+from ia3.training.run import (
+    ADAPTER_FOLDER,
+    BEST_FOLDER,
+    METRICS_NAME,
+    RECIPE_NAME,
+    Run,
+    describe_environment,
+    write_json,
+)
+from ia3.training.settings import TrainSettings
+from ia3.training.task import Task, TaskKind
+from ia3.training.train import (
+    begin_folder,
+    folder_of,
+    load_adapted,
+    make_task,
+    read_data,
+    recipe_content,
+    warn_of_truncation,
+)
+
+SWEEP_NAME = "sweep.json"
+PICTURE_NAME = "sweep.png"
+
+# What is tried where nothing else is asked for: from a little low to a little high, see docs/learning-rate.md.
+LEARNING_RATES = (3e-3, 8e-3, 2e-2, 4e-2)
+# What the runs of a sweep may differ in. All else is the model's or is shared by the batch.
+SWEPT = (
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_gradient_norm",
+    "seed",
+    "epochs",
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "balance",
+    "group_by_length",
+    "evaluate_every",
+    "patience",
+    "limit",
+    "template",
+    "data",
+)
+_LONGEST_NAME = 100
+_IN_A_NAME = re.compile(r"[\w.+-]{1,24}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep.
+
+    Args:
+        output_dir: its folder; each run's is in it.
+        runs: the finished runs, the best first.
+        settings: what each of them was given, in the same order.
+        failed: what the runs were given whose losses became infinite, each with the reason.
+        seconds: how long all steps took together.
+    """
+
+    output_dir: Path
+    runs: list[Run]
+    settings: list[dict[str, Any]]
+    failed: list[tuple[dict[str, Any], str]]
+    seconds: float = field(compare=False)
+
+    @property
+    def best(self) -> Run:
+        """The run with the best evaluation."""
+        return self.runs[0]
+
+    @property
+    def best_dir(self) -> Path:
+        """Where the adapter of that evaluation is, with its task."""
+        return self.output_dir / BEST_FOLDER
+
+    def summary(self) -> dict[str, Any]:
+        """The sweep as JSON writes it."""
+        return {
+            "best": {"adapter": str(self.best_dir), "settings": self.settings[0]},
+            "failed": [{"reason": reason, "settings": given} for given, reason in self.failed],
+            "runs": [
+                {
+                    "accuracy": run.final.accuracy,
+                    "best": run.best.summary(),
+                    "folder": str(run.output_dir),
+                    "loss": run.final.loss,
+                    "settings": given,
+                    "steps": len(run.losses),
+                    "stopped_early": run.progress.stopped_early,
+                }
+                for run, given in zip(self.runs, self.settings, strict=True)
+            ],
+            "train_seconds": self.seconds,
+        }
+
+
+def sweep(
+    model: str | Path,
+    data: str | Path | Examples | None = None,
+    *,
+    over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None = None,
+    console: Console | None = None,
+    **recipe: Any,
+) -> Sweep:
+    """Train many adapters at once, each with settings of its own, and rank them.
+
+    Every step is one batch: run r's examples are its rows' group r, and its vectors row r of one table. Each run has
+    its own order, schedule, clipping, decay, AdamW and end, and without dropout the numbers that `ia3.train` gives it
+    alone, up to rounding. What is not in `over` is common to all.
+
+    Args:
+        model: the base model, as `ia3.train` takes it.
+        data: the examples, likewise; left out where they differ.
+        over: a grid, as in `{"learning_rate": [3e-3, 8e-3], "seed": [0, 1]}`, or a list of settings, one a run. By
+            default a few learning rates.
+        console: where the progress goes; standard error by default.
+        recipe: the fields of `Recipe` and of `TrainSettings`, as for `ia3.train`; `output` is the sweep's folder.
+
+    Returns:
+        The runs, the best first. The best adapter is in `best_dir`, each run in a folder of its own.
+
+    Raises:
+        FileNotFoundError: no such model or data.
+        ValueError: what the runs can't differ in, a setting or a kind of task that can't be swept, and what
+            `ia3.train` raises.
+        FloatingPointError: every run's losses became infinite.
+
+    Example:
+        >>> found = ia3.sweep("google/flan-t5-small", "reviews.csv", over={"learning_rate": [3e-3, 8e-3, 2e-2]})
+        >>> found.settings[0], found.best.best.accuracy
+    """
+    console = console or Console(stderr=True)
+    given = {**recipe, "model": model, **({} if data is None else {"data": data})}
+    choices = combinations({"learning_rate": LEARNING_RATES} if over is None else over)
+    _refuse_twice(choices, given)
+    recipes = _recipes(choices, given)
+    keys = list(dict.fromkeys(key for choice in choices for key in choice))
+    settings = [{key: _value(each, key) for key in keys} for each in recipes]
+    common = recipes[0]
+    kind = common.task or default_kind(load_config(common.model), common.model)
+    check_settings(common.settings, kind)
+    _refuse_what_is_not_swept(common.settings, kind)
+    with folder_of(common) as output:
+        _refuse_a_former(output)
+        data_of = _read_all(recipes, kind, console)
+        courses = _courses(recipes, kind, data_of, console)
+        folders = [output / name for name in names_of(settings)]
+        together = Together(courses, folders)
+        for each, folder, (training, test) in zip(recipes, folders, data_of, strict=True):
+            environment = describe_environment(training, test, courses[0].learner.model, each.settings.seed)
+            whole = replace(each, task=kind)
+            begin_folder(folder, whole, environment | {"recipe": whole.content()})
+    warn_of_truncation(courses[0], [text for part in data_of[0] for text in part.texts], console)
+    console.print(together.describe_path(), highlight=False)
+    together.run(console)
+    return _finish(together, recipes, settings, output)
+
+
+def combinations(over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of each run: every combination of a grid's values, or those of a list as they are.
+
+    Raises:
+        ValueError: nothing to try, values that are no list, or a key that runs can't differ in.
+    """
+    if isinstance(over, Mapping):
+        for key, values in over.items():
+            if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
+                raise ValueError(f"over: {key} is {values!r}: expected a list of the values to try, such as [0, 1].")
+        choices = [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
+    else:
+        choices = [dict(choice) for choice in over]
+    unknown = sorted({key for choice in choices for key in choice} - {*SWEPT})
+    if unknown:
+        raise ValueError(
+            f"The runs of a sweep can't differ in {', '.join(unknown)}: they share a base model and its batches. They "
+            f"can in {', '.join(SWEPT)}."
+        )
+    if not any(choices):
+        raise ValueError("over is empty: name what the runs differ in, such as {'learning_rate': [3e-3, 8e-3]}.")
+    return choices
+
+
+def _refuse_twice(choices: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
+    twice = sorted({key for choice in choices for key in choice} & {*given})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is given for all runs and in over: give it once.")
+
+
+def _recipes(choices: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> list[Recipe]:
+    """A checked recipe a run.
+
+    Raises:
+        ValueError: a wrong one, or two that are the same.
+    """
+    recipes: list[Recipe] = []
+    for choice in choices:
+        recipe = make_recipe(*recipe_content({**given, **choice}))
+        if recipe in recipes:
+            raise ValueError(f"over holds {choice} more than once, which would be one run: give each once.")
+        recipes.append(recipe)
+    return recipes
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """A recipe's value of a key, as JSON can write it."""
+    value = getattr(recipe if hasattr(recipe, key) else recipe.settings, key)
+    return value.source if isinstance(value, Examples) else value
+
+
+def _refuse_what_is_not_swept(settings: TrainSettings, kind: TaskKind) -> None:
+    if not kind.writes:
+        raise ValueError(
+            f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
+            "one after the other, by ia3.train."
+        )
+    for given, setting, instead in (
+        (settings.optimizer != "adamw", f"optimizer: {settings.optimizer}", "each row has an AdamW of its own"),
+        (settings.objective != "lm", f"objective: {settings.objective}", "its loss is the language model's"),
+        (settings.packing, "packing", "its rows hold one example each"),
+        (bool(settings.trackers), "trackers", "its figures go to the runs' folders"),
+    ):
+        if given:
+            raise ValueError(f"A sweep takes no {setting!r}, since {instead}: leave it out, or train by ia3.train.")
+
+
+def _refuse_a_former(output: Path) -> None:
+    for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
+        if (output / name).is_file():
+            raise ValueError(f"{output} holds a {what} already: name another output, or remove it.")
+
+
+def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A folder's name a run: what it differs in from the others, such as `learning_rate-0.008-seed-1`."""
+    parts: list[list[str]] = [[] for _ in settings]
+    for key in settings[0]:
+        values = [each[key] for each in settings]
+        distinct = [value for place, value in enumerate(values) if value not in values[:place]]
+        if len(distinct) == 1 and len(settings) > 1:
+            continue
+        short = all(_IN_A_NAME.fullmatch(str(value)) for value in distinct)
+        for part, value in zip(parts, values, strict=True):
+            part.append(f"{key}-{value if short else distinct.index(value) + 1}")
+    names = ["-".join(part) for part in parts]
+    # Data in memory may have one name for different examples.
+    if len(set(names)) == len(names) and max(map(len, names)) <= _LONGEST_NAME:
+        return names
+    return [f"run-{number}" for number in range(1, len(names) + 1)]
+
+
+def _read_all(recipes: Sequence[Recipe], kind: TaskKind, console: Console) -> list[tuple[Examples, Examples]]:
+    """The training and held-out examples of each run; equal ones are one object, and what is odd is said once."""
+    known: list[tuple[Recipe, tuple[Examples, Examples]]] = []
+    found: list[tuple[Examples, Examples]] = []
+    for recipe in recipes:
+        # All else that a sweep's runs differ in leaves the data as they are, the seed too unless it draws some.
+        settings = TrainSettings(seed=0 if recipe.limit is None else recipe.settings.seed)
+        key = replace(recipe, settings=settings)
+        data = next((data for former, data in known if former == key), None)
+        if data is None:
+            said = any(former.data == recipe.data for former, _ in known)
+            training, test = read_data(recipe, kind, Console(quiet=True) if said else console)
+            check_examples(kind, training, test)
+            data = (training, next((other for _, (_, other) in known if other == test), test))
+            known.append((key, data))
+        found.append(data)
+    return found
+
+
+def _courses(
+    recipes: Sequence[Recipe], kind: TaskKind, data: Sequence[tuple[Examples, Examples]], console: Console
+) -> list[Course]:
+    """The runs, over one model; examples that several have are tokenised once."""
+    common = recipes[0]
+    with console.status(f"Loading {common.model}"):
+        tokenizer = load_tokenizer(common.model)
+        tasks = [make_task(recipe, kind, *parts, tokenizer) for recipe, parts in zip(recipes, data, strict=True)]
+        model = load_adapted(common, kind, tasks[0].labels)
+    rows: dict[int, Sequence[Any]] = {}
+    courses = []
+    for recipe, task, parts in zip(recipes, tasks, data, strict=True):
+        learner = make_learner(model, tokenizer, task, recipe.settings)
+        for examples in parts:
+            if id(examples) not in rows:
+                rows[id(examples)] = learner.tokenise(examples)
+        courses.append(Course(learner, *parts, *(rows[id(examples)] for examples in parts)))
+    return courses
+
+
+class Together:
+    """Runs whose steps and evaluations are computed in one batch; making it checks what can be checked before.
+
+    A run that is finished, or whose loss is not finite, leaves the batch.
+
+    Args:
+        courses: the runs, whose learners share a model with one adapter, its vectors where all begin.
+        folders: where each leaves its adapters, `metrics.jsonl` and `result.json`.
+
+    Raises:
+        ValueError: a warm-up that is as long as its training, several processes.
+    """
+
+    def __init__(self, courses: Sequence[Course], folders: Sequence[Path]) -> None:
+        learner = courses[0].learner
+        assert isinstance(learner, Writer)
+        self.courses, self.folders, self.learner = courses, folders, learner
+        self.rates = [_rates(course.settings, course.total_steps) for course in courses]
+        self.device = make_accelerator(learner.settings, folders[0]).device
+        self.model = learner.model.to(self.device)
+        self.adapter = get_adapter(self.model, attached(self.model).active[0])
+        self.mixed = MixedLosses(self.model, self.adapter.layout, learner.token_losses)
+        losses, self.reason = group_losses(self.model, self.adapter.layout, learner.token_losses)
+        start = self.adapter.layout.flatten([vector.detach() for vector in vectors(self.model, self.adapter)])
+        self.step = SweepStep(
+            self.model,
+            losses,
+            start.expand(len(courses), -1),
+            max_gradient_norms=[course.settings.max_gradient_norm or math.inf for course in courses],
+            weight_decays=[course.settings.weight_decay for course in courses],
+        )
+        self.batches = [course.steps_from(0) for course in courses]
+        # The runs in the batch; run `running[r]` has row r.
+        self.running = list(range(len(courses)))
+        self.best: dict[int, Tensor] = {}
+        self.runs: dict[int, Run] = {}
+        self.failures: dict[int, str] = {}
+        self.seconds = 0.0
+
+    def describe_path(self) -> str:
+        """Which way a step goes, and why, in a line."""
+        count = f"{len(self.courses)} runs in one batch"
+        if self.reason is not None:
+            return f"{count}, through the model's own forward (by hand: {self.reason})."
+        return f"{count}, without padding{', captured as CUDA graphs' if self.step.records else ''}."
+
+    def run(self, console: Console | None = None) -> None:
+        """Train until every run is finished or has failed: `runs` and `failures`, by the runs' numbers."""
+        torch.manual_seed(self.learner.settings.seed)
+        with progress_bars(console) as bars:
+            total = max(course.total_steps for course in self.courses)
+            bar = bars.add_task("training", total=total, note="")
+            self._evaluate_due(bars)
+            while self.running:
+                self._train_until_due(bars, bar)
+                self._evaluate_due(bars)
+            bars.update(bar, description="trained")
+
+    def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
+        """Steps up to the next evaluation of any run."""
+        self.model.train(self.learner.settings.dropout)
+        while self.running and not any(self.courses[run].evaluation_is_due() for run in self.running):
+            started = time.perf_counter()
+            groups = [[row for part in next(self.batches[run]) for row in part] for run in self.running]
+            losses, groups = self._step(groups)
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            for run, loss in zip(self.running, losses, strict=True):
+                progress = self.courses[run].progress
+                rate = self.rates[run][progress.step]
+                progress.steps.append({"learning_rate": rate, "loss": loss, "step": progress.step + 1})
+                progress.seconds += seconds / len(self.running)
+            bars.update(bar, advance=1, note=f"{len(losses)} runs, loss {min(losses, default=math.nan):.3f} and up")
+
+    def _step(self, groups: list[list[Any]]) -> tuple[list[float], list[list[Any]]]:
+        """A step of the running runs, without those whose loss or gradient is not finite: they leave.
+
+        Args:
+            groups: each run's examples.
+
+        Returns:
+            The losses and the examples of those that stay.
+        """
+        while self.running:
+            batch = self._batch(groups)
+            rates = [self.rates[run][self.courses[run].progress.step] for run in self.running]
+            losses: list[float] = self.step(batch, rates).tolist()
+            if all(map(math.isfinite, losses)):
+                return losses, groups
+            lost = self.step.diverged(batch) or [row for row, loss in enumerate(losses) if not math.isfinite(loss)]
+            for row in lost:
+                self._fail(row, "training loss, or its gradient,")
+            groups = [group for row, group in enumerate(groups) if row not in lost]
+            self._leave(lost)
+        return [], []
+
+    def _batch(self, groups: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        """The groups' examples; a short group is filled up with repeated ones without labels, which change nothing."""
+        size = max(map(len, groups))
+        if self.step.records:  # few shapes of batches, few graphs
+            size = max(size, *(_rows_a_step(self.courses[run].settings) for run in self.running))
+        batch = self.learner.collate([row for rows in groups for row in (*rows, *[rows[0]] * (size - len(rows)))])
+        filler = torch.tensor([place >= len(rows) for rows in groups for place in range(size)])
+        batch["labels"][filler] = IGNORED
+        return batch
+
+    def _fail(self, row: int, what: str) -> None:
+        course = self.courses[self.running[row]]
+        try:
+            course.check_finite(math.nan, what, course.progress.step + 1)
+        except FloatingPointError as error:
+            self.failures[self.running[row]] = str(error)
+
+    def _leave(self, rows: Sequence[int]) -> None:
+        """Take rows out of the table and their runs out of the batch."""
+        kept = [row for row in range(len(self.running)) if row not in rows]
+        self.running = [self.running[row] for row in kept]
+        if rows and kept:
+            self.step.keep(kept)
+
+    def _evaluate_due(self, bars: ProgressBars) -> None:
+        """Evaluate the runs that are due, write their figures, and let the finished ones go."""
+        due = [row for row, run in enumerate(self.running) if self.courses[run].evaluation_is_due()]
+        started = time.perf_counter()
+        found = self._measure(due, bars)
+        seconds = (time.perf_counter() - started) / max(1, len(due))
+        leaving = []
+        for row in due:
+            run = self.running[row]
+            course = self.courses[run]
+            try:
+                if course.add(course.judge(found[row], seconds)):
+                    self.best[run] = self.step.table[row].clone()
+            except FloatingPointError as error:
+                self.failures[run] = str(error)
+                leaving.append(row)
+                continue
+            lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in course.progress.lines())
+            write_atomically(self.folders[run] / METRICS_NAME, lines.encode())
+            if course.finished:
+                self._finish(row)
+                leaving.append(row)
+        self._leave(leaving)
+
+    def _measure(self, due: Sequence[int], bars: ProgressBars) -> dict[int, Measurement]:
+        """What each row's vectors answer, all in batches that mix them; the model is left in evaluation mode."""
+        self.model.eval()
+        alike: dict[Any, list[int]] = {}
+        for row in due:
+            course = self.courses[self.running[row]]
+            # Before the first step all are the base, so that those with the same held-out rows answer alike.
+            key = row if course.progress.step else (course.learner.task, id(course.test_rows))
+            alike.setdefault(key, []).append(row)
+        by_task: dict[Task, list[int]] = {}
+        for row, *_ in alike.values():
+            by_task.setdefault(self.courses[self.running[row]].learner.task, []).append(row)
+        measured: dict[int, Measurement] = {}
+        for rows in by_task.values():
+            measured |= self._answers(rows, bars)
+        return {row: measured[rows[0]] for rows in alike.values() for row in rows}
+
+    def _answers(self, rows: Sequence[int], bars: ProgressBars) -> dict[int, Measurement]:
+        """What the vectors of rows with the same task answer."""
+        courses = {row: self.courses[self.running[row]] for row in rows}
+        learner: Any = courses[rows[0]].learner
+        asked = [(row, place) for row in rows for place in range(len(courses[row].test_rows))]
+        lengths = [learner.length(courses[row].test_rows[place]) for row, place in asked]
+        predictions = {row: [""] * len(course.test_rows) for row, course in courses.items()}
+        losses, targets = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0)
+        bar = bars.add_task("evaluating", total=len(asked), note="")
+        for indices in sorted_batches(lengths, learner.settings.evaluation_batch_size):
+            chosen = [asked[index] for index in indices]
+            flat = self.step.table[torch.tensor([row for row, _ in chosen], device=self.device)]
+            with acting(self.mixed.rows(flat)):
+                found = learner.answer([courses[row].test_rows[place] for row, place in chosen])
+            answers = zip(chosen, found.predictions, found.losses, found.targets, strict=True)
+            for (row, place), prediction, loss, count in answers:
+                predictions[row][place] = prediction
+                losses[row] += loss
+                targets[row] += count
+            bars.update(bar, advance=len(chosen))
+        bars.remove_task(bar)
+        return {
+            row: Measurement(
+                losses[row] / targets[row], course.test.texts, [each.label for each in course.test], predictions[row]
+            )
+            for row, course in courses.items()
+        }
+
+    def _finish(self, row: int) -> None:
+        """Save a finished run's adapters, after its last step and at its best evaluation, and its result."""
+        run = self.running[row]
+        course, folder = self.courses[run], self.folders[run]
+        for name, flat in ((BEST_FOLDER, self.best[run]), (ADAPTER_FOLDER, self.step.table[row])):
+            self._put(flat)
+            save_adapter(course.learner, folder / name)
+        self.runs[run] = course.result(folder)
+
+    @torch.no_grad()
+    def _put(self, flat: Tensor) -> None:
+        """Make a row the vectors of the model's own adapter."""
+        parts = self.adapter.layout.split(flat)
+        for vector, part in zip(vectors(self.model, self.adapter), parts, strict=True):
+            vector.copy_(part.view_as(vector))
+
+
+def _rates(settings: TrainSettings, total_steps: int) -> list[float]:
+    """The learning rate of each step, by the schedule of a run alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    schedule = make_schedule(optimizer, settings, total_steps)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def _rows_a_step(settings: TrainSettings) -> int:
+    return settings.batch_size * settings.gradient_accumulation
+
+
+def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[dict[str, Any]], output: Path) -> Sweep:
+    """The runs in the order of their best evaluations; writes cards, the best adapter, the picture, `sweep.json`."""
+    runs, courses = together.runs, together.courses
+    failed = [(settings[number], reason) for number, reason in sorted(together.failures.items())]
+    if not runs:
+        raise FloatingPointError(f"None of the {len(recipes)} runs came to an end. The first: {failed[0][1]}")
+    order = sorted(runs, key=lambda number: courses[number].rank(runs[number].best), reverse=True)
+    for number in order:
+        complete_cards(runs[number], recipes[number].source, named=isinstance(recipes[number].data, str))
+    found = Sweep(
+        output, [runs[number] for number in order], [settings[number] for number in order], failed, together.seconds
+    )
+    shutil.rmtree(found.best_dir, ignore_errors=True)  # of a sweep that came to no end
+    shutil.copytree(found.best.best_dir, found.best_dir)
+    title = f"{len(found.runs)} runs of {Path(recipes[0].model).name} on {Path(recipes[0].source).name}"
+    draw_curves(found.runs, found.settings, output / PICTURE_NAME, title=title)
+    write_json(output / SWEEP_NAME, found.summary())
+    return found
+
+
+def ranking_table(sweep: Sweep) -> Table:
+    """The runs for the terminal, the best first: what each was given, and its best evaluation."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    keys = [key for key in sweep.settings[0] if len({str(each[key]) for each in _all_settings(sweep)}) > 1]
+    for key in keys:
+        table.add_column(key, overflow="fold")
+    for title in ("accuracy", "95 % interval", "loss", "at step", "last accuracy"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for run, given in zip(sweep.runs, sweep.settings, strict=True):
+        low, high = run.best.interval
+        figures = [
+            f"{run.best.accuracy:.1%}",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{run.best.loss:.3f}",
+            f"{run.best.step:,}{' (stopped)' if run.progress.stopped_early else ''}",
+            f"{run.final.accuracy:.1%}",
+        ]
+        table.add_row(*(_write(given[key]) for key in keys), *figures)
+    for given, _ in sweep.failed:
+        table.add_row(*(_write(given[key]) for key in keys), "diverged", style="red")
+    return table
+
+
+def _all_settings(sweep: Sweep) -> list[dict[str, Any]]:
+    return [*sweep.settings, *(given for given, _ in sweep.failed)]
+
+
+def _write(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)

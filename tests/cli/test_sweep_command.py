@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from running import call, message, succeed
+
+from ia3.cli.sweep import parse_grid
+
+OPTIONS = ("--epochs", 1, "--test-size", 0.2, "--no-dropout")
+
+
+def test_a_sweep_ranks_its_runs_and_keeps_the_best(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    over = ("--over", "lr=0.1,1e-3", "--over", "seed=0", "--over", "seed=1")
+    result = succeed("sweep", base, data, *over, "--output", folder, *OPTIONS)
+    lines = result.stdout.splitlines()
+    header = next(place for place, line in enumerate(lines) if line.startswith("learning_rate"))
+    assert lines[header].split()[:3] == ["learning_rate", "seed", "accuracy"]
+    rows = [line.split()[:2] for line in lines[header + 1 : header + 5]]
+    assert sorted(rows) == [["0.001", "0"], ["0.001", "1"], ["0.1", "0"], ["0.1", "1"]]
+    assert {row[0] for row in rows[:2]} == {"0.1"}
+    assert f"best adapter: {folder / 'best'}" in lines
+    assert (folder / "learning_rate-0.1-seed-0" / "adapter" / "adapter_config.json").is_file()
+    answered = succeed("predict", folder / "best", "the share rises")
+    assert answered.stdout.strip()
+    assert len(json.loads(succeed("runs", folder, "--json").stdout)["runs"]) == 4
+
+
+def test_json_is_the_sweeps_own(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    result = succeed("sweep", base, data, "--output", folder, *OPTIONS, "--json")
+    content = json.loads(result.stdout)
+    assert content.pop("picture") == str(folder / "sweep.png")
+    assert content.pop("folder") == str(folder)
+    assert content == json.loads((folder / "sweep.json").read_text())
+    assert sorted(run["settings"]["learning_rate"] for run in content["runs"]) == [0.003, 0.008, 0.02, 0.04]
+
+
+def test_templates_may_hold_commas() -> None:
+    grid = parse_grid(["template=Well, {text}", "template={text}", "warmup-steps=0, 5"])
+    assert grid == {"template": ["Well, {text}", "{text}"], "warmup_steps": ["0", "5"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--over", "learning_rate"), "--over 'learning_rate': expected a setting and its values"),
+        (("--over", "seed=1,,2"), "--over 'seed=1,,2': expected a setting and its values"),
+        (("--over", "seed=one,2"), "seed is 'one'"),
+        (("--over", "precision=bf16"), "can't differ in precision"),
+        (("--over", "lr=1e-3", "--lr", 1e-3), "learning_rate is given for all runs and in over"),
+    ],
+)
+def test_what_cannot_work(base: Path, data: Path, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    result = call("sweep", base, data, "--output", tmp_path / "none", *arguments)
+    assert result.exit_code == 2
+    assert says in message(result)
+    assert not (tmp_path / "none").exists()
