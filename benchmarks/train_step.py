@@ -45,7 +45,9 @@ def build(shape: dict, dtype: torch.dtype, device: str) -> MT5ForConditionalGene
     model = model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0, 1 if "shared" in name else 0.03)
+            # As T5 begins: its scores are not divided by the root of the heads' width, so queries are small.
+            spread = 1.0 if "shared" in name else 0.004 if name.endswith(".q.weight") else 0.03
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0, spread)
     model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.03)
     return model

@@ -324,7 +324,7 @@ class Decoder(Generate):
         packed = pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
         packed = round_up(packed, self.rows, self.plan.pad)
         session = self._by_hand(packed.longest, layout, self.rows if mixed else 1)
-        session.table[: len(flat)].copy_(flat)
+        session.hold(flat)
         written = self._until_ended(session, lambda: session.reading(**packed.tensors), session.going_on)
         tokens = session.tokens[:count, :written].clone()
         return torch.cat([self._head(input_ids), tokens[:, : self._longest(tokens)]], dim=1)
@@ -619,13 +619,21 @@ class _ByHand(_Session):
         super().__init__(model, plan, rows, longest)
         device, config = model.device, model.config
         self.hand = t5.T5Loss(model, layout)
-        self.table = torch.ones(groups, layout.size, device=device)
+        self.layout, self.groups = layout, groups
         inner, layers = config.num_heads * config.d_kv, len(self.hand.decoder)
         whole: dict[str, Any] = {"dtype": model.dtype, "device": device}
+        # Each site's vectors next to each other, as a step reads them.
+        self.vectors = [torch.ones(1, groups, width, **whole) for width in layout.widths]
         self.kv = torch.zeros(round_up_rows(rows * longest), layers * 2 * inner, **whole)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self.caches = [torch.zeros(rows, _round_up(plan.new, BUCKET), 2 * inner, **whole) for _ in range(layers)]
         self.reading, self.going_on = Captured(self._begin, device), Captured(self.go_on, device)
+
+    def hold(self, flat: Tensor) -> None:
+        """Take a batch's vectors, `[1 or examples, D]`."""
+        if self.vectors:
+            places = [place[0, : len(flat)] for place in self.vectors]
+            torch._foreach_copy_(places, self.layout.split(flat))
 
     def _begin(self, tokens: Tensor, starts: Tensor, labels: Tensor) -> Tensor:
         """Read packed inputs and write each its first token; whether all have ended."""
@@ -633,13 +641,13 @@ class _ByHand(_Session):
         self.token.fill_(self.plan.start)
         self.starts.copy_(starts)
         self.ended.copy_(starts[1:] == starts[:-1])  # nobody's rows write nothing
-        self.hand.read(Packed(tokens, starts, labels, self.length), self.table, self.kv)
+        self.hand.read(Packed(tokens, starts, labels, self.length), self.vectors, self.groups, self.kv)
         return self.go_on()
 
     def go_on(self) -> Tensor:
-        source = Spans(self.starts, self.length, len(self.kv), len(self.table))
+        source = Spans(self.starts, self.length, len(self.kv), self.groups)
         token = self.token.flatten()
-        logits = self.hand.write_one(token, self.written, self.kv, source, self.caches, self.table)
+        logits = self.hand.write_one(token, self.written, self.kv, source, self.caches, self.vectors)
         self.written.add_(1)
         return self.take(logits)
 

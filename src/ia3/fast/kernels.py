@@ -145,13 +145,15 @@ def _gated_forward(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
     start = h + row * (2 * WIDTH if GATED else WIDTH)
+    if SCALED:
+        if GROUPED:
+            vector += tl.load(group_of_row + row) * vector_stride
+        factor = tl.load(vector + at, mask=inside, other=0.0).to(h.dtype.element_ty).to(tl.float32)
     value, _ = _activation(tl.load(start + at, mask=inside, other=0.0).to(tl.float32), KIND)
     if GATED:
         value *= tl.load(start + WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
-        if GROUPED:
-            vector += tl.load(group_of_row + row) * vector_stride
-        value *= tl.load(vector + at, mask=inside, other=0.0).to(h.dtype.element_ty).to(tl.float32)
+        value *= factor
     if DROP:
         value = _dropped(value, seed, row * WIDTH + at, p)
     tl.store(out + row * WIDTH + at, value.to(out.dtype.element_ty), mask=inside)
@@ -293,6 +295,8 @@ def _attention_forward(
     here = (rows < queries)[:, None] & deep[None, :]
     there = (columns < keys)[:, None] & deep[None, :]
     query = tl.load(q + (first_q + rows)[:, None] * q_stride + channels[None, :], mask=here, other=0.0)
+    if SCALE_V:  # read early, since it is on its way for long
+        of_v = _factor(l_v, group * stride_v + channels, deep, dtype)
     if SCALE_K:
         query = (query.to(tl.float32) * _factor(l_k, group * stride_k + channels, deep, dtype)).to(dtype)
     of_keys = (first_k + columns).to(tl.int64)[:, None] * kv_stride + channels[None, :]
@@ -310,7 +314,7 @@ def _attention_forward(
     value = tl.load(v + of_keys, mask=there, other=0.0)
     found = tl.dot(weights.to(dtype), value, input_precision="tf32x3")
     if SCALE_V:
-        found *= _factor(l_v, group * stride_v + channels, deep, dtype)
+        found *= of_v
     place = (first_q + rows)[:, None] * (HEADS * DIM) + channels[None, :]
     tl.store(out + place, found.to(dtype), mask=here)
 

@@ -150,7 +150,7 @@ class T5Loss:
             ValueError: the examples can't be divided into the table's groups.
         """
         labels, source = packed.labels, packed.spans(len(table))
-        run = _Run(self, table, source)
+        run = _Run(self, self._split(table), labels.device)
         target = Spans.even(len(labels), labels.shape[1], source.groups, labels.device)
         read = self._read(run, packed, source)
         logits = self._write(run, self.model._shift_right(labels).flatten(), target, target, read, source)
@@ -169,7 +169,7 @@ class T5Loss:
         """
         count, length = choices.shape
         source = packed.spans(len(table))
-        run = _Run(self, table, source)
+        run = _Run(self, self._split(table), choices.device)
         alone = Spans.even(source.examples * count, length, source.groups, choices.device)
         together = Spans.even(source.examples, count * length, source.groups, choices.device)
         read = self._read(run, packed, source)
@@ -177,19 +177,26 @@ class T5Loss:
         logits = self._write(run, self.model._shift_right(labels).flatten(), alone, together, read, source)
         return -token_losses(logits, labels, by_kernels=run.kernels).view(source.examples, count, length)
 
-    def read(self, packed: Packed, table: Tensor, into: Tensor) -> None:
+    def read(self, packed: Packed, vectors: Sequence[Tensor], groups: int, into: Tensor) -> None:
         """Compute the keys and values of all cross-attentions.
 
         Args:
             packed: the inputs; its labels only say how many examples there are.
-            table: as in the loss.
+            vectors: one a site, `[1, groups, width]`.
+            groups: the examples are divided into so many equal groups in their order.
             into: where they go, `[at least rows, layers · 2 · inner]`.
         """
-        source = packed.spans(len(table))
-        into[: source.rows].copy_(self._read(_Run(self, table, source), packed, source))
+        source = packed.spans(groups)
+        into[: source.rows].copy_(self._read(_Run(self, vectors, into.device), packed, source))
 
     def write_one(
-        self, token: Tensor, position: Tensor, kv: Tensor, source: Spans, written: Sequence[Tensor], table: Tensor
+        self,
+        token: Tensor,
+        position: Tensor,
+        kv: Tensor,
+        source: Spans,
+        written: Sequence[Tensor],
+        vectors: Sequence[Tensor],
     ) -> Tensor:
         """The logits of the next token of each example, `[examples, words]`.
 
@@ -199,9 +206,9 @@ class T5Loss:
             kv: from `read`.
             source: its rows.
             written: a layer's keys and values so far, `[examples, most, 2 · inner]`; this token's are put there.
-            table: as in the loss.
+            vectors: as in `read`.
         """
-        run, stack = _Run(self, table, source), self.model.decoder
+        run, stack = _Run(self, vectors, token.device), self.model.decoder
         examples, most = written[0].shape[:2]
         one, before = (Spans.even(examples, length, source.groups, token.device) for length in (1, most))
         bias = self._positions(stack, most).index_select(2, position)
@@ -220,6 +227,13 @@ class T5Loss:
             x, h = run.feed(x, h, block.feed_forward, one)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
         return self._logits(x)
+
+    @property
+    def has_kernels(self) -> bool:
+        return has_kernels(self.model.shared.weight, self.config.dense_act_fn)
+
+    def _split(self, table: Tensor) -> tuple[Tensor, ...]:
+        return self.layout.split(spread(table, by_kernels=self.has_kernels))
 
     def _read(self, run: _Run, packed: Packed, source: Spans) -> Tensor:
         """The keys and values of all cross-attentions, `[rows, layers · 2 · inner]`."""
@@ -307,15 +321,14 @@ class T5Loss:
 class _Run:
     """One forward: the vectors split by site, and the dropouts' seeds, drawn in order."""
 
-    def __init__(self, loss: T5Loss, table: Tensor, source: Spans) -> None:
+    def __init__(self, loss: T5Loss, slices: Sequence[Tensor], device: torch.device) -> None:
         config = loss.config
-        self.kernels = has_kernels(loss.model.shared.weight, config.dense_act_fn)
+        self.slices, self.kernels = slices, loss.has_kernels
         self.p = config.dropout_rate if loss.model.training else 0.0
         self.eps, self.heads, self.gated, self.act = config.layer_norm_epsilon, config.num_heads, loss.gated, loss.act
         self.act_name = config.dense_act_fn
-        self.slices = loss.layout.split(spread(table, by_kernels=self.kernels))
         count = 4 * len(loss.encoder) + 6 * len(loss.decoder) + 2
-        self.chance = Chance(table.device, count, by_kernels=self.kernels)
+        self.chance = Chance(device, count, by_kernels=self.kernels)
 
     def at(self, place: int | None) -> Vector:
         return None if place is None else self.slices[place]
