@@ -390,3 +390,20 @@ def test_whole_choices(tiny: Any, randomise: Any, monkeypatch: Any, form: str, g
         monkeypatch.setattr("ia3.fast.t5.has_kernels", lambda *_: True)
         found = T5Loss(model, layout).log_probabilities(packed, choices, table.float())
     near(found[:4], expected[:4], torch.float32)
+
+
+def test_recomputing_has_the_same_dropout(tiny: Any, randomise: Any, monkeypatch: Any) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32).to(DEVICE).train()
+    layout = attached(model).adapters["default"].layout
+    packed = round_up(pack(batch_of(rows=4)), 4, 0)
+    packed = dataclasses.replace(packed, **{name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()})
+    table = (1 + 0.3 * draw(1, layout.size)).float().requires_grad_()
+    monkeypatch.setattr("ia3.fast.t5.has_kernels", lambda *_: True)
+
+    def found(recompute: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        losses = T5Loss(model, layout, recompute=recompute)(packed, table)
+        return losses.detach(), *torch.autograd.grad(losses.sum(), table)
+
+    for x, y in zip(found(True), found(False), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

@@ -298,3 +298,19 @@ def test_what_is_left_to_the_model(tiny, family, shape, targets, said) -> None:
     reason = reason_of(model)
     assert reason is not None
     assert re.search(said, reason), reason
+
+
+def test_recomputing_changes_nothing(tiny: Any, randomise: Any) -> None:
+    model = adapted_causal(tiny, randomise, "llama")
+    layout = attached(model).adapters["default"].layout
+    texts = pack(texts_of())
+    table = (1 + 0.3 * torch.randn(1, layout.size, dtype=torch.float64)).requires_grad_()
+
+    def found(recompute: bool) -> tuple[Tensor, ...]:
+        losses = LlamaLoss(model, layout, recompute=recompute)(texts, table)
+        return losses.detach(), *torch.autograd.grad(losses.sum(), table)
+
+    torch.testing.assert_close(found(True), found(False), rtol=1e-12, atol=1e-14)
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="Attention dropout can't be computed again"):
+        LlamaLoss(model, layout, recompute=True)

@@ -14,6 +14,9 @@ from transformers import get_linear_schedule_with_warmup
 
 import ia3
 from ia3 import IA3Config, get_peft_model
+from ia3.adapter import attached
+from ia3.fast.packing import pack
+from ia3.fast.t5 import T5Loss
 
 STEPS = 20
 
@@ -206,3 +209,37 @@ def test_laying_out_twice_moves_nothing(tiny, randomise) -> None:
     batch = batch_of()
     assert float(first(batch)) > 0
     assert float(second(batch)) > 0
+
+
+@pytest.mark.parametrize("form", ["t5 gated", "t5"])
+@pytest.mark.parametrize("training", [False, True], ids=["still", "dropout"])
+def test_recomputing_changes_no_step(tiny, randomise, form, training) -> None:
+    start = adapted(tiny, randomise, form, torch.float64).train(training)
+
+    def losses_of(recompute: bool) -> list[float]:
+        model = copy.deepcopy(start)
+        step = ia3.compile_step(model, *optimiser_of(model), recompute=recompute)
+        torch.manual_seed(3)
+        return [float(step(batch)) for batch in batches()]
+
+    assert losses_of(True) == pytest.approx(losses_of(False), rel=1e-12)
+
+
+def test_recomputing_keeps_less(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    layout = attached(model).adapters["default"].layout
+    packed, table = pack(batch_of(rows=4)), torch.ones(1, layout.size, requires_grad=True)
+
+    def kept(recompute: bool) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            T5Loss(model, layout, recompute=recompute)(packed, table)
+        return sum(sizes)
+
+    assert kept(True) < 0.6 * kept(False)
+
+
+def test_recomputing_is_the_fast_steps(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    with pytest.raises(ValueError, match=r"takes the ordinary one, since it is written for torch's AdamW"):
+        ia3.compile_step(model, sgd(model), recompute=True)

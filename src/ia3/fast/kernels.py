@@ -21,8 +21,6 @@ from ia3.fast.packing import Spans
 
 Vector = Tensor | None
 
-# Of more keys than this, a program could not hold its keys' and values' gradients.
-MOST_KEYS = 256
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "silu": 3}
 
 

@@ -8,13 +8,15 @@ without padding, and the head runs only where a label follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ia3.fast import packing
 from ia3.fast.bypassing import unheard
@@ -217,10 +219,16 @@ class LlamaLoss:
     Args:
         model: one for which `why_not` has nothing to say.
         layout: the active adapter's.
+        recompute: keep the residual stream alone for the backward, and compute what is inside a layer again.
+
+    Raises:
+        ValueError: recompute under attention dropout.
     """
 
-    def __init__(self, model: Any, layout: Layout) -> None:
-        self.model, self.config, self.layout = model, model.config, layout
+    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False) -> None:
+        self.model, self.config, self.layout, self.recompute = model, model.config, layout, recompute
+        if recompute and model.config.attention_dropout:
+            raise ValueError("Attention dropout can't be computed again: set attention_dropout to 0, or not recompute.")
         self.act: Any = model.model.layers[0].mlp.act_fn
         self.joined: list[tuple[nn.Module, Tensor]] = []
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
@@ -245,8 +253,8 @@ class LlamaLoss:
         run = _Run(self, table, spans, kernels)
         x, h = base.embed_tokens(texts.tokens), None
         for layer in self.layers:
-            x, h = run.attend(x, h, layer)
-            x, h = run.feed(x, h, layer)
+            x, h = run.part(run.attend, x, h, layer)
+            x, h = run.part(run.feed, x, h, layer)
         _, y = run.add_norm(x, h, base.norm.weight)
         losses = head_losses(y, self.model.lm_head.weight, texts.places, texts.labels, by_kernels=kernels)
         group = spans.group_of_row[texts.places]
@@ -296,6 +304,7 @@ class _Run:
 
     def __init__(self, loss: LlamaLoss, table: Tensor, spans: Spans, kernels: bool) -> None:
         config, self.spans, self.kernels = loss.config, spans, kernels
+        self.recompute = loss.recompute and torch.is_grad_enabled()
         self.p: float = config.attention_dropout if loss.model.training else 0.0
         self.eps, self.act_name, self.act = config.rms_norm_eps, config.hidden_act, loss.act
         self.heads: tuple[int, int] = (config.num_attention_heads, config.num_key_value_heads)
@@ -306,6 +315,13 @@ class _Run:
 
     def at(self, place: int | None) -> Vector:
         return None if place is None else self.slices[place]
+
+    def part(self, layer: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
+        """A layer's part, whose inside is kept for the backward or computed again."""
+        if self.recompute:
+            layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+        x, h = layer(*arguments)
+        return x, h
 
     def add_norm(self, x: Tensor, h: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         return add_norm(x, h, weight, self.eps, 0.0, self.seed)

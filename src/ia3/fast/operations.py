@@ -8,18 +8,21 @@ vector's gradient.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ia3.fast.packing import IGNORED, Spans
 
 Vector = Tensor | None
 
+# Of more keys than this, a kernel could not hold their gradients; PyTorch attends then.
+MOST_KEYS = 256
 # Below this many queries a fused attention kernel costs more than the plain products.
 _FEW_QUERIES = 16
 # All groups' gradients are summed in about so many parts.
@@ -61,13 +64,24 @@ class Chance:
     """
 
     def __init__(self, device: torch.device, count: int, *, by_kernels: bool) -> None:
-        self.by_kernels = by_kernels
-        drawn = torch.randint(0, 2**62, (count,), device=device) if by_kernels else torch.zeros(1, dtype=torch.int64)
-        self.seeds: Iterator[Tensor] = iter(drawn.unbind())
+        self.seeds = torch.randint(0, 2**62, (count,), device=device).unbind() if by_kernels else None
+        self.place = 0
 
     def next(self) -> Tensor | None:
         """A seed for one dropout; None where PyTorch draws."""
-        return next(self.seeds) if self.by_kernels else None
+        self.place += 1
+        return None if self.seeds is None else self.seeds[self.place - 1]
+
+    def again(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a part now, keep nothing of its inside, and run it again with the same seeds in the backward."""
+        start = self.place
+
+        def run(*arguments: Any) -> Any:
+            self.place = start
+            return part(*arguments)
+
+        by_kernels = self.seeds is not None
+        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=not by_kernels)
 
 
 def add_norm(
@@ -137,7 +151,7 @@ def self_attention(
         p: dropout's, on the weights.
         seed: from `Chance`.
     """
-    if seed is not None and spans.longest <= _kernels().MOST_KEYS:
+    if seed is not None and spans.longest <= MOST_KEYS:
         return _kernels().self_attention(qkv, bias, spans, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
     q, k, v = qkv.chunk(3, -1)
     return scaled(_attend(scaled(q, l_k, spans), spans, k, v, spans, bias, heads, p), l_v, spans)
@@ -158,7 +172,7 @@ def attention(
         bias: `[1, heads, longest query, longest key]`, added to the scores.
         l_k, l_v, heads, seed: as in `self_attention`.
     """
-    if seed is not None and of_k.longest <= _kernels().MOST_KEYS:
+    if seed is not None and of_k.longest <= MOST_KEYS:
         return _kernels().attention(q, of_q, k, v, of_k, bias, l_k, l_v, heads, seed)  # type: ignore[no-any-return]
     return scaled(_attend(scaled(q, l_k, of_q), of_q, k, v, of_k, bias, heads, 0.0), l_v, of_q)
 
@@ -179,7 +193,7 @@ def cross_attention(
             must depend on that of the layer before.
         l_k, l_v, heads, p, seed: as in `self_attention`.
     """
-    if seed is not None and of_k.longest <= _kernels().MOST_KEYS:
+    if seed is not None and of_k.longest <= MOST_KEYS:
         return _kernels().cross_attention(q, of_q, kv, of_k, index, shared, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
     inner = q.shape[-1]
     k, v = kv[:, 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)

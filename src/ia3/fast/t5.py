@@ -12,7 +12,7 @@ Both are exact, and cheaper wherever the queries are the shorter side, as in a d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from ia3.fast.bypassing import unheard
 from ia3.fast.operations import (
+    MOST_KEYS,
     Chance,
     Vector,
     add_norm,
@@ -125,10 +126,11 @@ class T5Loss:
     Args:
         model: T5 or mT5 for which `why_not` has nothing to say.
         layout: the active adapter's.
+        recompute: keep the residual stream alone for the backward, and compute what is inside a layer again.
     """
 
-    def __init__(self, model: Any, layout: Layout) -> None:
-        self.model, self.config, self.layout = model, model.config, layout
+    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False) -> None:
+        self.model, self.config, self.layout, self.recompute = model, model.config, layout, recompute
         self.gated = model.config.is_gated_act
         self.act: Any = model.encoder.block[0].layer[-1].DenseReluDense.act
         self.joined: list[tuple[nn.Module, Tensor]] = []
@@ -147,10 +149,16 @@ class T5Loss:
             table: a row of vectors a group, `[groups, D]`.
 
         Raises:
-            ValueError: the examples can't be divided into the table's groups.
+            ValueError: the examples can't be divided into the table's groups; or on a GPU an input too long for
+                dropout that is computed again.
         """
         labels, source = packed.labels, packed.spans(len(table))
         run = _Run(self, self._split(table), labels.device)
+        if self.recompute and run.kernels and run.p and packed.longest > MOST_KEYS:
+            raise ValueError(
+                f"An input has {packed.longest} tokens, and with dropout recompute is for at most {MOST_KEYS}: cut the "
+                "inputs there, train without dropout, or without recompute."
+            )
         target = Spans.even(len(labels), labels.shape[1], source.groups, labels.device)
         read = self._read(run, packed, source)
         logits = self._write(run, self.model._shift_right(labels).flatten(), target, target, read, source)
@@ -241,8 +249,8 @@ class T5Loss:
         x, h = dropout(stack.embed_tokens(packed.tokens), run.p), None
         bias = self._positions(stack, packed.longest)
         for block in self.encoder:
-            x, h = run.attend(x, h, block.attention, bias, source)
-            x, h = run.feed(x, h, block.feed_forward, source)
+            x, h = run.part(run.attend, x, h, block.attention, bias, source)
+            x, h = run.part(run.feed, x, h, block.feed_forward, source)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
         return functional.linear(dropout(x, run.p), self.cross_kv)
 
@@ -263,9 +271,9 @@ class T5Loss:
         shared: dict[str, Tensor] = {}
         for index, block in enumerate(self.decoder):
             assert block.cross is not None
-            x, h = run.attend(x, h, block.attention, bias, alone)
-            x, h = run.attend_across(x, h, block.cross, together, kv, source, index, shared)
-            x, h = run.feed(x, h, block.feed_forward, together)
+            x, h = run.part(run.attend, x, h, block.attention, bias, alone)
+            x, h = run.part(run.attend_across, x, h, block.cross, together, kv, source, index, shared)
+            x, h = run.part(run.feed, x, h, block.feed_forward, together)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
         return self._logits(dropout(x, run.p))
 
@@ -324,6 +332,7 @@ class _Run:
     def __init__(self, loss: T5Loss, slices: Sequence[Tensor], device: torch.device) -> None:
         config = loss.config
         self.slices, self.kernels = slices, loss.has_kernels
+        self.recompute = loss.recompute and torch.is_grad_enabled()
         self.p = config.dropout_rate if loss.model.training else 0.0
         self.eps, self.heads, self.gated, self.act = config.layer_norm_epsilon, config.num_heads, loss.gated, loss.act
         self.act_name = config.dense_act_fn
@@ -332,6 +341,11 @@ class _Run:
 
     def at(self, place: int | None) -> Vector:
         return None if place is None else self.slices[place]
+
+    def part(self, layer: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
+        """A layer's part, whose inside is kept for the backward or computed again."""
+        found: tuple[Tensor, Tensor] = self.chance.again(layer, *arguments) if self.recompute else layer(*arguments)
+        return found
 
     def add_norm(self, x: Tensor, h: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         return add_norm(x, h, weight, self.eps, self.p, self.chance.next())

@@ -59,6 +59,7 @@ from ia3.training.run import (
 from ia3.training.settings import TrainSettings
 from ia3.training.task import TaskKind, save_task
 
+_AHEAD = 16
 # A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.
 _SAVE_SECONDS = 300.0
 
@@ -273,6 +274,9 @@ class Training:
         if resume:
             self.course.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
         self.fast = self._fast_step(optimizer)
+        # Losses are looked at so many steps at a time: to look at each would let a GPU wait for the host.
+        self.ahead = _AHEAD if self.fast is not None and self.fast.path == "captured" else 1
+        self.waiting: list[dict[str, Any]] = []
 
     @property
     def progress(self) -> Progress:
@@ -334,23 +338,32 @@ class Training:
             started = time.perf_counter()
             record = self._step(batches)
             self.progress.steps.append(record)
+            self.waiting.append(record)
+            is_time = time.monotonic() - self.saved_at > _SAVE_SECONDS
+            if self.stop_asked or is_time or self.course.evaluation_is_due() or len(self.waiting) >= self.ahead:
+                self._look_at_losses(bars, bar)
             self.progress.seconds += time.perf_counter() - started
-            self._log(record)
-            bars.update(bar, advance=1, note=f"loss {record['loss']:.3f}")
             if self.stop_asked:
                 raise _Stop
             if self.course.evaluation_is_due():
                 return
-            if time.monotonic() - self.saved_at > _SAVE_SECONDS:
+            if is_time:
                 self._save_state()
 
-    def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    def _look_at_losses(self, bars: ProgressBars, bar: Any) -> None:
+        """Check and log those of the last steps, which a GPU may still have been at."""
+        for record in self.waiting:
+            record["loss"] = float(record["loss"])
+            self.course.check_finite(record["loss"], "training loss", int(record["step"]))
+            self._log(record)
+        bars.update(bar, advance=len(self.waiting), note=f"loss {self.waiting[-1]['loss']:.3f}")
+        self.waiting.clear()
+
+    def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """One update from one or more batches, whose losses count by their targets; its number, loss and rate."""
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = self._rate()
         if self.fast is not None and self.fast.reason is None:
-            loss = self.fast(batches[0]).item()
-            self.course.check_finite(loss, "training loss", self.progress.step + 1)
-            return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
+            return {"learning_rate": rate, "loss": self.fast(batches[0]), "step": self.progress.step + 1}
         targets = [self.learner.targets(batch) for batch in batches]
         loss = 0.0
         for batch, count in zip(batches, targets, strict=True):
@@ -368,6 +381,11 @@ class Training:
         self.schedule.step()
         self.optimizer.zero_grad()
         return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
+
+    def _rate(self) -> float:
+        """The next step's, computed here, since a GPU's optimizer has it on the device."""
+        schedule: Any = self.schedule
+        return float(schedule.base_lrs[0]) * float(schedule.lr_lambdas[0](schedule.last_epoch))
 
     def _evaluate_if_due(self, bars: ProgressBars) -> None:
         if not self.course.evaluation_is_due():
