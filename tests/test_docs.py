@@ -215,7 +215,7 @@ def test_recipes_are_recipes(content: str) -> None:
 
 def table_after(page: str, heading: str) -> list[list[str]]:
     """The rows of the first table under a heading, without its own."""
-    text = (DOCS / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    text = (DOCS / page).read_text(encoding="utf-8").split(f"# {heading}\n")[1]
     rows = re.search(r"^\|.*\|\n\|[-| :]+\|\n((?:\|.*\|\n)+)", text, re.MULTILINE)
     assert rows is not None
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
@@ -262,25 +262,66 @@ def test_the_steps_are_measured() -> None:
     names = {
         "PEFT guide": "PEFT, its guide's eager step",
         "PEFT captured": "PEFT, captured whole by hand",
+        "frozen base": "the frozen base and one vector",
         "ia3 compile_step": "ia3, `compile_step`",
+        "ia3 compile_step, recompute": "ia3, with `recompute=True`",
     }
+    found = {(row["name"], row["batch"], row["length"], row["dtype"]): row for row in rows}
     measured = {
-        (names[row["name"]], f"{row['batch']} × {row['length']}", row["dtype"]): [
+        (names[name], f"{batch} × {length or 'as long as they are'}", dtype): [
             f"{row['ms']:.1f}",
             f"{row['busy_ms']:.1f}",
             f"{row['kernels']:,}",
+            f"{row['peak_mib']:,.0f}",
         ]
-        for row in rows
+        for (name, batch, length, dtype), row in found.items()
     }
-    table = table_after("speed.md", "Measured")
+    table = table_after("speed.md", "A training step")
     assert {tuple(row[:3]): row[3:] for row in table} == measured
-    times = {key: float(row[0]) for key, row in measured.items()}
+    text, readme = (DOCS / "speed.md").read_text(), (ROOT / "README.md").read_text()
+    half = "bfloat16"
+    for batch in (8, 64):
+        ours, peft = (found[name, batch, 128, half]["ms"] for name in ("ia3 compile_step", "PEFT captured"))
+        assert f"{ours / peft:.2f}" in text
+        assert f"{ours / peft:.2f}" in readme
+    factor = found["PEFT guide", 8, 128, "float32"]["ms"] / found["ia3 compile_step", 8, None, half]["ms"]
+    assert f"is {factor:.1f} times as fast" in text
+    assert f"{factor:.0f} times" in readme
+    setups = [row["setup_s"] for row in rows if row["name"].startswith("ia3")]
+    assert f"took {max(setups):.0f} s with an\nempty cache" in text
+    assert f"known kernels {min(setups):.1f} s" in text
+
+
+def test_the_gpus_other_tables_are_measured() -> None:
+    llama = json.loads((RESULTS / "llama_step.json").read_text())["rows"]
+    assert table_after("speed.md", "A Llama's step") == [
+        [row["name"], f"{row['ms']:.1f}", f"{row['kernels']:,}", f"{row['peak_mib']:,.0f}"]
+        for row in llama
+        if row["lengths"] == [512] * 4
+    ]
+    many = json.loads((RESULTS / "many_adapters.json").read_text())["rows"]
+    of = {(row["shape"], row["name"]): row for row in many}
+    shapes = ("mt0-large", "llama-3-8b")
+    expected = [["the bare base", *(f"{of[shape, 'base']['tokens_per_s']:,.0f}" for shape in shapes)]]
+    for count, label in ((1, "1 adapter"), (64, "64 adapters"), (256, "256 adapters")):
+        ratios = [of[shape, f"ia3, {count} adapters, 256 registered"]["ratio"] for shape in shapes]
+        expected.append([label, *(f"{ratio:.3f}" for ratio in ratios)])
+    assert table_after("speed.md", "Many adapters in a batch") == expected
+    predict = {row["name"]: row for row in json.loads((RESULTS / "predict.json").read_text())["rows"]}
+    cells = [row[1] for row in table_after("speed.md", "Labels and answers")]
+    assert cells == [
+        f"{predict['PEFT 10 tokens, padded to 128']['s']:.1f}",
+        f"{predict['ia3 labels ranked, captured']['s']:.2f}",
+        f"{predict['ia3 10 tokens generated, captured']['s']:.2f}",
+    ]
+    together, alone, guide = json.loads((RESULTS / "sweep_step.json").read_text())["rows"]
     text = (DOCS / "speed.md").read_text()
-    for batch in ("8 × 128", "64 × 128"):
-        ratio = times[names["ia3 compile_step"], batch, "bfloat16"] / times[names["PEFT captured"], batch, "bfloat16"]
-        assert f"{ratio:.2f}" in text
-    setups = [row["setup_s"] for row in rows if row["name"] == "ia3 compile_step"]
-    assert f"{min(setups):.0f} to {max(setups):.0f} s to compile" in text
+    for words in (f"{together['ms']:.1f} ms a step of all", f"({together['ms'] / alone['ms']:.2f} of it)"):
+        assert words in text
+    assert f"({guide['ms'] / together['ms']:.0f} times as long)" in text
+    whole = json.loads((RESULTS / "guide_gpu.json").read_text())["rows"]
+    factors = [whole[name]["times_faster"] for name in ("ia3, cold", "ia3, warm")]
+    assert f"{factors[0]:.1f} and {factors[1]:.1f} times as long" in text
 
 
 def test_the_few_shot_table_is_measured() -> None:

@@ -189,8 +189,8 @@ MUTANTS = [
     ),
     Mutant(
         "training/loop.py",
-        "progress.best is None or self._rank(evaluation) > self._rank(",
-        "progress.best is None or self._rank(evaluation) < self._rank(",
+        "progress.best is None or self.rank(evaluation) > self.rank(",
+        "progress.best is None or self.rank(evaluation) < self.rank(",
         "the worst adapter is kept as the best",
     ),
     Mutant(
@@ -206,14 +206,14 @@ MUTANTS = [
         "the right choice is made unlikely too",
     ),
     Mutant(
-        "fast/t5.py",
-        "attended = _scaled(_attend(_scaled(q, l_k), k, v, bias, heads, p), l_v)",
-        "attended = _scaled(_attend(q, k, v, bias, heads, p), l_v)",
+        "fast/operations.py",
+        "return scaled(_attend(scaled(q, l_k, spans), spans, k, v, spans, bias, heads, p), l_v, spans)",
+        "return scaled(_attend(q, spans, k, v, spans, bias, heads, p), l_v, spans)",
         "the fast step forgets the keys' vectors",
     ),
     Mutant(
         "fast/t5.py",
-        'scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0',
+        'scale = self.config.d_model**-0.5 if getattr(self.config, "scale_decoder_outputs", False) else 1.0',
         "scale = 1.0",
         "the fast step doesn't scale a tied head",
     ),
@@ -231,8 +231,8 @@ MUTANTS = [
     ),
     Mutant(
         "rows.py",
-        "vectors.repeat_interleave(self.rows_an_example(activation), dim=0)",
-        "vectors.repeat(self.rows_an_example(activation), 1)",
+        "vectors.repeat_interleave(count, dim=0)",
+        "vectors.repeat(count, 1)",
         "beams and samples get other examples' adapters",
     ),
     Mutant(
@@ -240,5 +240,47 @@ MUTANTS = [
         "        if changed:\n            swap_rows(former)\n",
         "        pass\n",
         "a mixed batch's rows go on acting after it",
+    ),
+    Mutant(
+        "fast/packing.py",
+        "    if bool((pieces > 1).any()):\n",
+        "    if False:\n",
+        "a mask with holes is packed as if it had none",
+    ),
+    Mutant(
+        "fast/t5.py",
+        "bias = self._positions(stack, most).index_select(2, position)",
+        "bias = self._positions(stack, most)[:, :, :1]",
+        "each token that is written sees the first one's positions",
+    ),
+    Mutant(
+        "fast/t5.py",
+        "    twice = _adapted_twice(sites)\n",
+        "    twice = None\n",
+        "of two vectors of one intermediate one is forgotten",
+    ),
+    Mutant(
+        "fast/llama.py",
+        "following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)",
+        "following = labels",
+        "a token predicts itself",
+    ),
+    Mutant(
+        "fast/sweep.py",
+        "        self.table.add_((1 - self.table) * (rates * self.decays))\n",
+        "        self.table.sub_(self.table * (rates * self.decays))\n",
+        "the vectors of a sweep decay to zero",
+    ),
+    Mutant(
+        "fast/sweep.py",
+        "        self.counts.add_(learning)\n",
+        "        self.counts.add_(1)\n",
+        "a run without examples ages",
+    ),
+    Mutant(
+        "table.py",
+        "        if held is not None and held.digest == digest:\n",
+        "        if held is not None:\n",
+        "another content under a name is not taken",
     ),
 ]

@@ -42,7 +42,10 @@ TESTS_OF = {
         "training/test_loop.py",
         "training/test_resume.py",
     ],
-    "fast/": ["fast/test_t5.py", "fast/test_step.py"],
+    "fast/sweep.py": ["fast/test_sweep_step.py"],
+    "fast/llama.py": ["fast/test_llama.py"],
+    "fast/": ["fast/test_t5.py", "fast/test_step.py", "fast/test_packing.py", "fast/test_decode.py"],
+    "table.py": ["test_table.py"],
     "storage.py": ["fast/test_step.py"],
     "rows.py": ["test_mixed.py"],
 }

@@ -30,8 +30,15 @@ _STRIPES = 16
 
 
 def has_kernels(x: Tensor, act: str) -> bool:
-    """Whether a model's computation goes by kernels: on a GPU, in a dtype and with an activation that they know."""
-    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    """Whether a model's computation goes by kernels: on a GPU and in a dtype and with an activation that they know.
+
+    Args:
+        x: one of the model's weights.
+        act: the activation's name in transformers.
+    """
+    if not x.is_cuda or x.dtype == torch.float64 or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(x.device) < (8, 0) or importlib.util.find_spec("triton") is None:
         return False
     return act in _kernels().ACTIVATIONS
 
