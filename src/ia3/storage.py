@@ -35,9 +35,10 @@ def _join(model: nn.Module, paths: Sequence[str]) -> Tensor:
     joined = _already_joined(weights)
     if joined is not None:
         return joined
-    joined = torch.cat([weight.detach() for weight in weights])
-    for weight, view in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
-        weight.data = view
+    with torch.inference_mode(False):  # a weight made in it could never again be trained through
+        joined = torch.cat([weight.detach() for weight in weights])
+        for weight, view in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
+            weight.data = view
     return joined
 
 

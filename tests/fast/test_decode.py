@@ -456,3 +456,33 @@ def test_captured_steps_end_early(tiny) -> None:
         assert generate(ids, mask).shape == (5, 10)
     (ready,) = generate.ready.values()
     assert int(ready.session.count) < 10
+
+
+def test_a_batch_of_one_after_a_large_one_is_small(tiny) -> None:
+    model = mixed_model(tiny, "t5")
+    decoder = Decoder(model, max_new_tokens=2)
+    for rows, length in ((40, 8), (1, 90), (39, 8)):
+        ids = torch.randint(10, 60, (rows, length), generator=torch.Generator().manual_seed(rows))
+        mask = torch.ones_like(ids)
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, max_new_tokens=2))
+    assert [(size.rows, size.most) for size in decoder.by_hand] == [(1, 128), (64, 512)]
+
+
+def test_a_mask_with_a_hole_goes_through_the_forward(tiny) -> None:
+    model = mixed_model(tiny, "t5")
+    ids, mask = prompts(model)
+    mask[0, 1] = 0
+    decoder = Decoder(model, max_new_tokens=3)
+    assert torch.equal(decoder(ids, mask), expected(model, ids, mask, max_new_tokens=3))
+    assert not decoder.by_hand
+
+
+def test_modules_trained_in_full_are_written_by_the_model(tiny) -> None:
+    model = get_peft_model(lively(tiny("t5")), IA3Config(task_type="SEQ_2_SEQ_LM", modules_to_save=["lm_head"]))
+    builders.randomise(model)
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.normal_()
+    ids, mask = prompts(model)
+    for names in ({}, {"adapter_names": ["default", BASE, "default", BASE, BASE]}):
+        found = Decoder(model.eval(), max_new_tokens=4)(ids, mask, **names)
+        assert torch.equal(found, expected(model, ids, mask, max_new_tokens=4, **names))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ia3 import IA3Config, get_peft_model
+from ia3 import IA3Config, compile_step, get_peft_model
 from ia3.adapter import attached, site_vectors
 from ia3.fast.llama import LlamaLoss, pack, round_up, why_not
 
@@ -314,3 +314,14 @@ def test_recomputing_changes_nothing(tiny: Any, randomise: Any) -> None:
     model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="Attention dropout can't be computed again"):
         LlamaLoss(model, layout, recompute=True)
+
+
+def test_biases_loaded_in_place_are_noticed(tiny: Any, randomise: Any) -> None:
+    model = adapted_causal(tiny, randomise, "qwen2", torch.float32)
+    step = compile_step(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    batch = texts_of()
+    step(batch)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.bias.add_(1)
+    with pytest.raises(RuntimeError, match="make the step again"):
+        step(batch)

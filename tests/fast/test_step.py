@@ -10,12 +10,14 @@ import torch
 from test_llama import adapted_causal, texts_of
 from test_t5 import adapted, batch_of
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
+from transformers import T5ForConditionalGeneration, get_linear_schedule_with_warmup
 
 import ia3
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import attached
+from ia3.fast import scores
 from ia3.fast.packing import pack
+from ia3.fast.step import _make_capturable, _settings
 from ia3.fast.t5 import T5Loss
 
 STEPS = 20
@@ -168,7 +170,7 @@ def test_changes_behind_its_back_are_errors(tiny, randomise) -> None:
     model.unmerge_adapter()
     step(batch)
     model.to(torch.float64)
-    with pytest.raises(RuntimeError, match="moved, cast or unloaded"):
+    with pytest.raises(RuntimeError, match="moved, cast, unloaded"):
         step(batch)
 
 
@@ -243,3 +245,136 @@ def test_recomputing_is_the_fast_steps(tiny, randomise) -> None:
     model = adapted(tiny, randomise, "t5 gated", torch.float32)
     with pytest.raises(ValueError, match=r"takes the ordinary one, since it is written for torch's AdamW"):
         ia3.compile_step(model, sgd(model), recompute=True)
+
+
+def grown_bias(model: Any) -> None:
+    with torch.no_grad():
+        model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.add_(1)
+
+
+def other_weight(model: Any) -> None:
+    name = "encoder.block.0.layer.0.SelfAttention.o.weight"
+    model.load_state_dict({name: torch.zeros_like(model.get_parameter(name))}, strict=False, assign=True)
+
+
+def other_vector(model: Any) -> None:
+    name = next(name for name, _ in model.named_parameters() if ".ia3_l." in name)
+    model.load_state_dict({name: torch.zeros_like(model.get_parameter(name))}, strict=False, assign=True)
+
+
+def adapter_of_the_same_name(model: Any) -> None:
+    model.add_adapter("other", IA3Config(task_type="SEQ_2_SEQ_LM"))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", IA3Config(task_type="SEQ_2_SEQ_LM"))
+    model.set_adapter("default")
+
+
+def hook(model: Any) -> None:
+    model.encoder.register_forward_hook(lambda *_: None)
+
+
+def other_embeddings(model: Any) -> None:
+    model.resize_token_embeddings(80)
+
+
+@pytest.mark.parametrize(
+    "change", [grown_bias, other_weight, other_vector, adapter_of_the_same_name, hook, other_embeddings]
+)
+def test_what_a_step_would_not_hear_is_an_error(tiny, randomise, change) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, optimiser_of(model)[0])
+    step(batch_of())
+    change(model)
+    with pytest.raises(RuntimeError, match="make the step again"):
+        step(batch_of())
+
+
+def test_what_is_loaded_in_place_is_heard(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    step(batch_of())
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
+    assert float(step(batch_of())) == pytest.approx(float(model(**batch_of()).loss.detach()), rel=1e-5)
+
+
+def test_a_forward_of_its_own_is_left_alone(tiny, randomise) -> None:
+    class Smoothed(T5ForConditionalGeneration):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = tiny("t5")
+    model.__class__ = Smoothed
+    model = randomise(get_peft_model(model, IA3Config(task_type="SEQ_2_SEQ_LM")))
+    step = ia3.compile_step(model, optimiser_of(model)[0])
+    assert step.reason == "a Smoothed has a forward of its own"
+
+
+def test_modules_trained_in_full_are_left_to_the_model(tiny, randomise) -> None:
+    model = get_peft_model(tiny("t5"), IA3Config(task_type="SEQ_2_SEQ_LM", modules_to_save=["lm_head"]))
+    model.set_adapter("default", inference_mode=True)
+    assert scores.why_not(model) == "lm_head is trained in full"
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_weights_of_several_kinds_are_left_to_the_model(tiny, half) -> None:
+    model = tiny("t5").to(half)
+    model.encoder.block[0].layer[1].DenseReluDense.wo.float()
+    model = get_peft_model(model, IA3Config(task_type="SEQ_2_SEQ_LM"))
+    said = "float16, in which" if half is torch.float16 else "torch.bfloat16, torch.float32"
+    assert said in (scores.why_not(model) or "")
+
+
+def test_the_ordinary_step_decays_vectors_alone_at_their_own_rates(tiny) -> None:
+    model = get_peft_model(tiny("t5"), IA3Config(task_type="SEQ_2_SEQ_LM", modules_to_save=["lm_head"]))
+    vectors = {name: p for name, p in model.named_parameters() if ".ia3_l." in name}
+    heads = [p for name, p in model.named_parameters() if p.requires_grad and name not in vectors]
+    still, moving = list(vectors.values())[:2], list(vectors.values())[2:]
+    with torch.no_grad():
+        for vector in vectors.values():
+            vector.fill_(2)
+    groups = [{"params": still, "lr": 0.0}, {"params": moving, "lr": 1e-6}, {"params": heads, "lr": 1e-6}]
+    step = ia3.compile_step(model, torch.optim.SGD(groups, lr=0.1), weight_decay=1e5)
+    assert step.path == "eager"
+    before = [head.detach().clone() for head in heads]
+    step(batch_of())
+    assert all(bool((vector == 2).all()) for vector in still)
+    assert all(float((vector - 1.9).abs().max()) < 1e-3 for vector in moving)
+    assert all(float((one - other).abs().max()) < 1e-3 for one, other in zip(heads, before, strict=True))
+
+
+def test_weights_laid_out_while_predicting_can_be_trained_through(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    batch = batch_of()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        scores.ChoiceScores(model, torch.tensor([[5, 1], [6, 1]]))(**inputs)
+    model(**batch).loss.backward()
+
+
+def test_batches_as_collators_make_them(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    batch = batch_of()
+    given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
+    assert float(step(given)) == float(step(batch))
+    whole = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+    assert float(step(whole)) == pytest.approx(float(model(**whole).loss.detach()), rel=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="decoder_input_ids are not its labels moved by one"):
+        step({**batch, "decoder_input_ids": batch["labels"].clamp(min=0)})
+
+
+def test_a_rate_moves_to_the_device_of_its_graph(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5", torch.float32)
+    optimizer = optimiser_of(model)[0]
+    given = torch.tensor(0.02, dtype=torch.float64)
+    optimizer.param_groups[0]["lr"] = given
+    _make_capturable(optimizer, torch.device("cpu"))
+    rate = optimizer.param_groups[0]["lr"]
+    assert (rate.dtype, float(rate)) == (torch.float32, pytest.approx(0.02))
+    before = _settings(optimizer)
+    assert _settings(optimizer) == before
+    optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+    assert _settings(optimizer) != before

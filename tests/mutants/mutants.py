@@ -219,7 +219,7 @@ MUTANTS = [
     ),
     Mutant(
         "fast/step.py",
-        "        if not self.loss_of.is_valid():\n",
+        "        if not self.standing.holds():\n",
         "        if False:\n",
         "a model that was cast trains on its old weights",
     ),

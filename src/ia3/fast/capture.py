@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,35 +89,58 @@ class Captured:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the rehearsal used is free for the graph's own pool
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads may go on meanwhile, a loader that pins its batches for example.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = self.function(*fixed, **held)
         torch.cuda.set_rng_state(random, self.device)
         return _Recorded(held, outputs, graph.replay)
 
 
 class Standing:
-    """How a model stands: where its tensors are and which adapters act. A recording is right as long as it holds.
+    """How a model stands: its modules, where its tensors are, whose hooks it has and which adapters act.
+
+    A recording is right as long as it holds.
 
     Args:
         model: any model, with adapters or without.
+        baked: tensors of it that were read once; not even a change in place is heard.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, baked: Sequence[Tensor] = ()) -> None:
         self.model, self.acting = model, _acting(model)
+        modules = list(model.modules())
         self.places = [
             (held, name, tensor.data_ptr())
-            for module in model.modules()
+            for module in modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
             if tensor is not None
         ]
+        self.children = [
+            (module._modules, name, child) for module in modules for name, child in module._modules.items()
+        ]
+        self.hooks = [(module, _count_hooks(module)) for module in modules]
+        self.baked = [(tensor, _version(tensor)) for tensor in baked]
 
     def holds(self) -> bool:
         """Whether a recording made then would compute what the model does now."""
-        if self.acting != _acting(self.model):
+        if self.acting != _acting(self.model) or any(_version(tensor) != version for tensor, version in self.baked):
+            return False
+        if any(modules.get(name) is not child for modules, name, child in self.children):
+            return False
+        if any(_count_hooks(module) != count for module, count in self.hooks):
             return False
         found = ((held.get(name), place) for held, name, place in self.places)
         return all(tensor is not None and tensor.data_ptr() == place for tensor, place in found)
+
+
+def _count_hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; nobody counts that of an inference tensor."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _acting(model: nn.Module) -> tuple[Any, ...]:

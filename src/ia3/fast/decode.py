@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ia3.adapter import Attached, gather_flat, gather_rows, site_vectors
 from ia3.fast import t5
 from ia3.fast.capture import Captured, Standing
-from ia3.fast.packing import IGNORED, Packed, Spans, pack, round_up, round_up_rows
+from ia3.fast.packing import IGNORED, Packed, Spans, pack, packable, round_up
 from ia3.model import PeftModel
 from ia3.rows import BASE, Rows, acting
 from ia3.sites import Layout, Side
@@ -39,6 +39,8 @@ _ROOM = 64
 _AHEAD = 2
 # Sizes of batches that are kept ready; each has the keys and values of its whole length.
 _KEPT = 4
+# A batch is not filled up to more than so many times its examples.
+_TOO_MANY = 8
 
 
 def compile_generate(model: Any, **settings: Any) -> Generate:
@@ -258,9 +260,8 @@ class Decoder(Generate):
         self.standing = Standing(model)
         self.kind: type[_Session] = _Seq2Seq if model.config.is_encoder_decoder else _Causal
         self.ready: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
-        self.by_hand: dict[tuple[int, int, int, Layout], _ByHand] = {}
+        self.by_hand: dict[_Size, _ByHand] = {}
         self.reasons: dict[Layout, str | None] = {}
-        self.rows = 0
         self.path = "captured" if model.device.type == "cuda" else "static"
 
     @torch.inference_mode()
@@ -278,7 +279,7 @@ class Decoder(Generate):
             self.by_hand.clear()
             self.reasons.clear()
             self.standing = Standing(self.model)
-        flat = self._flat(adapter_names)
+        flat = self._flat(adapter_names) if packable(attention_mask) else None
         if flat is not None:
             return self._write_by_hand(*flat, input_ids, attention_mask, mixed=adapter_names is not None)
         rows, length = self._size(*input_ids.shape)
@@ -319,25 +320,37 @@ class Decoder(Generate):
         self, layout: Layout, flat: Tensor, input_ids: Tensor, attention_mask: Tensor, *, mixed: bool
     ) -> Tensor:
         count = len(input_ids)
-        self.rows = max(self.rows, count)
         nothing = torch.full((count, 1), IGNORED)
         packed = pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
-        packed = round_up(packed, self.rows, self.plan.pad)
-        session = self._by_hand(packed.longest, layout, self.rows if mixed else 1)
+        key = self._fitting(count, round_up(packed, count, self.plan.pad), layout, mixed)
+        packed = round_up(packed, key.rows, self.plan.pad)
+        session = self._by_hand(key)
         session.hold(flat)
         written = self._until_ended(session, lambda: session.reading(**packed.tensors), session.going_on)
         tokens = session.tokens[:count, :written].clone()
         return torch.cat([self._head(input_ids), tokens[:, : self._longest(tokens)]], dim=1)
 
-    def _by_hand(self, longest: int, layout: Layout, groups: int) -> _ByHand:
+    def _fitting(self, count: int, packed: Packed, layout: Layout, mixed: bool) -> _Size:
+        """The size of the smallest session that is kept and not many times too large, or else of a new one."""
+        tokens = len(packed.tokens)
+        fits = [
+            size
+            for size in self.by_hand
+            if (size.longest, size.mixed, size.layout) == (packed.longest, mixed, layout)
+            and count <= size.rows <= _TOO_MANY * count
+            and size.most >= tokens
+        ]
+        new = _Size(_power_of_two(count), _power_of_two(tokens), packed.longest, mixed, layout)
+        return min(fits, key=lambda size: (size.rows, size.most), default=new)
+
+    def _by_hand(self, key: _Size) -> _ByHand:
         """The session for batches of a size, the latest used of those that are kept."""
-        key = (self.rows, longest, groups, layout)
         session = self.by_hand.pop(key, None)
         if session is None:
             while len(self.by_hand) >= _KEPT:
                 del self.by_hand[next(iter(self.by_hand))]
-            session = _ByHand(self.model, self.plan, *key)
-            self.standing = Standing(self.model)  # its weights were laid out anew
+            session = _ByHand(self.model, self.plan, key)
+            self.standing = Standing(self.model, session.hand.baked)  # its weights were laid out anew
         self.by_hand[key] = session
         return session
 
@@ -601,30 +614,47 @@ class _Seq2Seq(_Session):
         return self.take(output.logits[:, -1])
 
 
+@dataclass(frozen=True)
+class _Size:
+    """Of a batch that T5's forward by hand writes.
+
+    Args:
+        rows: the examples.
+        most: all inputs together have no more tokens.
+        longest: no input has more.
+        mixed: whether each example has vectors of its own.
+        layout: the vectors' sites.
+    """
+
+    rows: int
+    most: int
+    longest: int
+    mixed: bool
+    layout: Layout
+
+
 class _ByHand(_Session):
     """T5 and mT5 by hand, with one vector a site for all examples or one an example.
 
     Args:
         model: a model for which `t5.why_not` has nothing to say.
         plan: what is asked for.
-        rows: the batch's.
-        longest: no input has more tokens.
-        groups: 1, or as many as rows.
-        layout: the vectors' sites.
+        size: the batch's.
     """
 
     has_start = True
 
-    def __init__(self, model: Any, plan: _Plan, rows: int, longest: int, groups: int, layout: Layout) -> None:
-        super().__init__(model, plan, rows, longest)
+    def __init__(self, model: Any, plan: _Plan, size: _Size) -> None:
+        rows, layout = size.rows, size.layout
+        super().__init__(model, plan, rows, size.longest)
         device, config = model.device, model.config
         self.hand = t5.T5Loss(model, layout)
-        self.layout, self.groups = layout, groups
+        self.layout, self.groups = layout, rows if size.mixed else 1
         inner, layers = config.num_heads * config.d_kv, len(self.hand.decoder)
         whole: dict[str, Any] = {"dtype": model.dtype, "device": device}
         # Each site's vectors next to each other, as a step reads them.
-        self.vectors = [torch.ones(1, groups, width, **whole) for width in layout.widths]
-        self.kv = torch.zeros(round_up_rows(rows * longest), layers * 2 * inner, **whole)
+        self.vectors = [torch.ones(1, self.groups, width, **whole) for width in layout.widths]
+        self.kv = torch.zeros(size.most, layers * 2 * inner, **whole)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self.caches = [torch.zeros(rows, _round_up(plan.new, BUCKET), 2 * inner, **whole) for _ in range(layers)]
         self.reading, self.going_on = Captured(self._begin, device), Captured(self.go_on, device)
@@ -715,6 +745,10 @@ def fill_up(batch: Tensor, rows: int) -> Tensor:
     """A batch with copies of its first row behind it, `[rows, …]`."""
     missing = rows - len(batch)
     return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +60,7 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
     for down, up in ((at[2], at[3]) for at in _places(model)):
         if down in taken and up in taken:
             return f"both the output of {up[0]} and the input of {down[0]} are adapted"
-    return unheard(model)
+    return unheard(model, _CLASSES)
 
 
 def _other_formula(model: Any) -> str | None:
@@ -230,7 +230,7 @@ class LlamaLoss:
         if recompute and model.config.attention_dropout:
             raise ValueError("Attention dropout can't be computed again: set attention_dropout to 0, or not recompute.")
         self.act: Any = model.model.layers[0].mlp.act_fn
-        self.joined: list[tuple[nn.Module, Tensor]] = []
+        self.biases: list[Tensor] = []
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         place: dict[_Place, int] = {(site.path, site.side): index for index, site in enumerate(layout.sites)}
         self.layers = [
@@ -272,9 +272,10 @@ class LlamaLoss:
             self.angles[length] = (cos, sin)
         return self.angles[length]
 
-    def is_valid(self) -> bool:
-        """Whether the model's weights are still those that were laid out."""
-        return all(first.weight.data_ptr() == together.data_ptr() for first, together in self.joined)  # type: ignore[operator]
+    @property
+    def baked(self) -> list[Tensor]:
+        """The weights that are read once and not in each forward: a change of theirs is not heard."""
+        return self.biases
 
     def _layer(self, path: str, k: int | None, v: int | None, ff: int | None) -> _Layer:
         layer = self.model.get_submodule(path)
@@ -293,9 +294,9 @@ class LlamaLoss:
     def _join(self, paths: list[str]) -> _Product:
         (together,) = lay_out(self.model, [paths])
         modules: list[Any] = [self.model.get_submodule(path) for path in paths]
-        self.joined.append((modules[0], together))
         if modules[0].bias is None:
             return _Product(together, None)
+        self.biases.extend(module.bias for module in modules)
         return _Product(together, torch.cat([module.bias.detach() for module in modules]))
 
 

@@ -135,8 +135,7 @@ def pack(batch: Mapping[str, Tensor]) -> Packed:
     if set(batch) != set(INPUTS):
         raise ValueError(f"The batch holds {sorted(batch)}; this step takes {sorted(INPUTS)} and no more.")
     ids, mask, labels = batch["input_ids"].cpu(), batch["attention_mask"].cpu() != 0, batch["labels"].cpu()
-    lengths = mask.sum(1)
-    pieces = mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    lengths, pieces = mask.sum(1), _pieces(mask)
     if bool((pieces > 1).any()):
         raise ValueError(
             f"The attention_mask of example {int(pieces.argmax())} hides tokens between others. This step leaves "
@@ -151,6 +150,17 @@ def pack(batch: Mapping[str, Tensor]) -> Packed:
     return Packed(ids[mask], starts, labels, longest, uniform=bool((lengths == longest).all()))
 
 
+def packable(mask: Tensor) -> bool:
+    """Whether each example has tokens, without any hidden between others: `[batch, source]`, 0 at padding."""
+    mask = mask.cpu() != 0
+    return bool((_pieces(mask) == 1).all())
+
+
+def _pieces(mask: Tensor) -> Tensor:
+    """In how many pieces each row's tokens are."""
+    return mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+
+
 def round_up(packed: Packed, examples: int, filler: int) -> Packed:
     """To one of few shapes, so that few graphs serve all batches: filled up with rows and examples that are nobody's.
 
@@ -159,7 +169,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
         examples: as many as the largest batch has.
         filler: a token.
     """
-    rows = round_up_rows(len(packed.tokens))
+    rows = _rounded(len(packed.tokens))
     missing = (0, rows - len(packed.tokens))
     more = examples - len(packed.labels)
     width = -packed.labels.shape[1] % 4
@@ -171,7 +181,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
     )
 
 
-def round_up_rows(count: int) -> int:
+def _rounded(count: int) -> int:
     """Up to a multiple of 64, of more from 2,048 on: at most a fifteenth more."""
     multiple = max(64, 1 << max(0, count.bit_length() - 5))
     return max(1, -(-count // multiple)) * multiple

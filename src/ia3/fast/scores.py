@@ -37,7 +37,7 @@ class ChoiceScores:
         self.vectors = [vector for _, vector in site_vectors(model, adapter)]
         self.by_hand = t5.T5Loss(model, adapter.layout)
         self.computation = Captured(self._compute, model.device, rehearsal=self._compute)
-        self.standing = Standing(model)
+        self.standing = Standing(model, self.by_hand.baked)
         self.rows = 0
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

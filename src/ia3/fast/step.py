@@ -6,7 +6,7 @@ is. Where a model or an optimizer is not one that this is right for, the step is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.adapter import Adapter, attached, site_vectors
 from ia3.fast import llama, packing, t5
-from ia3.fast.capture import Captured
-from ia3.sites import Layout
+from ia3.fast.capture import Captured, Standing
+from ia3.sites import VECTORS, Layout
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,16 @@ class _Eager(Step):
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
         self.reason = reason
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         device = self.model.device
         loss: Tensor = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
         loss.backward()  # type: ignore[no-untyped-call]
+        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         if self.norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.norm)
+            torch.nn.utils.clip_grad_norm_(trained.values(), self.norm)
         if self.decay:
-            _decay(self.trained, self.optimizer, self.decay)
+            _decay([each for name, each in trained.items() if f".{VECTORS}." in name], self.optimizer, self.decay)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -185,9 +185,11 @@ class _Fast(Step):
         self.examples = 0
         if self.computation.records:
             _make_capturable(optimizer, model.device)
+        self.standing = Standing(model, self.loss_of.baked)
+        self.settings = _settings(optimizer)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        packed = self.family.pack(batch)
+        packed = self.family.pack(self._checked(batch))
         self._expect_as_it_was()
         self._point_gradients()
         if self.computation.records:
@@ -195,9 +197,24 @@ class _Fast(Step):
             packed = self.family.round_up(packed, self.examples, self.model.config.pad_token_id or 0)
         fixed = (self.model.training, packed.longest, packed.uniform)
         loss: Tensor = self.computation(*fixed, **packed.tensors)
+        for vector in self.vectors:
+            vector.grad = None
         if self.scheduler is not None:
             self.scheduler.step()
         return loss.clone()
+
+    def _checked(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With a mask, and without a decoder's inputs, which must be those that the labels make."""
+        batch = dict(batch)
+        if "input_ids" in batch:
+            batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        given = batch.pop("decoder_input_ids", None)
+        if given is not None and not torch.equal(given, self.model._shift_right(batch["labels"].to(given.device))):
+            raise ValueError(
+                "The batch's decoder_input_ids are not its labels moved by one, which this step takes: leave them "
+                "out, or train with the model's own forward."
+            )
+        return batch
 
     def _expect_as_it_was(self) -> None:
         state = attached(self.model)
@@ -206,8 +223,16 @@ class _Fast(Step):
                 f"The step was made for the adapter {self.adapter.name!r} acting alone; now {list(state.active)} are "
                 "active, disabled or merged: make it again by compile_step."
             )
-        if not self.loss_of.is_valid():
-            raise RuntimeError("The model was moved, cast or unloaded after compile_step: make the step again.")
+        if not self.standing.holds():
+            raise RuntimeError(
+                "The model was moved, cast, unloaded, hooked or given other weights or vectors after compile_step: "
+                "make the step again."
+            )
+        if self.computation.records and _settings(self.optimizer) != self.settings:
+            raise RuntimeError(
+                "The optimizer's rates, moments or other settings were replaced after compile_step, and a graph goes "
+                "on with the old ones: change a rate in place (group['lr'].fill_(…)), or make the step again."
+            )
 
     def _point_gradients(self) -> None:
         """Each vector's gradient is a view of the one flat gradient."""
@@ -233,19 +258,33 @@ class _Fast(Step):
         return losses[0].detach()
 
 
-def _decay(vectors: list[Parameter], optimizer: Optimizer, decay: float) -> None:
-    rate = optimizer.param_groups[0]["lr"]
+def _decay(vectors: Sequence[Parameter], optimizer: Optimizer, decay: float) -> None:
+    """Each vector some of its way back to one, at its own group's rate."""
+    wanted = {id(vector) for vector in vectors}
     with torch.no_grad():
-        for vector in vectors:
-            vector.add_((1 - vector) * (rate * decay))
+        for group in optimizer.param_groups:
+            for vector in group["params"]:
+                if id(vector) in wanted:
+                    vector.add_((1 - vector) * (group["lr"] * decay))
+
+
+def _settings(optimizer: Optimizer) -> list[Any]:
+    """What a graph was recorded with: the settings by value, rates and moments by where they are."""
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        plain = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+        state = optimizer.state[group["params"][0]]
+        moments = [state[name].data_ptr() for name in sorted(state) if isinstance(state[name], Tensor)]
+        rate = group["lr"]
+        found.append((plain, rate.data_ptr() if isinstance(rate, Tensor) else rate, moments))
+    return found
 
 
 def _make_capturable(optimizer: AdamW, device: torch.device) -> None:
     """Let a graph read the rate, and let the state live on the GPU from the beginning."""
     for group in optimizer.param_groups:
         group["capturable"], group["fused"], group["foreach"] = True, True, False
-        rate = group["lr"]
-        group["lr"] = rate if isinstance(rate, Tensor) else torch.tensor(float(rate), device=device)
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if not state:

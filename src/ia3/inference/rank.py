@@ -101,14 +101,14 @@ class LabelScorer:
     ) -> None:
         self.model, self.tokenizer, self.max_length, self.batch_size = model.eval(), tokenizer, max_length, batch_size
         self.labels = labels
-        self.choices = pad_choices(tokenise_labels(labels, tokenizer)).to(model.device)
+        self.tokens = pad_choices(tokenise_labels(labels, tokenizer))
         self.length_normalised, self.rows = length_normalised, 0
-        self.reason = _why_not(model)
-        self.path = "captured" if self.reason is None else "eager"
         self._record_anew()
 
     def _record_anew(self) -> None:
         """By hand, where an adapter acts alone on a T5; else by the model's own forward."""
+        self.choices, self.reason = self.tokens.to(self.model.device), _why_not(self.model)
+        self.path = "captured" if self.reason is None else "eager"
         self.by_hand = None
         if self.reason is None and by_hand.why_not(self.model) is None:
             self.by_hand = by_hand.ChoiceScores(self.model, self.choices)
