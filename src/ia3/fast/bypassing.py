@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import nn
 
-from ia3.sites import VECTORS
+from ia3.sites import VECTORS, Site
 from ia3.swap import SavedModule
 
 _OWN_HOOKS = ("scale_input", "scale_output", "_take_adapter_names", "_forget_adapter_names")
@@ -27,6 +27,14 @@ def unheard(model: Any, classes: Sequence[str]) -> str | None:
     if len(dtypes) > 1:
         return f"its weights are of several kinds: {', '.join(sorted(map(str, dtypes)))}"
     return next((reason for path, module in model.named_modules() if (reason := _of(path, module))), None)
+
+
+def other_site(sites: Sequence[Site], expected: Container[tuple[str, str]]) -> str | None:
+    """The first site that is not written by hand, or is a part of one that is; None where there is none."""
+    other = next((site for site in sites if (site.path, site.side) not in expected or site.intervals), None)
+    if other is None:
+        return None
+    return f"the {other.side} of {other.path} is adapted, where it expects keys, values and feed-forward alone"
 
 
 def _is_written(base: type, classes: Sequence[str]) -> bool:

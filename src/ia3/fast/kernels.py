@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ia3.fast.operations import of_layer
 from ia3.fast.packing import Spans
 
 Vector = Tensor | None
@@ -564,7 +565,7 @@ class _CrossAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.form = _Form(q.shape[-1], of_q, of_k, None, l_k, l_v, heads, p)
         ctx.index, ctx.shared = index, shared
-        out, normalisers = ctx.form.forward(q, *_of_layer(kv, index, q), None, l_k, l_v, seed)
+        out, normalisers = ctx.form.forward(q, *of_layer(kv, index, q.shape[-1]), None, l_k, l_v, seed)
         ctx.save_for_backward(q, kv, l_k, l_v, seed, normalisers)
         return out  # type: ignore[no-any-return]
 
@@ -576,16 +577,10 @@ class _CrossAttention(torch.autograd.Function):
         if "gradient" not in ctx.shared:
             ctx.shared["gradient"] = torch.empty_like(kv)
         dq = torch.empty_like(q)
-        d_k, d_v = _of_layer(ctx.shared["gradient"], ctx.index, q)
-        d_vectors = ctx.form.backward(q, *_of_layer(kv, ctx.index, q), None, *rest, grad, dq, d_k, d_v)
+        d_k, d_v = of_layer(ctx.shared["gradient"], ctx.index, q.shape[-1])
+        d_vectors = ctx.form.backward(q, *of_layer(kv, ctx.index, q.shape[-1]), None, *rest, grad, dq, d_k, d_v)
         whole = ctx.shared.pop("gradient") if ctx.index == 0 else None
         return dq, None, whole, None, None, None, *d_vectors, None, None, None
-
-
-def _of_layer(kv: Tensor, index: int, q: Tensor) -> tuple[Tensor, Tensor]:
-    inner = q.shape[-1]
-    start = 2 * index * inner
-    return kv[:, start : start + inner], kv[:, start + inner : start + 2 * inner]
 
 
 def cross_attention(

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ia3.fast import packing
-from ia3.fast.bypassing import unheard
+from ia3.fast.bypassing import other_site, unheard
 from ia3.fast.operations import (
     Vector,
     add_norm,
@@ -53,9 +53,9 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
     if reason is not None:
         return reason
     expected = {site for at in _places(model) for site in at}
-    other = next((site for site in sites if (site.path, site.side) not in expected or site.intervals), None)
+    other = other_site(sites, expected)
     if other is not None:
-        return f"the {other.side} of {other.path} is adapted, where it expects keys, values and feed-forward alone"
+        return other
     taken = {(site.path, site.side) for site in sites}
     for down, up in ((at[2], at[3]) for at in _places(model)):
         if down in taken and up in taken:
@@ -126,8 +126,6 @@ class PackedTexts:
         Raises:
             ValueError: the examples can't be divided into these groups.
         """
-        if self.examples % groups:
-            raise ValueError(f"{self.examples} examples can't be divided into {groups} equal groups.")
         return Spans(self.starts, self.longest, len(self.tokens), groups, self.uniform)
 
 

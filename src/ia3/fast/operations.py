@@ -202,9 +202,14 @@ def cross_attention(
     """
     if seed is not None and of_k.longest <= MOST_KEYS:
         return _kernels().cross_attention(q, of_q, kv, of_k, index, shared, l_k, l_v, heads, p, seed)  # type: ignore[no-any-return]
-    inner = q.shape[-1]
-    k, v = kv[:, 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
+    k, v = of_layer(kv, index, q.shape[-1])
     return scaled(_attend(scaled(q, l_k, of_q), of_q, k, v, of_k, None, heads, p), l_v, of_q)
+
+
+def of_layer(kv: Tensor, index: int, inner: int) -> tuple[Tensor, Tensor]:
+    """A layer's own keys and values of all layers', views `[rows, inner]`."""
+    k, v = kv[:, 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
+    return k, v
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, by_kernels: bool) -> Tensor:

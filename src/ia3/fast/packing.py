@@ -24,6 +24,9 @@ class Spans:
         rows: of all, those of nobody included.
         groups: the examples are divided into so many equal groups in their order.
         uniform: every example has `longest` rows and nobody's are left, which the host knows.
+
+    Raises:
+        ValueError: the examples can't be divided into these groups.
     """
 
     starts: Tensor
@@ -31,6 +34,10 @@ class Spans:
     rows: int
     groups: int = 1
     uniform: bool = False
+
+    def __post_init__(self) -> None:
+        if self.examples % self.groups:
+            raise ValueError(f"{self.examples} examples can't be divided into {self.groups} equal groups.")
 
     @classmethod
     def even(cls, examples: int, length: int, groups: int, device: torch.device) -> Spans:
@@ -115,9 +122,6 @@ class Packed:
         Raises:
             ValueError: the examples can't be divided into these groups.
         """
-        examples = len(self.labels)
-        if examples % groups:
-            raise ValueError(f"{examples} examples can't be divided into {groups} equal groups.")
         return Spans(self.starts, self.longest, len(self.tokens), groups, self.uniform)
 
 

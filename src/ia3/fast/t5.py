@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ia3.fast.bypassing import unheard
+from ia3.fast.bypassing import other_site, unheard
 from ia3.fast.operations import (
     MOST_KEYS,
     Chance,
@@ -31,6 +31,7 @@ from ia3.fast.operations import (
     dropout,
     gated,
     has_kernels,
+    of_layer,
     self_attention,
     spread,
     token_losses,
@@ -50,9 +51,9 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
     if not any(base.__name__ in _CLASSES for base in type(model).__mro__):
         return f"it is written for T5 and mT5, and this is a {type(model).__name__}"
     expected = _expected_sites(model)
-    other = next((site for site in sites if (site.path, site.side) not in expected or site.intervals), None)
+    other = other_site(sites, expected)
     if other is not None:
-        return f"the {other.side} of {other.path} is adapted, where it expects keys, values and feed-forward alone"
+        return other
     twice = _adapted_twice(sites)
     if twice is not None:
         return twice
@@ -82,19 +83,18 @@ def _adapted_twice(sites: Sequence[Site]) -> str | None:
     return None
 
 
-def _expected_sites(model: Any) -> dict[tuple[str, str], str]:
-    """Where a vector may be: (path, side) to the part of its block that it multiplies."""
-    inner = "wi_1" if model.config.is_gated_act else "wi"
-    expected: dict[tuple[str, str], str] = {}
+def _expected_sites(model: Any) -> set[tuple[str, str]]:
+    """Where a vector may be, as (path, side)."""
+    expected: set[tuple[str, str]] = set()
     for path, _ in model.named_modules():
         name = path.rsplit(".", 1)[-1]
         if name in ("SelfAttention", "EncDecAttention"):
-            expected |= {(f"{path}.{part}", "output"): part for part in ("k", "v")}
+            expected |= {(f"{path}.{part}", "output") for part in ("k", "v")}
         elif name == "DenseReluDense":
-            expected[f"{path}.wo", "input"] = "ff"
+            expected.add((f"{path}.wo", "input"))
             # The activation stands between `wi` and the product, so only a gate's linear half commutes.
-            if inner == "wi_1":
-                expected[f"{path}.wi_1", "output"] = "ff"
+            if model.config.is_gated_act:
+                expected.add((f"{path}.wi_1", "output"))
     return expected
 
 
@@ -232,9 +232,8 @@ class T5Loss:
             k, v = cache.index_copy_(1, position, own[:, None]).flatten(0, 1).chunk(2, -1)
             h = functional.linear(run.attention(q, one, k, v, before, bias, a), a.out)
             x, normed = run.add_norm(x, h, c.norm)
-            q, inner = functional.linear(normed, c.project), cache.shape[-1] // 2
-            k, v = kv[:, 2 * index * inner : (2 * index + 2) * inner].chunk(2, -1)
-            h = functional.linear(run.attention(q, one, k, v, source, None, c), c.out)
+            q = functional.linear(normed, c.project)
+            h = functional.linear(run.attention(q, one, *of_layer(kv, index, q.shape[-1]), source, None, c), c.out)
             x, h = run.feed(x, h, block.feed_forward, one)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
         return self._logits(x)

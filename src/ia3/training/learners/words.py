@@ -109,11 +109,12 @@ class Words(Writer[TokenisedExample]):
     def _write(self, rows: Sequence[TokenisedExample]) -> tuple[list[str], Tensor]:
         """What the model writes, and the summed loss of each label's tokens."""
         assert self.task.max_new_tokens is not None
-        if self._fast is not None:
+        fast = self._fast
+        if fast is not None:
             batch = self._evaluation_batch(rows, torch.device("cpu"))
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            found = self._fast.scores(**inputs)
-            words = as_words(self.tokenizer, self._fast.generate(batch["input_ids"], batch["attention_mask"]))
+            found = fast.scores(**inputs)
+            words = as_words(self.tokenizer, fast.generate(batch["input_ids"], batch["attention_mask"]))
             return words, -found[torch.arange(len(rows)), self._correct(rows)].double().sum(1)
         batch = self._evaluation_batch(rows, self.model.device)
         labels = batch.pop("labels")
@@ -123,13 +124,11 @@ class Words(Writer[TokenisedExample]):
 
     def _rank(self, rows: Sequence[TokenisedExample]) -> tuple[list[str], Tensor]:
         """The likeliest labels, and the summed loss of each right one's tokens."""
-        batch = self._evaluation_batch(rows, torch.device("cpu") if self._fast is not None else self.model.device)
+        fast = self._fast
+        batch = self._evaluation_batch(rows, torch.device("cpu") if fast is not None else self.model.device)
         choices = self._choices().expand(len(rows), -1, -1).to(self.model.device)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if self._fast is not None:
-            found = self._fast.scores(**inputs)
-        else:
-            found = choice_log_probabilities(self.model, choices, **inputs)
+        found = fast.scores(**inputs) if fast is not None else choice_log_probabilities(self.model, choices, **inputs)
         best = choice_scores(found, choices).argmax(dim=-1).tolist()
         losses = -found[torch.arange(len(rows)), self._correct(rows)].double().sum(1)
         return [self.task.labels[index] for index in best], losses
