@@ -19,6 +19,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,12 +87,12 @@ def batch_of(words: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def measure(
-    model: torch.nn.Module, make: Callable[..., Callable[[], Any]], lengths: tuple[int, ...], device: str
+    model: torch.nn.Module, make: Callable[..., Callable[[], Any]], lengths: tuple[int, ...], device: str, *, own: bool
 ) -> dict[str, Any]:
     """One case: its first step's loss, set-up, times and memory."""
     cuda = device == "cuda"
     batch = batch_of(model.config.vocab_size, lengths)
-    if make is not ours:
+    if not own:
         batch = {name: batch[name].to(device) for name in ("input_ids", "labels")}
         with torch.no_grad():
             loss = float(model(**batch).loss)
@@ -105,7 +106,7 @@ def measure(
     if cuda:
         torch.cuda.synchronize()
     setup = time.perf_counter() - started
-    row = {"loss": float(first) if make is ours else loss, "setup_s": setup}
+    row = {"loss": float(first) if own else loss, "setup_s": setup}
     return row | timed(step, cuda, 20 if cuda else 2) | (launches(step) if cuda else {})
 
 
@@ -126,6 +127,7 @@ def main() -> None:
     cases: list[tuple[str, Any, Any, Any, tuple[int, ...]]] = [
         ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, FULL),
         ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, MIXED),
+        ("ia3 compile_step, fp8", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), partial(ours, frozen="fp8"), FULL),
         ("PEFT IA3 captured", peft, peft.IA3Config(task_type="CAUSAL_LM"), captured, FULL),
         ("PEFT LoRA captured", peft, lora, captured, FULL),
         ("PEFT IA3", peft, peft.IA3Config(task_type="CAUSAL_LM"), guide, FULL),
@@ -133,14 +135,14 @@ def main() -> None:
     ]
     rows: list[dict[str, Any]] = []
     for name, library, config, make, lengths in cases:
-        if (make is captured and not cuda) or (arguments.ours and make is not ours):
+        if (make is captured and not cuda) or (arguments.ours and library is not ia3):
             continue
         row: dict[str, Any] = {"name": name, "lengths": list(lengths)}
         model = library.get_peft_model(build(shape, device), config).train()
         row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         try:
             with without_masks():
-                row |= measure(model, make, lengths, device)
+                row |= measure(model, make, lengths, device, own=library is ia3)
         except Exception as error:  # the next cases can still be measured
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from ia3 import IA3Config, get_peft_model
+from ia3.fast.bypassing import own_forward
 
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -82,6 +83,11 @@ def seq2seq_batch(size: int = 3, seed: int = 2) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def models_own(model: nn.Module, **batch: torch.Tensor):
+    """The output of the base model's own forward, which in training an adapted model's stands before."""
+    return own_forward(type(model))(model, **batch)
 
 
 def vector_gradients(model: nn.Module) -> dict[str, torch.Tensor]:

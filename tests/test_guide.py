@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from ia3 import PeftModelForSeq2SeqLM
+from ia3.bundled import resolve_model
 
 GUIDE = Path(__file__).parents[1] / "examples" / "guide.py"
 LABELS = ("negative", "neutral", "positive")
@@ -78,8 +80,12 @@ def test_float64_losses_over_100_steps(guide, tiny, tmp_path):
     assert ours["word"] == theirs["word"]
 
 
-def test_the_real_model_over_20_steps(guide, tmp_path):
-    arguments = ["--limit", "180", "--padding", "longest", "--steps", "20"]
+def test_the_real_model_over_20_steps_without_dropout(guide, tmp_path):
+    """With dropout the two draw other masks."""
+    folder = shutil.copytree(resolve_model("bundled:flan-t5-small-titler"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.0}))
+    arguments = ["--model", str(folder), "--limit", "180", "--padding", "longest", "--steps", "20"]
     ours, theirs = (run(guide, library, tmp_path, *arguments) for library in ("ia3", "peft"))
     assert len(ours["train_losses"]) == 20
     differences = [abs(a - b) for a, b in zip(ours["train_losses"], theirs["train_losses"], strict=True)]

@@ -31,6 +31,8 @@ from ia3.checkpoint import (
     write_tensors,
 )
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+from ia3.fast.families import may_be_by_hand
+from ia3.fast.forward import forget, with_loss_by_hand
 from ia3.files import HUB_ARGUMENTS
 from ia3.rows import Rows, acting, begin_forward, end_forward
 from ia3.sites import SAVED_COPIES, VECTORS, logger
@@ -155,6 +157,11 @@ class PeftModel(Swapped):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to do: `__new__` returned a model that was made long ago."""
+
+    @classmethod
+    def members_over(cls, old: type[nn.Module]) -> dict[str, Any]:
+        """The base's forward, which in training gives its loss by hand where that is right."""
+        return {"forward": with_loss_by_hand(old)} if may_be_by_hand(old) else {}
 
     # Loading and saving
 
@@ -627,6 +634,11 @@ class PeftModel(Swapped):
 
     # Inside
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the model, which leaves nothing of the weights that it had."""
+        forget(self)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     @property
     def _state(self) -> adapters.Attached:
         return adapters.attached(self)
@@ -714,6 +726,7 @@ def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for key in [key for key, hook in model._forward_hooks.items() if hook is _forget_adapter_names]:
         del model._forward_hooks[key], model._forward_hooks_always_called[key]
+    forget(model)
     del model._hf_peft_config_loaded, model.peft_config
     swap_back(model)
     return model

@@ -1,7 +1,8 @@
-"""Frozen weights laid out anew: several linear layers' weights as views of one storage, so that one product does."""
+"""Frozen weights laid out anew: several linear layers' next to each other in memory, so that one product does."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,28 @@ from torch import Tensor, nn
 _STATE = "_ia3_laid_out"
 
 
-def lay_out(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
-    """Put each group's weights into one storage; the layers' own weights become views of it.
+class _LaidOut:
+    """What of a model was laid out: the layers' paths, and the weights together as long as somebody needs them.
 
-    Parameters stay the same objects with the same values under the same names, so that checkpoints, optimizers and
-    whoever calls the layers notice nothing. No memory is kept twice.
+    A copy of the model has nothing of it: its weights are copied one by one.
+    """
+
+    def __init__(self) -> None:
+        self.paths: dict[str, None] = {}
+        self.together: dict[tuple[str, ...], weakref.ref[Tensor]] = {}
+
+    def __deepcopy__(self, memo: Any) -> _LaidOut:
+        return _LaidOut()
+
+    def __reduce__(self) -> tuple[type[_LaidOut], tuple[()]]:
+        return _LaidOut, ()
+
+
+def lay_out(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Put each group's weights next to each other; the layers' own weights are parts of that memory from then on.
+
+    Parameters stay the same objects with the same values under the same names, each with a storage of its own, so that
+    checkpoints, optimizers and whoever calls the layers notice nothing. No memory is kept twice.
 
     Args:
         model: the model.
@@ -24,39 +42,43 @@ def lay_out(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     Returns:
         One tensor a group, `[sum of outputs, in]`; it stops being the layers' where the model is moved or cast.
     """
-    together = [_join(model, paths) for paths in groups]
-    held: dict[str, Any] = model.__dict__.setdefault(_STATE, {})
-    held.update(dict.fromkeys(path for paths in groups for path in paths))
+    state: _LaidOut = model.__dict__.setdefault(_STATE, _LaidOut())
+    found = []
+    for group in groups:
+        paths = tuple(group)
+        weights = [model.get_parameter(f"{path}.weight") for path in paths]
+        held = state.together.get(paths)
+        together = None if held is None else held()
+        if together is None or not _are_parts(weights, together):
+            together = _join(weights)
+            state.together[paths] = weakref.ref(together)
+        state.paths.update(dict.fromkeys(paths))
+        found.append(together)
+    return found
+
+
+def _join(weights: Sequence[nn.Parameter]) -> Tensor:
+    with torch.inference_mode(False):  # a weight made in it could never again be trained through
+        together = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, torch.split(together, [len(weight) for weight in weights]), strict=True):
+            # A view would share its storage, and who saves a model by its storages would leave it out.
+            weight.data = torch.from_dlpack(part)  # type: ignore[attr-defined]
     return together
 
 
-def _join(model: nn.Module, paths: Sequence[str]) -> Tensor:
-    weights = [model.get_parameter(f"{path}.weight") for path in paths]
-    joined = _already_joined(weights)
-    if joined is not None:
-        return joined
-    with torch.inference_mode(False):  # a weight made in it could never again be trained through
-        joined = torch.cat([weight.detach() for weight in weights])
-        for weight, view in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
-            weight.data = view
-    return joined
-
-
-def _already_joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """The tensor that these are views of already, one after the other."""
-    first = weights[0]
-    start = first.data_ptr()
+def _are_parts(weights: Sequence[Tensor], together: Tensor) -> bool:
+    """Whether the weights are one after the other in this memory."""
+    place, end = together.data_ptr(), together.data_ptr() + together.numel() * together.element_size()
     for weight in weights:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.is_contiguous()
-        if not same or weight.data_ptr() != start:
-            return None
-        start += weight.numel() * weight.element_size()
-    rows = sum(len(weight) for weight in weights)
-    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+        if weight.data_ptr() != place or weight.dtype is not together.dtype or not weight.is_contiguous():
+            return False
+        place += weight.numel() * weight.element_size()
+    return place == end
 
 
 def restore(model: nn.Module) -> None:
-    """Give each weight that `lay_out` moved a storage of its own again, with the same bits."""
-    for path in model.__dict__.pop(_STATE, {}):
+    """Give each weight that `lay_out` moved memory of its own again, with the same bits."""
+    state: _LaidOut | None = model.__dict__.pop(_STATE, None)
+    for path in state.paths if state is not None else ():
         weight = model.get_parameter(f"{path}.weight")
         weight.data = weight.data.clone()

@@ -26,6 +26,11 @@ class Swapped(_Base):
     _ia3_old_class: type[nn.Module]
     _ia3_mixin: type[Swapped]
 
+    @classmethod
+    def members_over(cls, old: type[nn.Module]) -> dict[str, Any]:
+        """What the swapped class has besides, which depends on the old one."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
@@ -41,7 +46,7 @@ def swapped_class(old: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]
     """One class for each (old class, mixin), with the old one's name."""
     if (old, mixin) not in _CLASSES:
         namespace = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")}
-        namespace |= {"_ia3_old_class": old, "_ia3_mixin": mixin}
+        namespace |= {"_ia3_old_class": old, "_ia3_mixin": mixin, **mixin.members_over(old)}
         _CLASSES[old, mixin] = type(old.__name__, (mixin, old), namespace)
     return _CLASSES[old, mixin]
 

@@ -15,6 +15,7 @@ from test_t5 import adapted
 
 import ia3
 import tiny_seq2seq
+from builders import models_own
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -27,11 +28,11 @@ def _exact_products():
     torch.set_float32_matmul_precision(before)
 
 
-def train_eagerly(model: Any, data: list[dict[str, Any]] | None = None) -> list[float]:
+def train_eagerly(model: Any, data: list[dict[str, Any]] | None = None, forward: Any = models_own) -> list[float]:
     optimizer, schedule = optimiser_of(model)
     losses = []
     for batch in data or batches():
-        loss = model(**{name: tensor.cuda() for name, tensor in batch.items()}).loss
+        loss = forward(model, **{name: tensor.cuda() for name, tensor in batch.items()}).loss
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -54,6 +55,26 @@ def test_twenty_steps(tiny, randomise, form) -> None:
     for name, vector in vectors_of(usual).items():
         torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
     assert float(schedule.get_last_lr()[0]) == 0.0
+
+
+@pytest.mark.parametrize("form", ["t5 gated", "mt5", "llama"])
+def test_twenty_steps_of_an_own_loop(tiny, randomise, form) -> None:
+    usual, data = start(tiny, randomise, form)
+    usual = usual.cuda().train()
+    other = copy.deepcopy(usual)
+    for module in (*usual.modules(), *other.modules()):
+        for name in ("p", "dropout"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    usual.config.dropout_rate = other.config.dropout_rate = 0.0
+    expected = train_eagerly(usual, data)
+    assert train_eagerly(other, data, lambda model, **batch: model(**batch)) == pytest.approx(expected, rel=1e-5)
+    for name, vector in vectors_of(usual).items():
+        torch.testing.assert_close(vectors_of(other)[name], vector, rtol=1e-4, atol=1e-5)
+    output = other(**{name: tensor.cuda() for name, tensor in data[0].items()})
+    assert "_WithGradient" in type(output.loss.grad_fn).__name__
+    own = models_own(other, **{name: tensor.cuda() for name, tensor in data[0].items()})
+    torch.testing.assert_close(output.logits, own.logits)
 
 
 @pytest.mark.parametrize("form", ["mt5", "llama", "qwen2"])

@@ -407,3 +407,31 @@ def test_recomputing_has_the_same_dropout(tiny: Any, randomise: Any, monkeypatch
 
     for x, y in zip(found(True), found(False), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not CUDA, reason="Triton's interpreter rounds to fp8 without carrying")
+@pytest.mark.parametrize("width", [5, 48, 1500, 5000])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_round_rows(width, scaled) -> None:
+    x = (draw(6, 2 * width) * torch.logspace(-3, 3, 6, device=DEVICE)[:, None]).float()[:, :width]
+    factors = draw(width, 1).exp().float() if scaled else None
+    rounded, scales = kernels.round_rows(x, factors)
+    wanted, of_wanted = operations.round_rows(x.cpu(), None if factors is None else factors.cpu())
+    torch.testing.assert_close(scales.cpu(), of_wanted, rtol=1e-6, atol=0)
+    differ = rounded.cpu().float() != wanted.float()
+    assert float(differ.float().mean()) < 0.01  # where a division rounds another way
+    torch.testing.assert_close(rounded.cpu().float(), wanted.float(), rtol=0.13, atol=0.002)
+
+
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_split_in_three(falling, stacked) -> None:
+    x = (draw(6, 3000) * torch.logspace(-3, 3, 6, device=DEVICE)[:, None]).float()[:, :1500]
+    parts = list(kernels.split_in_three(x, falling, stacked).chunk(3, 0 if stacked else 1))
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert {part.shape for part in parts} == {x.shape}
+    first, second, third = (part.double() for part in (parts[::-1] if falling else parts))
+    assert torch.equal(first + second + third, x.double())
+    # Interpreted, a cast cuts off.
+    assert bool((second.abs() <= first.abs() * 2 ** (-8 if CUDA else -7)).all())
+    assert bool((third.abs() <= first.abs() * 2 ** (-16 if CUDA else -14)).all())

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration, get_linear_schedule_with_warmup
 
 import ia3
+from builders import models_own
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import attached
 from ia3.fast import scores
@@ -53,7 +54,7 @@ def train_as_usual(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses = []
     for batch in data:
-        loss = model(**batch).loss
+        loss = models_own(model, **batch).loss
         loss.backward()
         if norm is not None:
             torch.nn.utils.clip_grad_norm_(trained, norm)
@@ -185,9 +186,12 @@ def test_laying_out_shows_in_no_file_and_unloading_ends_it(tiny, randomise, tmp_
         each.save_pretrained(tmp_path / folder)
     files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("laid out", "plain")]
     assert files[0] == files[1]
-    base = model.unload()
-    q, k = (base.encoder.block[0].layer[0].SelfAttention.get_submodule(part).weight for part in "qk")
+    q, k = (model.encoder.block[0].layer[0].SelfAttention.get_submodule(part).weight for part in "qk")
     assert q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
+    laid_out = q.data_ptr()
+    assert k.data_ptr() == laid_out + q.numel() * q.element_size()
+    base = model.unload()
+    assert q.data_ptr() != laid_out
     assert not any(name.startswith("_ia3") for name in base.__dict__)
     base.save_pretrained(tmp_path / "base")
     plain.unload().save_pretrained(tmp_path / "plain base")
@@ -296,7 +300,7 @@ def test_what_is_loaded_in_place_is_heard(tiny, randomise) -> None:
     step(batch_of())
     with torch.no_grad():
         model.encoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
-    assert float(step(batch_of())) == pytest.approx(float(model(**batch_of()).loss.detach()), rel=1e-5)
+    assert float(step(batch_of())) == pytest.approx(float(models_own(model, **batch_of()).loss.detach()), rel=1e-5)
 
 
 def test_a_forward_of_its_own_is_left_alone(tiny, randomise) -> None:
@@ -350,7 +354,7 @@ def test_weights_laid_out_while_predicting_can_be_trained_through(tiny, randomis
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
         scores.ChoiceScores(model, torch.tensor([[5, 1], [6, 1]]))(**inputs)
-    model(**batch).loss.backward()
+    models_own(model, **batch).loss.backward()
 
 
 def test_batches_as_collators_make_them(tiny, randomise) -> None:
@@ -360,7 +364,7 @@ def test_batches_as_collators_make_them(tiny, randomise) -> None:
     given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
     assert float(step(given)) == float(step(batch))
     whole = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
-    assert float(step(whole)) == pytest.approx(float(model(**whole).loss.detach()), rel=1e-5)
+    assert float(step(whole)) == pytest.approx(float(models_own(model, **whole).loss.detach()), rel=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="decoder_input_ids are not its labels moved by one"):
         step({**batch, "decoder_input_ids": batch["labels"].clamp(min=0)})

@@ -224,10 +224,46 @@ MUTANTS = [
         "a model that was cast trains on its old weights",
     ),
     Mutant(
+        "fast/forward.py",
+        "        slices = ctx.layout.split(gradient * grad)\n",
+        "        slices = ctx.layout.split(gradient)\n",
+        "a loss over the number of accumulated batches has the whole gradient",
+    ),
+    Mutant(
+        "fast/forward.py",
+        "    if not count:\n",
+        "    if False:\n",
+        "a batch without labels has the loss 0 instead of the model's NaN",
+    ),
+    Mutant(
+        "fast/forward.py",
+        "        found = found * count / items\n",
+        "        pass\n",
+        "a Trainer's accumulated batches count by their number, not their tokens",
+    ),
+    Mutant(
+        "fast/forward.py",
+        "        return self.loss if self.standing.in_one_mode else None\n",
+        "        return self.loss\n",
+        "a decoder in evaluation mode drops",
+    ),
+    Mutant(
+        "fast/capture.py",
+        "            [each.get(name) for each, name in self.numbers],\n",
+        "",
+        "a dropout that was changed goes on with its old rate",
+    ),
+    Mutant(
+        "fast/products.py",
+        "round_rows(grad.contiguous(), product.scales)",
+        "round_rows(grad.contiguous())",
+        "gradients through fp8 forget the scales of the weights",
+    ),
+    Mutant(
         "storage.py",
         "        weight.data = weight.data.clone()\n",
         "        pass\n",
-        "unloading leaves the weights in one storage",
+        "unloading leaves the weights next to each other",
     ),
     Mutant(
         "rows.py",

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import get_linear_schedule_with_warmup
 
 import tiny_seq2seq
+from builders import models_own
 from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
@@ -128,7 +129,7 @@ def test_a_step_is_adamw_without_decay_on_a_linear_schedule(tmp_path: Path) -> N
     for epoch in range(2):
         lengths = [len(row.input_ids) for row in rows]
         for indices in shuffled_batches(lengths, 4, seed=3, epoch=epoch, group_by_length=True):
-            loss = model(**collate([rows[index] for index in indices], pad_token_id=0)).loss
+            loss = models_own(model, **collate([rows[index] for index in indices], pad_token_id=0)).loss
             loss.backward()
             optimiser.step()
             schedule.step()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ia3.adapter import Attached
+from ia3.fast.bypassing import HOOKS, own_forward
+from ia3.fast.operations import compile_kernels
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,10 @@ class Captured:
         function: takes tensors by name and returns tensors. It may change others in place, and must not look at a
             value on the host; what it reads besides its inputs must stay where it is in memory.
         device: the model's.
-        rehearsal: what to run, twice, before a shape's first call is recorded. Without any the first call of a shape
-            is an ordinary one, and the second is recorded: a shape that comes once is not worth a recording.
+        rehearsal: what to run before a shape's first call is recorded, more than once. Without any the first call of a
+            shape is an ordinary one, and the second is recorded: a shape that comes once is not worth a recording.
+        repeatable: whether the function itself may run more than once on its first inputs, so that its kernels are
+            compiled side by side; a rehearsal may.
 
     Example:
         >>> forward = Captured(lambda input_ids: model(input_ids).logits, model.device)
@@ -37,9 +45,14 @@ class Captured:
     """
 
     def __init__(
-        self, function: Callable[..., Any], device: torch.device, *, rehearsal: Callable[..., Any] | None = None
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        *,
+        rehearsal: Callable[..., Any] | None = None,
+        repeatable: bool = False,
     ) -> None:
-        self.function, self.device, self.rehearsal = function, device, rehearsal
+        self.function, self.device, self.rehearsal, self.repeatable = function, device, rehearsal, repeatable
         self.records = device.type == "cuda"
         self.recorded: dict[Hashable, _Recorded] = {}
         self.seen: set[Hashable] = set()
@@ -61,7 +74,10 @@ class Captured:
         found = self.recorded.get(key)
         if found is None and self.rehearsal is None and key not in self.seen:
             self.seen.add(key)
-            return self.function(*fixed, **{name: self._sent(tensor) for name, tensor in inputs.items()})
+            sent = {name: self._sent(tensor) for name, tensor in inputs.items()}
+            if self.repeatable:
+                compile_kernels(partial(self.function, *fixed, **sent), self.device)
+            return self.function(*fixed, **sent)
         if found is None:
             found = self.recorded[key] = self._record(fixed, inputs)
         else:
@@ -83,59 +99,104 @@ class Captured:
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.rehearsal(*fixed, **held)
+                compile_kernels(partial(self.rehearsal, *fixed, **held), self.device)
+                self.rehearsal(*fixed, **held)
             torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the rehearsal used is free for the graph's own pool
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on meanwhile, a loader that pins its batches for example.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with _uncollected(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = self.function(*fixed, **held)
         torch.cuda.set_rng_state(random, self.device)
         return _Recorded(held, outputs, graph.replay)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without collecting garbage: an old graph in it, destroyed while another is recorded, ends the recording."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class Standing:
-    """How a model stands: its modules, where its tensors are, whose hooks it has and which adapters act.
+    """How a model stands: its configuration, its modules, their classes and forwards, where its tensors are and which
+    are trained, its rates of dropout and the like, how many hooks it has and which adapters act.
 
     A recording is right as long as it holds.
 
     Args:
-        model: any model, with adapters or without.
+        model: any model, with adapters or without; it is not kept alive.
         baked: tensors of it that were read once; not even a change in place is heard.
     """
 
     def __init__(self, model: nn.Module, baked: Sequence[Tensor] = ()) -> None:
-        self.model, self.acting = model, _acting(model)
-        modules = list(model.modules())
-        self.places = [
-            (held, name, tensor.data_ptr())
-            for module in modules
-            for held in (module._parameters, module._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
+        self.root, self.below, self.baked = weakref.ref(model), list(model.modules())[1:], baked
+        # Rates of dropout, epsilons and the like.
+        self.numbers = [
+            (vars(module), name)
+            for module in self._modules()
+            for name, value in vars(module).items()
+            if isinstance(value, float)
         ]
-        self.children = [
-            (module._modules, name, child) for module in modules for name, child in module._modules.items()
-        ]
-        self.hooks = [(module, _count_hooks(module)) for module in modules]
-        self.baked = [(tensor, _version(tensor)) for tensor in baked]
+        self.dropping = [held for held, name in self.numbers if name in ("p", "dropout", "attention_dropout")]
+        self.checkpointing = [vars(each) for each in self._modules() if "gradient_checkpointing" in vars(each)]
+        self.stood, self.config = self._stands(self._tensors()), dict(vars(getattr(model, "config", object)))
 
     def holds(self) -> bool:
         """Whether a recording made then would compute what the model does now."""
-        if self.acting != _acting(self.model) or any(_version(tensor) != version for tensor, version in self.baked):
+        model = self.root()
+        if model is None:
             return False
-        if any(modules.get(name) is not child for modules, name, child in self.children):
+        tensors = self._tensors()
+        # Whoever has other kinds of tensors now has them at places that can't be asked for.
+        if [type(tensor) for tensor in tensors] != self.stood[0]:
             return False
-        if any(_count_hooks(module) != count for module, count in self.hooks):
-            return False
-        found = ((held.get(name), place) for held, name, place in self.places)
-        return all(tensor is not None and tensor.data_ptr() == place for tensor, place in found)
+        return self._stands(tensors) == self.stood and vars(getattr(model, "config", object)) == self.config
 
+    @property
+    def in_one_mode(self) -> bool:
+        """Whether all that drops is in the model's own mode."""
+        model = self.root()
+        return model is not None and all(held["training"] is model.training for held in self.dropping)
 
-def _count_hooks(module: nn.Module) -> int:
-    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+    def _modules(self) -> list[nn.Module]:
+        model = self.root()
+        assert model is not None
+        return [model, *self.below]
+
+    def _tensors(self) -> list[Tensor]:
+        return [
+            tensor
+            for module in self._modules()
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        ]
+
+    def _stands(self, tensors: Sequence[Tensor]) -> list[Any]:
+        modules = self._modules()
+        kinds, held = [type(module) for module in modules], [vars(module) for module in modules]
+        return [
+            [type(tensor) for tensor in tensors],
+            kinds,
+            [own_forward(cls) for cls in dict.fromkeys(kinds)],
+            _acting(modules[0]),
+            [held[0].get(name) for name in ("_loss_function", "loss_type")],
+            [tuple(each["_modules"].values()) for each in held],
+            ["forward" in each for each in held],
+            *([len(each[kind]) for each in held] for kind in HOOKS),
+            [tensor.requires_grad for tensor in tensors],
+            [tensor.data_ptr() for tensor in tensors],
+            [_version(tensor) for tensor in self.baked],
+            [each.get(name) for each, name in self.numbers],
+            [each.get("gradient_checkpointing") for each in self.checkpointing],
+        ]
 
 
 def _version(tensor: Tensor) -> int:

@@ -657,7 +657,7 @@ class _ByHand(_Session):
         self.kv = torch.zeros(size.most, layers * 2 * inner, **whole)
         self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self.caches = [torch.zeros(rows, _round_up(plan.new, BUCKET), 2 * inner, **whole) for _ in range(layers)]
-        self.reading, self.going_on = Captured(self._begin, device), Captured(self.go_on, device)
+        self.reading, self.going_on = Captured(self._begin, device, repeatable=True), Captured(self.go_on, device)
 
     def hold(self, flat: Tensor) -> None:
         """Take a batch's vectors, `[1 or examples, D]`."""

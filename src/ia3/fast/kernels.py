@@ -9,6 +9,10 @@ so that the sum over all tokens needs neither atomics nor a second kernel a site
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,6 +27,57 @@ from ia3.fast.packing import Spans
 Vector = Tensor | None
 
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "silu": 3}
+
+
+class _Mode(threading.local):
+    """What this thread does with kernels; another one may run them meanwhile."""
+
+    only_compiles = False
+
+
+_mode = _Mode()
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    if _mode.only_compiles:
+        kernel.run(*arguments, grid=grid, warmup=True, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def compile_together(computation: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels that a computation launches, side by side; one after the other they take many seconds.
+
+    Args:
+        computation: run once with all but the kernels, so that what it computes means nothing: it must be one that can
+            be run again.
+        device: the GPU.
+    """
+    _mode.only_compiles = True
+    try:
+        # A backward on a thread of its own would compile as ever. What can't be compiled says so when it is launched.
+        on_this_thread = torch.autograd.set_multithreading_enabled(False)
+        random = torch.cuda.get_rng_state(device)
+        with on_this_thread, _Compilers(device) as compilers, triton.AsyncCompileMode(compilers, ignore_errors=True):
+            computation()
+        torch.cuda.set_rng_state(random, device)
+    finally:
+        _mode.only_compiles = False
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels, each with the function that launches it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        return super().submit(lambda: _launchable(compile_kernel()))
+
+
+def _launchable(kernel: Any) -> Any:
+    getattr(kernel, "run", None)  # Triton makes the launcher when it is first asked for
+    return kernel
 
 
 @triton.jit
@@ -96,7 +151,7 @@ class _AddNorm(torch.autograd.Function):
         scales = torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
         ctx.p, ctx.add = p, h is not None
         ctx.form = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "ADD": ctx.add, "DROP": p > 0}
-        _add_norm_forward[(len(scales),)](x, h, weight, total, normed, scales, seed, p, eps, **ctx.form)
+        _launch(_add_norm_forward, (len(scales),), x, h, weight, total, normed, scales, seed, p, eps, **ctx.form)
         ctx.save_for_backward(total, weight, scales, seed)
         return total, normed
 
@@ -106,8 +161,19 @@ class _AddNorm(torch.autograd.Function):
         total, weight, scales, seed = ctx.saved_tensors
         dx = torch.empty_like(total)
         dh = torch.empty_like(total) if ctx.add and ctx.p else dx
-        _add_norm_backward[(len(scales),)](
-            d_total.contiguous(), d_normed.contiguous(), total, weight, scales, dx, dh, seed, ctx.p, **ctx.form
+        _launch(
+            _add_norm_backward,
+            (len(scales),),
+            d_total.contiguous(),
+            d_normed.contiguous(),
+            total,
+            weight,
+            scales,
+            dx,
+            dh,
+            seed,
+            ctx.p,
+            **ctx.form,
         )
         return dx, dh if ctx.add else None, None, None, None, None
 
@@ -116,6 +182,69 @@ def add_norm(x: Tensor, h: Tensor | None, weight: Tensor, eps: float, p: float, 
     """`operations.add_norm`."""
     found: tuple[Tensor, Tensor] = _AddNorm.apply(x, h, weight, eps, p, seed)
     return found
+
+
+@triton.jit
+def _round_rows(x, factors, out, scales, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+    """A row twice: for its largest number, and to round it."""
+    row = tl.program_id(0)
+    start = x + row.to(tl.int64) * stride
+    most = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(start + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+        if SCALED:
+            value *= tl.load(factors + at, mask=at < WIDTH, other=0.0)
+        most = tl.maximum(most, tl.abs(value))
+    scale = tl.maximum(tl.max(most, 0), 1e-30) / 448.0
+    tl.store(scales + row, scale)
+    for first in range(0, WIDTH, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        value = tl.load(start + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+        if SCALED:
+            value *= tl.load(factors + at, mask=at < WIDTH, other=0.0)
+        value = tl.clamp(value / scale, -448.0, 448.0)
+        tl.store(out + row.to(tl.int64) * WIDTH + at, value.to(tl.float8e4nv), mask=at < WIDTH)
+
+
+def round_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`operations.round_rows`."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(width))
+    _launch(
+        _round_rows, (rows,), x, factors, out, scales, x.stride(0), WIDTH=width, BLOCK=block,
+        SCALED=factors is not None,
+    )  # fmt: skip
+    return out, scales
+
+
+@triton.jit(do_not_specialize=["base"])
+def _split_in_three(x, out, base, row_stride, part_stride, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    rest = tl.load(x + row * stride + at, mask=inside, other=0.0)
+    place = out + base + row * row_stride + at
+    for _ in tl.static_range(3):
+        part = rest.to(tl.bfloat16)
+        tl.store(place, part, mask=inside)
+        rest -= part.to(tl.float32)
+        place += part_stride
+
+
+def split_in_three(x: Tensor, falling: bool, stacked: bool) -> Tensor:
+    """`operations.split_in_three`."""
+    rows, width = x.shape
+    out = torch.empty((3 * rows, width) if stacked else (rows, 3 * width), dtype=torch.bfloat16, device=x.device)
+    part = rows * width if stacked else width
+    grid = (rows, triton.cdiv(width, 1024))
+    _launch(
+        _split_in_three, grid, x, out, 2 * part if falling else 0, out.stride(0), -part if falling else part,
+        x.stride(0), WIDTH=width, BLOCK=1024,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -219,7 +348,7 @@ class _Gated(torch.autograd.Function):
         ctx.form = {"WIDTH": width, "KIND": ACTIVATIONS[act], "GATED": is_gated}
         ctx.form |= {"SCALED": vector is not None, "DROP": p > 0}
         grouped = spans.groups > 1
-        _gated_forward[(out.numel() // width, triton.cdiv(width, 1024))](
+        _launch(_gated_forward, (out.numel() // width, triton.cdiv(width, 1024)),
             h, vector, spans.group_of_row if grouped else None, out, seed, p, _measures(vector)[1], BLOCK=1024,
             GROUPED=grouped, **ctx.form,
         )  # fmt: skip
@@ -234,7 +363,7 @@ class _Gated(torch.autograd.Function):
         d_vector = None if vector is None else _gradient_of(vector)
         width, groups = ctx.form["WIDTH"], ctx.spans.groups
         stripes, stride = _measures(vector)
-        _gated_backward[(stripes * groups, triton.cdiv(width, 64))](
+        _launch(_gated_backward, (stripes * groups, triton.cdiv(width, 64)),
             h, vector, ctx.spans.edges, grad.contiguous(), dh, d_vector, seed, ctx.p, groups, stripes, stride, ROWS=16,
             BLOCK=64, **ctx.form,
         )  # fmt: skip
@@ -489,7 +618,7 @@ class _Form:
         normalisers = torch.empty(len(q), self.heads, dtype=torch.float32, device=q.device)
         blocks = self.blocks("forward", q)
         grid = (self.of_q.examples * self.heads, triton.cdiv(self.of_q.longest, blocks["BLOCK_Q"]))
-        _attention_forward[grid](
+        _launch(_attention_forward, grid,
             q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, out, normalisers, seed, self.p, q.stride(0),
             k.stride(0), *self.strides, *self.sizes, **blocks, **self.form,
         )  # fmt: skip
@@ -506,7 +635,7 @@ class _Form:
         inputs = (q, k, v, bias, self.of_q.starts, self.of_k.starts, l_k, l_v, grad.contiguous(), normalisers, dots)
         blocks = self.blocks("queries", q)
         whole = self.of_q.longest <= blocks["BLOCK_Q"] and self.block_q == 16
-        _attention_backward_queries[(self.stripes * self.groups, self.heads)](
+        _launch(_attention_backward_queries, (self.stripes * self.groups, self.heads),
             *inputs, dq, dk, dv, d_l_k, d_l_v, seed, self.p, q.stride(0), k.stride(0), dq.stride(0), dk.stride(0),
             *self.strides, *self.sizes, self.groups, self.stripes, WHOLE=whole, **blocks, **self.form,
         )  # fmt: skip
@@ -514,7 +643,7 @@ class _Form:
             return d_l_k, d_l_v
         blocks = self.blocks("keys", q)
         grid = (self.of_k.examples * self.heads, triton.cdiv(self.of_k.longest, blocks["BLOCK_K"]))
-        _attention_backward_keys[grid](
+        _launch(_attention_backward_keys, grid,
             *inputs, dk, dv, seed, self.p, q.stride(0), k.stride(0), dk.stride(0), *self.strides, *self.sizes,
             **blocks, **self.form,
         )  # fmt: skip
@@ -636,7 +765,7 @@ class _TokenLosses(torch.autograd.Function):
         rows = logits.numel() // words
         losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
         normalisers = torch.empty_like(losses)
-        _entropy_forward[(rows,)](logits, labels, losses, normalisers, WORDS=words, BLOCK=4096, num_warps=8)
+        _launch(_entropy_forward, (rows,), logits, labels, losses, normalisers, WORDS=words, BLOCK=4096, num_warps=8)
         ctx.save_for_backward(logits, labels, normalisers)
         return losses
 
@@ -646,7 +775,7 @@ class _TokenLosses(torch.autograd.Function):
         logits, labels, normalisers = ctx.saved_tensors
         words = logits.shape[-1]
         grid = (len(normalisers), triton.cdiv(words, 4096))
-        _entropy_backward[grid](logits, labels, normalisers, grad.contiguous(), WORDS=words, BLOCK=4096)
+        _launch(_entropy_backward, grid, logits, labels, normalisers, grad.contiguous(), WORDS=words, BLOCK=4096)
         return logits, None
 
 
@@ -828,7 +957,7 @@ class _RotaryHeads(torch.autograd.Function):
         ctx.form = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": dim // 2, "BLOCK": triton.next_power_of_2(dim // 2)}
         ctx.form |= {"SCALE_K": l_k is not None, "SCALE_V": l_v is not None}
         blocks = triton.cdiv(spans.longest, 32)
-        _heads_forward[(spans.examples * blocks, heads + 2 * kv_heads)](
+        _launch(_heads_forward, (spans.examples * blocks, heads + 2 * kv_heads),
             qkv, cos, sin, spans.starts, l_k, l_v, q, k, v, plain_k, plain_v, _measures(l_k)[1], _measures(l_v)[1],
             spans.longest, blocks, spans.examples // spans.groups, ROWS=32, **ctx.form,
         )  # fmt: skip
@@ -848,7 +977,7 @@ class _RotaryHeads(torch.autograd.Function):
         if l_k is None and l_v is None:
             stripes = triton.cdiv(len(d_qkv), 64 * spans.groups)
         heads = ctx.form["HEADS"] + 2 * ctx.form["KV_HEADS"]
-        _heads_backward[(stripes * spans.groups, heads)](
+        _launch(_heads_backward, (stripes * spans.groups, heads),
             dq, dk, dv, spans.of_row, spans.starts, spans.edges, cos, sin, l_k, l_v, plain_k, plain_v, d_qkv, d_l_k,
             d_l_v, *strides, _measures(l_k)[1], _measures(l_v)[1], spans.groups, stripes, ROWS=16, **ctx.form,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ia3.fast import packing
-from ia3.fast.bypassing import other_site, unheard
+from ia3.fast.bypassing import other_site, unheard, unlike
 from ia3.fast.operations import (
     Vector,
     add_norm,
@@ -31,13 +31,13 @@ from ia3.fast.operations import (
     spread,
 )
 from ia3.fast.packing import IGNORED, Spans
+from ia3.fast.products import Frozen, Product, product_of
 from ia3.sites import Layout, Site
 from ia3.storage import lay_out
 
-_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 # Positions turn by the same angles whatever the batch; of the others, longrope's and dynamic's depend on its length.
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def why_not(model: Any, sites: Sequence[Site]) -> str | None:
@@ -47,8 +47,8 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
         model: any model.
         sites: the active adapter's.
     """
-    if not any(base.__name__ in _CLASSES for base in type(model).__mro__):
-        return f"it is written for {', '.join(_CLASSES)}, and this is a {type(model).__name__}"
+    if not any(base.__name__ in CLASSES for base in type(model).__mro__):
+        return f"it is written for {', '.join(CLASSES)}, and this is a {type(model).__name__}"
     reason = _other_formula(model)
     if reason is not None:
         return reason
@@ -60,7 +60,7 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
     for down, up in ((at[2], at[3]) for at in _places(model)):
         if down in taken and up in taken:
             return f"both the output of {up[0]} and the input of {down[0]} are adapted"
-    return unheard(model, _CLASSES)
+    return unheard(model, CLASSES)
 
 
 def _other_formula(model: Any) -> str | None:
@@ -71,8 +71,31 @@ def _other_formula(model: Any) -> str | None:
         return f"its attention slides, with a window of {config.sliding_window}"
     if rotation not in _FIXED_ROTATIONS:
         return f"its positions are {rotation!r}, and depend on the batch"
-    if config._attn_implementation not in _ATTENTIONS:
-        return f"its attention is {config._attn_implementation!r}"
+    if vars(model).get("_loss_function") is not None or vars(model).get("loss_type") not in (None, "ForCausalLM"):
+        return "its loss is another"
+    if len(model.model.layers) != config.num_hidden_layers:
+        return f"it has {len(model.model.layers)} layers, and the configuration says {config.num_hidden_layers}"
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    formula = {
+        "attention_dropout": config.attention_dropout,
+        "variance_epsilon": config.rms_norm_eps,
+        "head_dim": dim,
+        "num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,
+        "scaling": dim**-0.5,
+        "p": None,  # nothing else drops
+    }
+    return unlike(model, formula, config.hidden_act) or _half_biased(model)
+
+
+def _half_biased(model: Any) -> str | None:
+    """A bias where products that are one have some with a bias and some without, or the head's."""
+    if model.lm_head.bias is not None:
+        return "its head has a bias"
+    for index, layer in enumerate(model.model.layers):
+        attention, feed = layer.self_attn, layer.mlp
+        for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (feed.gate_proj, feed.up_proj)):
+            if len({getattr(part, "bias", None) is None for part in parts}) > 1:
+                return f"some of layer {index}'s products have a bias, and some have none"
     return None
 
 
@@ -186,26 +209,15 @@ def round_up(texts: PackedTexts, examples: int, filler: int) -> PackedTexts:
 
 
 @dataclass(frozen=True)
-class _Product:
-    """One or several linear layers with equal inputs, as one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
 class _Layer:
     """One layer's frozen weights, and the places of its vectors in the adapter's split."""
 
     attention_norm: Tensor
-    qkv: _Product
-    attention_out: _Product
+    qkv: Product
+    attention_out: Product
     feed_norm: Tensor
-    inner: _Product  # the gate before the linear half
-    out: _Product
+    inner: Product  # the gate before the linear half
+    out: Product
     k: int | None
     v: int | None
     ff: int | None
@@ -218,17 +230,19 @@ class LlamaLoss:
         model: one for which `why_not` has nothing to say.
         layout: the active adapter's.
         recompute: keep the residual stream alone for the backward, and compute what is inside a layer again.
+        frozen: what the layers' frozen weights are multiplied in; the head's stay as they are.
 
     Raises:
-        ValueError: recompute under attention dropout.
+        ValueError: recompute under attention dropout; widths that the products can't take.
     """
 
-    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False) -> None:
+    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False, frozen: Frozen | None = None) -> None:
         self.model, self.config, self.layout, self.recompute = model, model.config, layout, recompute
+        self.frozen: Frozen | None = frozen
         if recompute and model.config.attention_dropout:
             raise ValueError("Attention dropout can't be computed again: set attention_dropout to 0, or not recompute.")
         self.act: Any = model.model.layers[0].mlp.act_fn
-        self.biases: list[Tensor] = []
+        self.copied: list[Tensor] = [model.model.rotary_emb.inv_freq]
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         place: dict[_Place, int] = {(site.path, site.side): index for index, site in enumerate(layout.sites)}
         self.layers = [
@@ -273,29 +287,36 @@ class LlamaLoss:
     @property
     def baked(self) -> list[Tensor]:
         """The weights that are read once and not in each forward: a change of theirs is not heard."""
-        return self.biases
+        return self.copied
 
     def _layer(self, path: str, k: int | None, v: int | None, ff: int | None) -> _Layer:
         layer = self.model.get_submodule(path)
         return _Layer(
             attention_norm=layer.input_layernorm.weight,
             qkv=self._join([f"{path}.self_attn.{part}_proj" for part in ("q", "k", "v")]),
-            attention_out=_Product(layer.self_attn.o_proj.weight, layer.self_attn.o_proj.bias),
+            attention_out=self._alone(layer.self_attn.o_proj),
             feed_norm=layer.post_attention_layernorm.weight,
             inner=self._join([f"{path}.mlp.{part}_proj" for part in ("gate", "up")]),
-            out=_Product(layer.mlp.down_proj.weight, layer.mlp.down_proj.bias),
+            out=self._alone(layer.mlp.down_proj),
             k=k,
             v=v,
             ff=ff,
         )
 
-    def _join(self, paths: list[str]) -> _Product:
+    def _join(self, paths: list[str]) -> Product:
         (together,) = lay_out(self.model, [paths])
         modules: list[Any] = [self.model.get_submodule(path) for path in paths]
+        if self.frozen is not None:
+            self.copied.extend(module.weight for module in modules)
         if modules[0].bias is None:
-            return _Product(together, None)
-        self.biases.extend(module.bias for module in modules)
-        return _Product(together, torch.cat([module.bias.detach() for module in modules]))
+            return product_of(together, frozen=self.frozen)
+        self.copied.extend(module.bias for module in modules)
+        return product_of(together, torch.cat([module.bias.detach() for module in modules]), frozen=self.frozen)
+
+    def _alone(self, module: Any) -> Product:
+        if self.frozen is not None:
+            self.copied.append(module.weight)
+        return product_of(module.weight, module.bias, frozen=self.frozen)
 
 
 class _Run:

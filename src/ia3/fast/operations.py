@@ -36,17 +36,32 @@ def has_kernels(x: Tensor, act: str) -> bool:
         x: one of the model's weights.
         act: the activation's name in transformers.
     """
-    if not x.is_cuda or x.dtype == torch.float64 or torch.version.hip is not None:
-        return False
-    if torch.cuda.get_device_capability(x.device) < (8, 0) or importlib.util.find_spec("triton") is None:
+    if not has_triton(x.device) or x.dtype == torch.float64 or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     return act in _kernels().ACTIVATIONS
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether a device is one that Triton's kernels here are written for."""
+    on_gpu = device.type == "cuda" and torch.version.hip is None
+    return on_gpu and importlib.util.find_spec("triton") is not None
 
 
 def _kernels() -> Any:
     from ia3.fast import kernels
 
     return kernels
+
+
+def compile_kernels(computation: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels of a computation that can be run again before it runs in earnest.
+
+    Args:
+        computation: run once, with results that mean nothing; not at all on a device without kernels.
+        device: the model's.
+    """
+    if has_triton(device):
+        _kernels().compile_together(computation, device)
 
 
 def spread(table: Tensor, *, by_kernels: bool) -> Tensor:
@@ -89,6 +104,36 @@ class Chance:
 
         by_kernels = self.seeds is not None
         return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=not by_kernels)
+
+
+LARGEST_FP8 = 448.0
+
+
+def round_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row in fp8 (e4m3), scaled so that its largest number is the largest of fp8, and the scales `[rows, 1]`.
+
+    Args:
+        x: `[rows, width]`.
+        factors: one a column, `[width, 1]`, which multiply x before.
+    """
+    if x.is_cuda and x.dtype != torch.float64:
+        return _kernels().round_rows(x, factors)  # type: ignore[no-any-return]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if factors is not None:
+        wide = wide * factors.t()
+    scales = wide.abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST_FP8
+    return (wide / scales).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales
+
+
+def split_in_three(x: Tensor, *, falling: bool = False, stacked: bool = False) -> Tensor:
+    """Three tensors of bf16 whose sum is x in fp32, each the rounding of what those before leave.
+
+    Args:
+        x: `[rows, width]` in fp32, on a GPU.
+        falling: the smallest part first.
+        stacked: below each other, `[3 · rows, width]`, not side by side, `[rows, 3 · width]`.
+    """
+    return _kernels().split_in_three(x, falling, stacked)  # type: ignore[no-any-return]
 
 
 def add_norm(

@@ -6,8 +6,7 @@ is. Where a model or an optimizer is not one that this is right for, the step is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,37 +16,11 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.adapter import Adapter, attached, site_vectors
-from ia3.fast import llama, packing, t5
+from ia3.fast import families
 from ia3.fast.capture import Captured, Standing
+from ia3.fast.families import family_of
+from ia3.fast.products import Frozen, why_not_fp8
 from ia3.sites import VECTORS, Layout
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models whose loss is written by hand.
-
-    Args:
-        why_not: why a model with an adapter at these sites is none of them, after all.
-        loss: of a model and a layout; it takes a packed batch and a table of vectors.
-        packed: the packed batch's class.
-        pack: makes one from a batch.
-        round_up: to one of few shapes, for a number of examples and a filler's token.
-    """
-
-    why_not: Callable[..., str | None]
-    loss: Callable[..., Any]
-    packed: Callable[..., Any]
-    pack: Callable[..., Any]
-    round_up: Callable[..., Any]
-
-
-_T5 = Family(t5.why_not, t5.T5Loss, packing.Packed, packing.pack, packing.round_up)
-_LLAMA = Family(llama.why_not, llama.LlamaLoss, llama.PackedTexts, llama.pack, llama.round_up)
-_FAMILIES = {"t5": _T5, "mt5": _T5, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
-
-
-def family_of(model: Any) -> Family | None:
-    return _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def compile_step(
@@ -58,6 +31,7 @@ def compile_step(
     max_gradient_norm: float | None = None,
     weight_decay: float = 0.0,
     recompute: bool = False,
+    frozen: Frozen | None = None,
 ) -> Step:
     """Make a function that does a whole training step of a model with one active adapter.
 
@@ -69,28 +43,37 @@ def compile_step(
         weight_decay: how much of its way back to one a vector goes a step, times the rate.
         recompute: keep of each layer the residual stream alone, and compute its inside again in the backward: less
             memory, about a third more time.
+        frozen: `"fp8"` multiplies the layers' frozen weights in eight bits, which large batches gain by on a GPU that
+            has it: other numbers, within rounding, for two more bytes of memory a weight.
 
     Returns:
         The step: `loss = step(batch)` with a tensor that need not be looked at; `step.path` says which way it goes
         and `step.reason` why not the fast one.
 
     Raises:
-        ValueError: recompute for a model that takes the ordinary step, or for one with attention dropout.
+        ValueError: recompute or frozen for a model that takes the ordinary step, recompute for one with attention
+            dropout, fp8 for a GPU without it, a model that isn't bfloat16 there, or widths that are no multiples of 16.
 
     Example:
         >>> step = ia3.compile_step(model, optimizer, scheduler)
         >>> for batch in loader:
         ...     loss = step(batch)
     """
+    if frozen not in (None, "fp8"):
+        raise ValueError(f"frozen is {frozen!r}: expected 'fp8', or None for the model's own precision.")
     reason = _why_not(model, optimizer)
-    if reason is not None and recompute:
-        raise ValueError(
-            f"recompute is the fast step's, and this takes the ordinary one, since {reason}. Use "
-            "model.gradient_checkpointing_enable() instead."
+    if reason is not None and (recompute or frozen):
+        asked, instead = (
+            ("recompute", "use gradient_checkpointing_enable()") if recompute else ("frozen", "leave it out")
         )
+        raise ValueError(
+            f"{asked} is the fast step's, and this takes the ordinary one, since {reason}: {instead} instead."
+        )
+    if frozen and (without := why_not_fp8(model)) is not None:
+        raise ValueError(f"frozen='fp8' can't be had: {without}.")
     if reason is not None or not isinstance(optimizer, AdamW):
         return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
-    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, recompute)
+    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, recompute=recompute, frozen=frozen)
 
 
 class Step:
@@ -112,25 +95,14 @@ class Step:
 
 
 def _why_not(model: Any, optimizer: Optimizer) -> str | None:
-    adapters = attached(model)
-    if len(adapters.active) != 1 or not adapters.enabled or adapters.originals is not None:
-        return "exactly one adapter must act, and none be merged"
-    adapter = adapters.adapters[adapters.active[0]]
-    family = family_of(model)
-    if family is None:
-        return f"it is written for {', '.join(_FAMILIES)}, and this is a {type(model).__name__}"
-    reason = family.why_not(model, adapter.layout.sites)
+    reason = families.why_not(model)
     if reason is not None:
         return reason
-    vectors = [vector for _, vector in site_vectors(model, adapter)]
-    own = {id(vector) for vector in vectors}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad != (id(parameter) in own):
-            return f"{name} is {'trained' if parameter.requires_grad else 'not trained'}"
     if type(optimizer) is not AdamW:
         return f"it is written for torch's AdamW, and this is {type(optimizer).__name__}"
+    vectors = {id(vector) for vector in model.parameters() if vector.requires_grad}
     groups = optimizer.param_groups
-    if {id(p) for group in groups for p in group["params"]} != {id(vector) for vector in vectors}:
+    if {id(p) for group in groups for p in group["params"]} != vectors:
         return "the optimizer's parameters are not the adapter's vectors"
     if any(group["amsgrad"] or group["maximize"] for group in groups):
         return "it is written for plain AdamW, without amsgrad or maximize"
@@ -168,7 +140,7 @@ class _Fast(Step):
     """The step over weights laid out anew, captured on a GPU."""
 
     def __init__(
-        self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, recompute: bool
+        self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
         self.adapter: Adapter = attached(model).adapters[attached(model).active[0]]
@@ -176,7 +148,7 @@ class _Fast(Step):
         self.vectors: list[Parameter] = [vector for _, vector in site_vectors(model, self.adapter)]
         family = family_of(model)
         assert family is not None
-        self.family, self.loss_of = family, family.loss(model, self.layout, recompute=recompute)
+        self.family, self.loss_of = family, family.loss(model, self.layout, **how)
         self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=model.device)
         slices = self.layout.split(self.gradient)
         self.views = [view.view_as(vector) for view, vector in zip(slices, self.vectors, strict=True)]
@@ -227,6 +199,11 @@ class _Fast(Step):
             raise RuntimeError(
                 "The model was moved, cast, unloaded, hooked or given other weights or vectors after compile_step: "
                 "make the step again."
+            )
+        if not self.standing.in_one_mode:
+            raise RuntimeError(
+                "Some dropouts are in training and others in evaluation mode, and the step has one mode for all: call "
+                "model.train() or model.eval(), or train with the model's own forward."
             )
         if self.computation.records and _settings(self.optimizer) != self.settings:
             raise RuntimeError(

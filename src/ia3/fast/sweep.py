@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ia3.fast.capture import Captured
+from ia3.fast.families import Family, family_of
 from ia3.fast.packing import IGNORED
-from ia3.fast.step import Family, family_of
 from ia3.hooks import SiteVectors
 from ia3.rows import Rows, acting
 from ia3.sites import Layout, Side

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ia3.fast.bypassing import other_site, unheard
+from ia3.fast.bypassing import other_site, unheard, unlike
 from ia3.fast.operations import (
     MOST_KEYS,
     Chance,
@@ -37,6 +37,7 @@ from ia3.fast.operations import (
     token_losses,
 )
 from ia3.fast.packing import IGNORED, Packed, Spans
+from ia3.fast.products import Frozen, Product, product_of
 from ia3.sites import Layout, Site
 from ia3.storage import lay_out
 
@@ -48,7 +49,7 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
         model: any model.
         sites: the active adapter's.
     """
-    if not any(base.__name__ in _CLASSES for base in type(model).__mro__):
+    if not any(base.__name__ in CLASSES for base in type(model).__mro__):
         return f"it is written for T5 and mT5, and this is a {type(model).__name__}"
     expected = _expected_sites(model)
     other = other_site(sites, expected)
@@ -57,20 +58,28 @@ def why_not(model: Any, sites: Sequence[Site]) -> str | None:
     twice = _adapted_twice(sites)
     if twice is not None:
         return twice
-    rate = model.config.dropout_rate
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p != rate:
-            return f"{path} drops {module.p:g}, and the configuration says {rate:g}"
-        if isinstance(module, nn.Linear) and getattr(module, "bias", None) is not None:
-            return f"{path} has a bias"
+    config = model.config
+    formula = {
+        "dropout": config.dropout_rate,
+        "variance_epsilon": config.layer_norm_epsilon,
+        "n_heads": config.num_heads,
+        "key_value_proj_dim": config.d_kv,
+        "scaling": 1.0,
+    }
+    reason = unlike(model, formula, config.dense_act_fn)
+    if reason is not None:
+        return reason
+    biased = (path for path, module in model.named_modules() if getattr(module, "bias", None) is not None)
+    if (path := next(biased, None)) is not None:
+        return f"{path} has a bias"
     if model.dtype is torch.float16:
         return "its weights are float16, in which its own forward clamps what overflows"
-    return unheard(model, _CLASSES)
+    return unheard(model, CLASSES)
 
 
 # A CPU meets every length, and each bias takes heads × length².
 _MOST_LENGTHS = 16
-_CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
+CLASSES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 
 def _adapted_twice(sites: Sequence[Site]) -> str | None:
@@ -103,8 +112,8 @@ class _Attention:
     """One attention's frozen weights, and the places of its vectors in the adapter's split."""
 
     norm: Tensor
-    project: Tensor  # self: [3 · inner, width]; cross: the query's [inner, width]
-    out: Tensor
+    project: Product  # self: to 3 · inner; cross: the query's
+    out: Product
     k: int | None
     v: int | None
 
@@ -112,8 +121,8 @@ class _Attention:
 @dataclass(frozen=True)
 class _FeedForward:
     norm: Tensor
-    inner: Tensor  # gated: [2 · d_ff, width]
-    out: Tensor
+    inner: Product  # gated: to 2 · d_ff
+    out: Product
     ff: int | None
 
 
@@ -131,11 +140,17 @@ class T5Loss:
         model: T5 or mT5 for which `why_not` has nothing to say.
         layout: the active adapter's.
         recompute: keep the residual stream alone for the backward, and compute what is inside a layer again.
+        frozen: what the layers' frozen weights are multiplied in; the head's stay as they are.
+
+    Raises:
+        ValueError: widths that the products can't take.
     """
 
-    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False) -> None:
+    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False, frozen: Frozen | None = None) -> None:
         self.model, self.config, self.layout, self.recompute = model, model.config, layout, recompute
-        self.gated = model.config.is_gated_act
+        self.frozen: Frozen | None = frozen
+        self.copied: list[Tensor] = []
+        self.gated, self.rate = model.config.is_gated_act, model.config.dropout_rate
         self.act: Any = model.encoder.block[0].layer[-1].DenseReluDense.act
         self.positions: dict[tuple[nn.Module, int], Tensor] = {}
         self.place = {(site.path, site.side): index for index, site in enumerate(layout.sites)}
@@ -228,12 +243,12 @@ class T5Loss:
             a, c = block.attention, block.cross
             assert c is not None
             x, normed = run.add_norm(x, h, a.norm)
-            q, own = functional.linear(normed, a.project).tensor_split([cache.shape[-1] // 2], -1)
+            q, own = a.project(normed).tensor_split([cache.shape[-1] // 2], -1)
             k, v = cache.index_copy_(1, position, own[:, None]).flatten(0, 1).chunk(2, -1)
-            h = functional.linear(run.attention(q, one, k, v, before, bias, a), a.out)
+            h = a.out(run.attention(q, one, k, v, before, bias, a))
             x, normed = run.add_norm(x, h, c.norm)
-            q = functional.linear(normed, c.project)
-            h = functional.linear(run.attention(q, one, *of_layer(kv, index, q.shape[-1]), source, None, c), c.out)
+            q = c.project(normed)
+            h = c.out(run.attention(q, one, *of_layer(kv, index, q.shape[-1]), source, None, c))
             x, h = run.feed(x, h, block.feed_forward, one)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
         return self._logits(x)
@@ -254,7 +269,7 @@ class T5Loss:
             x, h = run.part(run.attend, x, h, block.attention, bias, source)
             x, h = run.part(run.feed, x, h, block.feed_forward, source)
         _, x = run.add_norm(x, h, stack.final_layer_norm.weight)
-        return functional.linear(dropout(x, run.p), self.cross_kv)
+        return self.cross_kv(dropout(x, run.p))
 
     def _write(self, run: _Run, ids: Tensor, alone: Spans, together: Spans, kv: Tensor, source: Spans) -> Tensor:
         """The logits of the decoder's rows, `[rows, words]`.
@@ -307,24 +322,34 @@ class T5Loss:
         if last == 2:
             other = block.layer[1].EncDecAttention
             places = self._k_and_v(f"{path}.layer.1.EncDecAttention")
-            cross = _Attention(block.layer[1].layer_norm.weight, other.q.weight, other.o.weight, *places)
-        inner = self._join([f"{ff_path}.wi_0", f"{ff_path}.wi_1"]) if self.gated else feed.wi.weight
+            q, o = self._product(other.q.weight), self._product(other.o.weight)
+            cross = _Attention(block.layer[1].layer_norm.weight, q, o, *places)
+        inner = self._join([f"{ff_path}.wi_0", f"{ff_path}.wi_1"]) if self.gated else self._product(feed.wi.weight)
         ff = self.place.get((f"{ff_path}.wo", "input"), self.place.get((f"{ff_path}.wi_1", "output")))
         return _Block(
-            _Attention(block.layer[0].layer_norm.weight, qkv, attention.o.weight, *self._k_and_v(self_path)),
+            _Attention(
+                block.layer[0].layer_norm.weight, qkv, self._product(attention.o.weight), *self._k_and_v(self_path)
+            ),
             cross,
-            _FeedForward(block.layer[last].layer_norm.weight, inner, feed.wo.weight, ff),
+            _FeedForward(block.layer[last].layer_norm.weight, inner, self._product(feed.wo.weight), ff),
         )
 
-    def _join(self, paths: list[str]) -> Tensor:
+    def _join(self, paths: list[str]) -> Product:
         (together,) = lay_out(self.model, [paths])
-        return together
+        return self._product(together, *(self.model.get_parameter(f"{path}.weight") for path in paths))
+
+    def _product(self, weight: Tensor, *parts: Tensor) -> Product:
+        """The product with a weight; the parameters that it is made of, where it is not one itself."""
+        if self.frozen is not None:
+            self.copied.extend(parts or (weight,))
+        return product_of(weight, frozen=self.frozen)
 
     @property
     def baked(self) -> list[Tensor]:
         """The weights that are read once and not in each forward: a change of theirs is not heard."""
         stacks = (self.model.encoder, self.model.decoder)
-        return [stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight for stack in stacks]
+        biases = [stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight for stack in stacks]
+        return [*biases, *self.copied]
 
     def _k_and_v(self, path: str) -> tuple[int | None, int | None]:
         return self.place.get((f"{path}.k", "output")), self.place.get((f"{path}.v", "output"))
@@ -337,7 +362,7 @@ class _Run:
         config = loss.config
         self.slices, self.kernels = slices, loss.has_kernels
         self.recompute = loss.recompute and torch.is_grad_enabled()
-        self.p = config.dropout_rate if loss.model.training else 0.0
+        self.p = loss.rate if loss.model.training else 0.0
         self.eps, self.heads, self.gated, self.act = config.layer_norm_epsilon, config.num_heads, loss.gated, loss.act
         self.act_name = config.dense_act_fn
         count = 4 * len(loss.encoder) + 6 * len(loss.decoder) + 2
@@ -365,23 +390,23 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after the layer before, and what this layer makes of it."""
         x, normed = self.add_norm(x, h, layer.norm)
-        qkv = functional.linear(normed, layer.project)
+        qkv = layer.project(normed)
         k, v = self.at(layer.k), self.at(layer.v)
         attended = self_attention(qkv, bias, spans, k, v, self.heads, self.p, self.chance.next())
-        return x, functional.linear(attended, layer.out)
+        return x, layer.out(attended)
 
     def attend_across(
         self, x: Tensor, h: Tensor, layer: _Attention, target: Spans, kv: Tensor, source: Spans, index: int,
         shared: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x, normed = self.add_norm(x, h, layer.norm)
-        q = functional.linear(normed, layer.project)
+        q = layer.project(normed)
         k, v = self.at(layer.k), self.at(layer.v)
         attended = cross_attention(q, target, kv, source, index, shared, k, v, self.heads, self.p, self.chance.next())
-        return x, functional.linear(attended, layer.out)
+        return x, layer.out(attended)
 
     def feed(self, x: Tensor, h: Tensor, layer: _FeedForward, spans: Spans) -> tuple[Tensor, Tensor]:
         x, normed = self.add_norm(x, h, layer.norm)
-        inner = functional.linear(normed, layer.inner)
+        inner = layer.inner(normed)
         found = gated(inner, self.at(layer.ff), spans, self.act_name, self.act, self.gated, self.p, self.chance.next())
-        return x, functional.linear(found, layer.out)
+        return x, layer.out(found)

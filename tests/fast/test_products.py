@@ -1,0 +1,168 @@
+"""Products in fp8: exact where fp8 is, near where it isn't, and training goes on as without."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_llama import texts_of
+from test_step import causal_batches, optimiser_of, vectors_of
+from test_t5 import batch_of
+from torch import Tensor
+
+import ia3
+from ia3 import IA3Config, get_peft_model
+from ia3.fast.operations import LARGEST_FP8, round_rows
+from ia3.fast.products import Fp8Product, Product, SplitProduct, product_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float64
+GATED = {"feed_forward_proj": "gated-gelu", "d_ff": 32, "dropout_rate": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _few_rows_are_many(monkeypatch) -> None:
+    monkeypatch.setattr(Fp8Product, "many_rows", 1)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(DTYPE)
+
+
+def fp8_of(x: Tensor) -> Tensor:
+    """What is left of x in fp8."""
+    rounded, scales = round_rows(x)
+    return rounded.to(scales.dtype).double() * scales.double()
+
+
+def test_rows_are_rounded_to_fp8s_steps() -> None:
+    torch.manual_seed(0)
+    x = draw(7, 48) * torch.logspace(-6, 6, 7, device=DEVICE)[:, None].to(DTYPE)
+    rounded, scales = round_rows(x)
+    assert rounded.dtype is torch.float8_e4m3fn
+    assert torch.equal(rounded.float().abs().amax(1), torch.full((7,), LARGEST_FP8, device=DEVICE))
+    # Three bits behind the leading one, and steps of 2⁻⁹ below 2⁻⁶.
+    step = (x.double().abs() * 2**-4).maximum(2**-10 * scales.double())
+    assert bool(((fp8_of(x) - x.double()).abs() <= 1.001 * step).all())
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    rounded, _ = round_rows(torch.zeros(2, 16, device=DEVICE, dtype=DTYPE))
+    assert not rounded.float().any()
+
+
+def test_what_fp8_holds_is_multiplied_exactly() -> None:
+    chance = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-8, 9, (rows, 32), generator=chance).to(DEVICE, DTYPE) for rows in (5, 16))
+    x[:, 0] = weight[:, 1] = LARGEST_FP8  # so that all scales are 1
+    x[:, 1] = weight[:, 0] = 0
+    exact = x.double() @ weight.double().t()
+    tolerance = 0 if DEVICE == "cpu" else 2**-7  # a GPU's sums are in bfloat16, and shorter inside
+    torch.testing.assert_close(Fp8Product(weight)(x).double(), exact, rtol=tolerance, atol=1000 * tolerance)
+
+
+def test_few_rows_stay_as_they_are(monkeypatch) -> None:
+    monkeypatch.setattr(Fp8Product, "many_rows", 6)
+    x, weight = draw(6, 32), draw(16, 32)
+    assert torch.equal(Fp8Product(weight)(x[:5]), Product(weight)(x[:5]))
+    assert not torch.equal(Fp8Product(weight)(x), Product(weight)(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_and_its_gradient_are_near(bias) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = draw(40, 64).requires_grad_(), draw(48, 64), draw(40, 48)
+    weight *= torch.logspace(-2, 2, 48, device=DEVICE)[:, None].to(DTYPE)
+    plain, eighth = (product_of(weight, draw(48) if bias else None, frozen=frozen) for frozen in (None, "fp8"))
+    eighth.bias = plain.bias
+    assert (type(plain), type(eighth)) == (Product, Fp8Product)
+    wanted, found = plain(x), eighth(x)
+    assert 1e-3 < float((found - wanted).norm() / wanted.norm()) < 0.05
+    (d_wanted,), (d_found,) = (torch.autograd.grad(y, x, grad) for y in (wanted, found))
+    assert 1e-3 < float((d_found - d_wanted).norm() / d_wanted.norm()) < 0.05
+    # Exactly the closed form.
+    s = round_rows(weight)[1].double()
+    closed = fp8_of((grad.double() * s.t()).to(torch.float64 if DEVICE == "cpu" else torch.float32))
+    closed = closed @ (fp8_of(weight) / s)
+    tolerance = 1e-12 if DEVICE == "cpu" else 0.02
+    assert float((d_found.double() - closed).norm() / closed.norm()) < tolerance
+
+
+def model_of(tiny: Any, randomise: Any, family: str) -> Any:
+    if family == "t5":
+        model = tiny("t5", dtype=torch.float32, **GATED)
+    else:
+        model = tiny(family, dtype=torch.float32, intermediate_size=32)
+    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
+    model = randomise(get_peft_model(model, IA3Config(task_type=task))).train()
+    return model if DEVICE == "cpu" else model.to(DEVICE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
+def test_training_goes_as_without(tiny, randomise, family, recompute) -> None:
+    plain = model_of(tiny, randomise, family)
+    eighth = copy.deepcopy(plain)
+    data = [batch_of() for _ in range(20)] if family == "t5" else causal_batches()
+    losses = []
+    for model, frozen in ((plain, None), (eighth, "fp8")):
+        step = ia3.compile_step(model, *optimiser_of(model), recompute=recompute, frozen=frozen)
+        losses.append([float(step(batch)) for batch in data])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    if family == "t5":
+        assert losses[1][-1] < losses[1][0]
+    for name, vector in vectors_of(plain).items():
+        assert float((vectors_of(eighth)[name] - vector).abs().max()) < 0.4
+
+
+def test_a_changed_weight_is_an_error(tiny, randomise) -> None:
+    for family, path in (("t5", "encoder.block.0.layer.0.SelfAttention.q"), ("llama", "model.layers.0.mlp.down_proj")):
+        model = model_of(tiny, randomise, family)
+        step = ia3.compile_step(model, optimiser_of(model)[0], frozen="fp8")
+        batch = batch_of() if family == "t5" else texts_of()
+        step(batch)
+        with torch.no_grad():
+            model.get_submodule(path).weight.mul_(2)
+        with pytest.raises(RuntimeError, match="make the step again"):
+            step(batch)
+
+
+def test_what_can_not_be_in_fp8(tiny, randomise) -> None:
+    model = randomise(get_peft_model(tiny("t5", d_ff=24), IA3Config(task_type="SEQ_2_SEQ_LM"))).to(DEVICE, DTYPE)
+    optimizer = optimiser_of(model)[0]
+    with pytest.raises(ValueError, match=r"multiples of 16; a frozen weight here is \[24, 16\]"):
+        ia3.compile_step(model, optimizer, frozen="fp8")
+    with pytest.raises(ValueError, match="frozen is 'int4': expected 'fp8'"):
+        ia3.compile_step(model, optimizer, frozen="int4")  # type: ignore[arg-type]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match=r"frozen is the fast step's, and this takes the ordinary one, since .*SGD"):
+        ia3.compile_step(model, torch.optim.SGD(trained, lr=0.1), frozen="fp8")
+    if DEVICE == "cuda":
+        model = model_of(tiny, randomise, "t5").float()
+        with pytest.raises(ValueError, match=r"in fp8 give bfloat16, and the model is torch\.float32"):
+            ia3.compile_step(model, optimiser_of(model)[0], frozen="fp8")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@pytest.mark.parametrize(("out", "inner"), [(3072, 1024), (1024, 2816)])
+def test_fp32_by_units_for_bf16_is_fp32(out, inner) -> None:
+    torch.manual_seed(0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    x, weight, grad = (torch.randn(*shape, device="cuda") for shape in ((1024, inner), (out, inner), (1024, out)))
+    x.requires_grad_()
+    split, plain = product_of(weight), Product(weight)
+    assert type(split) is SplitProduct
+    exact = x.double() @ weight.double().t(), grad.double() @ weight.double()
+    errors = []
+    for product in (split, plain):
+        y = product(x)
+        (dx,) = torch.autograd.grad(y, x, grad)
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip((y, dx), exact, strict=True)])
+    torch.set_float32_matmul_precision(before)
+    print(errors)
+    assert all(one < 3 * other for one, other in zip(*errors, strict=True))
+    assert torch.equal(split(x[:100]), plain(x[:100]))
