@@ -90,6 +90,14 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
     return adapters[name]
 
 
+def acting_alone(model: nn.Module) -> Adapter | None:
+    """The adapter that acts, where it is one alone and nothing is merged."""
+    state: Attached | None = model.__dict__.get("_ia3")
+    if state is None or len(state.active) != 1 or not state.enabled or state.originals is not None:
+        return None
+    return state.adapters[state.active[0]]
+
+
 def site_vectors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Site, nn.Parameter]]:
     """The adapter's sites in the layout's order, each with its parameter of `site.trained_shape`."""
     for site in adapter.layout.sites:

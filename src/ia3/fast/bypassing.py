@@ -13,6 +13,7 @@ from torch import nn
 from ia3.sites import VECTORS, Site
 from ia3.swap import SavedModule
 
+NOT_ALONE = "exactly one adapter must act, and none be merged"
 # Where an adapted model's forward keeps the class that it stands before.
 OLD_CLASS = "_ia3_old_class"
 # Where a module keeps those that a forward and its backward call.
@@ -66,7 +67,7 @@ def unlike(model: Any, expected: Mapping[str, Any], act: str) -> str | None:
         if isinstance(module, nn.Dropout):
             own = {"dropout": module.p}
         for name, value in expected.items():
-            if not isinstance(own.get(name, value), nn.Module) and own.get(name, value) != value:
+            if own.get(name, value) != value:
                 return f"{name} of {path} is {own[name]}, and the configuration says {value}"
         if path.rsplit(".", 1)[-1] in ("act", "act_fn") and type(module) is not type(ACT2FN[act]):
             return f"{path} is a {type(module).__name__}, and the configuration says {act}"

@@ -146,18 +146,17 @@ class Standing:
         ]
         self.dropping = [held for held, name in self.numbers if name in ("p", "dropout", "attention_dropout")]
         self.checkpointing = [vars(each) for each in self._modules() if "gradient_checkpointing" in vars(each)]
-        self.stood, self.config = self._stands(self._tensors()), dict(vars(getattr(model, "config", object)))
+        self.stood = self._stands(self._tensors())
 
     def holds(self) -> bool:
         """Whether a recording made then would compute what the model does now."""
-        model = self.root()
-        if model is None:
+        if self.root() is None:
             return False
         tensors = self._tensors()
         # Whoever has other kinds of tensors now has them at places that can't be asked for.
         if [type(tensor) for tensor in tensors] != self.stood[0]:
             return False
-        return self._stands(tensors) == self.stood and vars(getattr(model, "config", object)) == self.config
+        return self._stands(tensors) == self.stood
 
     @property
     def in_one_mode(self) -> bool:
@@ -187,6 +186,7 @@ class Standing:
             kinds,
             [own_forward(cls) for cls in dict.fromkeys(kinds)],
             _acting(modules[0]),
+            dict(vars(getattr(modules[0], "config", object))),
             [held[0].get(name) for name in ("_loss_function", "loss_type")],
             [tuple(each["_modules"].values()) for each in held],
             ["forward" in each for each in held],

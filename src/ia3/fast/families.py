@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ia3.adapter import attached, site_vectors
+import torch
+from torch import Tensor
+
+from ia3.adapter import acting_alone, vectors
 from ia3.fast import llama, packing, t5
+from ia3.fast.bypassing import NOT_ALONE
+from ia3.sites import Layout
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,43 @@ def why_not(model: Any) -> str | None:
     Args:
         model: one with adapters.
     """
-    adapters = attached(model)
-    if len(adapters.active) != 1 or not adapters.enabled or adapters.originals is not None:
-        return "exactly one adapter must act, and none be merged"
-    adapter = adapters.adapters[adapters.active[0]]
+    adapter = acting_alone(model)
+    if adapter is None:
+        return NOT_ALONE
     family = family_of(model)
     if family is None:
         return f"it is written for {', '.join(_FAMILIES)}, and this is a {type(model).__name__}"
     reason = family.why_not(model, adapter.layout.sites)
     if reason is not None:
         return reason
-    own = {id(vector) for _, vector in site_vectors(model, adapter)}
+    own = {id(vector) for vector in vectors(model, adapter)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad != (id(parameter) in own):
             return f"{name} is {'trained' if parameter.requires_grad else 'not trained'}"
     return None
+
+
+def is_shifted(model: Any, decoder_input_ids: Tensor, labels: Tensor) -> bool:
+    """Whether a decoder's inputs are those that the labels make, moved by one."""
+    return torch.equal(decoder_input_ids, model._shift_right(labels.to(decoder_input_ids.device)))
+
+
+def loss_and_gradient(
+    by_hand: Callable[..., Tensor], family: Family, layout: Layout, held: Sequence[Tensor], longest: int, uniform: bool,
+    **tensors: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss of a packed batch, its gradient `[D]`, and the vectors `[D]` that it was computed with.
+
+    Args:
+        by_hand: the family's loss of a model.
+        family: the model's.
+        layout: the adapter's.
+        held: its vectors, one a site.
+        longest: the packed batch's, as `uniform`.
+        uniform: see `Spans`.
+        tensors: the packed batch's.
+    """
+    flat = layout.flatten([vector.detach() for vector in held]).requires_grad_()
+    losses = by_hand(family.packed(**tensors, longest=longest, uniform=uniform), flat[None])
+    (gradient,) = torch.autograd.grad(losses.sum(), flat)
+    return losses[0].detach(), gradient, flat.detach()

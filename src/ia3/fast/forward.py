@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache, partial, wraps
@@ -22,11 +22,11 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3 import rows
-from ia3.adapter import attached, site_vectors
+from ia3.adapter import acting_alone, vectors
 from ia3.fast import families
 from ia3.fast.bypassing import OLD_CLASS, own_forward
 from ia3.fast.capture import Captured, Standing
-from ia3.fast.families import Family, family_of
+from ia3.fast.families import family_of, is_shifted, loss_and_gradient
 from ia3.fast.packing import IGNORED
 from ia3.sites import Layout, logger
 
@@ -65,9 +65,12 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     device = model.device.type
     if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
+    batch = _batch_of(model, kwargs)
+    if batch is None:
+        return None
     state: _State = model.__dict__.setdefault(_STATE, _State())
-    loss, batch = state.loss_for(model), _batch_of(model, kwargs)
-    if loss is None or batch is None:
+    loss = state.loss_for(model)
+    if loss is None:
         return None
     if state.was_read:
         state.was_read = False
@@ -80,12 +83,12 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     count = int((packed.labels != IGNORED).sum())
     if not count:
         return None
-    found, vectors = loss(packed)
+    found, flat = loss(packed)
     items = kwargs.get("num_items_in_batch")
     if items is not None and loss.family.takes_items:
         found = found * count / items
     output = loss.family.output()(loss=found)
-    return _unread(output, _Rest(model, state, loss, kwargs, vectors))
+    return _unread(output, _Rest(model, state, loss, kwargs, flat))
 
 
 def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -106,7 +109,7 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None
     for beside in ("use_cache", "num_items_in_batch"):  # of the rest of the output, and of the loss afterwards
         given.pop(beside, None)
     shifted = given.pop("decoder_input_ids", None) if config.is_encoder_decoder else None
-    if given or (shifted is not None and not torch.equal(shifted, model._shift_right(labels.to(shifted.device)))):
+    if given or (shifted is not None and not is_shifted(model, shifted, labels)):
         return None
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -152,18 +155,17 @@ class _Loss:
     """
 
     def __init__(self, model: Any) -> None:
-        state, family = attached(model), family_of(model)
+        adapter, family = acting_alone(model), family_of(model)
+        assert adapter is not None
         assert family is not None
         self.model: Any = weakref.proxy(model)
         self.family = family
-        adapter = state.adapters[state.active[0]]
-        self.layout: Layout = adapter.layout
-        self.vectors = [vector for _, vector in site_vectors(model, adapter)]
+        self.layout, self.vectors = adapter.layout, vectors(model, adapter)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(vector)] for vector in self.vectors]
         self.by_hand = family.loss(self.model, self.layout)
         # Not a method, which would keep this alive in a circle until garbage is collected.
-        compute = partial(_with_gradient, self.by_hand, family, self.layout, self.vectors)
+        compute = partial(_in_a_mode, partial(loss_and_gradient, self.by_hand, family, self.layout, self.vectors))
         self.computation = Captured(compute, model.device, rehearsal=compute)
         self.examples = 0
         self.lock = threading.Lock()
@@ -188,15 +190,9 @@ class _Loss:
         return torch.func.functional_call(model, dict(zip(self.names, views, strict=True)), (), dict(kwargs))
 
 
-def _with_gradient(
-    by_hand: Callable[..., Tensor], family: Family, layout: Layout, vectors: Sequence[Tensor], training: bool,
-    longest: int, uniform: bool, **tensors: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss of a batch, its gradient and the vectors; the mode is the model's own already."""
-    flat = layout.flatten([vector.detach() for vector in vectors]).requires_grad_()
-    losses = by_hand(family.packed(**tensors, longest=longest, uniform=uniform), flat[None])
-    (gradient,) = torch.autograd.grad(losses.sum(), flat)
-    return losses[0].detach(), gradient, flat.detach()
+def _in_a_mode(compute: Callable[..., Any], training: bool, *fixed: Any, **tensors: Tensor) -> Any:
+    """The mode is the model's own already; it only tells graphs apart."""
+    return compute(*fixed, **tensors)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -228,11 +224,11 @@ class _Rest:
         state: its own, which takes note of the reading.
         loss: what computed the loss.
         kwargs: the call's.
-        vectors: those that the loss was computed with, `[D]`.
+        flat: the vectors that the loss was computed with, `[D]`.
     """
 
-    def __init__(self, model: Any, state: _State, loss: _Loss, kwargs: Mapping[str, Any], vectors: Tensor) -> None:
-        self.model, self.state, self.loss, self.kwargs, self.vectors = model, state, loss, kwargs, vectors
+    def __init__(self, model: Any, state: _State, loss: _Loss, kwargs: Mapping[str, Any], flat: Tensor) -> None:
+        self.model, self.state, self.loss, self.kwargs, self.flat = model, state, loss, kwargs, flat
         self.versions = [value._version for value in kwargs.values() if isinstance(value, Tensor)]
 
     def __call__(self) -> Mapping[str, Any]:
@@ -249,8 +245,9 @@ class _Rest:
                 "or its inputs were changed: read logits before, or call the model again."
             )
         device = self.model.device
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False), _training(self.model), _unmoved(device):
-            found: Mapping[str, Any] = self.loss.own_output(self.model, self.kwargs, self.vectors)
+        unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), _training(self.model), unmoved:
+            found: Mapping[str, Any] = self.loss.own_output(self.model, self.kwargs, self.flat)
         return found
 
     def _stands(self) -> bool:
@@ -267,13 +264,6 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _unmoved(device: torch.device) -> Iterator[None]:
-    """Without a trace in the random state."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 _READERS = (

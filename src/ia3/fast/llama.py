@@ -82,7 +82,6 @@ def _other_formula(model: Any) -> str | None:
         "head_dim": dim,
         "num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,
         "scaling": dim**-0.5,
-        "p": None,  # nothing else drops
     }
     return unlike(model, formula, config.hidden_act) or _half_biased(model)
 

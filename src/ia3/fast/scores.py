@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.adapter import Attached, site_vectors
+from ia3.adapter import acting_alone, vectors
 from ia3.fast import t5
+from ia3.fast.bypassing import NOT_ALONE
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.packing import IGNORED, Packed, pack, round_up
 
 
 def why_not(model: Any) -> str | None:
     """Why choices can't be scored by hand; None where they can."""
-    state: Attached | None = model.__dict__.get("_ia3")
-    if state is None or len(state.active) != 1 or not state.enabled or state.originals is not None:
-        return "exactly one adapter must act, and none be merged"
-    return t5.why_not(model, state.adapters[state.active[0]].layout.sites)
+    adapter = acting_alone(model)
+    return NOT_ALONE if adapter is None else t5.why_not(model, adapter.layout.sites)
 
 
 class ChoiceScores:
@@ -32,9 +31,10 @@ class ChoiceScores:
     """
 
     def __init__(self, model: Any, choices: Tensor) -> None:
-        adapter = model._ia3.adapters[model._ia3.active[0]]
+        adapter = acting_alone(model)
+        assert adapter is not None
         self.model, self.choices, self.layout = model, choices.to(model.device), adapter.layout
-        self.vectors = [vector for _, vector in site_vectors(model, adapter)]
+        self.vectors = vectors(model, adapter)
         self.by_hand = t5.T5Loss(model, adapter.layout)
         self.computation = Captured(self._compute, model.device, rehearsal=self._compute)
         self.standing = Standing(model, self.by_hand.baked)

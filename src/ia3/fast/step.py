@@ -15,12 +15,12 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ia3.adapter import Adapter, attached, site_vectors
+from ia3.adapter import acting_alone, attached, vectors
 from ia3.fast import families
 from ia3.fast.capture import Captured, Standing
-from ia3.fast.families import family_of
+from ia3.fast.families import family_of, is_shifted, loss_and_gradient
 from ia3.fast.products import Frozen, why_not_fp8
-from ia3.sites import VECTORS, Layout
+from ia3.sites import VECTORS
 
 
 def compile_step(
@@ -100,9 +100,9 @@ def _why_not(model: Any, optimizer: Optimizer) -> str | None:
         return reason
     if type(optimizer) is not AdamW:
         return f"it is written for torch's AdamW, and this is {type(optimizer).__name__}"
-    vectors = {id(vector) for vector in model.parameters() if vector.requires_grad}
+    trained = {id(vector) for vector in model.parameters() if vector.requires_grad}
     groups = optimizer.param_groups
-    if {id(p) for group in groups for p in group["params"]} != vectors:
+    if {id(p) for group in groups for p in group["params"]} != trained:
         return "the optimizer's parameters are not the adapter's vectors"
     if any(group["amsgrad"] or group["maximize"] for group in groups):
         return "it is written for plain AdamW, without amsgrad or maximize"
@@ -143,11 +143,10 @@ class _Fast(Step):
         self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
-        self.adapter: Adapter = attached(model).adapters[attached(model).active[0]]
-        self.layout: Layout = self.adapter.layout
-        self.vectors: list[Parameter] = [vector for _, vector in site_vectors(model, self.adapter)]
-        family = family_of(model)
+        adapter, family = acting_alone(model), family_of(model)
+        assert adapter is not None
         assert family is not None
+        self.adapter, self.layout, self.vectors = adapter, adapter.layout, vectors(model, adapter)
         self.family, self.loss_of = family, family.loss(model, self.layout, **how)
         self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=model.device)
         slices = self.layout.split(self.gradient)
@@ -181,7 +180,7 @@ class _Fast(Step):
         if "input_ids" in batch:
             batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         given = batch.pop("decoder_input_ids", None)
-        if given is not None and not torch.equal(given, self.model._shift_right(batch["labels"].to(given.device))):
+        if given is not None and not is_shifted(self.model, given, batch["labels"]):
             raise ValueError(
                 "The batch's decoder_input_ids are not its labels moved by one, which this step takes: leave them "
                 "out, or train with the model's own forward."
@@ -228,11 +227,11 @@ class _Fast(Step):
 
     def _backward(self, training: bool, longest: int, uniform: bool, **tensors: Tensor) -> Tensor:
         """The loss of a batch; its gradient is left in the flat one. The mode is the model's own already."""
-        flat = self.layout.flatten([vector.detach() for vector in self.vectors]).requires_grad_()
-        losses: Tensor = self.loss_of(self.family.packed(**tensors, longest=longest, uniform=uniform), flat[None])
-        (gradient,) = torch.autograd.grad(losses.sum(), flat)
+        loss, gradient, _ = loss_and_gradient(
+            self.loss_of, self.family, self.layout, self.vectors, longest, uniform, **tensors
+        )
         self.gradient.copy_(gradient)
-        return losses[0].detach()
+        return loss
 
 
 def _decay(vectors: Sequence[Parameter], optimizer: Optimizer, decay: float) -> None:
