@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ia3.config import IA3Config
-from ia3.hooks import SiteVectors, scale_input, scale_output
+from ia3.hooks import SiteVectors
+from ia3.placement import Listener, Placement, drop_idle_hooks, unwrap
 from ia3.rows import BASE, Rows
 from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, is_inside, logger
-from ia3.swap import SavedModule, swap_back
+from ia3.swap import SavedModule
 
 if TYPE_CHECKING:
     from ia3.merging import Originals
@@ -51,6 +53,9 @@ class Attached:
         trained_before: names of the base parameters that required a gradient before attaching.
         input_gradients: whether attaching made the embeddings' output require a gradient.
         table: more adapters, registered instead of attached; None where there are none.
+        placement: where all that was put on the model is.
+        heard: (adapter, whether in training), of which a forward was listened to.
+        listener: the forward that is being listened to.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -61,10 +66,13 @@ class Attached:
     trained_before: tuple[str, ...] = ()
     input_gradients: bool = False
     table: AdapterTable | None = None
+    placement: Placement = field(default_factory=Placement)
+    heard: set[tuple[str, bool]] = field(default_factory=set)
+    listener: Listener | None = None
 
 
 def attached(model: nn.Module) -> Attached:
-    """What the model carries.
+    """What the model carries, found again where a tool replaced modules.
 
     Raises:
         ValueError: it carries no adapter.
@@ -75,6 +83,7 @@ def attached(model: nn.Module) -> Attached:
             f"This {type(model).__name__} carries no adapter: call get_peft_model(model, config) or "
             "PeftModel.from_pretrained(model, path) first."
         )
+    found.placement.settle(model)
     return found
 
 
@@ -100,8 +109,9 @@ def acting_alone(model: nn.Module) -> Adapter | None:
 
 def site_vectors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Site, nn.Parameter]]:
     """The adapter's sites in the layout's order, each with its parameter of `site.trained_shape`."""
+    placement = attached(model).placement
     for site in adapter.layout.sites:
-        yield site, _container(model, site).get_parameter(adapter.name)
+        yield site, placement.container(site.path).get_parameter(adapter.name)
 
 
 def vectors(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
@@ -111,8 +121,9 @@ def vectors(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
 
 def saved_copies(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
     """The adapter's copies of the modules it trains in full, with the modules' paths."""
+    placement = attached(model).placement
     for path in adapter.saved:
-        yield path, model.get_submodule(f"{path}.{SAVED_COPIES}.{adapter.name}")
+        yield path, placement.copies(path)[adapter.name]
 
 
 def parameters(model: nn.Module, adapter: Adapter) -> Iterator[nn.Parameter]:
@@ -159,11 +170,12 @@ def attach(
         dtype, device = _kind_of_vector(module, half_to_fp32)
         make = torch.ones if found.config.init_ia3_weights else torch.randn
         vector = make(site.trained_shape, dtype=dtype, device="meta" if on_meta else device)
-        _container_for(module, site).add(name, site, vector, device)
+        state.placement.hold_site(model, site).add(name, site, vector, device)
     for path, copy in copies.items():
-        SavedModule.wrap(model.get_submodule(path)).modules_to_save[name] = copy
+        state.placement.hold_copy(model, path, name, copy)
     state.adapters[name] = adapter
     model.__dict__["_ia3"] = state
+    _watch(model)
     if found.note:
         kind = model.config.model_type  # type: ignore[union-attr]
         logger.warning("ia3's default for %s follows the paper (k, v, feed-forward); %s.", kind, found.note)
@@ -176,19 +188,12 @@ def detach(model: nn.Module, name: str) -> None:
     adapter = get_adapter(model, name)
     activate(model, [other for other in state.active if other != name], trainable=None)
     for site in adapter.layout.sites:
-        module = model.get_submodule(site.path)
-        container = _container(model, site)
-        container.remove(name)
-        if not container.sides:
-            del module._modules[VECTORS]
-        _drop_idle_hooks(module)
+        state.placement.container(site.path).remove(name)
+        state.placement.release_site(site.path)
     for path in adapter.saved:
-        module = model.get_submodule(path)
-        assert isinstance(module, SavedModule)
-        del module.modules_to_save[name]
-        if not len(module.modules_to_save):
-            _unwrap(module)
+        state.placement.release_copy(path, name)
     del state.adapters[name]
+    state.heard -= {(name, False), (name, True)}
     if not state.adapters:
         for parameter in state.trained_before:
             model.get_parameter(parameter).requires_grad_(True)
@@ -266,7 +271,7 @@ def keep_every_channel(model: nn.Module, adapter: Adapter) -> None:
     sites = []
     for site in adapter.layout.sites:
         if site.intervals is not None:
-            container = _container(model, site)
+            container = attached(model).placement.container(site.path)
             old = container.get_parameter(adapter.name)
             vector = nn.Parameter(site.widen(old.detach()), requires_grad=old.requires_grad)
             setattr(container, adapter.name, vector)
@@ -279,12 +284,9 @@ def _point(model: nn.Module, changed: list[Adapter]) -> None:
     acting = state.active if state.enabled else ()
     multiplying = acting if state.originals is None else ()
     for path in {site.path: None for adapter in changed for site in adapter.layout.sites}:
-        container = model.get_submodule(path)._modules[VECTORS]
-        assert isinstance(container, SiteVectors)
-        container.activate(multiplying)
+        state.placement.container(path).activate(multiplying)
     for path in {path: None for adapter in changed for path in adapter.saved}:
-        module = model.get_submodule(path)
-        assert isinstance(module, SavedModule)
+        module = state.placement.saved_module(path)
         module._ia3_active_copy = next((name for name in acting if name in module.modules_to_save), None)
 
 
@@ -330,38 +332,10 @@ def _kind_of_vector(module: nn.Module, half_to_fp32: bool) -> tuple[torch.dtype,
     first = weight if isinstance(weight, torch.Tensor) else held[0] if held else torch.empty(0)
     keep = {torch.float32, torch.float64} | (set() if half_to_fp32 else set(_HALF))
     # An offloaded weight is on no device until accelerate brings it to the one where it runs.
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None) or first.device
-    return first.dtype if first.dtype in keep else torch.float32, torch.device(device)
-
-
-def _container(model: nn.Module, site: Site) -> SiteVectors:
-    container = model.get_submodule(site.path)._modules[VECTORS]
-    assert isinstance(container, SiteVectors)
-    return container
-
-
-def _container_for(module: nn.Module, site: Site) -> SiteVectors:
-    """The module's container, made where it is missing, and the site's hook on the module."""
-    if VECTORS not in module._modules:
-        module.add_module(VECTORS, SiteVectors(len(site.shape) - 2))
-    if site.side == "input" and scale_input not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(scale_input)
-    if site.side == "output" and scale_output not in module._forward_hooks.values():
-        module.register_forward_hook(scale_output)
-    container = module._modules[VECTORS]
-    assert isinstance(container, SiteVectors)
-    return container
-
-
-def _drop_idle_hooks(module: nn.Module) -> None:
-    container = module._modules.get(VECTORS)
-    sides = set(container.sides.values()) if isinstance(container, SiteVectors) else set()
-    for side, hooks, ours in (
-        ("input", module._forward_pre_hooks, scale_input),
-        ("output", module._forward_hooks, scale_output),
-    ):
-        for key in [key for key, hook in hooks.items() if hook is ours and side not in sides]:
-            del hooks[key]
+    device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or first.device)
+    # A base without memory gets it later, and must not take the adapter's numbers along into nothing.
+    device = torch.device("cpu") if device.type == "meta" else device
+    return first.dtype if first.dtype in keep else torch.float32, device
 
 
 def _copy_for_itself(module: nn.Module) -> nn.Module:
@@ -374,23 +348,17 @@ def _copy_for_itself(module: nn.Module) -> nn.Module:
             module._modules[SAVED_COPIES] = copies
     for part in list(copy.modules()):
         part._modules.pop(VECTORS, None)
-        _drop_idle_hooks(part)
+        drop_idle_hooks(part)
         if isinstance(part, SavedModule):
-            _unwrap(part)
+            unwrap(part)
     return copy.requires_grad_(False)
-
-
-def _unwrap(module: nn.Module) -> None:
-    module._modules.pop(SAVED_COPIES, None)
-    del module._ia3_active_copy
-    swap_back(module)
 
 
 def install_copies(model: nn.Module, adapter: Adapter) -> None:
     """Put the modules that the adapter trained in full in the place of the base's own weights, for good."""
     tied = [id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False)]
     for path, copy in saved_copies(model, adapter):
-        module = model.get_submodule(path)
+        module = attached(model).placement.saved_module(path)
         copy.requires_grad_(False)
         for owner_path, owner in copy.named_modules():
             target = module.get_submodule(owner_path)
@@ -463,19 +431,19 @@ def hold_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     sites = list(sites)
     for site in sites:
         _check_free(model.get_submodule(site.path), site)
+    state = attached(model)
     for site in sites:
-        _container_for(model.get_submodule(site.path), site).sides[_table_holds(site.side)] = site.side
+        state.placement.hold_site(model, site).sides[_table_holds(site.side)] = site.side
+    _watch(model)
 
 
 def release_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """Take a table off the model: its hooks, where no attached adapter needs them."""
-    for site in sites:
-        module, container = model.get_submodule(site.path), _container(model, site)
-        container.sides.pop(_table_holds(site.side))
-        _drop_idle_hooks(module)
-        if not container.sides:
-            del module._modules[VECTORS]
     state = attached(model)
+    for site in sites:
+        state.placement.container(site.path).sides.pop(_table_holds(site.side))
+    for path in dict.fromkeys(site.path for site in sites):
+        state.placement.release_site(path)
     state.table = None
     _forget_if_empty(model, state)
 
@@ -487,12 +455,13 @@ def _table_holds(side: Side) -> str:
 
 def _forget_if_empty(model: nn.Module, state: Attached) -> None:
     if not state.adapters and state.table is None:
+        _unwatch(model)
         del model._ia3
 
 
 def device_at(model: nn.Module, site: Site) -> torch.device:
     """Where a vector of this site belongs."""
-    return _kind_of_vector(model.get_submodule(site.path), True)[1]
+    return _kind_of_vector(attached(model).placement.site_module(site.path), True)[1]
 
 
 def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]) -> Rows:
@@ -545,19 +514,19 @@ def make_rows(
     """Rows of vectors, split by site.
 
     Args:
-        model: the model, whose sites are found in one walk.
+        model: the model.
         names: the adapter of each row of `flat`.
         layout: the flat rows' sites, whole ones.
         flat: `[rows, D]`.
         places: see `Rows`.
     """
-    containers: dict[str, nn.Module] = {}
+    placement = attached(model).placement
     slices: dict[nn.Module, dict[Side, torch.Tensor]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, SiteVectors | SavedModule):
-            containers[path], slices[module] = module, {}
+    for place in list(placement.places.values()):
+        if place.held is not None:
+            slices[place.held if isinstance(place.held, SiteVectors) else place.module] = {}
     for site, part in zip(layout.sites, layout.split(flat), strict=True):
-        slices[containers[site.key]][site.side] = part
+        slices[placement.container(site.path)][site.side] = part
     return Rows(tuple(names), slices, places)
 
 
@@ -642,3 +611,109 @@ def whole_vectors(model: nn.Module, adapter: Adapter) -> dict[Site, torch.Tensor
 
 def _whole(site: Site) -> Site:
     return Site(site.path, site.side, site.shape)
+
+
+# Watching forwards: whether all is in its place, and whether anything reads it
+
+
+def _watch(model: nn.Module) -> None:
+    if keep_in_place not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(keep_in_place)
+        model.register_forward_hook(stop_listening, always_call=True)
+
+
+def _unwatch(model: nn.Module) -> None:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is keep_in_place]:
+        del model._forward_pre_hooks[key]
+    for key in [key for key, hook in model._forward_hooks.items() if hook is stop_listening]:
+        del model._forward_hooks[key], model._forward_hooks_always_called[key]
+
+
+def keep_in_place(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the root: find again what a tool replaced, and listen to the first forwards.
+
+    Raises:
+        RuntimeError: a module that carries a vector was replaced by one that can't.
+    """
+    if getattr(model, "_is_replica", False):
+        return
+    _settle(model)
+    # A forward that computes its loss without the modules listens where it calls them after all.
+    if not (hasattr(type(model).forward, LISTENS) and _is_training(model)):
+        listen(model)
+
+
+@torch.compiler.assume_constant_result  # a compiler does this once, before it looks at the modules
+def _settle(model: nn.Module) -> None:
+    placement = model.__dict__["_ia3"].placement
+    placement.settle(model)
+    placement.expect_all()
+
+
+LISTENS = "_ia3_listens"
+"""The attribute of a forward that listens itself in training."""
+
+
+def listen(model: nn.Module) -> None:
+    """Hear which modules a forward calls, if that is not known of its adapters; `stop_listening` ends it."""
+    if torch.compiler.is_compiling() or any(_is_compiled(module) for module in model.modules()):
+        return  # hooks that come and go would compile it again
+    state: Attached | None = model.__dict__.get("_ia3")
+    if state is None or state.listener is not None or not state.enabled or state.originals is not None:
+        return
+    training = _is_training(model)
+    due = [name for name in state.active if not {(name, True), (name, training)} & state.heard]
+    if due:
+        adapters = [state.adapters[name] for name in due]
+        placement = state.placement
+        modules = {site.path: placement.site_module(site.path) for each in adapters for site in each.layout.sites}
+        modules |= {path: placement.saved_module(path) for each in adapters for path in each.saved}
+        state.listener = Listener(model, placement, modules, training=training)
+
+
+def stop_listening(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of the root: what nothing read is an error in training, and otherwise said.
+
+    Raises:
+        RuntimeError: a vector acts that the model doesn't read, though it called the module around its own.
+    """
+    state: Attached | None = model.__dict__.get("_ia3")
+    listener = None if state is None else state.listener
+    if state is None or listener is None or listener.thread != threading.get_ident():
+        return
+    state.listener = None
+    unread, uncalled = listener.end()
+    if output is None:  # the forward was left by an exception
+        return
+    sites = {site.path for name in state.active for site in state.adapters[name].layout.sites}
+    vectors_unread = [path for path in unread if path in sites]
+    if vectors_unread and listener.training:
+        raise RuntimeError(_unread(model, vectors_unread))
+    state.heard |= {(name, listener.training) for name in state.active}
+    if unread:
+        logger.warning(_unread(model, unread))
+    if uncalled and listener.training:
+        logger.warning(
+            "%d adapted modules were not called in the first training step (such as %s), nor was anything around "
+            "them: they learn only from batches that reach them.",
+            len(uncalled),
+            uncalled[0],
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _is_training(model: nn.Module) -> bool:
+    return model.training and torch.is_grad_enabled()
+
+
+def _unread(model: nn.Module, paths: Sequence[str]) -> str:
+    kinds = sorted({type(model.get_submodule(path.rpartition(".")[0])).__name__ for path in paths})
+    return (
+        f"{len(paths)} modules that an adapter adapts were not called (such as {paths[0]}), although the "
+        f"{' and '.join(kinds)} around them ran: it reads their weights itself, so what the adapter holds there does "
+        "nothing. Leave them out (exclude_modules, modules_to_save), or switch off what reads the weights in the "
+        "model's configuration."
+    )

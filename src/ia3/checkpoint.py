@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ia3.adapter import Adapter, attached, get_adapter, keep_every_channel, saved_copies, site_vectors, vectors
+from ia3.adapter import (
+    Adapter,
+    attached,
+    device_at,
+    get_adapter,
+    keep_every_channel,
+    saved_copies,
+    site_vectors,
+    vectors,
+)
 from ia3.config import IA3Config
 from ia3.files import fetch, write_atomically
 from ia3.sites import SAVED_COPIES, VECTORS, Site, logger, matches_name
@@ -120,7 +129,7 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for site, vector in site_vectors(model, adapter):
             if site.key in fitting:
-                _fill(model.get_submodule(site.path), adapter.name, vector, site.narrow(fitting[site.key]))
+                _fill(model, site, adapter.name, vector, site.narrow(fitting[site.key]))
         for key, target in targets.items():
             if key in fitting:
                 target.copy_(_like(target, fitting[key]))
@@ -449,11 +458,11 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _fill(module: Any, name: str, vector: nn.Parameter, value: torch.Tensor) -> None:
-    """Copy a value into a vector; one without memory gets it on its module's device."""
+def _fill(model: nn.Module, site: Site, name: str, vector: nn.Parameter, value: torch.Tensor) -> None:
+    """Copy a value into a vector; one without memory gets it where the vectors of its module belong."""
     if vector.is_meta:
-        filled = nn.Parameter(value.to(module.weight.device, vector.dtype), requires_grad=vector.requires_grad)
-        setattr(module._modules[VECTORS], name, filled)
+        filled = nn.Parameter(value.to(device_at(model, site), vector.dtype), requires_grad=vector.requires_grad)
+        setattr(attached(model).placement.container(site.path), name, filled)
     else:
         vector.copy_(_like(vector, value))
 

@@ -111,7 +111,7 @@ class SiteVectors(nn.Module):
 
 def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
-    site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
+    site = _vectors_of(module)
     rows = running(site) if mixed.under_way and not torch.compiler.is_compiling() else None
     if rows is not None:
         scaled = rows.scale(site, "input", args[0], channels_first=len(site.view) > 1)
@@ -128,9 +128,24 @@ def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 
 def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook: multiply the module's output `[…, width]`."""
-    site: SiteVectors = module._modules[VECTORS]  # type: ignore[assignment]
+    site = _vectors_of(module)
     rows = running(site) if mixed.under_way and not torch.compiler.is_compiling() else None
     if rows is not None:
         return rows.scale(site, "output", output, channels_first=len(site.view) > 1)
     vectors = site.acting("output")
     return output * site.scale(vectors, output) if vectors else None
+
+
+def _vectors_of(module: nn.Module) -> SiteVectors:
+    """The module's vectors.
+
+    Raises:
+        RuntimeError: a tool made the module of another, with its hooks and without its vectors.
+    """
+    site: Any = module._modules.get(VECTORS)
+    if site is None:
+        raise RuntimeError(
+            f"This {type(module).__name__} was made of a layer that carries an adapter's vectors, and has its hooks "
+            "alone: call the whole model, whose forward brings them along, before a part of it."
+        )
+    return site  # type: ignore[no-any-return]

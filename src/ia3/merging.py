@@ -99,7 +99,7 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
         for name, parameter in module.named_parameters(recurse=False)
     ]
     for site in sites:
-        module = model.get_submodule(site.path)
+        module = attached(model).placement.site_module(site.path)
         weight = module._parameters.get("weight")
         if weight is None or not weight.is_floating_point() or hasattr(weight, "device_mesh"):
             raise ValueError(
@@ -134,7 +134,7 @@ def _merged_values(model: nn.Module, scales: Scales) -> Iterator[tuple[str, nn.P
     A module with vectors on both sides (of two adapters) is multiplied by both at once.
     """
     for path in {path: None for path, _ in scales}:
-        module = model.get_submodule(path)
+        module = attached(model).placement.site_module(path)
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
         new = weight.detach()
         for side in ("input", "output"):

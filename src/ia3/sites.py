@@ -275,7 +275,7 @@ def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterato
     """Every linear layer but the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in candidates.items():
-        if module is not head and _widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
+        if module is not head and layer_widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
             yield path
 
 
@@ -307,7 +307,7 @@ def _check_all_matched(
 
 
 def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: str, names: Names) -> str:
-    ends = sorted({path.rsplit(".", 1)[-1] for path, module in candidates.items() if _widths(module)})
+    ends = sorted({path.rsplit(".", 1)[-1] for path, module in candidates.items() if layer_widths(module)})
     wanted = names if isinstance(names, str) else " ".join(sorted(names or ()))
     near = difflib.get_close_matches(wanted, ends, n=3)
     hint = f"Did you mean {near}? " if near else ""
@@ -318,7 +318,7 @@ def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: 
     )
 
 
-def _widths(module: Any) -> tuple[int | None, int] | None:
+def layer_widths(module: Any) -> tuple[int | None, int] | None:
     """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
     # The latter is the last projection of torch's MultiheadAttention, which reads its weight and never calls it.
     if isinstance(module, _ConvTransposeNd | nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -341,7 +341,7 @@ def _site(
     side: Side,
     fused: dict[str, Callable[..., Intervals | None]],
 ) -> Site:
-    widths = _widths(module)
+    widths = layer_widths(module)
     if widths is None:
         raise ValueError(
             f"{path} is a {type(module).__name__}, which can't carry a vector: expected a linear, convolution "

@@ -18,7 +18,10 @@ NOT_ALONE = "exactly one adapter must act, and none be merged"
 OLD_CLASS = "_ia3_old_class"
 # Where a module keeps those that a forward and its backward call.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN_HOOKS = ("scale_input", "scale_output", "_take_adapter_names", "_forget_adapter_names")
+_OWN_HOOKS = (
+    *("scale_input", "scale_output", "keep_in_place", "stop_listening"),
+    *("_take_adapter_names", "_forget_adapter_names"),
+)
 
 
 def unheard(model: Any, classes: Sequence[str]) -> str | None:

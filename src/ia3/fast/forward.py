@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3 import rows
-from ia3.adapter import acting_alone, vectors
+from ia3.adapter import LISTENS, acting_alone, listen, vectors
 from ia3.fast import families
 from ia3.fast.bypassing import OLD_CLASS, own_forward
 from ia3.fast.capture import Captured, Standing
@@ -39,9 +39,13 @@ def with_loss_by_hand(old: type[nn.Module]) -> Callable[..., Any]:
     @wraps(old.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = None if args else _output(self, kwargs)
-        return old.forward(self, *args, **kwargs) if output is None else output
+        if output is None:
+            listen(self)
+            return old.forward(self, *args, **kwargs)
+        return output
 
     setattr(forward, OLD_CLASS, old)
+    setattr(forward, LISTENS, True)
     return forward
 
 
