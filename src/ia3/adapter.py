@@ -354,22 +354,6 @@ def _copy_for_itself(module: nn.Module) -> nn.Module:
     return copy.requires_grad_(False)
 
 
-def install_copies(model: nn.Module, adapter: Adapter) -> None:
-    """Put the modules that the adapter trained in full in the place of the base's own weights, for good."""
-    tied = [id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False)]
-    for path, copy in saved_copies(model, adapter):
-        module = attached(model).placement.saved_module(path)
-        copy.requires_grad_(False)
-        for owner_path, owner in copy.named_modules():
-            target = module.get_submodule(owner_path)
-            for name, parameter in owner.named_parameters(recurse=False):
-                if tied.count(id(target._parameters[name])) > 1:
-                    logger.warning("%s was tied; it now has the weights trained for it alone.", path)
-                target._parameters[name] = parameter
-            for name, buffer in owner.named_buffers(recurse=False):
-                target._buffers[name] = buffer
-
-
 def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values: dict[Site, torch.Tensor]) -> None:
     """Attach a new adapter with these values, inactive and frozen, where any of the sources has a site.
 
@@ -643,7 +627,7 @@ def keep_in_place(model: nn.Module, args: Any) -> None:
         listen(model)
 
 
-@torch.compiler.assume_constant_result  # a compiler does this once, before it looks at the modules
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # done once, before modules are compiled
 def _settle(model: nn.Module) -> None:
     placement = model.__dict__["_ia3"].placement
     placement.settle(model)

@@ -68,7 +68,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     adapter = get_adapter(model, adapter_name)
-    held = _own_tensors(model, adapter)
+    held = tensors_of(model, adapter)
     own = held if state_dict is None else state_dict
     lacking = [key for key in held if key not in own]
     if lacking:
@@ -131,7 +131,11 @@ def set_peft_model_state_dict(
             if site.key in fitting:
                 _fill(model, site, adapter.name, vector, site.narrow(fitting[site.key]))
         for key, target in targets.items():
-            if key in fitting:
+            if key not in fitting:
+                continue
+            if target.is_meta:
+                _give_memory(model, adapter, key, fitting[key])
+            else:
                 target.copy_(_like(target, fitting[key]))
     return _IncompatibleKeys([], [])
 
@@ -311,12 +315,13 @@ def own_tensors(model: nn.Module, adapters: Iterable[Adapter]) -> Tensors:
     """What the adapters train, under the model's own names, as `load_state_dict` takes it."""
     tensors: Tensors = {}
     for adapter in adapters:
-        own = _own_tensors(model, adapter)
+        own = tensors_of(model, adapter)
         tensors.update({key: _gathered(tensor).cpu().contiguous() for key, tensor in own.items()})
     return tensors
 
 
-def _own_tensors(model: nn.Module, adapter: Adapter) -> Tensors:
+def tensors_of(model: nn.Module, adapter: Adapter) -> Tensors:
+    """What the adapter trains, as it is held, under the model's own names."""
     vectors = {f"{site.key}.{adapter.name}": vector.detach() for site, vector in site_vectors(model, adapter)}
     return vectors | _own_copies(model, adapter)
 
@@ -465,6 +470,28 @@ def _fill(model: nn.Module, site: Site, name: str, vector: nn.Parameter, value: 
         setattr(attached(model).placement.container(site.path), name, filled)
     else:
         vector.copy_(_like(vector, value))
+
+
+def _give_memory(model: nn.Module, adapter: Adapter, key: str, value: torch.Tensor) -> None:
+    """Put a value in the place of a copy's tensor that has no memory, since the base has none either.
+
+    Raises:
+        ValueError: it is of the base's own embeddings.
+    """
+    for path, copy in saved_copies(model, adapter):
+        if key.startswith(f"{path}."):
+            owner_path, _, name = key.removeprefix(f"{path}.").rpartition(".")
+            owner = copy.get_submodule(owner_path)
+            if name in owner._parameters:
+                former: Any = owner._parameters[name]
+                filled = nn.Parameter(value.to(former.dtype), requires_grad=former.requires_grad)
+                owner._parameters[name] = filled
+            else:
+                owner._buffers[name] = value
+            return
+    raise ValueError(
+        f"The adapter's file holds {key}, and the base has no memory for it: load the base's weights first."
+    )
 
 
 def _like(vector: Any, value: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,10 @@ class SiteVectors(nn.Module):
             self._point()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SiteVectors:
+        channels = self.channels
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if channels is not None and self.channels is not None:
+            self.channels = channels.to(self.channels.device)  # whatever the function makes of numbers
         self._point()
         return self
 

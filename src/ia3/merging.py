@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, whole_vectors
-from ia3.sites import Side, Site, is_conv1d, logger
+from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, saved_copies, whole_vectors
+from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
 
 Originals = dict[str, torch.Tensor]
 """Parameter name to the value before merging, in CPU memory."""
@@ -101,10 +104,11 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
     for site in sites:
         module = attached(model).placement.site_module(site.path)
         weight = module._parameters.get("weight")
-        if weight is None or not weight.is_floating_point() or hasattr(weight, "device_mesh"):
+        reason = _why_not_mergeable(module, site, weight)
+        if reason is not None:
             raise ValueError(
-                f"{site.path} has no floating-point weight of its own to merge into (it is quantised, computed or "
-                "sharded): merge into a plain copy of the base, or leave the adapter unmerged."
+                f"{site.path} has no floating-point weight of its own to merge into ({reason}): merge into a plain "
+                "copy of the base, or leave the adapter unmerged."
             )
         bias = module._parameters.get("bias") if site.side == "output" else None
         for name, parameter in (("weight", weight), ("bias", bias)):
@@ -122,6 +126,67 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
             raise ValueError(f"{site.path} renormalises its rows (max_norm), so no merged weight equals it.")
 
 
+_MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Forwards that are linear in their weight, which merging may therefore scale.
+_LINEAR = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _why_not_mergeable(module: nn.Module, site: Site, weight: nn.Parameter | None) -> str | None:
+    """Why a scaled weight would not do what the vector does; None where it would."""
+    if weight is None:
+        return f"a {type(module).__name__} is quantised, or its weight is computed"
+    if weight.device.type == "meta":
+        return "it is offloaded or on the meta device"
+    if type(weight) is not nn.Parameter or weight.dtype not in _MERGEABLE:
+        return f"a {type(weight).__name__} of {weight.dtype} is quantised or sharded"
+    forward = getattr(type(module), "_ia3_old_class", type(module)).forward
+    plain = any(isinstance(module, kind) and forward is kind.forward for kind in _LINEAR)
+    if plain or is_conv1d(module) or _is_linear_in_its_weight(module, site):
+        return None
+    return f"a {type(module).__name__} doesn't multiply by its weight as it is, but rounds or computes it"
+
+
+@torch.no_grad()
+def _is_linear_in_its_weight(module: nn.Module, site: Site) -> bool:
+    """Whether a layer of another class answers as its vector would, once its weight is scaled: tried on a copy."""
+    weight: Any = module._parameters["weight"]
+    scale = torch.linspace(0.5, 2.0, site.width, device=weight.device)
+    tried = copy(module)
+    tried._forward_hooks, tried._forward_pre_hooks = OrderedDict(), OrderedDict()
+    tried._parameters = dict(module._parameters)
+    inputs = _example_inputs(module, weight)
+    if inputs is None:
+        return False
+    try:
+        scaled = tried(_times(inputs, site, scale) if site.side == "input" else inputs)
+        scaled = _times(scaled, site, scale) if site.side == "output" else scaled
+        for name, _, new in _merged_module(module, site.path, {site.side: scale}):
+            tried._parameters[name.rpartition(".")[2]] = nn.Parameter(new, requires_grad=False)
+        merged = tried(inputs)
+    except Exception:  # whatever a foreign layer raises, it can't be tried
+        return False
+    tolerance = 32 * torch.finfo(weight.dtype).eps * float(scaled.abs().max())
+    return bool(torch.isfinite(merged).all()) and float((merged - scaled).abs().max()) <= tolerance
+
+
+def _example_inputs(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    """Something that the layer takes: numbers, or token numbers."""
+    widths = layer_widths(module)
+    if widths is None:
+        return None
+    if widths[0] is None:
+        return torch.arange(len(weight), device=weight.device)[:8]
+    shape = (8, widths[0], *(4 * size for size in getattr(module, "kernel_size", ())))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(weight)
+
+
+def _times(activation: torch.Tensor, site: Site, scale: torch.Tensor) -> torch.Tensor:
+    """An activation times a scale of its channels, which stand last, or first where the site is a convolution's."""
+    dims = activation.dim() - 2 if len(site.shape) > 2 else 0
+    return activation * scale.to(activation.dtype).view(-1, *(1,) * dims)
+
+
 def _memory(parameter: torch.Tensor) -> tuple[torch.device, int, int]:
     """Device and addresses; a parameter without memory of its own shares it with none but itself."""
     start = parameter.data_ptr() or -id(parameter)
@@ -133,18 +198,24 @@ def _merged_values(model: nn.Module, scales: Scales) -> Iterator[tuple[str, nn.P
 
     A module with vectors on both sides (of two adapters) is multiplied by both at once.
     """
+    placement = attached(model).placement
     for path in {path: None for path, _ in scales}:
-        module = attached(model).placement.site_module(path)
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        new = weight.detach()
-        for side in ("input", "output"):
-            if (path, side) in scales:
-                new = new * _over_weight(module, side, scales[path, side].to(weight.device))
-        yield f"{path}.weight", weight, new.to(weight.dtype)
-        bias = getattr(module, "bias", None)
-        if bias is not None and (path, "output") in scales:
-            scaled = bias.detach() * scales[path, "output"].to(bias.device)
-            yield f"{path}.bias", bias, scaled.to(bias.dtype)
+        own = {side: scale for (at, side), scale in scales.items() if at == path}
+        yield from _merged_module(placement.site_module(path), path, own)
+
+
+def _merged_module(
+    module: nn.Module, path: str, scales: Mapping[Side, torch.Tensor]
+) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    new = weight.detach()
+    for side in ("input", "output"):
+        if side in scales:
+            new = new * _over_weight(module, side, scales[side].to(weight.device))
+    yield f"{path}.weight", weight, new.to(weight.dtype)
+    bias = getattr(module, "bias", None)
+    if bias is not None and "output" in scales:
+        yield f"{path}.bias", bias, (bias.detach() * scales["output"].to(bias.device)).to(bias.dtype)
 
 
 def _over_weight(module: nn.Module, side: str, scale: torch.Tensor) -> torch.Tensor:
@@ -158,3 +229,77 @@ def _over_weight(module: nn.Module, side: str, scale: torch.Tensor) -> torch.Ten
         return by_group.reshape(module.out_channels, -1, *ones)
     outputs_are_columns = is_conv1d(module) or isinstance(module, nn.Embedding)
     return scale.view(1, -1) if (side == "output") == outputs_are_columns else scale.view(-1, 1)
+
+
+# Modules trained in full
+
+
+def check_copies(model: nn.Module, adapters: Iterable[Adapter]) -> None:
+    """Refuse to put copies in their modules' places where the saved model would be loaded with other weights.
+
+    Raises:
+        ValueError: one is tied to modules that keep the base's weights, under whose name these would be saved.
+    """
+    mapping: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    replaced = {name for adapter in adapters for name, *_ in _untied(model, adapter)}
+    for source in sorted(replaced & set(mapping.values())):
+        base = model.get_parameter(source)
+        kept = [name for name in _names_of(model, base) if name not in replaced]
+        if len(kept) > 1:
+            paths = [name.removesuffix(".weight") for name in kept]
+            raise ValueError(
+                f"{source} was trained in full and is tied to {' and '.join(kept)}, which keep the base's weights. "
+                f"transformers saves these once, under the name of {source}, so the merged model would be loaded with "
+                f"other weights than it has. Train what the model calls instead (modules_to_save={paths}), or leave "
+                "the adapter unmerged. Nothing was merged."
+            )
+
+
+def install_copies(model: nn.Module, adapter: Adapter) -> None:
+    """Put the modules that the adapter trained in full in the place of the base's own weights, for good."""
+    untied = dict(_untied(model, adapter))
+    for path, trained in saved_copies(model, adapter):
+        module = attached(model).placement.saved_module(path)
+        trained.requires_grad_(False)
+        for owner_path, owner in trained.named_modules():
+            target = module.get_submodule(owner_path)
+            for name, parameter in owner.named_parameters(recurse=False):
+                if not torch.equal(parameter, target._parameters[name]):  # type: ignore[arg-type]
+                    target._parameters[name] = parameter
+            for name, buffer in owner.named_buffers(recurse=False):
+                target._buffers[name] = buffer
+    for path in dict.fromkeys(untied.values()):
+        logger.warning("%s was tied; it now has the weights trained for it alone.", path)
+
+
+def _untied(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Names of the base's parameters that a copy replaces and that others share, with the modules' paths."""
+    for path, trained in saved_copies(model, adapter):
+        module = attached(model).placement.saved_module(path)
+        for name, parameter in trained.named_parameters():
+            held = module.get_parameter(name)
+            if not torch.equal(parameter, held) and len(_names_of(model, held)) > 1:
+                yield f"{path}.{name}", path
+
+
+def _names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
+    """Every name that a parameter has in the base."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, other in named if other is parameter and f".{SAVED_COPIES}." not in f".{name}"]
+
+
+def write_untied(model: Any) -> None:
+    """Let the model's configuration say that its embeddings are no longer tied, if it can and none are."""
+    mapping: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
+    if not mapping:
+        return
+    for target, source in list(mapping.items()):
+        if model.get_parameter(target) is not model.get_parameter(source):
+            del mapping[target]
+    configs = [each for each in (model.config, model.config.get_text_config()) if each.tie_word_embeddings]
+    for config in configs if not mapping else ():
+        content = config.to_dict()
+        # A T5's configuration means another forward by it.
+        read = type(config).from_dict({**content, "tie_word_embeddings": False}).to_dict()
+        if read == {**content, "tie_word_embeddings": False}:
+            config.tie_word_embeddings = False

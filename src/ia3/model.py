@@ -28,6 +28,7 @@ from ia3.checkpoint import (
     save_adapter,
     saved_modules_in,
     set_peft_model_state_dict,
+    tensors_of,
     write_tensors,
 )
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
@@ -496,12 +497,14 @@ class PeftModel(Swapped):
             ValueError: as `merging.merge`.
         """
         names = list(adapter_names) if adapter_names is not None else self.active_adapters
+        merging.check_copies(self, [adapters.get_adapter(self, name) for name in names])
         if self._state.originals is None:
             merging.merge(self, names, keep_originals=False)
         elif set(names) != set(self._state.merged):
             raise ValueError(f"{sorted(self._state.merged)} are merged, not {names}: unmerge_adapter() first.")
         for name in names:
-            adapters.install_copies(self, adapters.get_adapter(self, name))
+            merging.install_copies(self, adapters.get_adapter(self, name))
+        merging.write_untied(self)
         return self.unload()
 
     def unload(self) -> nn.Module:
@@ -638,6 +641,14 @@ class PeftModel(Swapped):
         """Move or cast the model, which leaves nothing of the weights that it had."""
         forget(self)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """As any module's, which leaves memory without values; the adapters keep theirs, which no checkpoint brings."""
+        own = [tensors_of(self, adapter) for adapter in self._state.adapters.values()]
+        kept = {key: tensor.clone() for each in own for key, tensor in each.items() if not tensor.is_meta}
+        super().to_empty(device=device, recurse=recurse)
+        super().load_state_dict(kept, strict=False)
+        return self
 
     @property
     def _state(self) -> adapters.Attached:
@@ -851,7 +862,7 @@ def _forget_adapter_names(model: nn.Module, args: Any, output: Any) -> None:
         end_forward(model)
 
 
-# Where a model's batch shows how many examples it has.
+# Where a model's batch shows how many examples it has, besides its `main_input_name`; failing these any tensor does.
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -864,7 +875,9 @@ def _rows_of(
         ValueError: another number of names than examples or tokens, names a token where they can't work, gradient
             checkpointing, or what `gather_rows` raises.
     """
-    tensors = [value for value in (*args, *map(kwargs.get, _INPUTS)) if isinstance(value, torch.Tensor)]
+    own: str = getattr(model, "main_input_name", None) or _INPUTS[0]
+    held = (*args, *(kwargs.get(name) for name in (own, *_INPUTS)), *kwargs.values())
+    tensors = [value for value in held if isinstance(value, torch.Tensor) and value.dim()]
     if isinstance(names, str) or not tensors or len(tensors[0]) != len(names):
         count = len(tensors[0]) if tensors else "no"
         raise ValueError(
