@@ -730,3 +730,46 @@ def test_parameters_keep_their_identity_when_values_are_loaded(tiny, saved):
     model.load_adapter(folder, "default", is_trainable=True)
     assert [id(parameter) for parameter in model.parameters()] == before
     assert isinstance(next(model.parameters()), nn.Parameter)
+
+
+# A base without memory
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS")])
+def test_an_adapter_on_a_base_without_memory_keeps_its_numbers(
+    tiny, randomise, output, tmp_path, family, task, low_cpu_mem_usage
+):
+    model = randomise(get_peft_model(tiny(family), IA3Config(task_type=task))).eval()
+    expected = output(model)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        base = tiny(family)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    own = {
+        name: tensor for name, tensor in loaded.named_parameters() if ".ia3_l." in name or ".modules_to_save." in name
+    }
+    assert not any(tensor.is_meta for tensor in own.values())
+    loaded.to_empty(device="cpu")
+    whole = tiny(family)
+    loaded.load_state_dict(whole.state_dict(), strict=False)
+    for name, buffer in whole.named_buffers():
+        loaded.get_buffer(name).copy_(buffer)
+    assert torch.equal(output(loaded.eval()), expected)
+
+
+def test_a_new_adapter_on_a_base_without_memory_begins_at_one(tiny, output):
+    with torch.device("meta"):
+        base = tiny("gpt2")
+    model = get_peft_model(base, IA3Config())
+    model.to_empty(device="cpu")
+    model.load_state_dict(tiny("gpt2").state_dict(), strict=False)
+    assert torch.equal(output(model.eval()), output(tiny("gpt2")))
+
+
+def test_embeddings_in_a_file_need_a_base_with_memory(tiny, tmp_path):
+    get_peft_model(tiny("llama"), IA3Config()).save_pretrained(tmp_path, save_embedding_layers=True)
+    with torch.device("meta"):
+        base = tiny("llama")
+    with pytest.raises(ValueError, match="no memory for it: load the base's weights first"):
+        PeftModel.from_pretrained(base, tmp_path)

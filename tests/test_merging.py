@@ -173,6 +173,72 @@ def test_a_tied_head_trained_in_full_is_untied_with_a_warning(tiny, output, capl
     torch.testing.assert_close(output(model), expected)
 
 
+TIED = [
+    ("llama", ["lm_head"], False),
+    ("llama", ["embed_tokens"], False),
+    ("llama", ["lm_head", "embed_tokens"], False),
+    ("gpt2", ["wte"], False),
+    ("opt", ["lm_head", "embed_tokens"], False),
+    ("gemma", ["lm_head"], False),
+    ("t5", ["lm_head"], True),  # a T5 multiplies its output otherwise without
+    ("t5-gated", ["encoder.embed_tokens"], True),
+    ("mt5", ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"], True),
+    ("bart", ["decoder.embed_tokens"], True),
+    ("bart", ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"], False),
+]
+
+
+def _draw_copies(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(("family", "saved", "says_tied"), TIED)
+def test_tied_embeddings_trained_in_full_and_merged_load_as_they_were(
+    tiny, output, randomise, tmp_path, family, saved, says_tied
+):
+    ties = {"tie_word_embeddings": True} if family == "llama" else {}
+    model = tiny(family, **ties)
+    randomise(get_peft_model(model, IA3Config(modules_to_save=saved)))
+    _draw_copies(model)
+    merged = model.merge_and_unload()
+    expected = output(merged)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(output(type(merged).from_pretrained(tmp_path).eval()), expected)
+    assert merged.config.tie_word_embeddings is says_tied
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart"])
+@pytest.mark.parametrize("saved", [["shared"], ["shared", "lm_head"]])
+def test_an_embedding_that_only_lends_its_weight_is_not_merged(tiny, trace, family, saved):
+    model = get_peft_model(tiny(family), IA3Config(modules_to_save=saved))
+    _draw_copies(model)
+    before = trace(model)
+    with pytest.raises(ValueError, match=r"shared\.weight was trained in full and is tied to .*modules_to_save=\["):
+        model.merge_and_unload()
+    assert before.differences(trace(model)) == []
+
+
+def test_a_tied_copy_that_was_not_trained_stays_tied(tiny, output):
+    model = get_peft_model(tiny("t5"), IA3Config(modules_to_save=["shared"]))
+    expected = output(model)
+    merged = model.merge_and_unload()
+    assert merged.shared.weight is merged.encoder.embed_tokens.weight
+    assert torch.equal(output(merged), expected)
+
+
+def test_a_head_untied_by_hand_is_written_as_such(tiny, randomise, output, tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    randomise(get_peft_model(model, IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[])))
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(output(type(merged).from_pretrained(tmp_path).eval()), output(merged))
+
+
 def test_buffers_of_modules_trained_in_full_are_installed():
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)))
     get_peft_model(model, IA3Config(target_modules=["0"], modules_to_save=["1"]))
@@ -470,3 +536,64 @@ def test_merging_says_nothing(tiny, randomise):
         model.merge_adapter(safe_merge=True)
         model.unmerge_adapter()
         model.merge_and_unload(progressbar=True, safe_merge=True)
+
+
+# Weights that are not what the layer multiplies by
+
+
+class Rounded(nn.Linear):
+    """Rounds its weight in each forward, column by column, as quantising tools' layers do."""
+
+    def forward(self, inputs):
+        scale = self.weight.abs().amax(dim=1, keepdim=True) / 7
+        return nn.functional.linear(inputs, torch.round(self.weight / scale) * scale, self.bias)
+
+
+class Doubled(nn.Linear):
+    """A class of its own, and still linear in its weight."""
+
+    def forward(self, inputs):
+        return 2 * super().forward(inputs) - (0 if self.bias is None else self.bias)
+
+
+class Opaque(torch.Tensor):
+    """A tensor of another class, as quantised weights are."""
+
+
+def _opaque(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Opaque))
+    return layer
+
+
+def _float8(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "feedforward", "reason"),
+    [
+        (lambda: Rounded(4, 4), ["0"], "a Rounded doesn't multiply by its weight as it is"),
+        (lambda: _opaque(nn.Linear(4, 4)), [], "quantised or sharded"),
+        (lambda: _float8(nn.Linear(4, 4)), [], "float8_e4m3fn is quantised"),
+        (lambda: nn.Linear(4, 4, device="meta"), [], "on the meta device"),
+    ],
+)
+def test_a_weight_that_merging_would_not_scale_is_refused(layer, feedforward, reason):
+    model = get_peft_model(nn.Sequential(layer()), IA3Config(target_modules=["0"], feedforward_modules=feedforward))
+    held = model[0].weight
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=reason):
+            merge()
+    assert model[0].weight is held
+    assert not model.get_model_status().merged_adapters
+
+
+@pytest.mark.parametrize("feedforward", [[], ["0"]])
+def test_a_layer_of_another_class_is_merged_where_that_is_right(randomise, feedforward):
+    torch.manual_seed(0)
+    model = nn.Sequential(Doubled(4, 4))
+    randomise(get_peft_model(model, IA3Config(target_modules=["0"], feedforward_modules=feedforward)))
+    inputs = torch.randn(3, 4)
+    expected = model(inputs)
+    torch.testing.assert_close(model.merge_and_unload()(inputs), expected)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -401,3 +402,86 @@ def test_an_activation_that_is_not_floating_is_refused():
     mixed = rows.Rows(("a", "b"), {site: {"output": torch.ones(2, 3)}})
     with pytest.raises(TypeError, match=r"floating-point activations; this layer's is torch\.int8"):
         mixed.scale(site, "output", torch.ones(2, 3, dtype=torch.int8), channels_first=False)
+
+
+# Inputs of other names
+
+
+def _whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=10,
+        max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=2,
+    )  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(config)
+    inputs = {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": torch.tensor([[2, 5], [2, 6]])}
+    return model, inputs, ["k_proj", "v_proj", "fc2"]
+
+
+def _wav2vec2():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, vocab_size=12, feat_proj_dropout=0.0,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config), {"input_values": torch.randn(2, 200)}, ["k_proj", "v_proj"]
+
+
+def _vit():
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24, image_size=8, patch_size=4
+    )
+    return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 8, 8)}, "all-linear"
+
+
+class _Keyword(torch.nn.Module):
+    main_input_name = "spectrum"
+
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(4, 4)
+
+    def forward(self, *, spectrum):
+        return (self.lin(spectrum),)
+
+
+class _Unnamed(_Keyword):
+    """Says nothing of its main input."""
+
+    main_input_name = None
+
+
+def _keyword(kind=_Keyword):
+    return kind(), {"spectrum": torch.randn(2, 4)}, ["lin"]
+
+
+@pytest.mark.parametrize("make", [_whisper, _wav2vec2, _vit, _keyword, lambda: _keyword(_Unnamed)])
+def test_a_batch_is_counted_by_whatever_input_the_model_has(randomise, make):
+    torch.manual_seed(0)
+    base, inputs, targets = make()
+    feedforward = ["fc2"] if "fc2" in targets else []
+    config = IA3Config(target_modules=targets, feedforward_modules=feedforward)
+    model = get_peft_model(base, config, adapter_name="a").eval()
+    model.add_adapter("b", config)
+    randomise(model)
+    with torch.no_grad():
+        alone = []
+        for name in ("a", "b"):
+            model.set_adapter(name)
+            alone.append(model(**inputs)[0])
+        mixed = model(**inputs, adapter_names=["a", "b"])[0]
+    torch.testing.assert_close(mixed, torch.stack([alone[0][0], alone[1][1]]))
+    with pytest.raises(ValueError, match="for 2 examples"):
+        model(**inputs, adapter_names=["a"])
+
+
+def test_whisper_generates_by_names(randomise):
+    torch.manual_seed(0)
+    base, inputs, targets = _whisper()
+    config = IA3Config(target_modules=targets, feedforward_modules=["fc2"])
+    model = randomise(get_peft_model(base, config, adapter_name="a").eval(), spread=2.0)
+    features = inputs["input_features"]
+    found = model.generate(input_features=features, adapter_names=["a", "__base__"], max_new_tokens=4)
+    assert found[0].tolist() == model.generate(input_features=features, max_new_tokens=4)[0].tolist()
+    with model.disable_adapter():
+        assert found[1].tolist() == model.generate(input_features=features, max_new_tokens=4)[1].tolist()
