@@ -196,6 +196,8 @@ def test_a_vector_whose_module_is_gone_is_an_error_and_still_saved(adapted, outp
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"{why}.*save_pretrained"):
             output(model)
+    with pytest.raises(RuntimeError, match=why):
+        model.merge_and_unload()
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {f"{key.removeprefix('base_model.model.')}.default" for key in saved} == set(expected)

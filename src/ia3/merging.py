@@ -35,6 +35,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
             weight that is not floating-point, a vector or product that is not finite.
     """
     state = attached(model)
+    state.placement.expect_all()
     if isinstance(names, str):
         raise TypeError(f"merging takes a list of names, got {names!r}: write [{names!r}].")
     chosen = tuple(state.active if names is None else names)

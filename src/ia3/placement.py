@@ -134,12 +134,13 @@ class Placement:
 
     def settle(self, model: nn.Module) -> None:
         """Find again what a tool that replaced modules took from its place; what can't be found is in `lost`."""
-        if self.links is not None and not self.lost:
-            below = model._modules
-            if all(
-                (below if parent is None else parent._modules).get(name) is child for parent, name, child in self.links
-            ):
-                return
+        links = self.links  # another thread may forget them meanwhile
+        if (
+            links is not None
+            and not self.lost
+            and all((model if parent is None else parent)._modules.get(name) is child for parent, name, child in links)
+        ):
+            return
         with self.lock:
             self.lost.clear()
             moved = [key for key in sorted(self.places, key=lambda key: key.count(".")) if self._find_again(model, key)]
