@@ -168,6 +168,10 @@ def attach(
     for site in found.layout.sites:
         module = model.get_submodule(site.path)
         dtype, device = _kind_of_vector(module, half_to_fp32)
+        if loading and device.type == "meta":
+            device = torch.device(
+                "cpu"
+            )  # a base without memory gets it later; the numbers that come must have some now
         make = torch.ones if found.config.init_ia3_weights else torch.randn
         vector = make(site.trained_shape, dtype=dtype, device="meta" if on_meta else device)
         state.placement.hold_site(model, site).add(name, site, vector, device)
@@ -333,8 +337,6 @@ def _kind_of_vector(module: nn.Module, half_to_fp32: bool) -> tuple[torch.dtype,
     keep = {torch.float32, torch.float64} | (set() if half_to_fp32 else set(_HALF))
     # An offloaded weight is on no device until accelerate brings it to the one where it runs.
     device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or first.device)
-    # A base without memory gets it later, and must not take the adapter's numbers along into nothing.
-    device = torch.device("cpu") if device.type == "meta" else device
     return first.dtype if first.dtype in keep else torch.float32, device
 
 

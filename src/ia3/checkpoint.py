@@ -466,7 +466,9 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 def _fill(model: nn.Module, site: Site, name: str, vector: nn.Parameter, value: torch.Tensor) -> None:
     """Copy a value into a vector; one without memory gets it where the vectors of its module belong."""
     if vector.is_meta:
-        filled = nn.Parameter(value.to(device_at(model, site), vector.dtype), requires_grad=vector.requires_grad)
+        device = device_at(model, site)
+        device = value.device if device.type == "meta" else device  # nor has the base
+        filled = nn.Parameter(value.to(device, vector.dtype), requires_grad=vector.requires_grad)
         setattr(attached(model).placement.container(site.path), name, filled)
     else:
         vector.copy_(_like(vector, value))

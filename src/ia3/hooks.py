@@ -41,7 +41,7 @@ class SiteVectors(nn.Module):
         `device` is the module's, which that of a vector without memory is not.
         """
         if site.intervals is not None and self.channels is None:
-            self.channels = site.channels().to(device)
+            self.channels = site.channels().to("cpu" if device.type == "meta" else device)
             self.width = site.width
         self.sides[adapter] = site.side
         self.register_parameter(adapter, nn.Parameter(vector, requires_grad=False))

@@ -643,11 +643,19 @@ class PeftModel(Swapped):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        """As any module's, which leaves memory without values; the adapters keep theirs, which no checkpoint brings."""
-        own = [tensors_of(self, adapter) for adapter in self._state.adapters.values()]
-        kept = {key: tensor.clone() for each in own for key, tensor in each.items() if not tensor.is_meta}
+        """As any module's, which leaves memory without values; the adapters keep theirs, which no checkpoint brings.
+
+        Vectors that had no memory either begin as new ones do.
+        """
+        held = list(self._state.adapters.values())
+        new = {a.name for a in held if any(vector.is_meta for vector in adapters.vectors(self, a))}
+        own = {key: tensor for adapter in held for key, tensor in tensors_of(self, adapter).items()}
+        kept = {key: tensor.clone() for key, tensor in own.items() if not tensor.is_meta}
         super().to_empty(device=device, recurse=recurse)
         super().load_state_dict(kept, strict=False)
+        for adapter in held:
+            for vector in adapters.vectors(self, adapter) if adapter.name in new else ():
+                nn.init.ones_(vector) if adapter.config.init_ia3_weights else nn.init.normal_(vector)
         return self
 
     @property
