@@ -25,6 +25,7 @@ _HOME = {
         "get_peft_model",
         "inject_adapter_in_model",
     ],
+    "bridge": ["as_peft_model"],
     "fast.decode": ["compile_generate"],
     "fast.step": ["compile_step"],
     "training.sweep": ["sweep"],
@@ -67,6 +68,7 @@ __all__ = [
     "Site",
     "TaskType",
     "__version__",
+    "as_peft_model",
     "compile_generate",
     "compile_step",
     "find_sites",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from ia3.bridge import as_peft_model
     from ia3.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
     from ia3.fast.decode import compile_generate

@@ -408,6 +408,15 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
                 copy.load_state_dict(trained.state_dict())
 
 
+@torch.no_grad()
+def copy_values(model: nn.Module, source: Adapter, target: Adapter) -> None:
+    """Give an adapter the values of another with the same configuration, its modules trained in full too."""
+    if any(old.intervals != new.intervals for old, new in zip(source.layout.sites, target.layout.sites, strict=True)):
+        keep_every_channel(model, target)
+    for old, new in zip(parameters(model, source), parameters(model, target), strict=True):
+        new.copy_(old)
+
+
 def hold_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """Put hooks where a table's adapters have vectors, without any vector of their own.
 

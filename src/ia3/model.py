@@ -357,6 +357,11 @@ class PeftModel(Swapped):
                 create_pr=create_pr,
             )
 
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write the model card, or bring the metadata of the one in the folder up to date: transformers' Trainer asks
+        for this after it has written its own text."""
+        write_card(Path(output_dir), self.active_peft_config)
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
