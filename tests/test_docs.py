@@ -16,7 +16,7 @@ import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def run_page(page: str) -> None:
 
 def take_a_few(load: Callable[..., Examples], *args: Any, **kwargs: Any) -> Examples:
     whole = load(*args, **kwargs)
-    return Examples(whole.rows[:40], whole.labels, whole.source, whole.duplicates, whole.empty)
+    return replace(whole, rows=whole.rows[:40])
 
 
 @pytest.fixture(scope="module")

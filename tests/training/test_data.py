@@ -294,8 +294,27 @@ class TestJson:
             load_examples(write("a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n'))
 
     def test_a_whole_list_in_one_file(self, write):
-        with pytest.raises(ValueError, match=r"a.json, line 1 is a list; expected one JSON object a line"):
-            load_examples(write("a.json", '[{"text": "a", "label": "x"}]'))
+        rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+        for content in (json.dumps(rows), json.dumps(rows, indent=2) + "\n"):
+            assert pairs(load_examples(write("a.json", content))) == [("a", "x"), ("b", "y")]
+        with pytest.raises(ValueError, match=r"a.json, row 2 has no column 'label'"):
+            load_examples(write("a.json", json.dumps([rows[0], {"text": "b"}])))
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (
+                '[\n{"text": "a", "label": "x"},\n]',
+                "a.json is a list that is not JSON: .*line 3.*; expected one list of",
+            ),
+            ("[1, 2]\n", "line 1 is a list; expected one JSON object a line"),
+            ('["a", "x"]\n["b", "y"]\n', "line 1 is a list; expected one JSON object a line"),
+            ("[]", "has no rows"),
+        ],
+    )
+    def test_a_list_that_cannot_be_read(self, write, content, said):
+        with pytest.raises(ValueError, match=said):
+            load_examples(write("a.json", content))
 
 
 class TestParquet:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.console import Console
 from typer.main import get_command
 
 import tiny_seq2seq
+from ia3.bundled import TITLER
 from ia3.checkpoint import load_peft_weights
 from ia3.cli.main import app
 from ia3.training.data import Example, Examples
@@ -394,3 +396,45 @@ def test_after_divergence_the_folder_is_free(base: str, tmp_path: Path) -> None:
 def test_heads_are_not_trained_in_bf16(base: str) -> None:
     with pytest.raises(ValueError, match="'precision: bf16' is for label-words and generation and instructions"):
         train(base, tiny_seq2seq.examples(12), task="sequence-classification", precision="bf16", console=quiet())
+
+
+def spelled(count: int) -> list[Example]:
+    return [Example(f"profit {n}", ("rise", "Rise", "fall")[n % 3]) for n in range(count)]
+
+
+def forget(folder: Path, **instead: str) -> None:
+    """Write a run's recipe as it was before recipes knew merge_labels."""
+    for name in ("recipe.yaml", "environment.json"):
+        content = yaml.safe_load((folder / name).read_text())
+        recipe = content.get("recipe", content)
+        del recipe["merge_labels"]
+        if instead:
+            del recipe["template"]
+        recipe |= instead
+        (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_run_goes_on_with_the_labels_that_it_merged_or_not(tmp_path: Path, merge: bool) -> None:
+    data = tmp_path / "profits.csv"
+    data.write_text("text,label\n" + "".join(f"{row.text},{row.label}\n" for row in spelled(30)))
+    more: dict[str, Any] = {"steps": 3, "evaluate_every": 3, "merge_labels": merge, "console": quiet()}
+    with interrupted_at(1), pytest.raises(Interrupted):
+        train(TITLER, data, output=tmp_path / "run", **more)
+    if not merge:
+        forget(tmp_path / "run")
+    run = resume(tmp_path / "run", console=quiet())
+    assert run.task.labels == (("fall", "rise") if merge else ("Rise", "fall", "rise"))
+    assert len(run.losses) == 3
+
+
+def test_a_run_from_before_alpacas_input_was_read_goes_on_without(base: str, tmp_path: Path) -> None:
+    data = tmp_path / "rows.csv"
+    data.write_text("instruction,input,output\n" + "".join(f"the share {n},much,very {n % 5}\n" for n in range(20)))
+    more: dict[str, Any] = {"template": "{instruction}", "label_column": "output", "task": "generation"}
+    with interrupted_at(1), pytest.raises(Interrupted):
+        train(base, data, output=tmp_path / "run", steps=3, evaluate_every=3, console=quiet(), **more)
+    forget(tmp_path / "run", text_column="instruction")
+    run = resume(tmp_path / "run", console=quiet())
+    assert all(re.fullmatch(r"the share \d+", text) for text in run.shown)
+    assert run.task.template == Template("{instruction}")

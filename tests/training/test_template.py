@@ -47,3 +47,14 @@ def test_a_cell_that_is_no_text() -> None:
         Template("{a}").render({"a": ["x"]}, "line 3")
     with pytest.raises(ValueError, match="line 3: 'b' is a dict, expected a text or a number"):
         Template("{a} {b}").render({"a": "x", "b": {}}, "line 3")
+
+
+def test_line_breaks_inside_the_braces_stand_before_something() -> None:
+    template = Template("{question}{\n\ncontext}")
+    assert (template.fields, template.required) == (("question", "context"), ("question",))
+    assert template.render({"question": "Who?", "context": "Ann."}) == "Who?\n\nAnn."
+    assert template.render({"question": "Who?", "context": " "}) == template.render({"question": "Who?"}) == "Who?"
+    assert template.render({"question": "", "context": "Ann."}) == "Ann."
+    assert template.render({"question": ""}) == ""
+    with pytest.raises(ValueError, match="has no column 'question'"):
+        template.render({"context": "Ann."})

@@ -47,7 +47,7 @@ def evaluate(
 
     from rich.console import Console
 
-    from ia3.training.data import load_examples
+    from ia3.training.data import load_examples, match_labels
     from ia3.training.task import TaskKind
 
     progress = Console(stderr=True)
@@ -57,7 +57,15 @@ def evaluate(
         raise ValueError(f"This adapter's task is {task.kind}, where --generate changes nothing: leave it out.")
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind
-    examples = load_examples(data, template=task.template, label_column=label_column or task.label_column, kind=kind)
+    examples = load_examples(
+        data,
+        template=task.template,
+        label_column=label_column or task.label_column,
+        kind=kind,
+        merge_labels=kind is not task.kind,
+    )
+    if kind is task.kind:
+        examples = match_labels(examples, task.labels, "the adapter's")
     progress.print(examples.describe(), markup=False, highlight=False)
     if kind is not task.kind:
         labeller = replace(labeller, task=replace(task, kind=kind, labels=examples.labels))
@@ -93,13 +101,15 @@ def _judge(task: Task, examples: Examples, answers: Sequence[str], *, generate: 
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
+    from ia3.training.labels import match_spellings
     from ia3.training.task import TaskKind
 
     words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     occurring = {label for row in examples for label in (row.label.split() if words else [row.label])}
     unknown = sorted(occurring - set(task.labels))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], task.labels, n=1)
+        alike = match_spellings(unknown[:1], task.labels).values()
+        near = [*alike] or difflib.get_close_matches(unknown[0], task.labels, n=1)
         hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else ""
         raise ValueError(
             f"{examples.source} has the labels {unknown}, and the adapter knows {list(task.labels)}.{hint} Correct the "

@@ -103,7 +103,7 @@ def _as_records(lines: list[str], labeller: Labeller) -> Records:
     from ia3.training.records import Records
 
     fields = labeller.task.template.fields
-    if len(fields) > 1:
+    if len(labeller.task.template.required) > 1:
         raise ValueError(
             f"This adapter reads the columns {list(fields)}, so a sentence is not enough: give a --file with them."
         )
@@ -129,7 +129,7 @@ def _examples(records: Records, labeller: Labeller) -> list[Example]:
 
 
 def _holds_conversations(records: Records, labeller: Labeller) -> bool:
-    from ia3.training.data import MESSAGES_COLUMN
+    from ia3.training.reading import MESSAGES_COLUMN
     from ia3.training.task import TaskKind
 
     reads = labeller.task.template.fields

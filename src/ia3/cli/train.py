@@ -29,9 +29,7 @@ def train(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            rich_help_panel=_DATA, help="What to learn from: a CSV, JSON lines or parquet file, or a hub data set."
-        ),
+        typer.Option(rich_help_panel=_DATA, help="What to learn from: a CSV, JSON or parquet file, or a hub data set."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="t-few, or a YAML file with any of these settings; flags override.")
@@ -64,6 +62,15 @@ def train(
     label_column: Annotated[
         str | None,
         typer.Option(rich_help_panel=_DATA, help="The column with the label, answer or tags.", show_default="label"),
+    ] = None,
+    merge_labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge-labels/--no-merge-labels",
+            rich_help_panel=_DATA,
+            help="Read spellings of a label that differ in case or blanks as one.",
+            show_default="on",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -173,6 +180,7 @@ def train(
         "task": task,
         "text_column": text_column,
         "label_column": label_column,
+        "merge_labels": merge_labels,
         "system": system,
         "target_modules": module_names(target_modules),
         "feedforward_modules": module_names(feedforward_modules),

@@ -2,7 +2,8 @@
 
 A source gives `Examples`: rows in the source's order, the labels in theirs, and what was odd about them.
 Empty rows are dropped and counted. Duplicates are counted and kept, since published row counts include them,
-and `split_examples` never puts one text on both sides.
+and `split_examples` never puts one text on both sides. Spellings of a label that differ in case or white space alone
+become one label.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
+from ia3.training.labels import (
+    describe_spellings,
+    doubt_classes,
+    label_key,
+    match_spellings,
+    merge_spellings,
+    quote_labels,
+    spellings_apart,
+)
+from ia3.training.reading import MESSAGES_COLUMN, Reading, recognise, with_unread
 from ia3.training.records import TWEETS, Records, as_text, read_records, require_columns
 from ia3.training.task import TaskKind
 from ia3.training.template import Template
 
-MESSAGES_COLUMN = "messages"
 _ROLES = ("system", "user", "assistant")
 
 # How many times as frequent as the rarest class the most frequent one may be without a remark.
@@ -55,6 +65,8 @@ class Examples(Sequence[Example]):
         duplicates: rows whose text, case and white space aside, stood in an earlier row. They are kept.
         empty: rows without a text, dropped.
         kind: what kind of task they are for.
+        reading: which columns they were read from; None of examples made in memory.
+        remarks: how they were read, a line each.
     """
 
     rows: tuple[Example, ...]
@@ -63,6 +75,8 @@ class Examples(Sequence[Example]):
     duplicates: int
     empty: int
     kind: TaskKind = TaskKind.LABEL_WORDS
+    reading: Reading | None = None
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,23 +99,49 @@ class Examples(Sequence[Example]):
         return [row.text for row in self.rows]
 
     def describe(self) -> str:
-        """One line: rows, rows of each class or words of each tag, and what was odd about them."""
+        """A line on rows, rows of each class or words of each tag, and what was odd; then a line a remark."""
         parts = [f"{self.source}: {len(self.rows):,} rows{self._counts()}"]
-        if self.kind in _ONE_CLASS_A_TEXT and (remark := _imbalance(self.rows)):
+        if self.kind in ONE_LABEL_A_TEXT and (remark := _imbalance(self.rows)):
             parts.append(remark)
         if self.duplicates:
             parts.append(f"{self.duplicates:,} duplicate{'s' * (self.duplicates > 1)} kept")
-        if self.kind.has_labels and (conflicts := _conflicts(self.rows)):
+        if self.kind.has_labels and (conflicts := conflicts_of(self.rows).texts):
             parts.append(f"{conflicts:,} text{'s' * (conflicts > 1)} with different labels")
         if self.empty:
             parts.append(f"{self.empty:,} empty row{'s' * (self.empty > 1)} dropped")
-        return "; ".join(parts)
+        return "\n".join(["; ".join(parts), *self.remarks, *self._doubts()])
+
+    def _doubts(self) -> list[str]:
+        """What the answers themselves tell: labels that may be one or none, texts with many answers."""
+        doubts = []
+        if self.kind.has_labels and (apart := spellings_apart(self._answers())):
+            groups = ", ".join(quote_labels(group) for group in apart)
+            doubts.append(f"These differ in case, blanks or Unicode form alone, and stay apart: {groups}.")
+        if self.kind in ONE_LABEL_A_TEXT and not self._named_classes and (doubt := doubt_classes(self._answers())):
+            doubts.append(f"Are these labels? {doubt[:1].upper()}{doubt[1:]}.")
+        if not self.kind.has_labels and (most := conflicts_of(self)).answers >= _MANY_ANSWERS:
+            doubts.append(f"{most.answers:,} different answers to the same text, {most.text[:60]!r}{self._left_out()}.")
+        if self.reading is not None and (unread := self.reading.describe_unread(len(self.rows))):
+            doubts.append(unread)
+        return doubts
+
+    def _answers(self) -> list[str]:
+        tagged = self.kind is TaskKind.TOKEN_CLASSIFICATION
+        return [label for row in self.rows for label in (row.label.split() if tagged else [row.label])]
+
+    @property
+    def _named_classes(self) -> bool:
+        return self.reading is not None and self.reading.class_names
+
+    def _left_out(self) -> str:
+        others = self.reading.others if self.reading is not None else ()
+        return f"; not read: {', '.join(map(repr, others))}" if others else ""
 
     def _counts(self) -> str:
         if not self.kind.has_labels:
             return ""
         tagged = self.kind is TaskKind.TOKEN_CLASSIFICATION
-        counts = Counter(label for row in self.rows for label in (row.label.split() if tagged else [row.label]))
+        counts = Counter(self._answers())
         classes = ", ".join(f"{counts[label]:,} {label}" for label in self.labels)
         return f" of {counts.total():,} words ({classes})" if tagged else f" ({classes})"
 
@@ -114,7 +154,9 @@ class Examples(Sequence[Example]):
         return digest.hexdigest()
 
 
-_ONE_CLASS_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+ONE_LABEL_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+# So many different answers to one text are said, where answers are free text and two may be as right.
+_MANY_ANSWERS = 3
 
 
 def load_examples(
@@ -125,18 +167,21 @@ def load_examples(
     label_column: str = "label",
     kind: TaskKind = TaskKind.LABEL_WORDS,
     split: str | None = None,
+    merge_labels: bool = True,
 ) -> Examples:
     """Read texts with their answers, as the model will see them.
 
     For token classification a cell holds a list of words, or of their tags, or a text that is split at white space.
     For instructions without text and label columns, the conversations of a column `messages` are read: lists of
-    `{"role": …, "content": …}` whose last answer is the one to learn.
+    `{"role": …, "content": …}` whose last answer is the one to learn. Where the answers are free text, the rows of
+    Alpaca and of Dolly are known by their columns: `instruction`, below it `input` or `context` where there is one, and
+    the answer in `output` or `response`.
 
     Args:
         source: `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub; PhraseBank's
             own `.zip` or a `.txt` of `sentence@label` lines; a `.csv`, `.jsonl` or `.json` (one object a
-            line) or `.parquet` file; any other name is a data set on the hub. Where PhraseBank or the tweets
-            are read, columns of any names hold their texts and labels.
+            line, or one list) or `.parquet` file; any other name is a data set on the hub. Where PhraseBank
+            or the tweets are read, columns of any names hold their texts and labels.
         template: the text around the columns; instead of `text_column`.
         text_column: the column with the text.
         label_column: the column with the label, the completion or the tags. Numbers of a `ClassLabel` become
@@ -144,6 +189,8 @@ def load_examples(
         kind: what the label is: one of a closed set, free text, or one tag a word. White space around a text or
             a completion is dropped, inside it is kept.
         split: which split of a data set; by default `"train"`.
+        merge_labels: read the spellings of a label that differ in case, white space or Unicode form alone as one, the
+            most frequent; of texts with one label each. The names of a `ClassLabel` and tags stay as they are.
 
     Returns:
         The rows that have a text.
@@ -152,20 +199,99 @@ def load_examples(
         FileNotFoundError: no such file or data set, or the hub cannot be reached.
         ValueError: nothing in the file, a missing column, a row without label, an encoding that cannot be
             read, a line without `@`, a `split` of a source that has none, a template that shows the label,
-            another number of tags than words, or a conversation that doesn't end in a user's message and its
-            answer.
+            another number of tags than words, a conversation that doesn't end in a user's message and its
+            answer, or conversations and a label column.
     """
-    template = _wording(template, text_column, label_column, kind)
-    line_column = template.fields[0] if len(template.fields) == 1 else "text"
+    wording = _wording(template, text_column, label_column, kind)
+    line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
     records = read_records(source, line_column=line_column, line_label=label_column, split=split)
-    read = _row_reader(records, template, label_column, kind)
+    remarks = []
+    if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, wording, label_column):
+        remarks += _without_label_column(records, label_column)
+        reading = Reading(wording, label_column, (MESSAGES_COLUMN,))
+        read: _RowReader = _read_conversation
+    else:
+        known = recognise(records.columns, text_column, label_column)
+        if known is not None and template is None and not kind.has_labels:
+            wording, label_column, said = known
+            remarks.append(said)
+        class_names = label_column in records.classes
+        reading = Reading(wording, label_column, (*wording.fields, label_column), class_names)
+        read = _row_reader(records, reading, kind)
     found = [read(record, f"{records.source}, {place}") for place, record in records]
     rows = tuple(row for row in found if row is not None)
     empty = len(found) - len(rows) + records.blank
     if not rows:
         raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected labelled texts.")
+    reading = with_unread(reading, records, ["" if row is None else _whole(row) for row in found])
     labels = _labels(rows, records.classes.get(label_column), kind)
-    return Examples(rows, labels, records.source, _duplicates(rows), empty, kind)
+    examples = Examples(rows, labels, records.source, _duplicates(rows), empty, kind, reading, tuple(remarks))
+    return merge_labels_of(examples) if merge_labels else examples
+
+
+def merge_labels_of(examples: Examples) -> Examples:
+    """The examples with one spelling of each label, the most frequent one or among equals the first.
+
+    Nothing changes where labels are the names of a `ClassLabel`, tags, whose case may mean something, or free text.
+    """
+    if examples.kind not in ONE_LABEL_A_TEXT or examples._named_classes:
+        return examples
+    merged = merge_spellings(row.label for row in examples)
+    said = (
+        f"Spellings of one label are merged: {describe_spellings(merged)} (--no-merge-labels, or merge_labels: false "
+        "in a recipe, keeps them apart)."
+    )
+    return _respelled(examples, merged, said)
+
+
+def match_labels(examples: Examples, known: Sequence[str], whose: str) -> Examples:
+    """The examples with the known labels in place of other spellings of them.
+
+    Args:
+        examples: of texts with one label each; others stay as they are.
+        known: the labels to compare with.
+        whose: whose these are, for the remark, as in `"the adapter's"`.
+    """
+    if examples.kind not in ONE_LABEL_A_TEXT:
+        return examples
+    labels = {row.label for row in examples}
+    matched = match_spellings((row.label for row in examples), known)
+    if examples._named_classes:  # of which no two become one
+        shared = Counter([*matched.values(), *labels])
+        matched = {label: other for label, other in matched.items() if shared[other] == 1}
+    return _respelled(examples, matched, f"Other spellings are read as {whose} labels: {describe_spellings(matched)}.")
+
+
+def _respelled(examples: Examples, labels: Mapping[str, str], said: str) -> Examples:
+    """The examples with other labels in place of some, and a remark; the order of labels is kept."""
+    if not labels:
+        return examples
+    rows = tuple(replace(row, label=labels.get(row.label, row.label)) for row in examples)
+    by_order = examples.labels == _labels(examples.rows, None, examples.kind)
+    names = tuple(dict.fromkeys(labels.get(label, label) for label in examples.labels))
+    ordered = _labels(rows, None, examples.kind) if by_order else names
+    return replace(examples, rows=rows, labels=ordered, remarks=(*examples.remarks, said))
+
+
+def _without_label_column(records: Records, label_column: str) -> list[str]:
+    """A remark on a column of labels beside conversations, which hold their answers.
+
+    Raises:
+        ValueError: the column was asked for.
+    """
+    if label_column != "label":
+        raise ValueError(
+            f"{records.source} has conversations in {MESSAGES_COLUMN!r}, whose last messages are the answers, and "
+            f"label_column={label_column!r} asks for others: leave label_column out, or name the texts' column, too."
+        )
+    if "label" not in records.columns:
+        return []
+    return [f"The column 'label' is not read: the answers are the last messages in {MESSAGES_COLUMN!r}."]
+
+
+def _whole(row: Example) -> str:
+    """All that the model reads of a row."""
+    return "\n".join([*(content for _, content in row.turns), row.text])
 
 
 def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -> tuple[Examples, Examples]:
@@ -213,6 +339,11 @@ def _only_rows(rows: Sequence[Example], held_out: set[tuple[str, ...]]) -> set[t
     return {_what_is_read(row) for row in rows if row.label not in learned}
 
 
+def answers_to_texts(*parts: Sequence[Example]) -> list[str]:
+    """The answers, one for each different text and answer: what was held out again tells nothing about classes."""
+    return [label for _, label in dict.fromkeys((_what_is_read(row), row.label) for part in parts for row in part)]
+
+
 def bundled_tweets() -> tuple[Examples, Examples]:
     """The tweets that come with the package: 3,600 to train on and 300 held out, balanced over three classes.
 
@@ -258,10 +389,9 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
 _RowReader = Callable[[Mapping[str, Any], str], Example | None]
 
 
-def _row_reader(records: Records, template: Template, label_column: str, kind: TaskKind) -> _RowReader:
-    if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, template, label_column):
-        return _read_conversation
-    require_columns(records.source, records.columns, *template.fields, label_column)
+def _row_reader(records: Records, reading: Reading, kind: TaskKind) -> _RowReader:
+    template, label_column = reading.template, reading.label_column
+    require_columns(records.source, records.columns, *template.required, label_column)
     if kind is TaskKind.TOKEN_CLASSIFICATION:
         return lambda record, place: _read_tagged_words(record, place, template.fields[0], label_column)
     return lambda record, place: _read_text(record, place, template, label_column, kind)
@@ -402,7 +532,7 @@ def _label_order(label: str) -> tuple[int, str]:
 
 
 def _part(whole: Examples, rows: Sequence[Example]) -> Examples:
-    return replace(whole, rows=tuple(rows), duplicates=_duplicates(rows), empty=0)
+    return replace(whole, rows=tuple(rows), duplicates=_duplicates(rows), empty=0, remarks=())
 
 
 def _normalised(text: str) -> str:
@@ -418,17 +548,32 @@ def _duplicates(rows: Sequence[Example]) -> int:
     return len(rows) - len({_what_is_read(row) for row in rows})
 
 
-def _conflicts(rows: Sequence[Example]) -> int:
-    """How many different texts have more than one label."""
-    labels = defaultdict(set)
+class Conflicts(NamedTuple):
+    """Texts that stand in several rows with different answers: how many, their rows, and the one with most answers."""
+
+    texts: int
+    rows: int
+    text: str
+    answers: int
+
+
+def conflicts_of(rows: Sequence[Example]) -> Conflicts:
+    """Count the texts with several answers."""
+    of_text = defaultdict(list)
     for row in rows:
-        labels[_what_is_read(row)].add(row.label)
-    return sum(len(found) > 1 for found in labels.values())
+        of_text[_what_is_read(row)].append(row)
+    answers = {text: len({row.label for row in found}) for text, found in of_text.items()}
+    several = [text for text, count in answers.items() if count > 1]
+    if not several:
+        return Conflicts(0, 0, "", 0)
+    most = max(several, key=answers.__getitem__)
+    return Conflicts(len(several), sum(len(of_text[text]) for text in several), of_text[most][0].text, answers[most])
 
 
 def _imbalance(rows: Sequence[Example]) -> str:
     """A remark where one class is far more frequent than another; classes without a row can't be drawn."""
-    counts = Counter(row.label for row in rows).most_common()
+    labels = {label_key(row.label): row.label for row in rows}  # spellings of one label are no rare classes
+    counts = Counter(labels[label_key(row.label)] for row in rows).most_common()
     if not counts or counts[0][1] < _IMBALANCE * counts[-1][1]:
         return ""
     (most, often), (least, seldom) = counts[0], counts[-1]

@@ -50,6 +50,8 @@ class Recipe:
             classes of texts for an encoder.
         text_column: the column with the text.
         label_column: the column with the label, the answer or the tags.
+        merge_labels: read spellings of a label that differ in case, white space or Unicode form alone as one, the most
+            frequent; of texts with one label each.
         template: the text around the columns, as in `"Review: {text} Sentiment?"`; instead of `text_column`.
         system: the system message of each conversation, in instruction tuning.
         target_modules: the modules to adapt; by default those of the model's family.
@@ -71,6 +73,7 @@ class Recipe:
     task: TaskKind | None = None
     text_column: str = "text"
     label_column: str = "label"
+    merge_labels: bool = True
     template: str | None = None
     system: str | None = None
     target_modules: list[str] | str | None = None

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from ia3.training.columns import likely_columns
+
 SENTIMENTS = ("negative", "neutral", "positive")
 
 TWEETS = "bundled:tweets"
@@ -21,16 +23,6 @@ TWEETS_FOLDER = Path(__file__).with_name("tweets")
 _PHRASEBANK = ("financial_phrasebank", "takala/financial_phrasebank")
 _PHRASEBANK_ZIP = "data/FinancialPhraseBank-v1.0.zip"
 _PHRASEBANK_FILE = "Sentences_AllAgree.txt"
-
-# Columns that hold a text and its answer in many data sets.
-_USUAL_PAIRS = (
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("question", "answer"),
-    ("sentence", "label"),
-    ("tokens", "ner_tags"),
-    ("tokens", "tags"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,9 +57,9 @@ def read_records(
     """Read rows.
 
     Args:
-        source: a `.csv`, `.jsonl`, `.json` (one object a line), `.parquet` or `.txt` file; `"bundled:tweets"`;
-            `"financial_phrasebank"`, its all-agree part from the hub, or PhraseBank's own `.zip`; any other name
-            is a data set on the hub. Its split may follow a colon, as in `"stanfordnlp/imdb:test"`.
+        source: a `.csv`, `.jsonl`, `.json` (one object a line, or one list of objects), `.parquet` or `.txt` file;
+            `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub, or PhraseBank's own `.zip`;
+            any other name is a data set on the hub. Its split may follow a colon, as in `"stanfordnlp/imdb:test"`.
         line_column: what to call the texts of a source without names of columns: a `.txt` file, PhraseBank and
             the bundled tweets.
         line_label: what to call their labels. A `.txt` is read as PhraseBank's lines, `sentence@label`, if this
@@ -149,11 +141,11 @@ def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
     found = list(found)
     for column in wanted:
         if column not in found:
-            likely = next((pair for pair in _USUAL_PAIRS if set(pair) <= set(found)), None)
-            hint = f", such as text_column={likely[0]!r} and label_column={likely[1]!r}" if likely else ""
+            likely = likely_columns(found)
+            how = "template" if likely.startswith("template") else "text_column"
             raise ValueError(
                 f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
-                f"Name the right ones by text_column and label_column{hint}."
+                f"Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
             )
 
 
@@ -316,18 +308,37 @@ def _read_json(path: Path, lines: _LineColumns) -> _Table:
 
 
 def _json_rows(path: Path) -> _Rows:
-    for place, line in _stripped_lines(_text_of(path)):
+    text = _text_of(path)
+    if (whole := _objects_of_a_list(text, path)) is not None:
+        for number, record in enumerate(whole, start=1):
+            yield f"row {number}", record
+        return
+    for place, line in _stripped_lines(text):
         if not line:
             yield place, None
             continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            whole = " The file is one list: write its objects a line each." if line.startswith("[") else ""
-            raise ValueError(f"{path}, {place} is not JSON: {error}; expected one object a line.{whole}") from error
+            raise ValueError(
+                f"{path}, {place} is not JSON: {error}; expected one object a line, or one list of objects."
+            ) from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, {place} is a {type(record).__name__}; expected one JSON object a line.")
         yield place, record
+
+
+def _objects_of_a_list(text: str, path: Path) -> list[dict[str, Any]] | None:
+    """The objects of a file that is one list of them, on however many lines; None of other files."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if "]" in text.lstrip().split("\n", 1)[0]:  # a list a line: reading them says what is wrong
+            return None
+        raise ValueError(f"{path} is a list that is not JSON: {error}; expected one list of objects.") from error
+    return whole if all(isinstance(record, dict) for record in whole) else None
 
 
 def _read_parquet(path: Path, lines: _LineColumns) -> _Table:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ia3.training.records import as_text, require_columns
 
-_PIECES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+_PIECES = re.compile(r"\{\{|\}\}|\{(?P<breaks>\n*)(?P<column>[^{}\n][^{}]*)\}|[{}]")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Template:
     """The text that the model reads, with the columns' names in braces: `"Review: {text} Sentiment?"`.
 
     Args:
-        pattern: the text; a brace that is meant as such is doubled.
+        pattern: the text; a brace that is meant as such is doubled. Line breaks between a brace and its column, as in
+            `"{question}{\\n\\ncontext}"`, stand where the column has something; it may be missing.
 
     Raises:
         ValueError: no field, or a brace that belongs to none.
@@ -46,7 +47,13 @@ class Template:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """The columns that it names, in order."""
-        return tuple(dict.fromkeys(piece[1] for piece in _PIECES.finditer(self.pattern) if piece[1]))
+        return tuple(dict.fromkeys(piece["column"] for piece in _PIECES.finditer(self.pattern) if piece["column"]))
+
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        """The columns among them that a record must have."""
+        pieces = [piece for piece in _PIECES.finditer(self.pattern) if piece["column"] and not piece["breaks"]]
+        return tuple(dict.fromkeys(piece["column"] for piece in pieces))
 
     def with_column(self, column: str) -> Template:
         """The same text around another column.
@@ -59,7 +66,7 @@ class Template:
                 f"The template {self.pattern!r} reads the columns {list(self.fields)}, so one text column can't "
                 "replace them: leave --text-column out, and name the columns of the file as the template does."
             )
-        return Template(_PIECES.sub(lambda piece: f"{{{column}}}" if piece[1] else piece.group(), self.pattern))
+        return Template(_PIECES.sub(lambda piece: f"{{{column}}}" if piece["column"] else piece.group(), self.pattern))
 
     def render(self, record: Mapping[str, Any], place: str = "the record") -> str:
         """The text for one record; empty where all of its fields are.
@@ -71,11 +78,20 @@ class Template:
         Raises:
             ValueError: a column is not there, or a cell holds neither text nor a number.
         """
-        require_columns(place, record, *self.fields)
-        cells = {field: as_text(record[field], f"{place}: {self._name(field)}") for field in self.fields}
+        require_columns(place, record, *self.required)
+        cells = {field: as_text(record.get(field), f"{place}: {self._name(field)}") for field in self.fields}
         if not any(cells.values()):
             return ""
-        return _PIECES.sub(lambda piece: cells[piece[1]] if piece[1] else piece.group()[0], self.pattern)
+
+        def filled(piece: re.Match[str]) -> str:
+            if not piece["column"]:
+                return piece.group()[0]
+            cell = cells[piece["column"]]
+            return piece["breaks"] + cell if cell else ""
+
+        text = _PIECES.sub(filled, self.pattern)
+        # Breaks after nothing: of a column that may be missing behind one that is empty.
+        return text if self.required == self.fields else text.strip("\n")
 
     def _name(self, field: str) -> str:
         return "the text" if len(self.fields) == 1 else repr(field)

@@ -24,7 +24,18 @@ from ia3.inference.classify import head_modules
 from ia3.inference.loading import default_kind, load_base, load_config, load_tokenizer
 from ia3.model import get_peft_model
 from ia3.training.collate import measure_labels
-from ia3.training.data import Examples, count_truncated, load_examples, split_examples
+from ia3.training.data import (
+    ONE_LABEL_A_TEXT,
+    Examples,
+    answers_to_texts,
+    conflicts_of,
+    count_truncated,
+    load_examples,
+    match_labels,
+    merge_labels_of,
+    split_examples,
+)
+from ia3.training.labels import why_no_classes
 from ia3.training.learners.instructions import Instructions, count_cut
 from ia3.training.learners.making import check_settings, make_learner
 from ia3.training.loop import Course, Training, check_examples
@@ -45,6 +56,7 @@ from ia3.training.run import (
 )
 from ia3.training.settings import TrainSettings
 from ia3.training.task import TASK_NAME, Task, TaskKind
+from ia3.training.template import Template
 
 
 def train(model: str | Path, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
@@ -112,7 +124,7 @@ def resume(
     if not (folder / STATE_NAME).is_file():
         begun = "its training is complete" if (folder / RESULT_NAME).is_file() else "it ended before its first save"
         raise ValueError(f"There is nothing in {folder} to go on from: {begun}. Begin anew by `ia3 train`.")
-    content = read_recipe(folder / RECIPE_NAME)
+    content = _as_begun(read_recipe(folder / RECIPE_NAME))
     for name, given in (("data", data), ("test_data", test_data)):
         if given is not None:
             content[name] = given
@@ -120,6 +132,18 @@ def resume(
             raise ValueError(f"The run in {folder} had its {name} in memory: give them again, ia3.resume(…, {name}=…).")
     recipe = replace(make_recipe(content, folder / RECIPE_NAME), output=folder)
     return run_recipe(recipe, console or Console(stderr=True), resuming=True)
+
+
+def _as_begun(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's content for the way that its run began.
+
+    Before recipes knew merge_labels, labels stayed apart and a named column was read alone.
+    """
+    if "merge_labels" in content:
+        return dict(content)
+    column = Template.of_column(content.get("text_column", "text"))
+    own = {name: value for name, value in content.items() if name != "text_column"}
+    return {"merge_labels": False, "template": column.pattern} | own
 
 
 def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> Run:
@@ -141,7 +165,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
     with folder_of(recipe) as output:
         if not resuming:
             _refuse_unfinished(output)
-        training, test = read_data(recipe, kind, console)
+        training, test = read_data(recipe, kind, console, resuming=resuming)
         check_examples(kind, training, test)
         with console.status(f"Loading {recipe.model}"):
             tokenizer = load_tokenizer(recipe.model)
@@ -234,16 +258,25 @@ def make_task(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples
     """
     labels = _labels(kind, training, test)
     answers = labels or [row.label for row in training]
+    template, label_column = _wording(recipe, training)
     return Task(
         kind=kind,
-        template=recipe.wording,
+        template=template,
         labels=labels,
         max_length=recipe.settings.max_length,
         max_new_tokens=_longest_answer(kind, answers, tokenizer, recipe.settings),
         base_model=recipe.model,
-        label_column=recipe.label_column,
+        label_column=label_column,
         system=recipe.system,
     )
+
+
+def _wording(recipe: Recipe, training: Examples) -> tuple[Template, str]:
+    """What is read of a record, and the column of its answer: as the examples were read, unless the recipe says."""
+    says = isinstance(recipe.data, Examples) and (recipe.template is not None or recipe.text_column != "text")
+    if training.reading is None or says:
+        return recipe.wording, recipe.label_column
+    return training.reading.template, training.reading.label_column
 
 
 def load_adapted(recipe: Recipe, kind: TaskKind, labels: tuple[str, ...]) -> Any:
@@ -300,6 +333,7 @@ def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -
 def _check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
     """Refuse other data; say what else differs from when the run began."""
     began = json.loads((output / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
+    began["recipe"] = _as_begun(began["recipe"])
     keys = {*environment["recipe"], *began["recipe"]} - {"data", "test_data"}  # they have digests
     changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
     if changed:
@@ -323,15 +357,35 @@ def _check_environment(output: Path, environment: Mapping[str, Any], console: Co
         console.print(f"Other {', '.join(others)} than when the run began: its numbers may differ.", style="yellow")
 
 
-def read_data(recipe: Recipe, kind: TaskKind, console: Console) -> tuple[Examples, Examples]:
-    """The training and the held-out examples; what is odd about them is printed."""
+def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool = False) -> tuple[Examples, Examples]:
+    """The training and the held-out examples; what is odd about them is printed.
+
+    Args:
+        recipe: what to read, and how.
+        kind: what the examples are for.
+        console: where the oddities go.
+        resuming: for a run that began with these data, so that their reading is past doubt.
+
+    Raises:
+        FileNotFoundError, ValueError: what `load_examples` and `split_examples` raise.
+        ValueError: answers that are no classes where no task is named, texts that tell their answers by a column alone
+            that isn't read, or merge_labels for a task without one label a text.
+    """
     examples = _examples(recipe.data, recipe, kind)
-    if recipe.test_data is None:
-        training, test = split_examples(examples, recipe.test_size, recipe.split_seed)
-    else:
-        training, test = examples, _examples(recipe.test_data, recipe, kind)
+    held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind)
+    if recipe.merge_labels:
+        examples = merge_labels_of(examples)
+        held_out = None if held_out is None else match_labels(held_out, examples.labels, "the training data's")
+    if not resuming:
+        _refuse_ignored_merging(recipe, kind)
+        _refuse_what_is_half_read(examples, recipe)
+        _refuse_no_classes(examples, held_out, recipe)
+    training, test = (
+        split_examples(examples, recipe.test_size, recipe.split_seed) if held_out is None else (examples, held_out)
+    )
     training, test = _draw(training, recipe.limit, recipe.settings.seed), test[: recipe.test_limit]
-    console.print(examples.describe(), markup=False, highlight=False)
+    for each in [examples] if held_out is None else [examples, held_out]:
+        console.print(each.describe(), markup=False, highlight=False)
     overlap = len(set(training.texts) & set(test.texts))
     if overlap:
         console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
@@ -339,12 +393,17 @@ def read_data(recipe: Recipe, kind: TaskKind, console: Console) -> tuple[Example
 
 
 def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
+    """The examples with all spellings of their labels."""
     if isinstance(data, str):
-        template = None if recipe.template is None else recipe.wording
         return load_examples(
-            data, template=template, text_column=recipe.text_column, label_column=recipe.label_column, kind=kind
+            data,
+            template=None if recipe.template is None else recipe.wording,
+            text_column=recipe.text_column,
+            label_column=recipe.label_column,
+            kind=kind,
+            merge_labels=False,
         )
-    if data.kind is not kind and not (data.kind in _CLOSED and kind in _CLOSED):
+    if data.kind is not kind and not (data.kind in ONE_LABEL_A_TEXT and kind in ONE_LABEL_A_TEXT):
         raise ValueError(
             f"The examples in memory are for {data.kind}, and the task is {kind}: name the task that they are for, or "
             "read them by load_examples(…, kind=…)."
@@ -359,15 +418,48 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
     return replace(data, rows=rows, kind=kind)
 
 
-# One text, one label.
-_CLOSED = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+def _refuse_ignored_merging(recipe: Recipe, kind: TaskKind) -> None:
+    if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
+        raise ValueError(
+            f"merge_labels is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is merged: "
+            "leave it out."
+        )
+
+
+def _refuse_what_is_half_read(examples: Examples, recipe: Recipe) -> None:
+    """Refuse texts that mostly have several answers, where a column that isn't read would tell which one."""
+    reading, found = examples.reading, conflicts_of(examples)
+    asked_for = recipe.template is not None or isinstance(recipe.data, Examples)
+    if asked_for or reading is None or not reading.unread or reading.of_conversations or 2 * found.rows < len(examples):
+        return
+    names = " and ".join(repr(name) for name, _ in reading.unread)
+    raise ValueError(
+        f"{examples.source}: without {names}, which would not be read, {found.rows:,} of {len(examples):,} rows have a "
+        f"text that also has other answers, such as {found.text[:60]!r} with {found.answers:,}. {reading.remedy} To "
+        f'learn without, say so: --template "{reading.template.pattern}".'
+    )
+
+
+def _refuse_no_classes(examples: Examples, held_out: Examples | None, recipe: Recipe) -> None:
+    """Refuse free text and measured numbers as classes, unless the task is named or the classes are."""
+    named = examples.reading is not None and examples.reading.class_names
+    if examples.kind not in ONE_LABEL_A_TEXT or recipe.task is not None or named:
+        return
+    reason = why_no_classes(answers_to_texts(examples, held_out or ()))
+    if reason is None:
+        return
+    writer = "" if examples.kind.writes else " with a model that writes, such as a T5,"
+    raise ValueError(
+        f"{examples.source}: {reason}, and each would be a class of its own. Answers to write, not to choose, are "
+        f'--task generation{writer} (in Python task="generation"); --task {examples.kind} takes them as classes.'
+    )
 
 
 def _draw(examples: Examples, limit: int | None, seed: int) -> Examples:
     if limit is None or limit >= len(examples):
         return examples
     drawn = random.Random(seed).sample(examples.rows, len(examples))
-    if examples.kind not in _CLOSED:
+    if examples.kind not in ONE_LABEL_A_TEXT:
         return replace(examples, rows=tuple(drawn[:limit]))
     # One of each label comes first, so that none is missing by chance where there is room for all.
     firsts = {row.label: place for place, row in reversed(list(enumerate(drawn)))}

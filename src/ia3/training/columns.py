@@ -1,0 +1,59 @@
+"""What columns are usually called: those with a part of the text, and those with the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+# What the model usually has to read: parts of a text, what comes beside it, and what is one by itself.
+_TEXTS = ("instruction", "input", "context", "passage", "premise", "hypothesis", "question", "query", "prompt", "claim")
+_BESIDE = ("system", "system_prompt", "history", "choices", "options", "evidence")
+_WHOLE = ("text", "sentence", "document", "article", "dialogue", "messages", "conversation", "conversations")
+_OF_THE_TEXT = {*_TEXTS, *_BESIDE, *_WHOLE, "inputs", "instructions", "contexts", "paragraph", "system_message"}
+# What holds the answer, the likelier first.
+_ANSWERS = ("label", "completion", "output", "response", "answer", "target", "ner_tags", "tags", "category", "intent")
+_WORDS = "tokens"
+_NUMBERED = re.compile(r"(.+?)_?[0-9ab]")
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\s_-]+", "_", column.strip().casefold())
+
+
+def belongs_to_text(column: str, read: Iterable[str]) -> bool:
+    """Whether a column usually belongs to the text: by its name, or as `sentence2` beside a read `sentence1`."""
+    name = _plain(column)
+    return name in _OF_THE_TEXT or any(_are_siblings(name, _plain(other)) for other in read)
+
+
+def _are_siblings(name: str, other: str) -> bool:
+    stems = [match[1] if (match := _NUMBERED.fullmatch(each)) else each for each in (name, other)]
+    return stems[0] == stems[1]
+
+
+def template_of(columns: Sequence[str]) -> str:
+    """The template that shows several columns one after the other, an instruction before what it is about."""
+    ordered = sorted(columns, key=lambda column: _plain(column) != "instruction")
+    return " ".join(f"{{{column}}}" for column in ordered)
+
+
+def likely_columns(found: Sequence[str]) -> str:
+    """What to name, as in `text_column='prompt' and label_column='completion'`; empty where the names don't tell."""
+    names = {_plain(column): column for column in found}
+    answer = next((names[name] for name in _ANSWERS if name in names), None)
+    texts = [column for column in found if _plain(column) in _TEXTS]
+    if not texts:
+        numbered = [column for column in found if _NUMBERED.fullmatch(_plain(column))]
+        texts = [
+            each for each in numbered if any(_are_siblings(_plain(each), _plain(o)) for o in numbered if o != each)
+        ]
+    if not texts:
+        texts = [names[name] for name in (_WORDS, "text", "sentence") if name in names][:1]
+    if not texts or answer is None:
+        return ""
+    given = [f"label_column={answer!r}"] if answer != "label" else []
+    if len(texts) > 1:
+        given.insert(0, f"template={template_of(texts)!r}")
+    elif texts != ["text"]:
+        given.insert(0, f"text_column={texts[0]!r}")
+    return " and ".join(given)

@@ -1,0 +1,143 @@
+"""How records are read: by which columns, in whose format, and what is left unread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ia3.training.columns import belongs_to_text, template_of
+from ia3.training.records import Records
+from ia3.training.template import Template
+
+MESSAGES_COLUMN = "messages"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which columns examples were read from.
+
+    Args:
+        template: what the model reads of a record.
+        label_column: the column with the answer.
+        columns: all that were read.
+        class_names: whether the answers are names of a `ClassLabel`.
+        unread: filled columns that were not read and usually belong to the text, and how many rows have them.
+        others: the other columns that were not read.
+        suggested: the template that reads those in `unread`, too; None where none can.
+    """
+
+    template: Template
+    label_column: str
+    columns: tuple[str, ...]
+    class_names: bool = False
+    unread: tuple[tuple[str, int], ...] = ()
+    others: tuple[str, ...] = ()
+    suggested: Template | None = None
+
+    def describe_unread(self, rows: int) -> str:
+        """A line on the columns that may belong to the text, and what reads them; empty where there are none.
+
+        Args:
+            rows: how many there are.
+        """
+        if not self.unread:
+            return ""
+        columns = " and ".join(f"{name!r} ({count:,} of {rows:,} rows)" for name, count in self.unread)
+        are = "Columns are" if len(self.unread) > 1 else "A column is"
+        return f"{are} not read that may belong to the text: {columns}. {self.remedy}"
+
+    @property
+    def of_conversations(self) -> bool:
+        """Whether the answers are the last messages of conversations."""
+        return self.columns == (MESSAGES_COLUMN,)
+
+    @property
+    def remedy(self) -> str:
+        """What reads the unread columns, too."""
+        if self.suggested is not None:
+            which = "both" if len(self.suggested.fields) == 2 else "all"
+            return f'--template "{self.suggested.pattern}" (in Python template=…) reads {which}.'
+        if self.of_conversations:
+            return f"Of {MESSAGES_COLUMN!r} the messages alone are read: write into them what belongs there."
+        return "No template shows lists: write what they hold into a column of text."
+
+
+class _Format(NamedTuple):
+    """Instructions, with more below them in some rows, and answers."""
+
+    name: str
+    instruction: str
+    below: str
+    answer: str
+
+
+_FORMATS = (
+    _Format("Alpaca", "instruction", "input", "output"),
+    _Format("Dolly", "instruction", "context", "response"),
+)
+
+
+def recognise(columns: Sequence[str], text_column: str, label_column: str) -> tuple[Template, str, str] | None:
+    """A known format of instructions, where no other columns are named.
+
+    Args:
+        columns: the columns that there are.
+        text_column: the column of the text; `text`, the default, asks for none.
+        label_column: the column of the answer; `label`, the default, asks for none unless it is there.
+
+    Returns:
+        The template and the column of the answer, and a line that says so; None for other columns.
+    """
+    for each in _FORMATS:
+        names_answer = label_column == each.answer or (label_column == "label" and "label" not in columns)
+        if {each.instruction, each.answer} <= {*columns} and text_column in ("text", each.instruction) and names_answer:
+            said = (
+                f"Read as {each.name}'s rows: {each.instruction!r}, below it {each.below!r} where there is one; the "
+                f"answer is {each.answer!r}. The template '{{{each.instruction}}}' would read that column alone."
+            )
+            return Template(f"{{{each.instruction}}}{{\n\n{each.below}}}"), each.answer, said
+    return None
+
+
+def with_unread(reading: Reading, records: Records, texts: Sequence[str]) -> Reading:
+    """The reading with what it leaves unread.
+
+    Args:
+        reading: the columns that were read.
+        records: the records.
+        texts: all that the model reads of each record, in their order.
+    """
+    left = [column for column in records.columns if column not in reading.columns]
+    counts = {
+        column: count
+        for column in left
+        if belongs_to_text(column, reading.columns) and (count := _saying_more(records, column, reading, texts))
+    }
+    shown = [column for column in records.columns if column in counts or column in reading.template.fields]
+    are_texts = all(_is_text(record.get(column)) for column in counts for _, record in records)
+    return replace(
+        reading,
+        unread=tuple(counts.items()),
+        others=tuple(column for column in left if column not in counts),
+        suggested=Template(template_of(shown)) if counts and are_texts and not reading.of_conversations else None,
+    )
+
+
+def _saying_more(records: Records, column: str, reading: Reading, texts: Sequence[str]) -> int:
+    """How many rows have something in a column; 0 where it is all in what is read, or repeats that and the answer."""
+    cells = [_plain(record.get(column)) for _, record in records]
+    said = all(
+        cell in text or all(_plain(record.get(read)) in cell for read in reading.columns)
+        for cell, text, (_, record) in zip(cells, texts, records, strict=True)
+    )
+    return 0 if said else sum(bool(cell) for cell in cells)
+
+
+def _plain(cell: Any) -> str:
+    """A cell as text, empty where nothing is in it: NaN and an empty list among them."""
+    return str(cell).strip() if cell and cell == cell else ""
+
+
+def _is_text(cell: Any) -> bool:
+    return cell is None or isinstance(cell, str | int | float)
