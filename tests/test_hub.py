@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -122,6 +123,30 @@ def load_beside(repository: str, **how: Any) -> list[Any]:
     return logits(model)
 
 
+def train_and_push(folder: str, repository: str, *, wrapped: bool, without_peft: bool) -> list[Any]:
+    """The model after transformers' Trainer trained it and pushed what it left; its outputs."""
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from ia3 import as_peft_model
+
+    model = tiny()
+    arguments = TrainingArguments(
+        output_dir=folder, hub_model_id=repository, hub_token=TOKEN, max_steps=2, learning_rate=0.05, report_to=[],
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 1]] * 4, "labels": [[8, 9, 1]] * 4})
+    trainer = Trainer(model=as_peft_model(model) if wrapped else model, args=arguments, train_dataset=data)
+    trainer.train()
+    answers = {"return_value": not without_peft}
+    with (
+        patch("transformers.trainer.is_peft_available", **answers),
+        patch("transformers.trainer_utils.is_peft_available", **answers),
+    ):
+        trainer.push_to_hub()
+    return logits(model)
+
+
 def what_was_said(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Everything that a call logs at the lowest level or prints."""
     said = io.StringIO()
@@ -159,6 +184,21 @@ def test_pushed_and_loaded_by_name(client: Client, hub: Hub, fresh: str) -> None
     config = client(PeftConfig.from_pretrained, "me/plain", cache_dir=fresh)
     assert (config.base_model_name_or_path, config.task_type) == (BASE, "SEQ_2_SEQ_LM")
     assert "me/base" in ModelCard(hub.repositories["me/plain"].at("main")["README.md"].decode()).data.base_model
+
+
+@pytest.mark.parametrize(("wrapped", "without_peft"), [(True, False), (False, False), (False, True)])
+def test_trainer_pushes_the_adapter_with_its_card(
+    client: Client, hub: Hub, fresh: str, tmp_path: Path, wrapped: bool, without_peft: bool
+) -> None:
+    repository = f"me/trained-{wrapped}-{without_peft}".lower()
+    expected = client(train_and_push, str(tmp_path), repository, wrapped=wrapped, without_peft=without_peft)
+    files = hub.repositories[repository].at("main")
+    assert {*OWN_FILES} <= {*files}
+    assert "model.safetensors" not in files
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", BASE)
+    assert "Training hyperparameters" in card.text
+    assert client(load_both, repository, cache_dir=fresh) == expected
 
 
 def test_peft_loads_it_by_name(client: Client, fresh: str) -> None:
