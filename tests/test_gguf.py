@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import builders
-from ia3 import AutoPeftModelForCausalLM, IA3Config, get_peft_model
+from ia3 import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, IA3Config, get_peft_model
 from ia3.bundled import load_model
 from ia3.gguf import from_gguf, is_gguf, model_from_gguf
 
@@ -108,6 +108,16 @@ def test_an_adapter_finds_its_file_again(stored, tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(whole(IDS).logits, model(IDS).logits)
+
+
+def test_a_head_on_a_file_goes_to_disk_and_back(stored, tmp_path: Path) -> None:
+    path, _ = stored
+    base = load_model(str(path), AutoModelForSequenceClassification, num_labels=5, pad_token_id=0)
+    model = get_peft_model(base, IA3Config(task_type="SEQ_CLS"))
+    assert model.modules_to_save == {"score"}
+    model.save_pretrained(tmp_path)
+    again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, pad_token_id=0)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_what_is_no_gguf_model_says_so(tmp_path: Path) -> None:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ia3.checkpoint import load_peft_weights
+import torch
+
+from ia3.bundled import load_model, resolve_model
+from ia3.checkpoint import load_peft_weights, plain_tensors
 from ia3.config import PeftConfig, TaskType
 from ia3.files import HUB_ARGUMENTS, fetch
+from ia3.gguf import from_gguf, is_gguf
 from ia3.model import CLASS_FOR_TASK, PeftModel
 
 # A configuration can name a class to import; only from here unless the caller trusts more.
 _TRUSTED = ("transformers", "diffusers")
 
-_CLASSIFICATION = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
-# The last layer of a head: one row a class.
-_LAST_LAYER = re.compile(r"(^|\.)(classifier|score|logits_proj|(classifier|classification_head)\.out_proj)\.weight$")
+# Tasks whose base comes with all that it needs; None is among the others, since a class with a head may be named.
+_HEADLESS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.FEATURE_EXTRACTION)
 
 
 class AutoPeftModel:
@@ -73,10 +76,10 @@ class AutoPeftModel:
                 "PeftModel.from_pretrained(base, path)."
             )
         base_class = cls._base_class(config, import_allowlist)
-        if config.task_type in _CLASSIFICATION and not for_base.keys() & {"config", "num_labels", "id2label"}:
-            base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
-        else:
+        if config.task_type in _HEADLESS:
             base = _load_base(base_class, config, {**hub, **for_base})
+        else:
+            base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
         if config.task_type == TaskType.SEQ_CLS:
             _name_padding(base.config)
         _grow_vocabulary(base, pretrained_model_name_or_path, here)
@@ -110,8 +113,6 @@ class AutoPeftModel:
 
 
 def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> Any:
-    from ia3.bundled import load_model
-
     name = config.base_model_name_or_path
     assert name is not None
     if config.revision is not None:
@@ -122,25 +123,13 @@ def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> A
 def _load_headed_base(
     base_class: Any, config: PeftConfig, source: str | Path, here: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
-    """The base with a head of the adapter's size, whose weights the adapter brings.
-
-    Raises:
-        ValueError: the base's file lacks more than the adapter brings.
-    """
+    """The base with a head of the adapter's size, whose weights the adapter brings."""
     arguments = {key: value for key, value in here.items() if value is not None}
-    tensors = load_peft_weights(source, **arguments)
-    head = {"ignore_mismatched_sizes": True, **_classes(source, arguments, tensors)}
+    if not kwargs.keys() & {"config", "num_labels", "id2label"}:
+        tensors = plain_tensors(load_peft_weights(source, **arguments))
+        kwargs = {**_classes(base_class, config, source, arguments, tensors), **kwargs}
     with without_the_loading_report():
-        base, loading = _load_base(base_class, config, {**head, **kwargs, "output_loading_info": True})
-    brought = {key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias") for key in tensors}
-    fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    missing = sorted(key for key in fresh if not any(key.startswith(f"{path}.") for path in brought))
-    if missing:
-        raise ValueError(
-            f"The base model {config.base_model_name_or_path} lacks {len(missing)} tensors that the adapter doesn't "
-            f"bring, or has them in another size (such as {missing[0]}): is it the one that the adapter was made for?"
-        )
-    return base
+        return _load_base(base_class, config, kwargs)
 
 
 @contextmanager
@@ -158,13 +147,73 @@ def without_the_loading_report() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def _classes(source: str | Path, arguments: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _classes(
+    base_class: Any, config: PeftConfig, source: str | Path, arguments: dict[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     """What makes the base's head one for the adapter's classes: their names by the task's file, or their number."""
     labels = _labels(fetch(source, "ia3_task.json", optional=True, **arguments))
     if labels:
-        return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-    sizes = {tensor.shape[0] for key, tensor in tensors.items() if _LAST_LAYER.search(key)}
-    return {"num_labels": sizes.pop()} if len(sizes) == 1 else {}
+        sizes: dict[str, Any] = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+    else:
+        sizes = _sizes(base_class, _base_config(config), tensors)
+    return {"ignore_mismatched_sizes": True, **sizes} if sizes else {}
+
+
+def _base_config(config: PeftConfig) -> Any:
+    from transformers import AutoConfig
+
+    name = config.base_model_name_or_path
+    assert name is not None
+    revision = {} if config.revision is None else {"revision": config.revision}
+    if is_gguf(name):
+        return from_gguf(AutoConfig, name, **revision)
+    return AutoConfig.from_pretrained(resolve_model(name), **revision)
+
+
+def _sizes(base_class: Any, config: Any, tensors: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in a base's configuration with which it has the adapter's tensors, where it has others.
+
+    The class itself tells which tensors depend on a size, and how: it is made without memory for the size and for
+    the next.
+
+    Args:
+        base_class: the base's class, or an automatic one.
+        config: the base's configuration; left as it is.
+        tensors: the adapter's, by plain name.
+    """
+    found = {}
+    for name in ("num_labels", "vocab_size") if _is_for_speech(base_class) else ("num_labels",):
+        size = getattr(config, name, None)
+        if not isinstance(size, int):
+            continue
+        shapes, larger = (_shapes(base_class, config, name, number) for number in (size, size + 1))
+        sizes = {
+            size + (length - now) // (then - now)
+            for key, tensor in tensors.items()
+            if key in shapes and len(tensor.shape) == len(shapes[key])
+            for length, now, then in zip(tensor.shape, shapes[key], larger[key], strict=True)
+            if now != then
+        }
+        if len(sizes) == 1:
+            found[name] = sizes.pop()
+    return found
+
+
+def _is_for_speech(base_class: Any) -> bool:
+    """Whether a class writes speech by a head of its own, whose width is a vocabulary's."""
+    return str(base_class.__name__).endswith("ForCTC")
+
+
+def _shapes(base_class: Any, config: Any, name: str, size: int) -> dict[str, torch.Size]:
+    config = deepcopy(config)
+    setattr(config, name, size)
+    make = getattr(base_class, "from_config", None) or base_class._from_config
+    with torch.device("meta"):
+        model = make(config)
+    return {key: parameter.shape for key, parameter in model.named_parameters()}
 
 
 def _labels(task: Path | None) -> list[str] | None:

@@ -356,21 +356,27 @@ def embeddings(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _was_resized(model: nn.Module) -> bool:
     """Whether the vocabulary differs from the base's on disk, as far as can be told without the network."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size is not None and saved_vocabulary(model) not in (None, size)
+
+
+def saved_vocabulary(model: nn.Module) -> int | None:
+    """The size of the vocabulary of the base on disk; None where it can't be told without the network."""
     from huggingface_hub import try_to_load_from_cache
 
     name = getattr(model, "name_or_path", None)
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not name or size is None:
-        return False
+    if not name:
+        return None
     path: Any = Path(name) / "config.json"
     if not path.is_file():
         try:
             path = try_to_load_from_cache(name, "config.json")
         except ValueError:  # not a repository's name
-            return False
+            return None
     if not isinstance(path, str | Path):
-        return False
-    return bool(json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size", size) != size)
+        return None
+    size: int | None = json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size")
+    return size
 
 
 def renamed(tensors: Tensors, key_mapping: Mapping[str, str] | None) -> Tensors:

@@ -149,11 +149,13 @@ class IA3Config(PeftConfig):
     Args:
         target_modules: names (a module matches when its path is the name or ends with `.name`), a regular
             expression for the full path, or `"all-linear"`; None takes the model family's default.
-        exclude_modules: names or a regular expression for modules that are left alone.
+        exclude_modules: names or a regular expression for modules that are left alone: they get no vector, and are
+            not trained in full unless named in `modules_to_save` or part of the head that PEFT trains for the task.
         feedforward_modules: those of the targets whose vector multiplies the input instead of the output;
             None takes the family's default, `[]` means none.
         fan_in_fan_out: accepted for PEFT's sake: how a layer stores its weight is read off the layer.
-        modules_to_save: names of modules trained in full and saved beside the vectors.
+        modules_to_save: names of modules trained in full and saved beside the vectors. Attaching adds what the base's
+            checkpoint lacked and, for a task with a head, the head.
         init_ia3_weights: start at one (the identity); False draws the vectors from a standard normal.
 
     Raises:

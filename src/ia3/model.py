@@ -35,6 +35,7 @@ from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
 from ia3.fast.families import may_be_by_hand
 from ia3.fast.forward import forget, with_loss_by_hand
 from ia3.files import HUB_ARGUMENTS
+from ia3.heads import check_brought, with_head, with_whole_head
 from ia3.rows import Rows, acting, begin_forward, end_forward
 from ia3.sites import SAVED_COPIES, VECTORS, logger
 from ia3.status import (
@@ -46,12 +47,6 @@ from ia3.status import (
 )
 from ia3.swap import SavedModule, Swapped, swap, swap_back
 
-# A task's freshly initialised head, which a frozen base would keep random: it is trained in full.
-_HEADS = {
-    TaskType.SEQ_CLS: ("classification_head", "classifier", "pre_classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
 # What scripts pass along although it concerns the base model, which is loaded by then.
 _BASE_ARGUMENTS = {"device_map", "dtype", "max_memory", "offload_dir", "offload_folder", "offload_index", "torch_dtype"}
 
@@ -66,6 +61,9 @@ def get_peft_model(
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Freeze a model and attach a new (IA)³ adapter, active and trainable.
+
+    What `from_pretrained` found in no file, such as a new classifier and a pooler, would be drawn anew with each
+    loading: it is trained in full and saved beside the vectors. A warning says so, and names what can't be.
 
     Args:
         model: the base model, changed in place and returned: its class becomes a subclass of its own and of
@@ -196,8 +194,9 @@ class PeftModel(Swapped):
 
         Raises:
             FileNotFoundError: no such adapter.
-            ValueError: what `get_peft_model`, `load_peft_weights` and `set_peft_model_state_dict` raise. The
-                model is then unchanged.
+            ValueError: the base was loaded without something that the adapter doesn't bring either, or what
+                `get_peft_model`, `load_peft_weights` and `set_peft_model_state_dict` raise. The model is then
+                unchanged.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -215,6 +214,7 @@ class PeftModel(Swapped):
         tensors = load_peft_weights(model_id, device, key_mapping, **hub)
         _add_saved(config, tensors)
         warn_of_other_base(model, config)
+        check_brought(model, config, tensors, adapter_name)
         peft_model = _become(model, config, adapter_name, autocast_adapter_dtype, on_meta=False, loading=True)
         try:
             set_peft_model_state_dict(peft_model, tensors, adapter_name, ignore_sizes)
@@ -254,6 +254,7 @@ class PeftModel(Swapped):
             config = _checked(PeftConfig.from_pretrained(model_id, **hub))
             config.inference_mode = not is_trainable
             _add_saved(config, tensors)
+            check_brought(self, config, tensors, adapter_name)
             self._attach(adapter_name, config, autocast_adapter_dtype, on_meta=False, loading=True)
         try:
             result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_sizes)
@@ -674,8 +675,7 @@ class PeftModel(Swapped):
         return self._state.active[0]
 
     def _attach(self, name: str, config: IA3Config, half_to_fp32: bool, *, on_meta: bool, loading: bool) -> None:
-        with_head(self, config)
-        adapter = adapters.attach(self, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
+        adapter = _attached(self, config, name, half_to_fp32, on_meta=on_meta, loading=loading)
         self.peft_config[name] = adapter.config
 
 
@@ -718,8 +718,7 @@ def _become(
     model: nn.Module, config: IA3Config, name: str, half_to_fp32: bool, *, on_meta: bool, loading: bool
 ) -> PeftModel:
     """Attach the first adapter, active, and give the model its new class."""
-    with_head(model, config)
-    adapter = adapters.attach(model, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
+    adapter = _attached(model, config, name, half_to_fp32, on_meta=on_meta, loading=loading)
     adapters.activate(model, [name], trainable=not config.inference_mode)
     model = become_adapted(model, CLASS_FOR_TASK[config.task_type])
     model.peft_config[name] = adapter.config
@@ -729,6 +728,19 @@ def _become(
         model.enable_input_require_grads()  # type: ignore[operator]
         model._state.input_gradients = True
     return model
+
+
+def _attached(
+    model: nn.Module, config: IA3Config, name: str, half_to_fp32: bool, *, on_meta: bool, loading: bool
+) -> adapters.Adapter:
+    """Attach an adapter with its head; a new one with all that the checkpoint lacks, which is told."""
+    told = [] if loading else with_whole_head(model, config)
+    if loading:
+        with_head(model, config)
+    adapter = adapters.attach(model, config, name, half_to_fp32=half_to_fp32, on_meta=on_meta, loading=loading)
+    for line in told:
+        logger.warning(line)
+    return adapter
 
 
 def become_adapted(model: nn.Module, cls: type[PeftModel]) -> PeftModel:
@@ -791,15 +803,6 @@ def _checked(config: PeftConfig) -> IA3Config:
     if not isinstance(config, IA3Config):
         raise TypeError(f"Expected an ia3.IA3Config, got {type(config).__module__}.{type(config).__name__}.")
     return deepcopy(config)
-
-
-def with_head(model: nn.Module, config: IA3Config) -> None:
-    """Add the task's head to the modules trained in full."""
-    heads = _HEADS.get(config.task_type, ())  # type: ignore[call-overload]
-    ends = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
-    present = [head for head in heads if head in ends]
-    if present:
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *present})
 
 
 def _add_saved(config: IA3Config, tensors: Tensors) -> None:

@@ -181,14 +181,16 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
-    excluded = _matching(config.exclude_modules, candidates)
-    targets = _matching(config.target_modules, candidates) - excluded
+    excluded = matching(config.exclude_modules, candidates)
+    targets = matching(config.target_modules, candidates) - excluded
     if config.feedforward_modules is None:
         known = family.feedforward if family is not None else FEEDFORWARD_NAMES
-        config.feedforward_modules = {name for name in known if _matching({name}, targets)}
+        config.feedforward_modules = {name for name in known if matching({name}, targets)}
     config.feedforward_modules = _as_peft_takes_it(config.feedforward_modules, config.target_modules)
-    feedforward = _matching(config.feedforward_modules, targets)
+    feedforward = matching(config.feedforward_modules, targets)
     if not loading:
+        # A module that is trained in full may be excluded besides: it gets no vector either way.
+        excluded = matching(config.exclude_modules, modules)
         _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
     if not targets:
         raise ValueError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
@@ -219,9 +221,9 @@ def _with_defaults(model: nn.Module, config: IA3Config, family: Family | None) -
         )
     config.target_modules = set(family.targets)
     paths = [path for path, _ in _base_modules(model)]
-    usual = {name for name in family.exclude if _matching({name}, paths)}
+    usual = {name for name in family.exclude if matching({name}, paths)}
     if isinstance(config.exclude_modules, str):
-        if not _matching(config.exclude_modules, paths):
+        if not matching(config.exclude_modules, paths):
             modules = dict(_base_modules(model))
             raise ValueError(_nothing_matched(model, modules, "exclude_modules", config.exclude_modules))
         patterns = [config.exclude_modules, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(usual))]
@@ -247,7 +249,7 @@ def is_inside(path: str, parent: str) -> bool:
     return path == parent or path.startswith(f"{parent}.")
 
 
-def _matching(names: Names, paths: Iterable[str]) -> set[str]:
+def matching(names: Names, paths: Iterable[str]) -> set[str]:
     """The paths that a regular expression matches in full or that end with one of the names."""
     if names is None:
         return set()
@@ -302,7 +304,7 @@ def _check_all_matched(
         ("modules_to_save", set(config.modules_to_save or ()), saved),
     ):
         for name in [names] if isinstance(names, str) else sorted(names or ()):
-            if not _matching(names if isinstance(names, str) else {name}, matched):
+            if not matching(names if isinstance(names, str) else {name}, matched):
                 raise ValueError(_nothing_matched(model, candidates, field, name))
 
 

@@ -33,7 +33,8 @@ from ia3.checkpoint import (
     renamed,
 )
 from ia3.config import CONFIG_NAME, IA3Config
-from ia3.model import PeftModel, become_adapted, warn_of_other_base, with_head
+from ia3.heads import check_brought, with_head
+from ia3.model import PeftModel, become_adapted, warn_of_other_base
 from ia3.rows import BASE
 from ia3.sites import Layout, Site, find_sites
 
@@ -256,6 +257,7 @@ class AdapterTable:
             with_head(self._model, config)
             self._refuse_whole_modules(config, tensors, path)
             warn_of_other_base(self._model, config)
+            check_brought(self._model, config, tensors, "default")
             found = find_sites(self._model, config, loading=True)
             # A file has every channel, also of a fused projection.
             sites = {site.key: replace(site, intervals=None) for site in found.layout.sites}

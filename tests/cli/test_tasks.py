@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import call, message, succeed
 
 import tiny_causal
 import tiny_classifier
+from ia3 import IA3Config, PeftModel
+from ia3.inference.loading import load_adapter
 from ia3.training.data import Example
 from ia3.training.task import TaskKind, load_task
+from tiny_heads import load_base, save_base
 
 
 @pytest.fixture
@@ -72,6 +76,37 @@ def test_classes_without_the_task_file_have_their_number(encoder: Path, tmp_path
     assert list(answered[0]["probabilities"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
     (adapter / "ia3_task.json").write_text("{")
     assert "is not valid JSON" in message(call("predict", adapter, "the share falls"))
+
+
+XLNET = ("--target-modules", "layer_1,layer_2", "--feedforward-modules", "layer_2")
+DEBERTA = ("--target-modules", "key_proj,value_proj,output.dense", "--feedforward-modules", "output.dense")
+
+
+@pytest.mark.parametrize(
+    ("family", "saved", "where", "whole"),
+    [
+        ("bert", "MaskedLM", (), ["bert.pooler", "classifier"]),
+        ("xlnet", "", XLNET, ["logits_proj", "sequence_summary"]),
+        ("deberta-v2", "MaskedLM", DEBERTA, ["classifier", "pooler"]),
+    ],
+)
+def test_classes_on_a_base_that_lacks_the_head(
+    family: str, saved: str, where: tuple[str, ...], whole: list[str], tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", family, saved)
+    tiny_classifier.tokenizer().save_pretrained(base)
+    data = write_csv(tmp_path / "data.csv", tiny_classifier.labelled(12))
+    how = ("--task", "sequence-classification", "--epochs", 2, "--output", tmp_path / "run", "--no-dropout")
+    succeed("train", "--model", base, "--data", data, *how, *where)
+    adapter = tmp_path / "run" / "adapter"
+    assert IA3Config.from_pretrained(adapter).modules_to_save == whole
+    first, again = (succeed("predict", adapter, "--json", "the share falls").stdout for _ in range(2))
+    assert json.loads(first) == json.loads(again)
+    model, tokenizer = load_adapter(adapter)
+    batch = tokenizer(["the share falls"], return_tensors="pt")
+    by_hand = PeftModel.from_pretrained(load_base(base, "SequenceClassification", 9, num_labels=3), adapter)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, by_hand(**batch).logits)
 
 
 def test_tags_of_words(encoder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ia3.auto import without_the_loading_report
 from ia3.bundled import resolve_model
+from ia3.heads import head_parts
 from ia3.inference.predict import sorted_batches
 from ia3.inference.rank import Ranking
 from ia3.training.task import TaskKind
@@ -94,17 +95,15 @@ def load_classifier(
 def head_modules(model: nn.Module) -> list[str]:
     """The modules to train in full beside the vectors: name them in `IA3Config.modules_to_save`.
 
-    These are the head, all that stands outside of the base, and a pooler that was never trained: one that the
-    checkpoint lacks would be drawn anew with each loading, and either kind shrinks what the head sees, so that low
-    rates learn little. It shows in the biases: they are zeros, and any step would have moved one.
+    These are the parts that the checkpoint lacked, the head, which is all that stands outside of the base, and a
+    pooler that was never trained, since it shrinks what the head sees, so that low rates learn little. It shows in the
+    biases: they are zeros, and any step would have moved one.
 
     Args:
         model: as `load_classifier` gives it, without an adapter.
     """
-    base = str(model.base_model_prefix)
-    head = [name for name, module in model.named_children() if name != base and any(True for _ in module.parameters())]
     poolers = [path for path, module in model.named_modules() if path.endswith(".pooler") and _is_untrained(module)]
-    return [*poolers, *head]
+    return sorted({*poolers, *head_parts(model)})
 
 
 def classify(
@@ -335,8 +334,8 @@ def _is_untrained(pooler: nn.Module) -> bool:
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[str], model: Any, tokenizer: Any) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    limit = min(tokenizer.model_max_length, positions) if positions > 0 else tokenizer.model_max_length  # XLNet has -1
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise ValueError(f"The tokenizer makes no token of the text {text[:60]!r}: remove it.")
