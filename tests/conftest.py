@@ -68,6 +68,31 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("phi", "CAUSAL_LM", _LLAMA),
     "bert": ("bert", "SEQ_CLS", _BERT),
     "roberta": ("roberta", "SEQ_CLS", _BERT),
+    "gptj": ("gptj", "CAUSAL_LM", {"n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "gpt_neo": (
+        "gpt_neo",
+        "CAUSAL_LM",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
+    "deberta-v2": (
+        "deberta-v2",
+        "FEATURE_EXTRACTION",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "share_att_key": True,
+        },
+    ),
     "opt": (
         "opt",
         "CAUSAL_LM",

@@ -596,8 +596,28 @@ def test_deleting_the_active_adapter_activates_another(tiny, randomise, caplog):
     model.set_adapter(["b", "c"])
     model.delete_adapter("b")
     assert model.active_adapters == ["c"]
-    with pytest.raises(ValueError, match=r"'c' is the last adapter: unload\(\)"):
-        model.delete_adapter("c")
+
+
+def test_deleting_the_only_adapter_leaves_the_base_frozen_and_ready(tiny, randomise, output, tmp_path, trace):
+    base = tiny("t5")
+    before, expected = trace(base), output(base)
+    model = randomise(get_peft_model(base, IA3Config(), "a"))
+    model.delete_adapter("a")
+    assert torch.equal(output(model), expected)
+    assert (model.peft_config, model.active_adapters, model.has_active_enabled_adapter) == ({}, [], False)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"no adapter to save.*add_adapter"):
+        model.save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no adapter here: add_adapter"):
+        _ = model.active_peft_config
+    model.add_adapter("a", IA3Config())
+    model.set_adapter("a")
+    assert not torch.equal(output(randomise(model)), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".ia3_l." in name
+    }
+    model.delete_adapter("a")
+    assert before.differences(trace(model.unload())) == []
 
 
 def test_deleting_keeps_an_adapter_in_inference_mode_frozen(tiny):

@@ -553,7 +553,7 @@ def test_no_file_at_all(tiny, saved):
     ("fields", "message"),
     [
         ({"peft_type": "LORA", "r": 8}, r"describes a 'LORA' adapter"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform"),
+        ({"layers_to_transform": [0]}, r"[0-9]+ unknown"),
         ({"target_modules": ["nothing"], "feedforward_modules": []}, r"\{'nothing'\} matches no module"),
         ({"feedforward_modules": []}, r"wo\.ia3_l has the shape \(1, 24\) in the file and \(16, 1\).*feedforward"),
         ({"target_modules": ["k", "v"], "feedforward_modules": []}, r"4 unknown .*wo\.ia3_l"),
@@ -704,7 +704,13 @@ def test_uploading(tiny, monkeypatch):
     assert model.push_to_hub("x", private=True, commit_message="m") == "done"
     assert calls[0] == ("create", "x", {"private": True, "exist_ok": True})
     assert calls[1][1] == ["README.md", CONFIG_NAME, SAFETENSORS_NAME]
-    assert calls[1][2] == {"repo_id": "me/x", "commit_message": "m", "revision": None, "create_pr": False}
+    assert calls[1][2] == {
+        "repo_id": "me/x",
+        "commit_message": "m",
+        "revision": None,
+        "create_pr": False,
+        "commit_description": None,
+    }
 
 
 def test_loading_from_the_hub_passes_its_arguments_on(tiny, saved, output, monkeypatch):

@@ -70,8 +70,8 @@ def test_same_keys_as_peft(tmp_path):
     IA3Config().save_pretrained(tmp_path / "ours")
     peft.IA3Config().save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (json.loads((tmp_path / name / CONFIG_NAME).read_text()) for name in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys() - {"peft_version"}
-    assert ours["peft_type"] == "IA3"
+    assert ours.keys() == theirs.keys()
+    assert (ours["peft_type"], ours["peft_version"]) == ("IA3", peft.__version__)
 
 
 def test_json_is_sorted_and_lists_too(tmp_path):
@@ -124,8 +124,8 @@ def _write_ia3(folder, **more):
 
 
 def test_unknown_field_that_says_something_is_refused(tmp_path):
-    _write_ia3(tmp_path, layers_to_transform=[1, 2])
-    with pytest.raises(ValueError, match=r"layers_to_transform.*\[1, 2\].*Upgrade ia3"):
+    _write_ia3(tmp_path, block_pattern=[1, 2])
+    with pytest.raises(ValueError, match=r"block_pattern.*\[1, 2\].*Upgrade ia3"):
         PeftConfig.from_pretrained(tmp_path)
 
 
@@ -178,5 +178,5 @@ def test_saving_over_a_file_is_refused(tmp_path):
 
 def test_positional_arguments_are_pefts():
     names = [field.name for field in dataclasses.fields(peft.IA3Config)]
-    assert [field.name for field in dataclasses.fields(IA3Config)] == names
+    assert [field.name for field in dataclasses.fields(IA3Config)] == [*names, "layers_to_transform", "layers_pattern"]
     assert IA3Config("CAUSAL_LM").task_type == "CAUSAL_LM"

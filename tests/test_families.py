@@ -1,7 +1,7 @@
 """The defaults of every family: which channels are scaled, checked where the modelling code uses them."""
 
 from collections import Counter
-from functools import partial
+from functools import partial, partialmethod
 
 import peft
 import pytest
@@ -20,7 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention as DebertaV2Attention
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from ia3 import IA3Config, find_sites, get_peft_model
 from ia3.families import FAMILIES, FEEDFORWARD_NAMES
@@ -41,8 +44,15 @@ EXPECTED = {
     "gpt2": {("c_attn", "output", 48, 32): 2, ("mlp.c_proj", "input", 64, 64): 2},
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _DECODER),
     "phi": {("k_proj", "output", 8, 8): 2, ("v_proj", "output", 8, 8): 2, ("fc2", "input", 24, 24): 2},
+    "gptj": {("k_proj", "output", 16, 16): 2, ("v_proj", "output", 16, 16): 2, ("fc_out", "input", 24, 24): 2},
+    "gpt_neo": {("k_proj", "output", 16, 16): 2, ("v_proj", "output", 16, 16): 2, ("mlp.c_proj", "input", 24, 24): 2},
     "bert": _BERT,
     "roberta": _BERT,
+    "deberta-v2": {
+        ("key_proj", "output", 16, 16): 2,
+        ("value_proj", "output", 16, 16): 2,
+        ("output.dense", "input", 24, 24): 2,
+    },
     "opt": {("k_proj", "output", 16, 16): 2, ("v_proj", "output", 16, 16): 2, ("fc2", "input", 24, 24): 2},
     "gpt_neox": {("query_key_value", "output", 48, 32): 2, ("dense_4h_to_h", "input", 24, 24): 2},
     "bloom": {("query_key_value", "output", 48, 32): 2, ("mlp.dense_4h_to_h", "input", 64, 64): 2},
@@ -78,6 +88,7 @@ def projections(monkeypatch):
         seen = []
         sdpa, eager = functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward
         reshape = BloomAttention._reshape
+        own = {cls: cls._attn for cls in (GPTJAttention, GPTNeoSelfAttention)}
 
         def note(function, *args, skip=0, **kwargs):
             seen.append([part.clone() for part in args[skip : skip + 3]])
@@ -86,6 +97,16 @@ def projections(monkeypatch):
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(functional, "scaled_dot_product_attention", partial(note, sdpa))
             patch.setattr(modeling_gemma2, "eager_attention_forward", partial(note, eager, skip=1))
+            parts, own_heads = [], DebertaV2Attention.transpose_for_scores
+
+            def heads(self, *args):
+                parts.append(own_heads(self, *args))
+                seen.extend([parts[:]] if len(parts) == 3 else [])  # positions follow
+                return parts[-1]
+
+            patch.setattr(DebertaV2Attention, "transpose_for_scores", heads)
+            for cls, attention in own.items():
+                patch.setattr(cls, "_attn", partialmethod(partial(note, attention, skip=1)))
             patch.setattr(BloomAttention, "_reshape", lambda self, x: seen.append(reshape(self, x)) or seen[-1])
             model(**batch)
         return seen[0]

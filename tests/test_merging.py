@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ia3 import IA3Config, get_peft_model
+from ia3 import IA3Config, PeftWarning, get_peft_model
 
 LAYERS = ["embed", "biased", "plain", "transposed", "conv1", "grouped1", "conv2", "grouped2", "conv3", "grouped3"]
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
@@ -379,14 +380,52 @@ def test_a_weight_that_is_not_floating_is_refused(weight):
         model.merge_adapter()
 
 
-def test_merging_twice_or_nothing_is_refused_and_unmerging_nothing_said(tiny, caplog):
-    model = get_peft_model(tiny("t5"), IA3Config())
-    model.unmerge_adapter()
-    assert caplog.text.count("nothing is merged") == 1  # PEFT warns too
+def test_merging_again_changes_nothing(tiny, randomise, output):
+    model = randomise(get_peft_model(tiny("t5"), IA3Config()))
+    with pytest.warns(PeftWarning, match="nothing is merged"):
+        model.unmerge_adapter()
+    before = {name: p.clone() for name, p in model.named_parameters()}
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"\['default'\] are merged already: call unmerge_adapter"):
+    merged = output(model)
+    with pytest.warns(PeftWarning, match=r"\['default'\] are merged already: there is nothing to do"):
         model.merge_adapter()
+    assert torch.equal(output(model), merged)
     model.unmerge_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_one_after_the_other_is_merging_both(tiny, randomise, dtype):
+    both, one_by_one = (randomise(get_peft_model(tiny("t5", dtype=dtype), IA3Config(), "a")) for _ in range(2))
+    for model in (both, one_by_one):
+        model.add_adapter("b", IA3Config(target_modules=["v", "wo"], feedforward_modules=["wo"]))
+        randomise(model, seed=5)
+    before = {name: p.clone() for name, p in both.named_parameters()}
+    both.merge_adapter(["a", "b"])
+    one_by_one.merge_adapter(["a"])
+    with pytest.warns(PeftWarning, match=r"\['a'\] are merged already: merging \['b'\] too"):
+        one_by_one.merge_adapter(["b"])
+    for (name, one), (_, other) in zip(one_by_one.named_parameters(), both.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    one_by_one.unmerge_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in one_by_one.named_parameters())
+
+
+def test_merging_more_that_overflows_keeps_what_was_merged(tiny, randomise, output):
+    model = randomise(get_peft_model(tiny("t5"), IA3Config(), "a"))
+    model.add_adapter("b", IA3Config())
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("ia3_l.b")).fill_(torch.inf)
+    model.merge_adapter(["a"])
+    merged = output(model)
+    with pytest.warns(PeftWarning), pytest.raises(ValueError, match="non-finite"):
+        model.merge_adapter(["b"])
+    assert torch.equal(output(model), merged)
+    assert model.get_model_status().merged_adapters == ["a"]
+
+
+def test_merging_nothing_is_refused(tiny):
+    model = get_peft_model(tiny("t5"), IA3Config())
     with pytest.raises(ValueError, match="nothing to merge"):
         model.merge_adapter([])
     with pytest.raises(ValueError, match="names an adapter twice"):
@@ -500,10 +539,12 @@ def test_merging_a_list(tiny, randomise, output, names):
 def test_merge_and_unload_of_a_merged_model(tiny, randomise, output):
     model, outputs = _two(tiny, randomise, output)
     model.merge_adapter(["b"])
-    with pytest.raises(ValueError, match=r"\['b'\] are merged, not \['a'\]"):
-        model.merge_and_unload()
+    both = deepcopy(model)
     model.merge_and_unload(adapter_names=["b"])
     torch.testing.assert_close(output(model), outputs["b"], rtol=1e-5, atol=1e-5)
+    with pytest.warns(PeftWarning, match=r"\['b'\] are merged already: merging \['a'\] too"):
+        both.merge_and_unload()  # "a" is active
+    torch.testing.assert_close(output(both), outputs["ab"], rtol=1e-5, atol=1e-5)
 
 
 def test_another_adapter_comes_and_goes_while_merged(tiny, randomise, output, trace):

@@ -12,9 +12,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "config": ["IA3Config", "PeftConfig", "PeftType", "TaskType"],
+    "config": ["PEFT_TYPE_TO_CONFIG_MAPPING", "IA3Config", "PeftConfig", "PeftType", "TaskType", "get_peft_config"],
+    "errors": ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"],
+    "families": [
+        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
+    ],
+    "hotswap": ["hotswap_adapter"],
+    "precision": [
+        "cast_mixed_precision_params",
+        "infer_device",
+        "prepare_model_for_gradient_checkpointing",
+        "prepare_model_for_kbit_training",
+        "shift_tokens_right",
+    ],
     "sites": ["Layout", "Site", "find_sites"],
     "model": [
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PeftModel",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
@@ -32,7 +46,13 @@ _HOME = {
     "training.train": ["resume", "train"],
     "status": ["get_layer_status", "get_model_status"],
     "table": ["AdapterTable"],
-    "checkpoint": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
+    "checkpoint": [
+        "get_base_model_state_dict",
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+    ],
     "auto": [
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
@@ -46,6 +66,10 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
     "AdapterTable",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -56,7 +80,9 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "IA3Config",
     "Layout",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -65,21 +91,31 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "Site",
     "TaskType",
     "__version__",
     "as_peft_model",
+    "cast_mixed_precision_params",
     "compile_generate",
     "compile_step",
     "find_sites",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "infer_device",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_gradient_checkpointing",
+    "prepare_model_for_kbit_training",
     "resume",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
     "sweep",
     "train",
 ]
@@ -95,11 +131,31 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from ia3.bridge import as_peft_model
-    from ia3.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-    from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+    from ia3.checkpoint import (
+        get_base_model_state_dict,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_base_model_state_dict,
+        set_peft_model_state_dict,
+    )
+    from ia3.config import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        IA3Config,
+        PeftConfig,
+        PeftType,
+        TaskType,
+        get_peft_config,
+    )
+    from ia3.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+    from ia3.families import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    )
     from ia3.fast.decode import compile_generate
     from ia3.fast.step import compile_step
+    from ia3.hotswap import hotswap_adapter
     from ia3.model import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -110,6 +166,13 @@ if TYPE_CHECKING:
         get_peft_model,
         inject_adapter_in_model,
     )
+    from ia3.precision import (
+        cast_mixed_precision_params,
+        infer_device,
+        prepare_model_for_gradient_checkpointing,
+        prepare_model_for_kbit_training,
+        shift_tokens_right,
+    )
     from ia3.sites import Layout, Site, find_sites
     from ia3.status import get_layer_status, get_model_status
     from ia3.table import AdapterTable
@@ -119,7 +182,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'ia3' has no attribute {name!r}; its public names are {__all__}")
+        from ia3.elsewhere import why_not_here
+
+        raise why_not_here(name, "ia3", __all__)
     value = getattr(import_module(f"ia3.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

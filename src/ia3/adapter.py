@@ -52,6 +52,8 @@ class Attached:
         merged: names of the merged adapters.
         trained_before: names of the base parameters that required a gradient before attaching.
         input_gradients: whether attaching made the embeddings' output require a gradient.
+        told_frozen: whether it was said that nothing of a model put in training mode trains.
+        resting: names of the adapters' parameters that required a gradient before the adapters were disabled.
         table: more adapters, registered instead of attached; None where there are none.
         placement: where all that was put on the model is.
         heard: (adapter, whether in training), of which a forward was listened to.
@@ -65,6 +67,8 @@ class Attached:
     merged: tuple[str, ...] = ()
     trained_before: tuple[str, ...] = ()
     input_gradients: bool = False
+    told_frozen: bool = False
+    resting: tuple[str, ...] = ()
     table: AdapterTable | None = None
     placement: Placement = field(default_factory=Placement)
     heard: set[tuple[str, bool]] = field(default_factory=set)
@@ -149,7 +153,7 @@ def attach(
         config: copied, with its defaults filled in.
         name: the adapter's name.
         half_to_fp32: hold the vectors of a half-precision layer in fp32 (always so where the weights are not
-            floating-point).
+            floating-point), and the copies of half-precision modules that are trained in full.
         on_meta: make vectors without memory, to be assigned by loading.
         loading: see `find_sites`.
 
@@ -169,13 +173,13 @@ def attach(
         module = model.get_submodule(site.path)
         dtype, device = _kind_of_vector(module, half_to_fp32)
         if loading and device.type == "meta":
-            device = torch.device(
-                "cpu"
-            )  # a base without memory gets it later; the numbers that come must have some now
+            device = torch.device("cpu")  # the base gets its memory later; the numbers that come need some now
         make = torch.ones if found.config.init_ia3_weights else torch.randn
         vector = make(site.trained_shape, dtype=dtype, device="meta" if on_meta else device)
         state.placement.hold_site(model, site).add(name, site, vector, device)
     for path, copy in copies.items():
+        if half_to_fp32:
+            _half_to_fp32(copy)
         state.placement.hold_copy(model, path, name, copy)
     state.adapters[name] = adapter
     model.__dict__["_ia3"] = state
@@ -186,8 +190,20 @@ def attach(
     return adapter
 
 
-def detach(model: nn.Module, name: str) -> None:
-    """Remove an adapter; the last one leaves no trace on the modules and gives back their `requires_grad`."""
+def _half_to_fp32(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dtype in _HALF:
+            parameter.data = parameter.data.float()
+
+
+def detach(model: nn.Module, name: str, *, stay: bool = False) -> None:
+    """Remove an adapter; the last one leaves no trace on the modules and gives back their `requires_grad`.
+
+    Args:
+        model: the model.
+        name: the adapter's name.
+        stay: the model goes on as one for adapters, frozen, also without any.
+    """
     state = attached(model)
     adapter = get_adapter(model, name)
     activate(model, [other for other in state.active if other != name], trainable=None)
@@ -198,11 +214,17 @@ def detach(model: nn.Module, name: str) -> None:
         state.placement.release_copy(path, name)
     del state.adapters[name]
     state.heard -= {(name, False), (name, True)}
-    if not state.adapters:
-        for parameter in state.trained_before:
-            model.get_parameter(parameter).requires_grad_(True)
-        state.trained_before = ()
-        _forget_if_empty(model, state)
+    if not state.adapters and not stay:
+        release(model)
+
+
+def release(model: nn.Module) -> None:
+    """Give a model without adapters the `requires_grad` of its weights back."""
+    state = attached(model)
+    for parameter in state.trained_before:
+        model.get_parameter(parameter).requires_grad_(True)
+    state.trained_before = ()
+    _forget_if_empty(model, state)
 
 
 def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) -> None:
@@ -221,6 +243,7 @@ def activate(model: nn.Module, names: Iterable[str], *, trainable: bool | None) 
     check_choice(chosen)
     before = [state.adapters[name] for name in state.active]
     if trainable is not None:
+        state.resting = ()  # which train is chosen anew
         for adapter in before:
             require_grad(model, adapter, False)
         for adapter in chosen:
@@ -268,6 +291,32 @@ def require_grad(model: nn.Module, adapter: Adapter, required: bool) -> None:
     """Freeze or thaw an adapter."""
     for parameter in parameters(model, adapter):
         parameter.requires_grad_(required)
+
+
+def rest(model: nn.Module) -> None:
+    """Disable the adapters, which then require no gradient."""
+    state = attached(model)
+    if state.enabled:
+        held = {id(parameter) for adapter in state.adapters.values() for parameter in parameters(model, adapter)}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) in held]
+        for _, parameter in trained:
+            parameter.requires_grad_(False)
+        state.resting = tuple(name for name, _ in trained)
+    state.enabled = False
+    repoint(model)
+
+
+def wake(model: nn.Module) -> None:
+    """Enable the adapters, which require a gradient as before `rest`."""
+    state = attached(model)
+    resting, state.resting = state.resting, ()
+    if resting:
+        held = dict(model.named_parameters())
+        for name in resting:
+            if name in held:  # its adapter may have been deleted
+                held[name].requires_grad_(True)
+    state.enabled = True
+    repoint(model)
 
 
 def keep_every_channel(model: nn.Module, adapter: Adapter) -> None:
@@ -326,7 +375,7 @@ def _freeze_base(model: nn.Module, state: Attached) -> None:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for _, parameter in trained:
         parameter.requires_grad_(False)
-    state.trained_before = tuple(name for name, _ in trained)
+    state.trained_before = (*state.trained_before, *(name for name, _ in trained))
 
 
 def _kind_of_vector(module: nn.Module, half_to_fp32: bool) -> tuple[torch.dtype, torch.device]:

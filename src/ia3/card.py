@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,17 @@ def write_card(directory: Path, config: IA3Config) -> None:
     base = config.base_model_name_or_path
     if base and _is_on_hub(base):
         data.base_model = base
+    write_atomically(path, str(card).encode())
+
+
+def add_tags(directory: Path, tags: Iterable[str]) -> None:
+    """Put more tags into the card that `write_card` wrote."""
+    from huggingface_hub import ModelCard
+
+    path = directory / "README.md"
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    metadata: Any = card.data
+    metadata.tags = sorted({*(metadata.tags or ()), *tags})
     write_atomically(path, str(card).encode())
 
 

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import DataParallel
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parallel import DistributedDataParallel
 
 from ia3.adapter import (
     Adapter,
@@ -54,7 +56,8 @@ def get_peft_model_state_dict(
         state_dict: take the values from this dictionary of the model's own names instead of the model, as
             distributed training gathers it.
         adapter_name: which adapter.
-        unwrap_compiled: look inside a module made by `torch.compile`.
+        unwrap_compiled: accepted for PEFT's sake: what `torch.compile`, DDP, DataParallel and FSDP put around the
+            model is always taken off.
         save_embedding_layers: whether to add the embeddings; "auto" adds them where the vocabulary was
             resized since the base was loaded from disk.
 
@@ -65,11 +68,12 @@ def get_peft_model_state_dict(
     Raises:
         ValueError: no such adapter, or a `state_dict` without its tensors.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    whole, model = model, unwrapped(model)
     adapter = get_adapter(model, adapter_name)
-    held = tensors_of(model, adapter)
-    own = held if state_dict is None else state_dict
+    if state_dict is None and any(_is_fsdp(module) for module in whole.modules()):
+        state_dict = whole.state_dict()  # FSDP's own way to the tensors that it holds in one flat piece
+    held = own_keys(model, adapter)
+    own = tensors_of(model, adapter) if state_dict is None else state_dict
     lacking = [key for key in held if key not in own]
     if lacking:
         raise ValueError(
@@ -83,6 +87,74 @@ def get_peft_model_state_dict(
             tensors.setdefault(f"{path}.weight", _gathered(embedding.weight.detach()))
     prefix = PREFIX if isinstance(model, Swapped) else ""
     return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile`, DDP, DataParallel and FSDP put around it."""
+    while "_ia3" not in model.__dict__:
+        inner = model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")
+        inner = inner or model._modules.get("_fsdp_wrapped_module")
+        if inner is None and isinstance(model, DataParallel | DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return "_fsdp_wrapped_module" in module._modules
+
+
+def own_keys(model: nn.Module, adapter: Adapter) -> list[str]:
+    """The names in the model's own `state_dict()` of what the adapter trains."""
+    keys = [f"{site.key}.{adapter.name}" for site in adapter.layout.sites]
+    return keys + [key.replace("_fsdp_wrapped_module.", "") for key in _own_copies(model, adapter)]
+
+
+def get_base_model_state_dict(model: nn.Module) -> Tensors:
+    """The base model's tensors under its own names, without any adapter's.
+
+    What `merge_adapter` folded into the weights is in them.
+    """
+    return {key: tensor for key, tensor in unwrapped(model).state_dict().items() if not is_adapters(key)}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> _IncompatibleKeys:
+    """Load tensors into the base model and leave the adapters as they are.
+
+    Args:
+        model: a model that carries adapters.
+        state_dict: under the base's own names, as `get_base_model_state_dict` gives them.
+        strict: refuse missing and unknown names.
+
+    Returns:
+        The missing and the unknown names.
+
+    Raises:
+        RuntimeError: these, where `strict`, or another shape.
+        ValueError: adapters are merged into the weights, which unmerging would put in the place of the new ones.
+    """
+    model = unwrapped(model)
+    if attached(model).merged:
+        raise ValueError(f"{list(attached(model).merged)} are merged into the weights: unmerge_adapter() first.")
+    known = get_base_model_state_dict(model)
+    missing = [key for key in known if key not in state_dict]
+    unknown = [key for key in state_dict if key not in known]
+    if strict and (missing or unknown):
+        raise RuntimeError(
+            f"The tensors don't fit the base {type(model).__name__}: {len(missing)} are missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}. strict=False loads the others."
+        )
+    model.load_state_dict({key: value for key, value in state_dict.items() if key in known}, strict=False)
+    return _IncompatibleKeys(missing, unknown)
+
+
+def is_adapters(key: str) -> bool:
+    """Whether a name in a model's `state_dict()` is an adapter's."""
+    return f".{VECTORS}." in f".{key}" or f".{SAVED_COPIES}." in f".{key}"
 
 
 def set_peft_model_state_dict(
@@ -108,6 +180,7 @@ def set_peft_model_state_dict(
         ValueError: unknown, missing or repeated keys, another shape or side, numbers that are not finite, a
             merged adapter. Nothing has changed then.
     """
+    model = unwrapped(model)
     adapter = get_adapter(model, adapter_name)
     if adapter_name in attached(model).merged:
         raise ValueError(f"{adapter_name!r} is merged, so new values wouldn't act: call unmerge_adapter() first.")
@@ -115,7 +188,7 @@ def set_peft_model_state_dict(
     sites = {site.key: site for site in adapter.layout.sites}
     targets = _plain_targets(model, adapter, tensors)
     _check_keys(model, tensors, sites, targets)
-    mismatched = _mismatches(tensors, sites, targets)
+    mismatched = _mismatches(model, tensors, sites, targets)
     if mismatched and not ignore_mismatched_sizes:
         raise _doesnt_fit(mismatched)
     for problem in mismatched.values():
@@ -272,7 +345,7 @@ def check_vectors(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site])
         ValueError: unknown or missing keys, another shape or side.
     """
     _check_keys(model, tensors, sites, {})
-    mismatched = _mismatches(tensors, sites, {})
+    mismatched = _mismatches(model, tensors, sites, {})
     if mismatched:
         raise _doesnt_fit(mismatched)
 
@@ -394,6 +467,27 @@ def renamed(tensors: Tensors, key_mapping: Mapping[str, str] | None) -> Tensors:
     return new
 
 
+def with_names_of_today(model: nn.Module, tensors: Tensors) -> Tensors:
+    """Tensors of modules that the model hasn't, under the names that transformers says they have now."""
+    tensors = renamed(tensors, getattr(model, "_checkpoint_conversion_mapping", None))
+    modules = {path for path, _ in model.named_modules()}
+    lost = [key for key in tensors if key.removeprefix(PREFIX).rpartition(".")[0] not in modules]
+    if not lost or not hasattr(model, "base_model_prefix"):
+        return tensors
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    known = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    new = dict(tensors)
+    for key in lost:
+        path, _, last = key.removeprefix(PREFIX).rpartition(".")
+        name = "weight" if last == VECTORS else last  # the rules are made for weights
+        path = rename_source_key(f"{path}.{name}", known, [])[0].rpartition(".")[0]
+        if path in modules:
+            new[f"{PREFIX}{path}.{last}"] = new.pop(key)
+    return new
+
+
 def _plain_key(key: str, adapter_name: str) -> str:
     """A key without PEFT's prefix and without the adapter's name."""
     plain = key.removeprefix(PREFIX)
@@ -427,9 +521,10 @@ def _check_keys(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site], t
     )
 
 
-def _mismatches(tensors: Tensors, sites: Mapping[str, Site], targets: Tensors) -> dict[str, str]:
+def _mismatches(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site], targets: Tensors) -> dict[str, str]:
     """What is wrong with the tensors' shapes, by key."""
-    problems = {key: _mismatch(key, tensor, sites.get(key), targets.get(key)) for key, tensor in tensors.items()}
+    words = frozenset(path for path, _ in embeddings(model)) if targets else frozenset()
+    problems = {key: _mismatch(key, tensor, sites.get(key), targets.get(key), words) for key, tensor in tensors.items()}
     return {key: problem for key, problem in problems.items() if problem}
 
 
@@ -437,7 +532,21 @@ def _doesnt_fit(mismatched: Mapping[str, str]) -> ValueError:
     return ValueError("This adapter doesn't fit the model: " + " ".join(list(mismatched.values())[:3]))
 
 
-def _mismatch(key: str, tensor: torch.Tensor, site: Site | None, target: torch.Tensor | None) -> str:
+def _why_other_size(key: str, in_file: tuple[int, ...], in_model: tuple[int, ...], words: frozenset[str]) -> str:
+    """What to do about a module trained in full, or an embedding, of another size."""
+    if key.rpartition(".")[0] in words:
+        return " If the vocabulary was resized, call model.resize_token_embeddings first."
+    if len(in_file) == len(in_model) and in_file[1:] == in_model[1:]:
+        return (
+            f" The adapter was trained for {in_file[0]} classes and this model has {in_model[0]}: load the base with "
+            f"num_labels={in_file[0]}, or let AutoPeftModelFor….from_pretrained do so."
+        )
+    return " It was made for another base model."
+
+
+def _mismatch(
+    key: str, tensor: torch.Tensor, site: Site | None, target: torch.Tensor | None, words: frozenset[str]
+) -> str:
     """What is wrong with a tensor's shape; empty where nothing is."""
     expected = site.shape if site is not None else tuple(target.shape) if target is not None else ()
     if tuple(tensor.shape) == expected:
@@ -451,7 +560,7 @@ def _mismatch(key: str, tensor: torch.Tensor, site: Site | None, target: torch.T
                 "check feedforward_modules."
             )
     if site is None:
-        return text + " If the vocabulary was resized, call model.resize_token_embeddings first."
+        return text + _why_other_size(key, tuple(tensor.shape), expected, words)
     return text + " It was made for another base model."
 
 

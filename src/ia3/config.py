@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from ia3.errors import PeftWarning
 from ia3.files import fetch, write_atomically
 
 CONFIG_NAME = "adapter_config.json"
+
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose format this library writes, and against which it is compared."""
 
 # A key that another library wrote and this one doesn't know may be dropped only where it says nothing.
 _SAYS_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
@@ -43,7 +49,8 @@ class PeftConfig:
         revision: the base model's revision.
         inference_mode: whether the adapter is attached frozen.
         auto_mapping: class and module of a base model without a task type (written on saving).
-        peft_version: the version of PEFT that wrote the file, if any; kept as read.
+        peft_version: the version of PEFT that wrote the file; kept as read. A new configuration gets the version
+            whose format this library writes, so that PEFT takes no branch for older files.
 
     Raises:
         ValueError: an unknown `task_type`, or another `peft_type` than IA3.
@@ -58,6 +65,8 @@ class PeftConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
         if self.peft_type not in (None, *PeftType):
             raise ValueError(f"peft_type {self.peft_type!r}: ia3 has one method, IA3. Use `peft` for others.")
         if self.task_type is not None and self.task_type not in list(TaskType):
@@ -66,6 +75,34 @@ class PeftConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary, sets as they are."""
         return asdict(self)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: (IA)³ adds no words to the prompt."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False, as `is_prompt_learning`."""
+        return False
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's place for checks before a configuration is built from a file: here `from_dict` makes them."""
+        return kwargs
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Build the configuration that `peft_type` names, this class where it is left out.
+
+        Raises:
+            ValueError: another method than IA3, or fields unknown here that say something.
+        """
+        return PeftConfig.from_dict(kwargs) if "peft_type" in kwargs else cls(**kwargs)
+
+    def _on_disk(self) -> dict[str, Any]:
+        """The fields that the file holds."""
+        return self.to_dict()
 
     def save_pretrained(self, save_directory: str | Path, auto_mapping_dict: dict[str, str] | None = None) -> None:
         """Write `adapter_config.json` into `save_directory`, keys and lists sorted, atomically.
@@ -77,9 +114,7 @@ class PeftConfig:
         if directory.is_file():
             raise NotADirectoryError(f"{directory} is a file; save_pretrained expects a directory.")
         content = {
-            key: sorted(value) if isinstance(value, set | list) else value
-            for key, value in self.to_dict().items()
-            if not (key == "peft_version" and value is None)
+            key: sorted(value) if isinstance(value, set | list) else value for key, value in self._on_disk().items()
         }
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
@@ -106,21 +141,21 @@ class PeftConfig:
         """
         path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         if path is None:
-            raise FileNotFoundError(
-                f"No {CONFIG_NAME} in {pretrained_model_name_or_path}"
-                f"{f'/{subfolder}' if subfolder else ''}: expected an adapter saved by `save_pretrained`."
-            )
+            raise FileNotFoundError(_no_adapter(Path(pretrained_model_name_or_path), subfolder))
         return cls.from_dict(cls.from_json_file(path), source=str(path))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
-        """Read the JSON object in a configuration file, unchecked."""
+        """Read the JSON object in a configuration file, unchecked; settings of a run that PEFT left in it are dropped
+        with a warning."""
         try:
-            content = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+            content = json.loads(Path(path_json_file).read_text(encoding="utf-8-sig"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path_json_file} is not valid JSON: {error}.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path_json_file} holds a {type(content).__name__}, not a JSON object.")
+        if content.pop("runtime_config", None):
+            warnings.warn(f"{path_json_file} has a runtime_config, which holds for a run.", PeftWarning, stacklevel=2)
         return content
 
     @classmethod
@@ -134,6 +169,10 @@ class PeftConfig:
         known = {f.name for f in fields(IA3Config)}
         unknown = {key: value for key, value in content.items() if key not in known}
         telling = {key: value for key, value in unknown.items() if value not in _SAYS_NOTHING}
+        # Other methods of PEFT have these fields and write them empty; layer 0 is not empty.
+        for key in ("layers_to_transform", "layers_pattern"):
+            if isinstance(content.get(key), bool | str | list | dict) and not content[key]:
+                known.discard(key)
         if telling:
             raise ValueError(
                 f"{source} has fields that this version of ia3 doesn't know and won't ignore: {telling}. "
@@ -157,9 +196,15 @@ class IA3Config(PeftConfig):
         modules_to_save: names of modules trained in full and saved beside the vectors. Attaching adds what the base's
             checkpoint lacked and, for a task with a head, the head.
         init_ia3_weights: start at one (the identity); False draws the vectors from a standard normal.
+        layers_to_transform: numbers of the layers that are adapted, all by default. A layer's number is the first
+            one in a module's path. Attaching turns it, with `target_modules`, into one regular expression, which is
+            what PEFT reads; its own IA3 has no such field.
+        layers_pattern: names of the lists of layers that `layers_to_transform` counts, such as `"decoder.block"`,
+            where a path has several numbers or a model several lists; any by default.
 
     Raises:
-        ValueError: a list of feed-forward names that are not among the target names, or an empty target list.
+        ValueError: `layers_to_transform` with a regular expression, `layers_pattern` without it, a list of feed-forward
+            names that are not among the target names, or an empty target list.
     """
 
     target_modules: set[str] | list[str] | str | None = None
@@ -168,6 +213,8 @@ class IA3Config(PeftConfig):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
     _NAME_FIELDS: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")
 
@@ -182,6 +229,7 @@ class IA3Config(PeftConfig):
             raise TypeError(f"modules_to_save takes a list of names: write [{self.modules_to_save!r}].")
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
+        self._check_layers()
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or leave it None.")
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
@@ -193,6 +241,30 @@ class IA3Config(PeftConfig):
                     f"{sorted(self.target_modules)}: every feed-forward module must also be a target."
                 )
 
+    def _check_layers(self) -> None:
+        if self.layers_to_transform == []:
+            raise ValueError("layers_to_transform is empty: name the numbers of layers, or leave it None for all.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says which lists layers_to_transform counts: pass that too.")
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and pattern:
+            raise ValueError(
+                "layers_to_transform can't be used with a regular expression in target_modules: let the expression "
+                "choose the layers, or name the modules."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary, sets as they are; those that PEFT's IA3 hasn't only where they are used."""
+        content = super().to_dict()
+        return {key: value for key, value in content.items() if value is not None or not key.startswith("layers_")}
+
+    def _on_disk(self) -> dict[str, Any]:
+        """The fields that the file holds, in PEFT's terms where the targets are named."""
+        if self.layers_to_transform is None or not isinstance(self.target_modules, set):
+            return self.to_dict()
+        chosen = replace(self, target_modules=in_layers(self), layers_to_transform=None, layers_pattern=None)
+        return chosen.to_dict()
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
@@ -200,6 +272,50 @@ class IA3Config(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **hub)
         assert isinstance(config, cls)
         return config
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {PeftType.IA3: IA3Config}
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration of a dictionary with `peft_type` and the fields.
+
+    Raises:
+        ValueError: another method than IA3, or fields unknown here that say something.
+    """
+    return PeftConfig.from_dict(config_dict)
+
+
+def chosen_layers(config: IA3Config) -> list[int]:
+    """The numbers in `layers_to_transform`."""
+    numbers = config.layers_to_transform
+    return [numbers] if isinstance(numbers, int) else sorted(numbers or ())
+
+
+def in_layers(config: IA3Config) -> str:
+    """The regular expression for `target_modules`, a set of names, in the layers of `layers_to_transform` alone."""
+    assert isinstance(config.target_modules, set)
+    numbers = "|".join(str(number) for number in chosen_layers(config))
+    names = "|".join(re.escape(name) for name in sorted(config.target_modules))
+    if config.layers_pattern:
+        patterns = config.layers_pattern
+        lists = patterns if isinstance(patterns, str) else "|".join(patterns)
+        # Up to the first such list; in it the first number.
+        before = rf"(?:(?!(?:{lists})\.\d+\.)[^.]+\.)*(?:{lists})\."
+    else:
+        before = r"(?:(?!\d+\.)[^.]+\.)*"
+    # A name may be a path that holds the number itself, as those that "all-linear" stands for.
+    return rf"(?={before}(?:{numbers})\.).*?(?<![^.])(?:{names})"
+
+
+def _no_adapter(directory: Path, subfolder: str | None) -> str:
+    """The error for a folder without a configuration, which may have adapters with names of their own."""
+    where = directory / subfolder if subfolder else directory
+    inside = sorted(path.parent.name for path in where.glob(f"*/{CONFIG_NAME}")) if where.is_dir() else []
+    if inside:
+        prefix = f"{subfolder}/" if subfolder else ""
+        return f"No {CONFIG_NAME} in {where}, but one in {inside}: pass subfolder={prefix + inside[0]!r}."
+    return f"No {CONFIG_NAME} in {where}: expected an adapter saved by `save_pretrained`."
 
 
 def _is_among(name: str, targets: set[str]) -> bool:

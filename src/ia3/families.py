@@ -86,6 +86,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": _DECODER,
     "mistral": _DECODER,
+    "gptj": Family(("k_proj", "v_proj", "fc_out"), ("fc_out",), differs=_SCALES_Q_FOR_K),
+    "gpt_neo": Family(("k_proj", "v_proj", "mlp.c_proj"), ("mlp.c_proj",), differs=_SCALES_Q_FOR_K),
     "qwen2": _DECODER_WITHOUT_Q,
     "qwen3": _DECODER_WITHOUT_Q,
     "gemma": _DECODER_WITHOUT_Q,
@@ -94,6 +96,12 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(("k_proj", "v_proj", "fc2"), ("fc2",), differs=_SCALES_Q_FOR_K),
     "bert": _ENCODER,
     "roberta": _ENCODER,
+    "deberta-v2": Family(
+        ("key_proj", "value_proj", "output.dense"),
+        ("output.dense",),
+        exclude=("attention.output.dense",),
+        differs=_SCALES_ATTENTION_OUTPUT,
+    ),
     "opt": Family(("k_proj", "v_proj", "fc2"), ("fc2",), differs="PEFT's default scales q in place of v"),
     "gpt_neox": Family(
         ("query_key_value", "dense_4h_to_h"),
@@ -117,3 +125,10 @@ FAMILIES: dict[str, Family] = {
 
 # Names that mean the second feed-forward matrix wherever they occur, for models outside the table.
 FEEDFORWARD_NAMES: frozenset[str] = frozenset(name for family in FAMILIES.values() for name in family.feedforward)
+
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = {kind: list(family.targets) for kind, family in FAMILIES.items()}
+"""PEFT's names for the default targets by model type; here they follow the paper, and some families exclude more."""
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
+    kind: list(family.feedforward) for kind, family in FAMILIES.items()
+}
+"""Those of the default targets whose input is multiplied."""

@@ -46,6 +46,17 @@ class SiteVectors(nn.Module):
         self.sides[adapter] = site.side
         self.register_parameter(adapter, nn.Parameter(vector, requires_grad=False))
 
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._parameters
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        """An adapter's vector, as of PEFT's dictionary of that name."""
+        return self._parameters[adapter]  # type: ignore[return-value]
+
+    def keys(self) -> list[str]:
+        """The adapters that have a vector here."""
+        return list(self._parameters)
+
     def remove(self, adapter: str) -> None:
         del self.sides[adapter], self._parameters[adapter]
         self.activate(name for name in self.active if name != adapter)

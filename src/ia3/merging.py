@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, saved_copies, whole_vectors
+from ia3.errors import PeftWarning
 from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
 
 Originals = dict[str, torch.Tensor]
@@ -27,11 +29,12 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
 
     Args:
         model: the model.
-        names: the adapters; None means the active ones. Several multiply.
+        names: the adapters; None means the active ones. Several multiply. Those that are merged already stay so, and
+            the result has the bits of merging all at once.
         keep_originals: keep the old weights in CPU memory, for `unmerge`.
 
     Raises:
-        ValueError: an unknown adapter, something merged already, a weight shared with another module, a
+        ValueError: an unknown adapter, adapters that can't act together, a weight shared with another module, a
             weight that is not floating-point, a vector or product that is not finite.
     """
     state = attached(model)
@@ -39,28 +42,33 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
     if isinstance(names, str):
         raise TypeError(f"merging takes a list of names, got {names!r}: write [{names!r}].")
     chosen = tuple(state.active if names is None else names)
-    adapters = [get_adapter(model, name) for name in chosen]
-    check_choice(adapters)
     if not chosen:
         raise ValueError("There is nothing to merge: name adapters, or activate one with set_adapter.")
     if not state.enabled:
         raise ValueError("The adapters are disabled: merge after disable_adapter, or call enable_adapters() first.")
-    if state.originals is not None:
-        raise ValueError(f"Adapters {list(state.merged)} are merged already: call unmerge_adapter() first.")
+    more = tuple(name for name in chosen if name not in state.merged)
+    adapters = [get_adapter(model, name) for name in (*state.merged, *more)]
+    check_choice(adapters)
+    if state.merged:
+        what = f"merging {list(more)} too" if more else "there is nothing to do"
+        warnings.warn(f"{list(state.merged)} are merged already: {what}.", PeftWarning, stacklevel=3)
+    if not more:
+        return
+    kept = state.originals or {}
     _check_mergeable(model, [site for adapter in adapters for site in adapter.layout.sites])
     scales = _scales(model, adapters)
-    for name, parameter, new in _merged_values(model, scales):
+    for name, parameter, new in _merged_values(model, scales, kept):
         if not torch.isfinite(new).all():
             raise ValueError(
                 f"Merging {list(chosen)} would make {name} non-finite (the vector or the weight overflows "
                 f"{parameter.dtype}): nothing was merged. Look for NaN or huge values in the adapter."
             )
-    originals = {}
-    for name, parameter, new in _merged_values(model, scales):
+    originals = dict(kept)
+    for name, parameter, new in _merged_values(model, scales, kept):
         if keep_originals:
-            originals[name] = parameter.detach().cpu().clone()
+            originals.setdefault(name, parameter.detach().cpu().clone())
         parameter.data.copy_(new)
-    state.originals, state.merged = originals, chosen
+    state.originals, state.merged = originals, (*state.merged, *more)
     repoint(model)
 
 
@@ -72,7 +80,7 @@ def unmerge(model: nn.Module) -> None:
     """
     state = attached(model)
     if state.originals is None:
-        logger.warning("unmerge_adapter: nothing is merged.")
+        warnings.warn("unmerge_adapter: nothing is merged, so there is nothing to do.", PeftWarning, stacklevel=3)
         return
     if not state.enabled:
         raise ValueError("The adapters are disabled: unmerge after disable_adapter, or call enable_adapters() first.")
@@ -161,7 +169,7 @@ def _is_linear_in_its_weight(module: nn.Module, site: Site) -> bool:
     try:
         scaled = tried(_times(inputs, site, scale) if site.side == "input" else inputs)
         scaled = _times(scaled, site, scale) if site.side == "output" else scaled
-        for name, _, new in _merged_module(module, site.path, {site.side: scale}):
+        for name, _, new in _merged_module(module, site.path, {site.side: scale}, {}):
             tried._parameters[name.rpartition(".")[2]] = nn.Parameter(new, requires_grad=False)
         merged = tried(inputs)
     except Exception:  # whatever a foreign layer raises, it can't be tried
@@ -194,29 +202,36 @@ def _memory(parameter: torch.Tensor) -> tuple[torch.device, int, int]:
     return parameter.device, start, start + max(parameter.nbytes if start > 0 else 0, 1)
 
 
-def _merged_values(model: nn.Module, scales: Scales) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Each parameter that changes: its name, itself, its new value in its own dtype.
+def _merged_values(
+    model: nn.Module, scales: Scales, kept: Originals
+) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Each parameter that changes: its name, itself, its new value in its own dtype, from the value before merging.
 
     A module with vectors on both sides (of two adapters) is multiplied by both at once.
     """
     placement = attached(model).placement
     for path in {path: None for path, _ in scales}:
         own = {side: scale for (at, side), scale in scales.items() if at == path}
-        yield from _merged_module(placement.site_module(path), path, own)
+        yield from _merged_module(placement.site_module(path), path, own, kept)
 
 
 def _merged_module(
-    module: nn.Module, path: str, scales: Mapping[Side, torch.Tensor]
+    module: nn.Module, path: str, scales: Mapping[Side, torch.Tensor], kept: Originals
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    new = weight.detach()
+    new = _unmerged(f"{path}.weight", weight, kept)
     for side in ("input", "output"):
         if side in scales:
             new = new * _over_weight(module, side, scales[side].to(weight.device))
     yield f"{path}.weight", weight, new.to(weight.dtype)
     bias = getattr(module, "bias", None)
     if bias is not None and "output" in scales:
-        yield f"{path}.bias", bias, (bias.detach() * scales["output"].to(bias.device)).to(bias.dtype)
+        scaled = _unmerged(f"{path}.bias", bias, kept) * scales["output"].to(bias.device)
+        yield f"{path}.bias", bias, scaled.to(bias.dtype)
+
+
+def _unmerged(name: str, parameter: torch.Tensor, kept: Originals) -> torch.Tensor:
+    return kept[name].to(parameter.device) if name in kept else parameter.detach()
 
 
 def _over_weight(module: nn.Module, side: str, scale: torch.Tensor) -> torch.Tensor:
@@ -265,7 +280,9 @@ def install_copies(model: nn.Module, adapter: Adapter) -> None:
         for owner_path, owner in trained.named_modules():
             target = module.get_submodule(owner_path)
             for name, parameter in owner.named_parameters(recurse=False):
-                if not torch.equal(parameter, target._parameters[name]):  # type: ignore[arg-type]
+                own = target.get_parameter(name)
+                parameter.data = parameter.data.to(own.dtype)  # the copy of a half-precision module is in fp32
+                if not _are_equal(parameter, own):
                     target._parameters[name] = parameter
             for name, buffer in owner.named_buffers(recurse=False):
                 target._buffers[name] = buffer
@@ -279,8 +296,13 @@ def _untied(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, str]]:
         module = attached(model).placement.saved_module(path)
         for name, parameter in trained.named_parameters():
             held = module.get_parameter(name)
-            if not torch.equal(parameter, held) and len(_names_of(model, held)) > 1:
+            if not _are_equal(parameter, held) and len(_names_of(model, held)) > 1:
                 yield f"{path}.{name}", path
+
+
+def _are_equal(trained: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether a copy is what the module had, in its precision."""
+    return not held.is_meta and torch.equal(trained.to(held), held)
 
 
 def _names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:

@@ -18,17 +18,19 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ia3 import adapter as adapters
 from ia3 import merging, storage
 from ia3.arithmetic import CombinationType, combine
-from ia3.card import write_card
+from ia3.card import add_tags, write_card
 from ia3.checkpoint import (
     Tensors,
     embeddings,
     get_peft_model_state_dict,
+    is_adapters,
     load_peft_weights,
     own_tensors,
     save_adapter,
     saved_modules_in,
     set_peft_model_state_dict,
     tensors_of,
+    with_names_of_today,
     write_tensors,
 )
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
@@ -36,8 +38,9 @@ from ia3.fast.families import may_be_by_hand
 from ia3.fast.forward import forget, with_loss_by_hand
 from ia3.files import HUB_ARGUMENTS
 from ia3.heads import check_brought, with_head, with_whole_head
+from ia3.precision import prepare_model_for_gradient_checkpointing
 from ia3.rows import Rows, acting, begin_forward, end_forward
-from ia3.sites import SAVED_COPIES, VECTORS, logger
+from ia3.sites import VECTORS, logger
 from ia3.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -189,7 +192,7 @@ class PeftModel(Swapped):
             autocast_adapter_dtype: hold the vectors of half-precision layers in fp32.
             ephemeral_gpu_offload: not supported; True is refused.
             low_cpu_mem_usage: accepted for PEFT's sake: the vectors take what their file takes.
-            key_mapping: see `load_peft_weights`; by default the model's own.
+            key_mapping: see `load_peft_weights`; by default the renamings that transformers knows for the model.
             kwargs: `torch_device`, `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
         Raises:
@@ -209,9 +212,9 @@ class PeftModel(Swapped):
         device, ignore_sizes, hub = _loading_arguments(kwargs)
         config = _for_class(cls, config or PeftConfig.from_pretrained(model_id, **hub))
         config.inference_mode = not is_trainable
-        if key_mapping is None:
-            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, device, key_mapping, **hub)
+        if key_mapping is None:
+            tensors = with_names_of_today(model, tensors)
         _add_saved(config, tensors)
         warn_of_other_base(model, config)
         check_brought(model, config, tensors, adapter_name)
@@ -246,9 +249,9 @@ class PeftModel(Swapped):
         """
         _refuse_offload(ephemeral_gpu_offload)
         _, ignore_sizes, hub = _loading_arguments(kwargs)
-        if key_mapping is None:
-            key_mapping = getattr(self, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub)
+        if key_mapping is None:
+            tensors = with_names_of_today(self, tensors)
         new = adapter_name not in self.peft_config
         if new:
             config = _checked(PeftConfig.from_pretrained(model_id, **hub))
@@ -307,6 +310,8 @@ class PeftModel(Swapped):
         if isinstance(selected_adapters, str):
             raise TypeError(f"selected_adapters takes a list of names: write [{selected_adapters!r}].")
         names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
+        if not self.peft_config:
+            raise ValueError("There is no adapter to save: all were deleted. add_adapter(name, config) makes one.")
         if not names:
             raise ValueError(f"selected_adapters is empty: name some of {sorted(self.peft_config)}, or leave it out.")
         chosen = [adapters.get_adapter(self, name) for name in names]
@@ -336,8 +341,23 @@ class PeftModel(Swapped):
         revision: str | None = None,
         create_pr: bool = False,
         safe_serialization: bool = True,
+        commit_description: str | None = None,
+        tags: Sequence[str] | None = None,
+        max_shard_size: int | str | None = None,
     ) -> Any:
         """Save the adapters into a temporary folder and upload it to the hub.
+
+        Args:
+            repo_id: the repository, made where it is missing.
+            commit_message: "Upload (IA)³ adapter" by default.
+            private: of a new repository.
+            token: for the hub; the stored one by default.
+            revision: the branch, made where it is missing.
+            create_pr: open a pull request instead.
+            safe_serialization: see `save_pretrained`.
+            commit_description: the commit's text after its message.
+            tags: more tags for the model card.
+            max_shard_size: accepted because transformers takes it; an adapter is one file.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -350,10 +370,13 @@ class PeftModel(Swapped):
             api.create_branch(repository, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization)
+            if tags:
+                add_tags(Path(folder), tags)
             return api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
                 commit_message=commit_message or "Upload (IA)³ adapter",
+                commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
             )
@@ -368,8 +391,8 @@ class PeftModel(Swapped):
     ) -> _IncompatibleKeys:
         """As any module's; a dictionary of adapters alone, loaded unstrictly, doesn't miss the base."""
         result: _IncompatibleKeys = super().load_state_dict(state_dict, strict, assign)
-        if not strict and state_dict and all(_is_adapters(key) for key in state_dict):
-            result.missing_keys[:] = [key for key in result.missing_keys if _is_adapters(key)]
+        if not strict and state_dict and all(is_adapters(key) for key in state_dict):
+            result.missing_keys[:] = [key for key in result.missing_keys if is_adapters(key)]
         return result
 
     # Choosing adapters
@@ -414,16 +437,16 @@ class PeftModel(Swapped):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; where it was the only active one, another becomes active.
 
+        After the last one the model computes what its base does, stays frozen, and takes new ones by `add_adapter` and
+        `set_adapter`; `unload` gives the base itself back.
+
         Raises:
-            ValueError: an unknown adapter, one that is merged, or the last one (`unload` removes that) where there
-                is no `AdapterTable` either.
+            ValueError: an unknown adapter, or one that is merged.
         """
         adapters.get_adapter(self, adapter_name)
         if adapter_name in self._state.merged:
             raise ValueError(f"{adapter_name!r} is merged: call unmerge_adapter() before deleting it.")
-        if len(self.peft_config) == 1 and self._state.table is None:
-            raise ValueError(f"{adapter_name!r} is the last adapter: unload() gives the base back.")
-        adapters.detach(self, adapter_name)
+        adapters.detach(self, adapter_name, stay=self._state.table is None)
         del self.peft_config[adapter_name]
         if not self._state.active and self.peft_config:
             other = min(self.peft_config)  # the one that PEFT takes
@@ -442,7 +465,8 @@ class PeftModel(Swapped):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base; afterwards it is as it was, merged weights included.
+        """Within it the model is the base, and the adapters require no gradient; afterwards it is as it was, merged
+        weights included.
 
         It acts on the model, so on every thread that uses it.
         """
@@ -462,19 +486,34 @@ class PeftModel(Swapped):
             self.enable_adapters()
 
     def disable_adapters(self) -> None:
-        """Let the adapters rest until `enable_adapters`; merged weights stay merged, unlike in `disable_adapter`."""
-        self._state.enabled = False
-        adapters.repoint(self)
+        """Let the adapters rest until `enable_adapters`, without a gradient; merged weights stay merged, unlike in
+        `disable_adapter`."""
+        adapters.rest(self)
 
     def enable_adapters(self) -> None:
-        """Let the active adapters act again."""
-        self._state.enabled = True
-        adapters.repoint(self)
+        """Let the active adapters act again, and train those that did before."""
+        adapters.wake(self)
+
+    def disable_adapter_layers(self) -> None:
+        """As `disable_adapters`."""
+        self.disable_adapters()
+
+    def enable_adapter_layers(self) -> None:
+        """As `enable_adapters`."""
+        self.enable_adapters()
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts, in the weights or beside them."""
+        return self._state.enabled and bool(self._state.active)
 
     # Merging and combining
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the weights, keeping the originals in CPU memory; see `merging.merge`.
+
+        Adapters that are merged already stay so, with a `PeftWarning`: one after the other gives the bits of all at
+        once.
 
         Args:
             adapter_names: the active ones by default.
@@ -504,10 +543,9 @@ class PeftModel(Swapped):
         """
         names = list(adapter_names) if adapter_names is not None else self.active_adapters
         merging.check_copies(self, [adapters.get_adapter(self, name) for name in names])
-        if self._state.originals is None:
-            merging.merge(self, names, keep_originals=False)
-        elif set(names) != set(self._state.merged):
-            raise ValueError(f"{sorted(self._state.merged)} are merged, not {names}: unmerge_adapter() first.")
+        if self._state.originals is None or not set(names) <= set(self._state.merged):
+            merging.merge(self, names, keep_originals=self._state.originals is not None)
+        names = list(self._state.merged)
         for name in names:
             merging.install_copies(self, adapters.get_adapter(self, name))
         merging.write_untied(self)
@@ -526,7 +564,8 @@ class PeftModel(Swapped):
         if not state.enabled:
             raise ValueError("The adapters are disabled: unload after disable_adapter, or enable_adapters() first.")
         for name in list(self.peft_config):
-            adapters.detach(self, name)
+            adapters.detach(self, name, stay=True)
+        adapters.release(self)
         if state.table is not None:
             state.table.leave()
         storage.restore(self)
@@ -599,6 +638,20 @@ class PeftModel(Swapped):
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that carry a vector, in the model's order."""
+        sites = {site.path for adapter in self._state.adapters.values() for site in adapter.layout.sites}
+        return [path for path, _ in self.named_modules() if path in sites]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a product is no sum of a matrix."""
+        return False
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let a model's embeddings give an output that requires a gradient, which reentrant checkpointing needs."""
+        return prepare_model_for_gradient_checkpointing(model)
+
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The status of each adapted module."""
         return get_layer_status(self)
@@ -641,6 +694,21 @@ class PeftModel(Swapped):
         with acting(_rows_of(self, names, args, kwargs)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode, as of any module; that adapters loaded frozen won't train is said once."""
+        state = self._state
+        loaded_frozen = all(state.adapters[name].config.inference_mode for name in state.active)
+        if mode and state.active and state.enabled and loaded_frozen and not state.told_frozen:
+            state.told_frozen = True
+            if not any(parameter.requires_grad for parameter in self.parameters()):
+                logger.warning(
+                    "This model is put in training mode, but nothing in it trains: %s were loaded frozen. To go on "
+                    "training, load with is_trainable=True, or call set_adapter(%r).",
+                    list(state.active),
+                    state.active[0],
+                )
+        return super().train(mode)
+
     # Inside
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -671,7 +739,11 @@ class PeftModel(Swapped):
     @property
     def _first_active(self) -> str:
         if not self._state.active:
-            raise ValueError(f"No adapter is active: call set_adapter with one of {sorted(self.peft_config)} first.")
+            raise ValueError(
+                f"No adapter is active: call set_adapter with one of {sorted(self.peft_config)} first."
+                if self.peft_config
+                else "There is no adapter here: add_adapter(name, config) makes one, set_adapter(name) activates it."
+            )
         return self._state.active[0]
 
     def _attach(self, name: str, config: IA3Config, half_to_fp32: bool, *, on_meta: bool, loading: bool) -> None:
@@ -712,6 +784,10 @@ CLASS_FOR_TASK: dict[str | None, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task: cls for task, cls in CLASS_FOR_TASK.items() if task is not None}
+"""PEFT's name for the classes by task."""
 
 
 def _become(
@@ -850,10 +926,6 @@ def _loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, bool, dict[str, Any
     if unknown:
         raise TypeError(f"Unknown arguments {unknown}: expected torch_device or {sorted(HUB_ARGUMENTS)}.")
     return device, ignore_sizes, {key: value for key, value in kwargs.items() if value is not None}
-
-
-def _is_adapters(key: str) -> bool:
-    return f".{VECTORS}." in f".{key}" or f".{SAVED_COPIES}." in f".{key}"
 
 
 def _take_adapter_names(

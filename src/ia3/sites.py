@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ia3.config import IA3Config
+from ia3.config import IA3Config, chosen_layers, in_layers
+from ia3.errors import NoMatchingPeftModuleError
 from ia3.families import FAMILIES, FEEDFORWARD_NAMES, Family, Intervals
 
 logger = logging.getLogger("ia3")
@@ -181,6 +182,11 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
+    if config.layers_to_transform is not None:
+        if not loading:
+            _check_layers(model, candidates, config)
+        config.target_modules = in_layers(config)
+        config.layers_to_transform = config.layers_pattern = None
     excluded = matching(config.exclude_modules, candidates)
     targets = matching(config.target_modules, candidates) - excluded
     if config.feedforward_modules is None:
@@ -193,7 +199,7 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
         excluded = matching(config.exclude_modules, modules)
         _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
     if not targets:
-        raise ValueError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
+        raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
 
     narrow = family.fused if family is not None and (by_default or loading) else {}
     sites = [
@@ -203,6 +209,22 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     ]
     note = family.differs if family is not None and by_default else ""
     return Found(Layout(tuple(sites)), config, saved, note)
+
+
+def _check_layers(model: nn.Module, candidates: dict[str, nn.Module], config: IA3Config) -> None:
+    """Refuse a name that matches nothing in any layer, and a layer that has none of the names."""
+    assert isinstance(config.target_modules, set)
+    for name in sorted(config.target_modules):
+        if not matching({name}, candidates):
+            raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", name))
+    for number in chosen_layers(config):
+        if not matching(in_layers(replace(config, layers_to_transform=number)), candidates):
+            of = f" of {config.layers_pattern}" if config.layers_pattern else ""
+            raise NoMatchingPeftModuleError(
+                f"layers_to_transform: layer {number}{of} of {type(model).__name__} has none of the target_modules "
+                f"{sorted(config.target_modules)}. A layer's number is the first one in a path, as in "
+                f"{next((path for path in candidates if re.search(r'[.][0-9]+[.]', path)), 'no path of this model')!r}."
+            )
 
 
 def _model_type(model: nn.Module) -> str:
@@ -305,7 +327,7 @@ def _check_all_matched(
     ):
         for name in [names] if isinstance(names, str) else sorted(names or ()):
             if not matching(names if isinstance(names, str) else {name}, matched):
-                raise ValueError(_nothing_matched(model, candidates, field, name))
+                raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, field, name))
 
 
 def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: str, names: Names) -> str:

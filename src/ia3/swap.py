@@ -93,7 +93,13 @@ class SavedModule(Swapped):
         if copy is None:
             return super().forward(*args, **kwargs)
         chosen: Any = self.modules_to_save[copy]
-        return chosen(*args, **kwargs)
+        weight = next(self.parameters(recurse=True), None)
+        its = next(chosen.parameters(), None)
+        if weight is None or its is None or weight.dtype == its.dtype or torch.is_autocast_enabled(its.device.type):
+            return chosen(*args, **kwargs)
+        # A copy in fp32 inside a model of half precision.
+        output = chosen(*_cast(args, weight.dtype, its.dtype), **_cast(kwargs, weight.dtype, its.dtype))
+        return _cast(output, its.dtype, weight.dtype)
 
     def _forward_by_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each example through its own adapter's copy, or through this module where its adapter has none."""
@@ -124,3 +130,14 @@ class SavedModule(Swapped):
         wrapped._ia3_active_copy = None
         assert isinstance(wrapped, SavedModule)
         return wrapped
+
+
+def _cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """The tensors of one precision in another, also within tuples, lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return value.to(new) if value.dtype == old else value
+    if isinstance(value, dict):
+        return type(value)({key: _cast(part, old, new) for key, part in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_cast(part, old, new) for part in value)
+    return value
