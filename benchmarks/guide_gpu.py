@@ -78,7 +78,9 @@ def ours(shape: dict, device: str, few: int | None) -> dict[str, Any]:
     config = ia3.IA3Config(task_type="SEQ_2_SEQ_LM")
     model = ia3.get_peft_model(build(shape, torch.bfloat16, device), config)
     model.generation_config.eos_token_id = 1
-    settings = TrainSettings(learning_rate=8e-3, epochs=EPOCHS, batch_size=BATCH, group_by_length=False)
+    settings = TrainSettings(
+        learning_rate=8e-3, epochs=EPOCHS, batch_size=BATCH, group_by_length=False, answer_by="generation"
+    )
     task = Task(template=Template.of_column("text"), labels=LABELS, max_length=128, max_new_tokens=4)
     learner = Words(model, tokenizer(), task, settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -43,7 +43,7 @@ def learner_of(library: Any, tokenizer: Any) -> Words:
     model = library.get_peft_model(load_model(TITLER, AutoModelForSeq2SeqLM), config).train()
     labels = ("negative", "neutral", "positive")
     task = Task(template=Template.of_column("text"), labels=labels, max_length=LENGTH, max_new_tokens=3)
-    return Words(model, tokenizer, task, TrainSettings())
+    return Words(model, tokenizer, task, TrainSettings(answer_by="generation"))
 
 
 def stepping(learner: Words, batches: Iterator[dict[str, torch.Tensor]]) -> Callable[[], object]:

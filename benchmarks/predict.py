@@ -50,13 +50,10 @@ def sentences(count: int, words: int) -> list[list[int]]:
 class Tokens:
     """What stands for a tokenizer where the texts are tokens already."""
 
+    pad_token_id = PAD
+
     def __call__(self, texts: Any = None, *, text_target: Any = None, **how: Any) -> dict[str, Any]:
         return {"input_ids": LABELS if text_target is not None else texts}
-
-    def pad(self, batch: dict[str, Any], *, return_tensors: str = "pt", pad_to_multiple_of: int = 1) -> BatchEncoding:
-        rows = batch["input_ids"]
-        longest = max(map(len, rows))
-        return padded(rows, longest + -longest % pad_to_multiple_of)
 
 
 def padded(rows: Sequence[Sequence[int]], length: int) -> BatchEncoding:

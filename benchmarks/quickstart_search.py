@@ -75,6 +75,7 @@ def run_one(
             epochs=epochs,
             group_by_length=bool(grouped),
             dropout=bool(dropout),
+            answer_by="generation",
             seed=seed,
         )
     print(line(run, prefix), flush=True)

@@ -200,10 +200,12 @@ def test_a_head_of_the_adapters_own_size(family, bare, tiny, output, tmp_path):
     torch.testing.assert_close(output(loaded), expected)
 
 
-def test_a_decoders_head_pads_by_its_end_token(tiny, tmp_path):
-    base = tiny("gpt2", task="SEQ_CLS", num_labels=3, pad_token_id=None, eos_token_id=1)
-    saved(base, tmp_path, task_type="SEQ_CLS")
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_decoders_head_pads_by_its_end_token(tiny, tmp_path, task):
+    base = tiny("gpt2", task=task, num_labels=3, pad_token_id=None, eos_token_id=1)
+    saved(base, tmp_path, task_type=task)
+    loaders = {"SEQ_CLS": AutoPeftModelForSequenceClassification, "TOKEN_CLS": AutoPeftModelForTokenClassification}
+    loaded = loaders[task].from_pretrained(tmp_path / "adapter")
     assert loaded.config.pad_token_id == 1
 
 

@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import _is_peft_model
 
 from ia3 import IA3Config, PeftModel, as_peft_model, get_peft_model, get_peft_model_state_dict
-from tiny_causal import WORDS, examples, tokenizer
-
-
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**shape, vocab_size=len(WORDS), pad_token_id=0, bos_token_id=3, eos_token_id=1)
-    return LlamaForCausalLM(config)
+from tiny_causal import llama, logits, tokenizer
 
 
 @pytest.fixture
 def adapted(randomise):
     def make(*, trained: bool = False, **config) -> PeftModel:
-        model = get_peft_model(base(), IA3Config(task_type="CAUSAL_LM", **config))
+        model = get_peft_model(llama(), IA3Config(task_type="CAUSAL_LM", **config))
         return randomise(model) if trained else model
 
     return make
-
-
-IDS = torch.tensor([[3, 10, 11, 12, 1], [3, 9, 8, 12, 1]])
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def test_it_is_a_peft_model_and_the_very_same_parameters(adapted):
@@ -59,7 +42,7 @@ def test_it_is_a_peft_model_and_the_very_same_parameters(adapted):
 
 
 def test_names_are_those_that_peft_gives(adapted):
-    theirs = peft.get_peft_model(base(), peft.IA3Config(task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(llama(), peft.IA3Config(task_type="CAUSAL_LM"))
     ours = as_peft_model(adapted())
     names = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert names == {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
@@ -77,12 +60,12 @@ def test_disabling_merging_and_saving_reach_the_model(adapted, tmp_path):
     model = adapted(trained=True)
     wrapper, expected = as_peft_model(model), logits(model)
     with wrapper.disable_adapter():
-        assert torch.equal(logits(wrapper), logits(base()))
+        assert torch.equal(logits(wrapper), logits(llama()))
     wrapper.merge_adapter()
     assert model.get_model_status().merged_adapters == ["default"]
     wrapper.unmerge_adapter()
     wrapper.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)
     wrapper.load_adapter(tmp_path, "again")
     wrapper.set_adapter("again")
     assert model.active_adapters == ["again"]
@@ -92,7 +75,7 @@ def test_disabling_merging_and_saving_reach_the_model(adapted, tmp_path):
 
 def test_only_an_adapted_model_is_taken(adapted):
     with pytest.raises(TypeError, match="got LlamaForCausalLM: call get_peft_model first"):
-        as_peft_model(base())
+        as_peft_model(llama())
 
 
 def test_without_peft_the_error_says_so(tmp_path):
@@ -131,7 +114,7 @@ def test_trainer_trains_it_as_it_trains_the_model(adapted, tmp_path, given):
     train(one, tmp_path / "one", **given)
     train(as_peft_model(other), tmp_path / "other", **given)
     torch.testing.assert_close(logits(one), logits(other))
-    assert not torch.equal(logits(one), logits(base()))
+    assert not torch.equal(logits(one), logits(llama()))
 
 
 @pytest.mark.parametrize("first", ["wrapped", "bare"])
@@ -158,107 +141,3 @@ def test_trainers_card_keeps_its_text_and_says_peft(adapted, tmp_path, wrapped):
     assert "library_name: peft" in card
     assert "- ia3" in card
     assert "Training hyperparameters" in card
-
-
-# TRL
-
-
-def pairs() -> Dataset:
-    rows = [{"prompt": e.text, "chosen": f" {e.label}", "rejected": " be brief"} for e in examples(8)]
-    return Dataset.from_list(rows)
-
-
-def trl_arguments(kind, folder, **given):
-    return kind(
-        output_dir=str(folder), per_device_train_batch_size=2, max_steps=2, learning_rate=0.05, report_to=[],
-        disable_tqdm=True, use_cpu=True, bf16=False, **given,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def loads(monkeypatch) -> list[str]:
-    """The base models that are loaded meanwhile."""
-    from transformers import PreTrainedModel
-
-    loaded: list[str] = []
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda cls, name, *a, **k: loaded.append(name)))
-    return loaded
-
-
-trl = pytest.importorskip("trl", reason="TRL is a development dependency of its own")
-
-
-def test_sft_trains_the_vectors_alone(adapted, tmp_path):
-    model = adapted()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    data = Dataset.from_dict({"text": [f"{e.text} {e.label}" for e in examples(8)]})
-    arguments = trl_arguments(trl.SFTConfig, tmp_path, save_strategy="steps", save_steps=2)
-    trainer = trl.SFTTrainer(
-        model=as_peft_model(model), args=arguments, train_dataset=data, processing_class=tokenizer()
-    )
-    trainer.train()
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
-    assert set(saved) == set(get_peft_model_state_dict(model))
-
-
-def reference_log_probabilities(trainer, batch) -> torch.Tensor:
-    """What the DPO trainer takes for the reference's."""
-    found = trainer.compute_ref_log_probs(batch)
-    return torch.stack(list(found)) if isinstance(found, tuple) else found
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_dpo_takes_its_reference_from_the_one_base(adapted, tmp_path, loads, trained):
-    """Of a new adapter it is the base; of one that was trained before, that adapter, as TRL means it."""
-    model = adapted(trained=trained)
-    expected = logits(model)
-    arguments = trl_arguments(trl.DPOConfig, tmp_path)
-    trainer = trl.DPOTrainer(
-        model=as_peft_model(model), ref_model=None, args=arguments, train_dataset=pairs(), processing_class=tokenizer()
-    )
-    assert trainer.ref_model is None
-    assert loads == []
-    trainer.train()
-    assert not torch.equal(logits(model), expected)
-    model.set_adapter("ref")
-    assert torch.equal(logits(model), expected)
-    if not trained:
-        assert torch.equal(logits(model), logits(base()))
-
-
-def test_grpo_keeps_the_reference_beside_the_adapter(adapted, tmp_path, loads):
-    model = adapted()
-    prompts = Dataset.from_dict({"prompt": [e.text for e in examples(8)]})
-    arguments = trl_arguments(trl.GRPOConfig, tmp_path, num_generations=2, max_completion_length=4, beta=0.1)
-    trainer = trl.GRPOTrainer(
-        model=as_peft_model(model),
-        reward_funcs=lambda completions, **_: [
-            float(len(set(text.split()))) + index for index, text in enumerate(completions)
-        ],
-        args=arguments,
-        train_dataset=prompts,
-        processing_class=tokenizer(),
-    )
-    trainer.train()
-    assert loads == []
-    trained = logits(model)
-    model.set_adapter("ref")
-    assert torch.equal(logits(model), logits(base()))
-    assert not torch.equal(trained, logits(base()))
-
-
-def test_the_weights_that_go_to_vllm_are_the_merged_ones(adapted):
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    model = adapted(trained=True)
-    sync = VLLMGeneration.__new__(VLLMGeneration)
-    sync.model = as_peft_model(model)
-    sync._dist = type("Alone", (), {"gather_params": lambda self, p: torch.no_grad(), "is_fsdp": False})()
-    sent = {name: tensor.clone() for name, tensor in sync._iter_named_params()}
-    merged = dict(adapted(trained=True).merge_and_unload().named_parameters())
-    assert {name: tensor.shape for name, tensor in sent.items()} == {n: p.shape for n, p in merged.items()}
-    assert all(torch.equal(sent[name], parameter) for name, parameter in merged.items())
-    assert not model.get_model_status().merged_adapters
-    assert Path(trl.__file__).is_file()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ia3.training.data import Example
 
@@ -43,3 +44,17 @@ def examples(count: int) -> list[Example]:
         question = f"{politeness}say the number after {_NUMBERS[place]}"
         rows.append(Example(question, " ".join(_NUMBERS[place + 1 : place + 2 + index % 2])))
     return rows
+
+
+def llama() -> LlamaForCausalLM:
+    """A model for these words, the same each time."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=len(WORDS), pad_token_id=0, bos_token_id=3, eos_token_id=1)
+    return LlamaForCausalLM(config)
+
+
+def logits(model) -> torch.Tensor:
+    """What a model answers to two rows of words, without gradients."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[3, 10, 11, 12, 1], [3, 9, 8, 12, 1]])).logits

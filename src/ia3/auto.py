@@ -80,7 +80,7 @@ class AutoPeftModel:
             base = _load_base(base_class, config, {**hub, **for_base})
         else:
             base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
-        if config.task_type == TaskType.SEQ_CLS:
+        if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             _name_padding(base.config)
         _grow_vocabulary(base, pretrained_model_name_or_path, here)
         return CLASS_FOR_TASK[cls._task].from_pretrained(

@@ -109,6 +109,11 @@ def running(site: nn.Module) -> Rows | None:
     return rows if rows is not None and site in rows.slices else None
 
 
+def act_here() -> bool:
+    """Whether any rows act in this thread."""
+    return getattr(_calls, "rows", None) is not None
+
+
 def swap_rows(rows: Rows | None) -> Rows | None:
     """Make these the running rows; what was before."""
     global under_way

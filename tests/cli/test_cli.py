@@ -147,7 +147,7 @@ def test_several_seeds_and_templates(base: Path, data: Path, tmp_path: Path) -> 
     run = tmp_path / "runs"
     how = ("train", "--model", base, "--data", data, "--epochs", 1)
     result = succeed(*how, "--seeds", "1,2", "--template", "{text}", "--template", "very {text}", "--output", run)
-    assert "accuracy of 4 runs: median" in result.stdout
+    assert "accuracy of 4 runs by the likeliest label: median" in result.stdout
     assert {path.name for path in run.iterdir()} == {f"template-{t}-seed-{s}" for t in (1, 2) for s in (1, 2)}
     content = json.loads(succeed(*how, "--seeds", "1,2,3", "--output", tmp_path / "seeds", "--json").stdout)
     accuracies = sorted(each["accuracy"] for each in content["runs"])

@@ -66,6 +66,19 @@ def test_different_tasks_leave_none(pair: tuple[Path, Path], tmp_path: Path) -> 
     assert not (tmp_path / "both" / "ia3_task.json").exists()
 
 
+def test_one_task_asked_in_different_ways_is_asked_in_the_usual_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pair[1], other)
+    path = other / "ia3_task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "answer_by": "generation"}))
+    succeed("combine", other, pair[0], "--output", tmp_path / "both")
+    task, own = load_task(tmp_path / "both"), load_task(pair[0])
+    assert task is not None
+    assert own is not None
+    assert task.ranks
+    assert (task.template, task.labels) == (own.template, own.labels)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

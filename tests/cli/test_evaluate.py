@@ -27,10 +27,10 @@ def test_the_figures_are_those_of_the_predictions(adapter: Path, data: Path, tmp
 
 
 def test_generated_answers_may_be_no_label(adapter: Path, data: Path) -> None:
-    found = json.loads(succeed("evaluate", adapter, "--data", data, "--generate", "--json").stdout)
+    found = json.loads(succeed("evaluate", adapter, "--data", data, "--answer-by", "generation", "--json").stdout)
     assert found["method"] == "written answers, exact match"
     assert sum(row[-1] for row in found["confusion"]) > 0
-    assert "other" in succeed("evaluate", adapter, "--data", data, "--generate").stdout
+    assert "other" in succeed("evaluate", adapter, "--data", data, "--answer-by", "generation").stdout
 
 
 def test_macro_f1_by_hand() -> None:
@@ -58,6 +58,8 @@ def test_an_adapter_without_a_task_takes_the_labels_of_the_data(adapter: Path, d
     with_task = json.loads(succeed("evaluate", adapter, "--data", data, "--json").stdout)
     without = json.loads(succeed("evaluate", tmp_path, "--data", data, "--json").stdout)
     assert without == {**with_task, "adapter": str(tmp_path)}
+    written = ["--answer-by", "generation", "--json"]
+    assert "accuracy_by_rank" in json.loads(succeed("evaluate", tmp_path, "--data", data, *written).stdout)
 
 
 def test_other_columns_than_in_training(adapter: Path, data: Path, tmp_path: Path) -> None:

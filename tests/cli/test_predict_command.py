@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from running import call, message, succeed
 
-from ia3.cli import labelling
 from ia3.cli.predict import predict
 from ia3.inference.loading import load_adapter
 from ia3.inference.rank import rank
@@ -36,19 +35,11 @@ def test_standard_input_as_json(adapter: Path) -> None:
     assert "Blank lines left out: 1." in result.stderr
 
 
-def test_generated_words_agree_with_the_evaluation(trained: Path) -> None:
-    held_out = json.loads((trained / "result.json").read_text())["predictions"]
-    texts = [each["text"] for each in held_out]
-    result = succeed("predict", trained / "adapter", "--generate", "--json", *texts)
-    words = [each["label"] for each in json.loads(result.stdout)["predictions"]]
-    assert words == [each["prediction"] for each in held_out]
-
-
 def test_an_adapter_without_a_task_writes_its_answers(adapter: Path, tmp_path: Path) -> None:
     for path in adapter.iterdir():
         if path.name != "ia3_task.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with_task = succeed("predict", adapter, "--generate", "--max-new-tokens", 4, "the share falls")
+    with_task = succeed("predict", adapter, "--answer-by", "generation", "--max-new-tokens", 4, "the share falls")
     assert succeed("predict", tmp_path, "--max-new-tokens", 4, "the share falls").stdout == with_task.stdout
 
 
@@ -96,7 +87,7 @@ def test_jsonl_to_jsonl_of_another_column(adapter: Path, tmp_path: Path) -> None
 
 def test_generated_answers_have_no_probabilities(adapter: Path, data: Path, tmp_path: Path) -> None:
     for name in ("out.csv", "out.jsonl"):
-        succeed("predict", adapter, "--generate", "--file", data, "--output", tmp_path / name)
+        succeed("predict", adapter, "--answer-by", "generation", "--file", data, "--output", tmp_path / name)
     assert (tmp_path / "out.csv").read_text().startswith("text,label,prediction\n")
     assert set(json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])) == {"text", "label", "prediction"}
 
@@ -122,21 +113,23 @@ def test_an_interrupted_prediction_leaves_the_old_output(
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
-def test_a_bar_moves_over_stretches_and_the_order_stays(
-    adapter: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_change_neither_the_answers_nor_their_order(adapter: Path, data: Path) -> None:
     whole = succeed("predict", adapter, "--file", data).stdout
-    monkeypatch.setattr(labelling, "_BATCHES_A_STRETCH", 1)
     assert succeed("predict", adapter, "--file", data, "--batch-size", 4).stdout == whole
 
 
-@pytest.mark.parametrize("more", [[], ["--generate"]])
+def test_a_length_of_what_is_not_written_is_refused(adapter: Path) -> None:
+    refused = call("predict", adapter, "--max-new-tokens", 4, "the share falls")
+    assert "The labels are ranked here and nothing is written: leave --max-new-tokens out" in message(refused)
+
+
+@pytest.mark.parametrize("more", [[], ["--answer-by", "generation"]])
 def test_a_terminal_gets_a_table(
     more: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    predict(str(adapter), ["the [red]share falls"], generate=bool(more))
+    predict(str(adapter), ["the [red]share falls"], way=more[1] if more else None)
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["label", *([] if more else ["probability"]), "text"]
     assert row.rstrip().endswith("the [red]share falls")

@@ -22,10 +22,25 @@ def test_a_sweep_ranks_its_runs_and_keeps_the_best(base: Path, data: Path, tmp_p
     assert sorted(rows) == [["0.001", "0"], ["0.001", "1"], ["0.1", "0"], ["0.1", "1"]]
     assert {row[0] for row in rows[:2]} == {"0.1"}
     assert f"best adapter: {folder / 'best'}" in lines
+    assert "asked for: the likeliest label" in lines
     assert (folder / "learning_rate-0.1-seed-0" / "adapter" / "adapter_config.json").is_file()
     answered = succeed("predict", folder / "best", "the share rises")
     assert answered.stdout.strip()
     assert len(json.loads(succeed("runs", folder, "--json").stdout)["runs"]) == 4
+
+
+def test_both_figures_where_answers_are_written(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    how = ("--over", "seed=0,1", "--answer-by", "generation", "--output", folder, *OPTIONS)
+    result = succeed("sweep", base, data, *how)
+    header = next(line for line in result.stdout.splitlines() if line.startswith("seed"))
+    assert header.split()[:5] == ["seed", "accuracy", "95", "%", "interval"]
+    assert "by rank" in header
+    assert "asked for: written answers, exact match" in result.stdout
+    shown = succeed("runs", folder).stdout
+    assert "accuracy by written answers, exact match" in shown
+    records = json.loads(succeed("runs", folder, "--json").stdout)["runs"]
+    assert all("accuracy_by_rank" in record["evaluations"][-1] for record in records)
 
 
 def test_json_is_the_sweeps_own(base: Path, data: Path, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_classes_of_texts(encoder: Path, tmp_path: Path) -> None:
     answered = json.loads(succeed("predict", run / "adapter", "--json", "the share falls").stdout)["predictions"]
     assert answered[0]["label"] == "negative"
     assert list(answered[0]["probabilities"]) == list(tiny_classifier.LABELS)
-    refused = call("evaluate", run / "adapter", "--data", data, "--generate")
+    refused = call("evaluate", run / "adapter", "--data", data, "--answer-by", "generation")
     assert refused.exit_code == 2
-    assert "task is sequence-classification, where --generate changes nothing" in message(refused)
+    assert "--answer-by: Answers by generation are for label-words, and this task is sequence" in message(refused)
     refused = call("predict", run / "adapter", "--max-new-tokens", 3, "the share falls")
     assert "which writes nothing: leave --max-new-tokens out" in message(refused)
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
 from ia3 import IA3Config, get_peft_model
+from ia3.adapter import gather_rows
 from ia3.fast.capture import Captured
 from ia3.fast.decode import Decoder, compile_generate, why_not
 from ia3.rows import BASE, acting
@@ -182,6 +183,21 @@ def test_one_session_serves_any_mixture(tiny, family) -> None:
     assert not torch.equal(
         decoder(ids, mask, adapter_names=["a"] * 5)[:, -NEW:], decoder(ids, mask, adapter_names=["b"] * 5)[:, -NEW:]
     )
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_rows_that_act_already_are_heard(tiny, family) -> None:
+    """As in a sweep, whose evaluations mix the vectors of its runs."""
+    model = mixed_model(tiny, family)
+    ids, mask = prompts(model)
+    settings = {"max_new_tokens": NEW, "eos_token_id": ENDS}
+    decoder, names = Decoder(model, **settings), ["b", "a", "b", "b", "a"]
+    plain = decoder(ids, mask)
+    with acting(gather_rows(model, names)):
+        found = decoder(ids, mask)
+    assert torch.equal(found, expected(model, ids, mask, adapter_names=names, **settings))
+    assert torch.equal(decoder(ids, mask), plain)
+    assert found.shape != plain.shape or not torch.equal(found, plain)
 
 
 def test_one_session_serves_adapters_of_other_sites(tiny) -> None:

@@ -13,7 +13,7 @@ from ia3.inference.answering import Answer, Answerer
 from ia3.inference.complete import _settings, complete
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
-from ia3.training.task import Task, TaskKind
+from ia3.training.task import AnswerBy, Task, TaskKind
 from ia3.training.template import Template
 from replayed import recording
 
@@ -21,9 +21,10 @@ EXAMPLES = tiny_seq2seq.examples(7)
 TEXTS = EXAMPLES.texts
 
 
-def task_of(kind: TaskKind) -> Task:
+def task_of(kind: TaskKind, answer_by: AnswerBy = "rank") -> Task:
     labels = tiny_seq2seq.LABELS if kind.has_labels else ()
-    return Task(kind=kind, template=Template.of_column("text"), labels=labels, max_length=64, max_new_tokens=4)
+    template = Template.of_column("text")
+    return Task(kind=kind, template=template, labels=labels, max_length=64, max_new_tokens=4, answer_by=answer_by)
 
 
 @pytest.fixture
@@ -37,13 +38,13 @@ def test_label_words_are_ranked_or_written(words: Any) -> None:
     found = Answerer(*words, task, batch_size=3)(EXAMPLES.rows)
     assert [answer.label for answer in found] == [ranking.label for ranking in ranked]
     assert found[0].probabilities == pytest.approx(ranked[0].probabilities, abs=1e-6)
-    written = Answerer(*words, task, generate=True, batch_size=3)(EXAMPLES.rows)
+    written = Answerer(*words, task_of(TaskKind.LABEL_WORDS, "generation"), batch_size=3)(EXAMPLES.rows)
     assert written == [Answer(word) for word in predict(*words, TEXTS, max_length=64, max_new_tokens=4)]
 
 
 def test_one_answerer_serves_many_calls(words: Any) -> None:
-    for generate in (False, True):
-        answerer = Answerer(*words, task_of(TaskKind.LABEL_WORDS), generate=generate, batch_size=2)
+    for way in ("rank", "generation"):
+        answerer = Answerer(*words, task_of(TaskKind.LABEL_WORDS, way), batch_size=2)
         parts = [answer for part in (slice(0, 3), slice(3, 5), slice(5, 7)) for answer in answerer(EXAMPLES.rows[part])]
         assert [part.label for part in parts] == [each.label for each in answerer(EXAMPLES.rows)]
 
@@ -73,15 +74,15 @@ def test_answers_of_a_recorded_generation(tiny: Any, words: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generate", "reason", "line"),
+    ("way", "reason", "line"),
     [
-        (False, None, "The labels are scored by captured CUDA graphs."),
-        (True, None, "The answers are written by captured CUDA graphs."),
-        (False, "it is old", "The labels are scored the ordinary way, since it is old."),
+        ("rank", None, "The labels are scored by captured CUDA graphs."),
+        ("generation", None, "The answers are written by captured CUDA graphs."),
+        ("rank", "it is old", "The labels are scored the ordinary way, since it is old."),
     ],
 )
-def test_the_path_in_a_line(words: Any, generate: bool, reason: str | None, line: str) -> None:
-    answerer = Answerer(*words, task_of(TaskKind.LABEL_WORDS), generate=generate)
+def test_the_path_in_a_line(words: Any, way: AnswerBy, reason: str | None, line: str) -> None:
+    answerer = Answerer(*words, task_of(TaskKind.LABEL_WORDS, way))
     assert answerer.describe_path() is None  # on a CPU there is but one way
     made: Any = answerer.scorer or answerer.generate
     made.reason = reason

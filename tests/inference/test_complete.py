@@ -150,6 +150,20 @@ def test_long_prompts_are_cut_before_they_are_answered(model) -> None:
     assert complete(base, tokenizer, [long], max_length=6, max_new_tokens=6) == [words_of(tokenizer, base, "say one")]
 
 
+def test_an_answer_ends_where_the_models_positions_do_and_not_with_its_neighbours(model, caplog) -> None:
+    base, tokenizer = model("gpt2"), tiny_causal.tokenizer()
+    base.generation_config.suppress_tokens = [0, 1, *range(2, 8)]  # so that no answer ends by itself
+    lengths = [4 + len(text.split()) for text in TEXTS]  # with the template's words
+    base.config.max_position_embeddings = max(lengths) + 3
+    rooms = [min(6, max(lengths) + 3 - length) for length in lengths]
+    assert rooms == [6, 3, 6, 3]
+    expected = [words_of(tokenizer, base, text, room) for text, room in zip(TEXTS, rooms, strict=True)]
+    assert [len(answer.split()) for answer in expected] == rooms
+    assert complete(base, tokenizer, TEXTS, max_new_tokens=6) == expected
+    short = sum(room < 6 for room in rooms)
+    assert f"{short} of {len(TEXTS)} prompts leave less room than 6 tokens" in caplog.text
+
+
 def test_what_cannot_be_answered_is_refused(model) -> None:
     base = model("gpt2")
     plain = tiny_causal.tokenizer(None)
@@ -160,9 +174,10 @@ def test_what_cannot_be_answered_is_refused(model) -> None:
     no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     with pytest.raises(ValueError, match=r"refuses a conversation of the roles system, user: no system here"):
         complete(base, tiny_causal.tokenizer(no_system + tiny_causal.CHATS), ["one"], system="be brief")
-    base.config.max_position_embeddings = 16
-    with pytest.raises(ValueError, match=r"takes 17 tokens with its answer, and the model reads 16"):
+    base.config.max_position_embeddings = 5
+    with pytest.raises(ValueError, match=r"takes 6 tokens with its answer, and the model reads 5"):
         complete(base, tiny_causal.tokenizer(), ["one"], max_new_tokens=12)
+    base.config.max_position_embeddings = 32
     endless = tiny_causal.tokenizer()
     endless.eos_token = None
     base.generation_config.eos_token_id = None

@@ -8,7 +8,7 @@ import torch
 
 import builders
 import tiny_seq2seq
-from ia3.inference.rank import LabelScorer, _scores_under_masks, rank, score_labels
+from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings, score_labels
 from ia3.training.losses import pad_choices
 from replayed import recording
 
@@ -77,6 +77,21 @@ def test_the_encoder_runs_once_a_text(model: Any) -> None:
     assert rows == [3, 3, 1]
 
 
+def test_many_labels_make_small_batches(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = score_labels(model, TOKENIZER, TEXTS, LABELS)
+    most = 2 * len(LABELS) * 4 * model.config.vocab_size  # the logits of two texts with all labels
+    monkeypatch.setattr("ia3.inference.rank._MOST_LOGITS", most)
+    scorer, beats = LabelScorer(model, TOKENIZER, LABELS, batch_size=5), []
+    torch.testing.assert_close(scorer(TEXTS, beats.append), wanted, rtol=0, atol=1e-10)
+    assert beats == [2, 2, 2, 1]
+
+
+def test_of_equal_scores_the_first_wins() -> None:
+    assert likeliest(torch.tensor([[1.0, 3.0, 3.0], [-2.0, -2.0, -2.5], [0.0, -1.0, 0.0]])) == [1, 0, 0]
+    found = rankings(("a", "b", "c"), torch.tensor([[1.0, 3.0, 3.0]]))
+    assert found[0].label == "b"
+
+
 @pytest.fixture
 def without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: batches are filled up and recorded."""
@@ -122,7 +137,7 @@ def test_recorded_scores_look_at_nothing_on_the_host(implementation: str) -> Non
     batch = {name: torch.ones(3, 16, dtype=torch.long, device="meta") for name in ("input_ids", "attention_mask")}
     choices = pad_choices([[5, 1], [4, 3, 1]]).to("meta")
     with torch.inference_mode():
-        assert _scores_under_masks(model, choices, True, **batch).shape == (3, 2)
+        assert _under_masks(model, choices, **batch).shape == (3, 2, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

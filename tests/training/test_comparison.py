@@ -49,7 +49,7 @@ def begin(folder: Path, **recipe: Any) -> Any:
 
 
 def log(folder: Path, progress: Progress) -> None:
-    lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in progress.lines())
+    lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in progress.lines("the likeliest label"))
     (folder / METRICS_NAME).write_text(lines)
 
 
@@ -92,6 +92,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert [each["accuracy"] for each in record.evaluations] == [0.1, 0.9, 0.8]
     assert record.last == {"accuracy": 0.8, "loss": 1.2, "macro_f1": 0.4, "seconds": 1.0, "step": 40}
     assert record.best_accuracy == 0.9
+    assert record.summary()["method"] == record.method == "the likeliest label"
     assert record.interval == wilson_interval(40, 50)
     assert record.summary()["accuracy_interval_95"] == list(wilson_interval(40, 50))
 

@@ -157,15 +157,17 @@ def test_dropout_has_a_seed(tmp_path: Path) -> None:
     assert one.losses == other.losses
 
 
-def test_evaluation_is_what_each_example_gives_alone(finished: tuple[Run, Any]) -> None:
+@pytest.mark.parametrize("answer_by", ["generation", "rank"])
+def test_evaluation_is_what_each_example_gives_alone(finished: tuple[Run, Any], answer_by: Any) -> None:
     _, model = finished
     rows = tokenise(
         [*tiny_seq2seq.examples(9, 100), Example("the share rises", "very very neutral")], TOKENIZER, max_length=128
     )
     beats: list[int] = []
-    together = Words(model, TOKENIZER, TASK, FAST).measure(rows, beats.append)
+    task = replace(TASK, labels=(*TASK.labels, "very very neutral"))
+    together = Words(model, TOKENIZER, task, replace(FAST, answer_by=answer_by)).measure(rows, beats.append)
 
-    total, tokens, words = 0.0, 0, []
+    total, tokens, written, ranked = 0.0, 0, [], []
     for row in rows:
         batch = collate([row], pad_token_id=0)
         with torch.inference_mode():
@@ -173,9 +175,16 @@ def test_evaluation_is_what_each_example_gives_alone(finished: tuple[Run, Any]) 
             total += float(torch.nn.functional.cross_entropy(logits, batch["labels"][0], reduction="sum"))
             answer = model.generate(input_ids=batch["input_ids"], max_new_tokens=5, do_sample=False)
         tokens += len(row.label_ids)
-        words.append(TOKENIZER.decode(answer[0], skip_special_tokens=True))
+        written.append(TOKENIZER.decode(answer[0], skip_special_tokens=True))
+        losses = {}
+        for label in task.labels:
+            ids = TOKENIZER(text_target=label, return_tensors="pt")["input_ids"]
+            losses[label] = model(input_ids=batch["input_ids"], labels=ids).loss.item()
+        ranked.append(min(losses, key=losses.__getitem__))
     assert together.loss == pytest.approx(total / tokens, rel=1e-5)
-    assert together.predictions == words
+    assert together.predictions == (written if answer_by == "generation" else ranked)
+    right = sum(row.label == label for row, label in zip(rows, ranked, strict=True))
+    assert together.scores == ({"accuracy_by_rank": right / 10} if answer_by == "generation" else {})
     assert together.truth == [row.label for row in rows]
     assert together.shown[-1] == "the share rises"
     assert beats == [5, 5]
@@ -444,7 +453,7 @@ def test_evaluations_by_hand_are_the_forwards(tmp_path: Path, monkeypatch: Any, 
     calls = []
     compute = ChoiceScores._compute
     monkeypatch.setattr(ChoiceScores, "_compute", lambda *a, **b: calls.append(1) or compute(*a, **b))
-    monkeypatch.setattr("ia3.training.learners.words._on_a_gpu", lambda model: True)
+    monkeypatch.setattr("ia3.inference.rank._why_not", lambda model: None)
     by_hand = trained("by hand")
     assert len(calls) == 3 * 7
     assert by_hand.losses == pytest.approx(plain.losses, rel=1e-4)

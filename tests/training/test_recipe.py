@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from typer.main import get_command
 
+import tiny_classifier
 import tiny_seq2seq
 from ia3.bundled import TITLER
 from ia3.checkpoint import load_peft_weights
@@ -26,7 +27,7 @@ from ia3.training.recipe import RECIPES, Recipe, make_recipe, override, read_rec
 from ia3.training.settings import TrainSettings
 from ia3.training.task import load_task
 from ia3.training.template import Template
-from ia3.training.train import resume, train
+from ia3.training.train import finished_result, resume, train
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def printed(console: Console) -> str:
 def test_the_python_twin_leaves_an_adapter_with_its_task(base: str, tmp_path: Path) -> None:
     data = tiny_seq2seq.write_csv(tmp_path / "sentences.csv")
     run = train(base, data, output=tmp_path / "run", epochs=1, max_length=32, template="very {text}", console=quiet())
-    assert run.settings == TrainSettings(epochs=1, max_length=32)
+    assert run.settings == TrainSettings(epochs=1, max_length=32, answer_by="rank")
     assert all(text.startswith("very ") for text in run.shown)
     task = load_task(run.adapter_dir)
     assert task is not None
@@ -140,8 +141,9 @@ def test_the_help_shows_the_true_defaults() -> None:
         if isinstance(option.show_default, str)
     }
     # What None means is said in words.
-    assert {shown.pop(name) for name in ("task", "evaluate_every", "patience")} == {
+    assert {shown.pop(name) for name in ("task", "answer_by", "evaluate_every", "patience")} == {
         "the model's",
+        "rank",
         "each epoch",
         "never",
     }
@@ -228,6 +230,41 @@ def test_another_environment_is_told(base: str, tmp_path: Path) -> None:
     assert "Other threads than when the run began: its numbers may differ." in printed(console)
 
 
+def test_an_old_run_goes_on_by_the_way_that_it_was_measured(base: str, tmp_path: Path) -> None:
+    """Every recipe named generation once, and no task file said how it is answered."""
+    data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
+    whole = train(base, data, output=tmp_path / "whole", answer_by="generation", console=quiet())
+    with interrupted_at(3), pytest.raises(Interrupted):
+        train(base, data, output=tmp_path / "run", answer_by="generation", console=quiet())
+    assert "answer_by: generation" in (tmp_path / "run" / "recipe.yaml").read_text()
+    run = resume(tmp_path / "run", console=quiet())
+    assert run.task.method == "written answers, exact match"
+    assert [each.predictions for each in run.evaluations[-1:]] == [whole.final.predictions]
+    assert [each.scores for each in run.evaluations] == [each.scores for each in whole.evaluations]
+    assert finished_result(make_recipe({"model": base, "data": data, "answer_by": "generation"})) is None
+    for way in (None, "rank"):
+        with pytest.raises(ValueError, match="holds the run of another recipe"):
+            finished_result(
+                make_recipe({"model": base, "data": data, "answer_by": way, "output": str(tmp_path / "run")})
+            )
+
+
+def test_an_old_run_of_a_head_names_no_way_of_writing(tiny: Any, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "base")
+    tiny_classifier.tokenizer().save_pretrained(tmp_path / "base")
+    data = tmp_path / "data.csv"
+    lines = ["text,label", *(f"{row.text},{row.label}" for row in tiny_classifier.labelled(30))]
+    data.write_text("\n".join(lines) + "\n")
+    with interrupted_at(3), pytest.raises(Interrupted):
+        train(tmp_path / "base", data, output=tmp_path / "run", console=quiet())
+    recipe, environment = tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "environment.json"
+    recipe.write_text(f"answer_by: generation\n{recipe.read_text()}")
+    content = json.loads(environment.read_text())
+    environment.write_text(json.dumps({**content, "recipe": {**content["recipe"], "answer_by": "generation"}}))
+    assert resume(tmp_path / "run", console=quiet()).task.method == "the head's likeliest label"
+    assert train(tmp_path / "base", data, recipe=recipe, output=tmp_path / "again", console=quiet()).final.total == 2
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no run, since it has no recipe\.yaml"):
         resume(tmp_path)
@@ -294,6 +331,8 @@ def test_the_report(base: str, tmp_path: Path) -> None:
         ({"task": "generation", "balance": True}, "'balance' is for label-words and sequence-classification"),
         ({"task": "generation", "objective": "t-few"}, "'objective: t-few' is for label-words"),
         ({"task": "generation", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
+        ({"task": "instructions", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
+        ({"task": "sequence-classification", "answer_by": "generation"}, "'answer_by: generation' is for"),
         ({"task": "generation", "best_by": "macro_f1"}, "'best_by: macro_f1' is for"),
     ],
 )

@@ -17,7 +17,7 @@ import tiny_causal
 import tiny_seq2seq
 from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.fast.sweep import MixedLosses
-from ia3.inference.predict import predict
+from ia3.inference.rank import rank
 from ia3.training.comparison import read_runs
 from ia3.training.data import Examples
 from ia3.training.learner import Learner
@@ -245,10 +245,9 @@ def test_the_best_adapter_answers_as_its_evaluation_did(finished: Any) -> None:
     task = load_task(finished.best_dir)
     assert task is not None
     assert task.labels == ("negative", "neutral", "positive")
-    assert task.max_new_tokens is not None
     model = PeftModel.from_pretrained(tiny_seq2seq.base(), finished.best_dir).eval()
-    answers = predict(model, TOKENIZER, finished.best.shown, max_new_tokens=task.max_new_tokens)
-    assert answers == finished.best.best.predictions
+    answers = rank(model, TOKENIZER, finished.best.shown, task.labels, max_length=task.max_length)
+    assert [each.label for each in answers] == finished.best.best.predictions
     card = (finished.best_dir / "README.md").read_text()
     assert "held-out loss" in card
 

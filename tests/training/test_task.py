@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_each_kind_comes_back(kind: TaskKind, tmp_path: Path) -> None:
 
 def test_the_file_of_label_words(tmp_path: Path) -> None:
     assert json.loads(save_task(tmp_path, TASK).read_text(encoding="utf-8")) == {
+        "answer_by": "rank",
         "base_model": "some/base",
         "generation": {"max_new_tokens": 5},
         "label_column": "tone",
@@ -93,6 +95,9 @@ def test_an_adapter_of_peft_has_no_task(tmp_path: Path) -> None:
         ("generation", {"generation": {}}, "max_new_tokens is None, expected a positive whole number"),
         ("sequence-classification", {"generation": {"max_new_tokens": 3}}, r"doesn't know: \['generation'\]"),
         ("token-classification", {"labels": None}, "labels is None, expected a list of words"),
+        ("label-words", {"answer_by": "guess"}, r"answer_by is 'guess', expected one of \['rank', 'generation'\]"),
+        ("generation", {"answer_by": "rank"}, r"fields that this version of ia3 doesn't know: \['answer_by'\]"),
+        ("instructions", {"precision": "fp8"}, r"precision is 'fp8', expected one of \['fp32', 'bf16'\]"),
     ],
 )
 def test_what_is_not_understood_is_refused(kind: str, change: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -100,6 +105,35 @@ def test_what_is_not_understood_is_refused(kind: str, change: dict[str, object],
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}))
     with pytest.raises(ValueError, match=said):
         load_task(tmp_path)
+
+
+def test_a_file_of_before_ranks_in_its_bases_precision(tmp_path: Path) -> None:
+    path = save_task(tmp_path, replace(TASK, answer_by="generation", precision="bf16"))
+    assert load_task(tmp_path) == replace(TASK, answer_by="generation", precision="bf16")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({key: content[key] for key in content if key not in ("answer_by", "precision")}))
+    assert load_task(tmp_path) == replace(TASK, answer_by="rank", precision=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "generation"),
+    [
+        (TaskKind.LABEL_WORDS, "the likeliest label", "written answers, exact match"),
+        (TaskKind.GENERATION, None, "written answers, exact match"),
+        (TaskKind.INSTRUCTIONS, None, "written answers, exact match"),
+        (TaskKind.SEQUENCE_CLASSIFICATION, None, None),
+        (TaskKind.TOKEN_CLASSIFICATION, None, None),
+    ],
+)
+def test_ways_to_answer_that_a_kind_has(kind: TaskKind, rank: str | None, generation: str | None) -> None:
+    for way, method in (("rank", rank), ("generation", generation)):
+        if method is not None:
+            assert TASKS[kind].answered_by(way).method == method
+            continue
+        with pytest.raises(ValueError, match=f"Answers by {way} are for .*, and this task is {kind}, which has one"):
+            TASKS[kind].answered_by(way)
+    with pytest.raises(ValueError, match=r"Answers are by 'guessing': expected one of \['rank', 'generation'\]"):
+        TASKS[kind].answered_by("guessing")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{"])

@@ -107,6 +107,7 @@ def _numbers(weights: str | None, count: int) -> list[float]:
 def _write(output: Path, contents: list[Content], values: dict[Site, Tensor]) -> bool:
     """Write the combination as PEFT's files; whether it has a task."""
     from copy import deepcopy
+    from dataclasses import replace
 
     from ia3.card import write_card
     from ia3.checkpoint import PREFIX, SAFETENSORS_NAME, write_tensors
@@ -125,8 +126,10 @@ def _write(output: Path, contents: list[Content], values: dict[Site, Tensor]) ->
     write_tensors(output / SAFETENSORS_NAME, tensors)
     config.save_pretrained(output)
     write_card(output, config)
-    task = contents[0].task
-    if task is None or any(content.task != task for content in contents):
+    tasks = [content.task for content in contents if content.task is not None]
+    if len({*tasks}) > 1:  # how they are asked need not be the same, and is then the usual way
+        tasks = [replace(task, answer_by="rank", precision=None) for task in tasks]
+    if len(tasks) < len(contents) or len({*tasks}) > 1:
         return False
-    save_task(output, task)
+    save_task(output, tasks[0])
     return True

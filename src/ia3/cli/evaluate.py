@@ -10,21 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.labelling import answer, load_labeller
+from ia3.cli.labelling import answer, answer_by, load_labeller
+from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
+    from ia3.inference.answering import Answer
     from ia3.training.data import Examples
     from ia3.training.task import Task
-
-_WRITTEN = "written answers, exact match"
-_METHODS = {
-    ("label-words", False): "the likeliest label",
-    ("label-words", True): _WRITTEN,
-    ("generation", False): _WRITTEN,
-    ("instructions", False): _WRITTEN,
-    ("sequence-classification", False): "the head's likeliest label",
-    ("token-classification", False): "the head's likeliest tag of each word",
-}
 
 
 def evaluate(
@@ -36,9 +28,7 @@ def evaluate(
     label_column: Annotated[
         str | None, typer.Option(help="The column with the label.", show_default="as in training")
     ] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Let the model write its answer, not choose among the labels.")
-    ] = False,
+    way: Annotated[str | None, typer.Option("--answer-by", help=ANSWER_BY_HELP, show_default="as in training")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -53,8 +43,6 @@ def evaluate(
     progress = Console(stderr=True)
     labeller = load_labeller(adapter, progress, text_column=text_column)
     task = labeller.task
-    if generate and task.kind is not TaskKind.LABEL_WORDS:
-        raise ValueError(f"This adapter's task is {task.kind}, where --generate changes nothing: leave it out.")
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind
     examples = load_examples(
@@ -68,36 +56,41 @@ def evaluate(
         examples = match_labels(examples, task.labels, "the adapter's")
     progress.print(examples.describe(), markup=False, highlight=False)
     if kind is not task.kind:
-        labeller = replace(labeller, task=replace(task, kind=kind, labels=examples.labels))
+        task = replace(task, kind=kind, labels=examples.labels)
     elif kind.has_labels:
         _expect_known(examples, task)
-    answers = answer(labeller, examples, progress, generate=generate, batch_size=batch_size)
-    result = _judge(labeller.task, examples, [each.label for each in answers], generate=generate)
+    task = answer_by(task, way)
+    labeller = replace(labeller, task=task)
+    result = _judge(task, examples, answer(labeller, examples, progress, batch_size=batch_size))
+    if kind is TaskKind.LABEL_WORDS and not task.ranks:
+        ranking = replace(labeller, task=task.answered_by("rank"))
+        ranked = _judge(ranking.task, examples, answer(ranking, examples, progress, batch_size=batch_size))
+        result = replace(result, scores={"accuracy_by_rank": ranked.summary()["accuracy"]})
     if as_json:
         typer.echo(json.dumps({"adapter": adapter, "data": examples.source, **result.summary()}, ensure_ascii=False))
     else:
         _print(result)
 
 
-def _judge(task: Task, examples: Examples, answers: Sequence[str], *, generate: bool) -> Result:
+def _judge(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:
     """Compare texts with texts, or word by word where the answers are tags."""
-    from ia3.inference.answering import UNREAD
-    from ia3.training.entities import are_iob2, entity_scores
+    from ia3.training.entities import tag_scores
     from ia3.training.task import TaskKind
 
     truth = [example.label for example in examples]
-    method = _METHODS[task.kind, generate]
     if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
-        return Result(labels=task.labels, truth=truth, predictions=answers, method=method)
+        predictions = [each.label for each in answers]
+        return Result(labels=task.labels, truth=truth, predictions=predictions, method=task.method)
     # A word that was cut off has no tag and is left out, as while training.
     pairs = [
-        [(right, found) for right, found in zip(tags.split(), answer.split(), strict=True) if found != UNREAD]
+        [(right, found) for right, found in zip(tags.split(" "), answer.tags or (), strict=True) if found is not None]
         for tags, answer in zip(truth, answers, strict=True)
     ]
     rights, founds = ([[pair[side] for pair in text] for text in pairs] for side in (0, 1))
-    scores = {"entity_f1": entity_scores(rights, founds).f1} if are_iob2(task.labels) else {}
+    left_out = sum(found is None for answer in answers for found in answer.tags or ())
+    scores = tag_scores(rights, founds, task.labels, words_left_out=left_out)
     flat = [[tag for text in texts for tag in text] for texts in (rights, founds)]
-    return Result(labels=task.labels, truth=flat[0], predictions=flat[1], method=method, scores=scores)
+    return Result(labels=task.labels, truth=flat[0], predictions=flat[1], method=task.method, scores=scores)
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
@@ -133,6 +126,7 @@ class Result:
             confusion_matrix,
             count_correct,
             f1_scores,
+            macro_f1,
             majority_baseline,
             wilson_interval,
         )
@@ -154,7 +148,7 @@ class Result:
             "confusion": confusion,  # a row a true label, a column a prediction, the last for no label
             "f1": f1,
             "labels": list(self.labels),
-            "macro_f1": sum(f1.values()) / len(f1),
+            "macro_f1": macro_f1(f1),
             "majority_baseline": majority_baseline(self.truth),
         }
 
@@ -162,6 +156,8 @@ class Result:
 def _print(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from ia3.training.metrics import write_score
 
     found = result.summary()
     low, high = found["accuracy_interval_95"]
@@ -172,7 +168,7 @@ def _print(result: Result) -> None:
         "accuracy", f"{found['accuracy']:.1%} of {found['examples']:,} (95 % interval {low:.1%} to {high:.1%})"
     )
     for name, score in result.scores.items():
-        table.add_row(name.replace("_", " "), f"{score:.3f}")
+        table.add_row(name.replace("_", " "), write_score(name, score))
     if result.labels:
         table.add_row("majority class", f"{found['majority_baseline']:.1%}")
         table.add_row("macro-F1", f"{found['macro_f1']:.3f}")

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ia3.training.data import Example
     from ia3.training.task import Task
 
-_BATCHES_A_STRETCH = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Labeller:
@@ -40,8 +38,9 @@ def load_labeller(
     text_column: str | None = None,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
+    way: str | None = None,
 ) -> Labeller:
-    """Load an adapter with its base model and its task; what is given overrides the task.
+    """Load an adapter with its base model, in the precision of its training, and its task; what is given overrides it.
 
     Raises:
         FileNotFoundError, ValueError: what `load_adapter` and `load_task` raise.
@@ -50,20 +49,27 @@ def load_labeller(
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 
-        from ia3.inference.loading import load_adapter
+        from ia3.inference.loading import DTYPES, load_adapter
         from ia3.training.task import load_task
 
         disable_progress_bar()
         saved = load_task(adapter)
         if saved is not None and text_column is not None:
             saved = replace(saved, template=saved.template.with_column(text_column))
-        model, tokenizer = load_adapter(adapter)
+        precision = saved.precision if saved is not None else None
+        model, tokenizer = load_adapter(adapter, dtype=DTYPES[precision] if precision is not None else None)
     task = saved if saved is not None else _task_without_file(model, text_column or "text")
     if max_length is not None:
         task = replace(task, max_length=max_length)
+    task = answer_by(task, way)
     if max_new_tokens is not None:
         if not task.kind.writes:
             raise ValueError(f"This adapter's task is {task.kind}, which writes nothing: leave --max-new-tokens out.")
+        if task.ranks:
+            raise ValueError(
+                "The labels are ranked here and nothing is written: leave --max-new-tokens out, or add "
+                "--answer-by generation."
+            )
         task = replace(task, max_new_tokens=max_new_tokens)
     return Labeller(model=model, tokenizer=tokenizer, task=task)
 
@@ -86,22 +92,31 @@ def _task_without_file(model: Any, text_column: str) -> Task:
     )
 
 
-def answer(
-    labeller: Labeller, examples: Sequence[Example], console: Console, *, generate: bool, batch_size: int
-) -> list[Answer]:
+def answer_by(task: Task, way: str | None) -> Task:
+    """The task, answered as --answer-by asks for.
+
+    Raises:
+        ValueError: a way that there is not, or not for this task.
+    """
+    try:
+        return task if way is None else task.answered_by(way)
+    except ValueError as error:
+        raise ValueError(f"--answer-by: {error}") from error
+
+
+def answer(labeller: Labeller, examples: Sequence[Example], console: Console, *, batch_size: int) -> list[Answer]:
     """Answer texts as the model reads them, with a progress bar.
 
     Args:
         labeller: the loaded adapter.
         examples: rendered texts, with their earlier turns.
         console: where the bar goes, how many texts are cut, and on a GPU which way the answers are found.
-        generate: let the model write its answer, instead of choosing the likeliest label.
         batch_size: texts at once.
 
     Returns:
         One answer an example, in order.
     """
-    from rich.progress import track
+    from rich.progress import Progress
 
     from ia3.inference.answering import Answerer
     from ia3.inference.complete import encode, prompt_text
@@ -116,13 +131,9 @@ def answer(
         cut = count_truncated([example.text for example in examples], labeller.tokenizer, task.max_length)
     if cut:
         console.print(f"Cut at {task.max_length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
-    answerer = Answerer(labeller.model, labeller.tokenizer, task, generate=generate, batch_size=batch_size)
+    answerer = Answerer(labeller.model, labeller.tokenizer, task, batch_size=batch_size)
     if (path := answerer.describe_path()) is not None:
         console.print(path, markup=False, highlight=False)
-    # Sorting by length within a stretch saves most of the padding, and the bar moves at each.
-    size = batch_size * _BATCHES_A_STRETCH
-    answers: list[Answer] = []
-    starts = range(0, len(examples), size)
-    for start in track(starts, "answering", console=console, transient=True, disable=len(starts) == 1):
-        answers += answerer(examples[start : start + size])
-    return answers
+    with Progress(console=console, transient=True, disable=len(examples) <= batch_size) as bars:
+        bar = bars.add_task("answering", total=len(examples))
+        return answerer(examples, lambda count: bars.advance(bar, count))

@@ -1,6 +1,8 @@
-"""Module names as one types them: `k,v,wo`, or one regular expression for whole paths."""
+"""What one types in the same way for several commands: module names, and the way of answering."""
 
 from __future__ import annotations
+
+ANSWER_BY_HELP = "rank: the likeliest label; generation: what the model writes."
 
 _OF_PATTERNS = set("\\^$*+?()[]{}|")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ia3.cli.labelling import Labeller, answer, load_labeller
+from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,9 +38,7 @@ def predict(
     text_column: Annotated[
         str | None, typer.Option(help="The file's column with the text, if not as in training.")
     ] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Let the model write its answer, not choose among the labels.")
-    ] = False,
+    way: Annotated[str | None, typer.Option("--answer-by", help=ANSWER_BY_HELP, show_default="as in training")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Where longer texts are cut, in tokens.", show_default="as in training")
     ] = None,
@@ -60,7 +59,7 @@ def predict(
     records = _read_file(file, text_column) if file is not None else None
     lines = None if records is not None else sentences or _read_lines()
     labeller = load_labeller(
-        adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens
+        adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=way
     )
     if records is None:
         assert lines is not None
@@ -69,7 +68,7 @@ def predict(
         records = _as_records([record["text"] for _, record in records], labeller)
     examples = _examples(records, labeller)
     _check_columns(records, labeller, output)
-    answers = _answer_filled(labeller, examples, progress, generate=generate, batch_size=batch_size)
+    answers = _answer_filled(labeller, examples, progress, batch_size=batch_size)
     if output is not None:
         _write(output, records, answers)
     texts = _as_given(records, [example.text for example in examples], labeller)

@@ -48,7 +48,7 @@ def quickstart(
 
     labeller = load_labeller(str(run.adapter_dir), progress)
     sentences = [Example(text, "") for text in _SENTENCES]
-    found = answer(labeller, sentences, progress, generate=False, batch_size=len(_SENTENCES))
+    found = answer(labeller, sentences, progress, batch_size=len(_SENTENCES))
     answers = [
         {"text": text, "label": each.label, "probability": each.probability}
         for text, each in zip(_SENTENCES, found, strict=True)

@@ -81,6 +81,8 @@ def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[
         records, names, {key: differing[key] for key in differing if key not in further[_MOST_KEYS:]}
     )
     shared = [f"{key} {Path(_write(records[0].recipe[key])).name}" for key in _FIRST if key not in differing]
+    methods = {record.method for record in records}
+    shared += [f"accuracy by {methods.pop()}"] if len(methods) == 1 else []
     count = "1 run" if len(records) == 1 else f"{len(records)} runs"
     _say(console, ", ".join([f"{count} in {_from_here(folder)}", *shared]))
     _print_table(console, columns)
@@ -129,7 +131,7 @@ def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: 
         _Column("accuracy", _numbers(last, "accuracy", "{:.1%}")),
         _Column("95 %\ninterval", [_range(*record.interval) if record.interval else _NONE for record in records], 3),
         _Column("macro-F1", _numbers(last, "macro_f1", "{:.3f}"), 5),
-        *(_Column(name.replace("_", "\n", 1).replace("_", " "), _numbers(last, name, "{:.3f}"), 6) for name in scores),
+        *(_Column(name.replace("_", "\n", 1).replace("_", " "), _scores(last, name), 6) for name in scores),
         _Column("loss", _numbers(last, "loss", "{:.3f}")),
         _Column("best\naccuracy", [_format(record.best_accuracy, "{:.1%}") for record in records], 7),
         _Column("steps", [f"{record.steps:,}" for record in records], 9),
@@ -144,6 +146,12 @@ def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: 
 
 def _numbers(figures: Sequence[dict[str, float]], name: str, pattern: str) -> list[str]:
     return [_format(each.get(name), pattern) for each in figures]
+
+
+def _scores(figures: Sequence[dict[str, float]], name: str) -> list[str]:
+    from ia3.training.metrics import write_score
+
+    return [write_score(name, each[name]) if name in each else _NONE for each in figures]
 
 
 def _format(value: float | None, pattern: str) -> str:

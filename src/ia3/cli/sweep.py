@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.names import module_names
+from ia3.cli.names import ANSWER_BY_HELP, module_names
 
 if TYPE_CHECKING:
     from ia3.training.sweep import Sweep
@@ -62,6 +62,15 @@ def sweep(
             rich_help_panel=_DATA, help='What the model reads, columns in braces: "Review: {text} Sentiment?"'
         ),
     ] = None,
+    merge_labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge-labels/--no-merge-labels",
+            rich_help_panel=_DATA,
+            help="Read spellings of a label that differ in case or blanks as one.",
+            show_default="on",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(rich_help_panel=_DATA, help="Train on at most this many examples, drawn at random.")
     ] = None,
@@ -104,6 +113,10 @@ def sweep(
         int | None,
         typer.Option(rich_help_panel=_SAME, help="Evaluate after so many steps.", show_default="each epoch"),
     ] = None,
+    answer_by: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_SAME, help=f"How labels are answered. {ANSWER_BY_HELP}", show_default="rank"),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -121,6 +134,7 @@ def sweep(
     given = {
         "data": data,
         "recipe": recipe,
+        "merge_labels": merge_labels,
         "output": output,
         "test_data": test_data,
         "test_size": test_size,
@@ -139,6 +153,7 @@ def sweep(
         "precision": precision,
         "dropout": dropout,
         "evaluate_every": evaluate_every,
+        "answer_by": answer_by,
         "patience": patience,
         "seed": seed,
     }
@@ -151,6 +166,7 @@ def sweep(
 
     console = Console()
     console.print("", ranking_table(found), "", highlight=False)
+    typer.echo(f"asked for: {found.best.task.method}")
     typer.echo(f"training: {found.seconds:.0f} s for {len(found.runs) + len(found.failed)} runs together")
     typer.echo(f"best adapter: {found.best_dir}\npicture: {found.output_dir / PICTURE_NAME}")
     typer.echo(f'\nUse it: ia3 predict {found.best_dir} "…"')

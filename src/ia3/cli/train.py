@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.names import module_names
+from ia3.cli.names import ANSWER_BY_HELP, module_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,6 +143,12 @@ def train(
         int | None,
         typer.Option(rich_help_panel=_EVALUATION, help="Evaluate after so many steps.", show_default="each epoch"),
     ] = None,
+    answer_by: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_EVALUATION, help=f"How labels are answered. {ANSWER_BY_HELP}", show_default="rank"
+        ),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -198,6 +204,7 @@ def train(
         "packing": packing,
         "dropout": dropout,
         "evaluate_every": evaluate_every,
+        "answer_by": answer_by,
         "patience": patience,
         "trackers": tracker or None,
         "limit": limit,
@@ -317,13 +324,19 @@ def _train_each(recipes: list[Recipe], progress: Console, *, as_json: bool) -> N
         typer.echo(json.dumps(content, ensure_ascii=False))
         return
     Console().print(
-        f"\naccuracy of {len(results)} runs: median {found.median:.1%}, quartiles {found.lower:.1%} and "
+        f"\naccuracy of {len(results)} runs{_how(results)}: median {found.median:.1%}, quartiles {found.lower:.1%} and "
         f"{found.upper:.1%}, from {found.lowest:.1%} to {found.highest:.1%}\nCompare them: ia3 runs {folder}",
         highlight=False,
         markup=False,
     )
     if failed:
         Console().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
+
+
+def _how(results: Sequence[dict[str, Any]]) -> str:
+    """How the answers were found, unless by several ways; runs of before don't say it."""
+    methods = {result.get("method") for result in results}
+    return f" by {methods.pop()}" if len(methods) == 1 and None not in methods else ""
 
 
 def _result_of(recipe: Recipe, progress: Console) -> dict[str, Any]:

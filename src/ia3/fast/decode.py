@@ -27,7 +27,7 @@ from ia3.fast import t5
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.packing import IGNORED, Packed, Spans, pack, packable, round_up
 from ia3.model import PeftModel
-from ia3.rows import BASE, Rows, acting
+from ia3.rows import BASE, Rows, act_here, acting
 from ia3.sites import Layout, Side
 from ia3.swap import SavedModule
 
@@ -356,7 +356,7 @@ class Decoder(Generate):
 
     def _is_plain(self, ids: Tensor, mask: Tensor) -> bool:
         """Whether a batch is one for the model's own `generate`."""
-        if not len(ids) or self.model.training:
+        if not len(ids) or self.model.training or act_here():  # rows that act are the model's to hear
             return True
         # Padded on the right, a prompt is not followed by what is written.
         return not self.model.config.is_encoder_decoder and not bool(mask[:, -1].all())

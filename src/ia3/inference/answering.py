@@ -8,21 +8,28 @@ from typing import Any
 
 from ia3.inference.classify import classify, tag
 from ia3.inference.complete import compile_answers, complete
-from ia3.inference.predict import compile_words, predict
+from ia3.inference.predict import Beat, compile_words, predict
 from ia3.inference.rank import LabelScorer, rankings
 from ia3.training.data import Example
 from ia3.training.task import Task, TaskKind
 
 # Stands for the tag of a word that the model did not read, since its text was cut before.
-UNREAD = "?"
+_UNREAD = "?"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A label, a text, or one tag a word with a blank between; the probability of each label where they were ranked."""
+    """What was answered.
+
+    Args:
+        label: a label, a text, or one tag a word with a blank between.
+        probabilities: of each label, where they were ranked.
+        tags: the words' tags, None of a word that the model did not read; None where words get no tags.
+    """
 
     label: str
     probabilities: dict[str, float] | None = None
+    tags: tuple[str | None, ...] | None = None
 
     @property
     def probability(self) -> float | None:
@@ -33,21 +40,22 @@ class Answer:
 class Answerer:
     """Answers texts as a task asks for; what a GPU has recorded for one call serves the next.
 
+    The texts of one call are answered in the batches, and by the code, that measured them in training.
+
     Args:
         model: the base model with its adapter; left in evaluation mode.
         tokenizer: the base model's tokenizer.
-        task: what to answer.
-        generate: let the model write a label word, instead of taking the likeliest.
+        task: what to answer, and by which way.
         batch_size: texts at once.
 
     Raises:
         ValueError: labels that `LabelScorer` refuses.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, *, generate: bool = False, batch_size: int = 32) -> None:
+    def __init__(self, model: Any, tokenizer: Any, task: Task, *, batch_size: int = 32) -> None:
         self.model, self.tokenizer, self.task, self.batch_size = model.eval(), tokenizer, task, batch_size
         self.scorer = self.generate = None
-        if task.kind is TaskKind.LABEL_WORDS and not generate:
+        if task.ranks:
             sizes: dict[str, Any] = {"max_length": task.max_length, "batch_size": batch_size}
             self.scorer = LabelScorer(model, tokenizer, task.labels, **sizes)
         elif task.kind is TaskKind.INSTRUCTIONS:
@@ -65,11 +73,12 @@ class Answerer:
             return f"{what} the ordinary way, since {made.reason}."
         return f"{what} by captured CUDA graphs."
 
-    def __call__(self, examples: Sequence[Example]) -> list[Answer]:
+    def __call__(self, examples: Sequence[Example], beat: Beat | None = None) -> list[Answer]:
         """One answer an example, in order.
 
         Args:
             examples: rendered texts and earlier turns; their labels are not looked at.
+            beat: called after each batch with its number of examples.
 
         Raises:
             ValueError: what `LabelScorer`, `complete`, `classify` and `tag` raise.
@@ -77,14 +86,15 @@ class Answerer:
         model, tokenizer, task = self.model, self.tokenizer, self.task
         texts = [example.text for example in examples]
         if self.scorer is not None:
-            found = rankings(task.labels, self.scorer(texts))
+            found = rankings(task.labels, self.scorer(texts, beat))
             return [Answer(ranking.label, ranking.probabilities) for ranking in found]
-        how: dict[str, Any] = {"max_length": task.max_length, "batch_size": self.batch_size}
+        how: dict[str, Any] = {"max_length": task.max_length, "batch_size": self.batch_size, "beat": beat}
         if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
             return [Answer(found.label, found.probabilities) for found in classify(model, tokenizer, texts, **how)]
         if task.kind is TaskKind.TOKEN_CLASSIFICATION:
-            tagged = tag(model, tokenizer, [text.split() for text in texts], **how)
-            return [Answer(" ".join(word.tag or UNREAD for word in words)) for words in tagged]
+            tagged = tag(model, tokenizer, [text.split(" ") for text in texts], **how)
+            tags = [tuple(word.tag for word in words) for words in tagged]
+            return [Answer(" ".join(each or _UNREAD for each in own), tags=own) for own in tags]
         how |= {"max_new_tokens": _longest(task), "generate": self.generate}
         if task.kind is TaskKind.INSTRUCTIONS:
             turns = [example.turns for example in examples]

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from ia3.auto import without_the_loading_report
 from ia3.bundled import resolve_model
 from ia3.heads import head_parts
-from ia3.inference.predict import sorted_batches
-from ia3.inference.rank import Ranking
+from ia3.inference.predict import Beat, pad_rows, sorted_batches
+from ia3.inference.rank import Ranking, likeliest, rankings
 from ia3.training.task import TaskKind
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +107,13 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def classify(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 128, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int = 128,
+    batch_size: int = 32,
+    beat: Beat | None = None,
 ) -> list[Ranking]:
     """Choose a class for each text.
 
@@ -117,6 +123,7 @@ def classify(
         texts: the texts.
         max_length: where longer texts are cut, in tokens.
         batch_size: texts a batch, sorted by length.
+        beat: called after each batch with its number of texts.
 
     Returns:
         The likeliest label and the probabilities of all, one ranking a text, in the order of `texts`. The labels
@@ -128,16 +135,20 @@ def classify(
     """
     rows = tokenise_texts(texts, model, tokenizer, max_length)
     labels = class_labels(model)
-    rankings: dict[int, Ranking] = {}
-    for indices, logits in batched_logits(model, rows, batch_size):
-        for index, row in zip(indices, logits.softmax(dim=-1).tolist(), strict=True):
-            best = max(range(len(labels)), key=row.__getitem__)
-            rankings[index] = Ranking(labels[best], dict(zip(labels, row, strict=True)))
-    return [rankings[index] for index in range(len(rows))]
+    found: dict[int, Ranking] = {}
+    for indices, logits in batched_logits(model, rows, batch_size, beat):
+        found |= zip(indices, rankings(labels, logits), strict=True)
+    return [found[index] for index in range(len(rows))]
 
 
 def tag(
-    model: Any, tokenizer: Any, texts: Sequence[Sequence[str]], *, max_length: int = 128, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Sequence[str]],
+    *,
+    max_length: int = 128,
+    batch_size: int = 32,
+    beat: Beat | None = None,
 ) -> list[list[Tagged]]:
     """Choose a tag for each word of each text, by the word's first token.
 
@@ -147,6 +158,7 @@ def tag(
         texts: each text as its words.
         max_length: where longer texts are cut, in tokens; the words beyond get no tag, and a warning counts them.
         batch_size: texts a batch, sorted by length.
+        beat: called after each batch with its number of texts.
 
     Returns:
         One list a text, one `Tagged` a word, in their order.
@@ -157,57 +169,37 @@ def tag(
     rows = split_words(texts, model, tokenizer, max_length)
     labels = class_labels(model)
     answers = [[Tagged(word, None, None) for word in words] for words in texts]
-    for indices, logits in batched_logits(model, [row.input_ids for row in rows], batch_size):
-        for index, probabilities in zip(indices, logits.softmax(dim=-1), strict=True):
-            for place, position in rows[index].starts.items():
-                best = int(probabilities[position].argmax())
-                found = Tagged(texts[index][place], labels[best], float(probabilities[position, best]))
-                answers[index][place] = found
+    for indices, logits in batched_logits(model, [row.input_ids for row in rows], batch_size, beat):
+        for index, own in zip(indices, logits, strict=True):
+            at_words = own[list(rows[index].starts.values())]
+            best, shares = likeliest(at_words), at_words.softmax(dim=-1).tolist()
+            for place, choice, row in zip(rows[index].starts, best, shares, strict=True):
+                answers[index][place] = Tagged(texts[index][place], labels[choice], row[choice])
     return answers
 
 
 def batched_logits(
-    model: Any, rows: Sequence[Sequence[int]], batch_size: int, pad_to_multiple_of: int | None = None
+    model: Any, rows: Sequence[Sequence[int]], batch_size: int, beat: Beat | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """What the head answers, batch by batch from the longest row to the shortest.
+    """What the head answers, batch by batch from the longest row to the shortest, in training's evaluations and after.
 
     Args:
         model: left in evaluation mode.
         rows: token ids.
         batch_size: rows a batch.
-        pad_to_multiple_of: as in `pad_rows`.
+        beat: called after each batch with its number of rows.
 
     Yields:
         The rows' indices, and logits `[rows, classes]` or `[rows, length, classes]` on the CPU in float64.
     """
     model.eval()
     for indices in sorted_batches([len(row) for row in rows], batch_size):
-        batch = pad_rows([rows[i] for i in indices], padding_token(model), pad_to_multiple_of)
+        batch = pad_rows([rows[i] for i in indices], padding_token(model))
         with torch.inference_mode():
             logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
         yield indices, logits.cpu().double()
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
-) -> dict[str, Tensor]:
-    """Stack rows of token ids, padded at the right, where no position before them moves.
-
-    Args:
-        rows: token ids.
-        pad_token_id: what fills them up; the attention mask is 0 there.
-        pad_to_multiple_of: round the length up to a multiple of this.
-
-    Returns:
-        `input_ids` and `attention_mask` `[rows, length]`.
-    """
-    length = max(len(row) for row in rows)
-    if pad_to_multiple_of is not None:
-        length += -length % pad_to_multiple_of
-    return {
-        "input_ids": torch.tensor([[*row, *[pad_token_id] * (length - len(row))] for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-    }
+        if beat is not None:
+            beat(len(indices))
 
 
 def padding_token(model: Any) -> int:

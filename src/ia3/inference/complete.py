@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ia3.fast.decode import Generate, compile_generate
-from ia3.inference.predict import sorted_batches
+from ia3.inference.predict import Beat, answer_in_batches, sorted_batches
+
+_logger = logging.getLogger(__name__)
 
 Turns = Sequence[tuple[str, str]]
 
@@ -25,6 +28,7 @@ def complete(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     generate: Generate | None = None,
+    beat: Beat | None = None,
 ) -> list[str]:
     """Answer each text greedily, as an assistant where the tokenizer has a chat template.
 
@@ -36,16 +40,18 @@ def complete(
         turns: the earlier messages of each text as (role, content).
         max_length: the longest prompt in tokens, the template's included. Of a longer one the earliest turns are
             left out, then the beginning of the text.
-        max_new_tokens: the longest answer in tokens.
+        max_new_tokens: the longest answer in tokens; where the model's positions end before, the answer does, too, and
+            a warning counts the prompts.
         batch_size: prompts a batch; sorted by length, so that short ones aren't padded to long ones.
         generate: what `compile_answers` made for the model and `max_new_tokens`, to use it again; made here otherwise.
+        beat: called after each batch with its number of prompts.
 
     Returns:
         One answer a text, in the order of `texts`, special tokens and outer spaces removed.
 
     Raises:
         ValueError: a chat template that refuses the messages, none where there is a system message or a turn, a
-            prompt that no cut makes short enough, or one that leaves no room for the answer in the model.
+            prompt that no cut makes short enough, or one that leaves no room for any answer in the model.
     """
     turns = [()] * len(texts) if turns is None else turns
     if len(turns) != len(texts):
@@ -56,18 +62,23 @@ def complete(
         prompt if len(prompt) <= max_length else cut_prompt(tokenizer, *each, room=max_length)
         for prompt, each in zip(prompts, conversations, strict=True)
     ]
-    check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
+    check_positions(model, max(map(len, prompts), default=0) + 1)
     model.eval()
-    settings = _settings(model, tokenizer, max_new_tokens)
-    generate = generate or compile_generate(model, **settings)
-    answers = [""] * len(prompts)
-    for indices in sorted_batches([len(prompt) for prompt in prompts], batch_size):
-        batch = _left_padded([prompts[i] for i in indices], settings["pad_token_id"])
-        tokens = generate(batch["input_ids"], batch["attention_mask"])
-        found = _as_answers(tokenizer, settings["eos_token_id"], tokens, batch["input_ids"])
-        for index, answer in zip(indices, found, strict=True):
-            answers[index] = answer
-    return answers
+    lengths = [len(prompt) for prompt in prompts]
+    short = sum(_room(model, length, max_new_tokens) < max_new_tokens for length in lengths)
+    if short:
+        _logger.warning(
+            "%d of %d prompts leave less room than %d tokens in the model, so answers may be cut: lower max_length.",
+            short,
+            len(prompts),
+            max_new_tokens,
+        )
+    made = generate or compile_answers(model, tokenizer, max_new_tokens)
+    return answer_in_batches(
+        prompt_batches(model, lengths, max_new_tokens, batch_size),
+        lambda indices: write(model, tokenizer, [prompts[i] for i in indices], max_new_tokens, made),
+        beat,
+    )
 
 
 def prompt_text(tokenizer: Any, text: str, turns: Turns = (), system: str | None = None) -> str:
@@ -212,6 +223,23 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return ends
 
 
+def prompt_batches(model: Any, lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts in sorted batches, the answers of each with the same room in the model.
+
+    So no answer ends sooner because its neighbour's prompt is longer.
+    """
+    rooms = [_room(model, length, max_new_tokens) for length in lengths]
+    for indices in sorted_batches(lengths, batch_size):
+        for room in dict.fromkeys(rooms[i] for i in indices):
+            yield [i for i in indices if rooms[i] == room]
+
+
+def _room(model: Any, length: int, max_new_tokens: int) -> int:
+    """How many tokens the answer to a prompt may have."""
+    limit = most_positions(model)
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - length)
+
+
 def most_positions(model: Any) -> int | None:
     """How many tokens the model can read; None where its configuration sets no end."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -227,27 +255,33 @@ def check_positions(model: Any, longest: int) -> None:
     limit = most_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(
-            f"The longest prompt takes {longest} tokens with its answer, and the model reads {limit}: lower "
-            "max_length or max_new_tokens."
+            f"The longest prompt takes {longest} tokens with its answer, and the model reads {limit}: lower max_length."
         )
 
 
-@torch.inference_mode()
-def write(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Answer one batch of prompts greedily, by the model's own `generate`.
+def write(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, generate: Generate
+) -> list[str]:
+    """Answer one batch of prompts greedily, in training's evaluations and after.
 
     Args:
         model: a causal model.
         tokenizer: the base model's tokenizer; one without a padding token stays without.
-        prompts: the tokens of each.
-        max_new_tokens: the longest answer.
+        prompts: the tokens of each, one of `prompt_batches`.
+        max_new_tokens: the longest answer; one that the model has fewer positions for ends with them.
+        generate: what `compile_answers` made for the model and `max_new_tokens`.
 
     Returns:
         The answers without special tokens and outer spaces.
     """
-    settings = _settings(model, tokenizer, max_new_tokens)
-    batch = {name: tensor.to(model.device) for name, tensor in _left_padded(prompts, settings["pad_token_id"]).items()}
-    return _as_answers(tokenizer, settings["eos_token_id"], model.generate(**batch, **settings), batch["input_ids"])
+    room = _room(model, max(map(len, prompts)), max_new_tokens)
+    if room < max_new_tokens:
+        generate = compile_answers(model, tokenizer, room)
+    ends = end_tokens(model, tokenizer)
+    batch = _left_padded(prompts, _padding(tokenizer, ends))
+    tokens = generate(batch["input_ids"], batch["attention_mask"])
+    answers = [_up_to_end(row, ends) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
+    return [answer.strip() for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def compile_answers(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:
@@ -264,9 +298,13 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]
         # A model's own repetition penalty would count the padding, and so make an answer depend on its neighbours.
         "repetition_penalty": 1.0,
         "eos_token_id": ends,
-        # Padding is masked, so any token will do where there is none for it.
-        "pad_token_id": ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "pad_token_id": _padding(tokenizer, ends),
     }
+
+
+def _padding(tokenizer: Any, ends: Sequence[int]) -> int:
+    """Padding is masked, so any token will do where there is none for it."""
+    return ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], filler: int) -> dict[str, Tensor]:
@@ -274,11 +312,6 @@ def _left_padded(prompts: Sequence[Sequence[int]], filler: int) -> dict[str, Ten
     ids = [[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def _as_answers(tokenizer: Any, ends: Sequence[int], written: Tensor, prompts: Tensor) -> list[str]:
-    answers = [_up_to_end(row, ends) for row in written[:, prompts.shape[1] :].tolist()]
-    return [answer.strip() for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -24,6 +24,9 @@ from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
 from ia3.training.task import TaskKind
 
+# The precisions of recipes and task files.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def load_tokenizer(model_name: str, **hub: Any) -> Any:
     """The tokenizer of a base model.
@@ -152,11 +155,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def load_adapter(adapter: str | Path) -> tuple[Any, Any]:
+def load_adapter(adapter: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
     """Load a saved adapter on its base model, and the base's tokenizer, on the accelerator if there is one.
 
     Args:
         adapter: a directory written by `save_pretrained`, or a hub repository.
+        dtype: the base model's numbers' type; None for that of its file.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -176,7 +180,7 @@ def load_adapter(adapter: str | Path) -> tuple[Any, Any]:
         raise ValueError(f"The adapter in {adapter} is for the task {config.task_type}, which this can't answer.")
     tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision)
     with reading_weights(config.base_model_name_or_path):
-        model = loader.from_pretrained(adapter)
+        model = loader.from_pretrained(adapter, **({} if dtype is None else {"dtype": dtype}))
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 

@@ -1,14 +1,19 @@
-"""Label words for sentences: batches sorted by length through `generate`, answers in the caller's order."""
+"""What a seq2seq model writes for sentences: batches sorted by length, answers in the caller's order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ia3.fast.decode import Generate, compile_generate
+
+AnswerT = TypeVar("AnswerT")
+
+# Told after each batch how many of its rows are answered.
+Beat = Callable[[int], None]
 
 
 def predict(
@@ -20,6 +25,7 @@ def predict(
     max_new_tokens: int = 16,
     batch_size: int = 32,
     generate: Generate | None = None,
+    beat: Beat | None = None,
 ) -> list[str]:
     """Generate the label word of each text, greedily.
 
@@ -31,19 +37,27 @@ def predict(
         max_new_tokens: the longest answer; generation ends earlier where every answer of a batch has.
         batch_size: sentences a batch; sorted by length, so that short ones aren't padded to long ones.
         generate: what `compile_words` made for the model and `max_new_tokens`, to use it again; made here otherwise.
+        beat: called after each batch with its number of sentences.
 
     Returns:
         One word or phrase a text, in the order of `texts`.
     """
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
-    words = [""] * len(rows)
-    generate = generate or compile_words(model, max_new_tokens)
-    for indices in sorted_batches([len(row) for row in rows], batch_size):
-        inputs = tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt")
-        answers = as_words(tokenizer, generate(inputs["input_ids"], inputs["attention_mask"]))
-        for index, answer in zip(indices, answers, strict=True):
-            words[index] = answer
-    return words
+    rows, written = tokenise_inputs(tokenizer, texts, max_length), generate or compile_words(model, max_new_tokens)
+    batches = sorted_batches([len(row) for row in rows], batch_size)
+    return answer_in_batches(batches, lambda indices: write_words(tokenizer, [rows[i] for i in indices], written), beat)
+
+
+def tokenise_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """The tokens of each text, its end token included, cut at `max_length`."""
+    rows: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+    return rows
+
+
+def write_words(tokenizer: Any, rows: Sequence[Sequence[int]], generate: Generate) -> list[str]:
+    """What `compile_words` writes for one batch of `tokenise_inputs`, as words."""
+    batch = pad_rows(rows, tokenizer.pad_token_id)
+    answers = generate(batch["input_ids"], batch["attention_mask"])
+    return [word.strip() for word in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def compile_words(model: Any, max_new_tokens: int) -> Generate:
@@ -61,12 +75,44 @@ def sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterable[list[int
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
-@torch.inference_mode()
-def generate_words(model: Any, tokenizer: Any, max_new_tokens: int, **inputs: Any) -> list[str]:
-    """Decode what the model answers greedily, special tokens and outer spaces removed."""
-    return as_words(tokenizer, model.generate(**inputs, max_new_tokens=max_new_tokens, **_GREEDILY))
+def answer_in_batches(
+    batches: Iterable[list[int]], answer: Callable[[list[int]], Sequence[AnswerT]], beat: Beat | None = None
+) -> list[AnswerT]:
+    """Answer all batches.
+
+    Args:
+        batches: the indices 0, 1, … in any order.
+        answer: answers one batch, in its order.
+        beat: called after each batch with its number of rows; what it raises ends the work.
+
+    Returns:
+        One answer an index, in their order.
+    """
+    found: dict[int, AnswerT] = {}
+    for indices in batches:
+        found |= zip(indices, answer(indices), strict=True)
+        if beat is not None:
+            beat(len(indices))
+    return [found[index] for index in range(len(found))]
 
 
-def as_words(tokenizer: Any, answers: Tensor) -> list[str]:
-    """Decoded, special tokens and outer spaces removed."""
-    return [word.strip() for word in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, Tensor]:
+    """Stack rows of token ids, padded at the right, where no position before them moves.
+
+    Args:
+        rows: token ids.
+        pad_token_id: what fills them up; the attention mask is 0 there.
+        pad_to_multiple_of: round the length up to a multiple of this.
+
+    Returns:
+        `input_ids` and `attention_mask` `[rows, length]`.
+    """
+    length = max(len(row) for row in rows)
+    if pad_to_multiple_of is not None:
+        length += -length % pad_to_multiple_of
+    return {
+        "input_ids": torch.tensor([[*row, *[pad_token_id] * (length - len(row))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+    }

@@ -13,8 +13,14 @@ from torch import Tensor
 from ia3.fast import scores as by_hand
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.decode import BUCKET, as_scores, fill_up, why_not_recorded
-from ia3.inference.predict import sorted_batches
+from ia3.inference.predict import Beat, pad_rows, sorted_batches, tokenise_inputs
+from ia3.rows import act_here
 from ia3.training.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
+
+# Logits that are held at once: with many labels, batches are smaller.
+_MOST_LOGITS = 2**28
+# Batches that are under way before the scores of the first are looked at.
+_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,16 @@ def rank(
 
 def rankings(labels: Sequence[str], scores: Tensor) -> list[Ranking]:
     """The likeliest label of each row of scores `[texts, labels]`, with all probabilities."""
+    shares = scores.softmax(dim=-1).tolist()
     return [
-        Ranking(labels[max(range(len(labels)), key=row.__getitem__)], dict(zip(labels, row, strict=True)))
-        for row in scores.softmax(dim=-1).tolist()
+        Ranking(labels[best], dict(zip(labels, row, strict=True)))
+        for best, row in zip(likeliest(scores), shares, strict=True)
     ]
+
+
+def likeliest(scores: Tensor) -> list[int]:
+    """The place of the highest score of each row of `[rows, labels]`, of equal ones the first; every task's rule."""
+    return [max(range(len(row)), key=row.__getitem__) for row in scores.tolist()]
 
 
 def score_labels(
@@ -76,14 +88,16 @@ def score_labels(
 class LabelScorer:
     """The log-probability of each label after each text; on a GPU recorded once a length of texts and replayed.
 
+    All that ranks labels scores them here: evaluations in training and in sweeps, `rank`, and the commands.
+
     Args:
         model: a seq2seq model, with or without an adapter; left in evaluation mode.
         tokenizer: the base model's tokenizer.
         labels: the label words.
         length_normalised: the mean over a label's tokens; False takes their sum, which favours short labels.
         max_length: where longer inputs are cut, in tokens. Labels are never cut.
-        batch_size: sentences a batch, sorted by length. The encoder runs once a sentence, the decoder on all labels
-            of each, so lower it for many labels.
+        batch_size: sentences a batch, sorted by length; fewer where there are many labels. The encoder runs once a
+            sentence, the decoder on all labels of each.
 
     Raises:
         ValueError: fewer than two labels, or labels that the tokenizer can't tell apart.
@@ -99,9 +113,10 @@ class LabelScorer:
         max_length: int = 128,
         batch_size: int = 32,
     ) -> None:
-        self.model, self.tokenizer, self.max_length, self.batch_size = model.eval(), tokenizer, max_length, batch_size
-        self.labels = labels
+        self.model, self.tokenizer, self.max_length, self.labels = model.eval(), tokenizer, max_length, labels
         self.tokens = pad_choices(tokenise_labels(labels, tokenizer))
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
+        self.batch_size = max(1, min(batch_size, _MOST_LOGITS // (self.tokens.numel() * vocabulary)))
         self.length_normalised, self.rows = length_normalised, 0
         self._record_anew()
 
@@ -112,45 +127,68 @@ class LabelScorer:
         self.by_hand = None
         if self.reason is None and by_hand.why_not(self.model) is None:
             self.by_hand = by_hand.ChoiceScores(self.model, self.choices)
-        score = partial(_scores_under_masks, self.model, self.choices, self.length_normalised)
-        self.standing, self.recorded = Standing(self.model), Captured(score, self.model.device)
+        score = partial(_under_masks, self.model, self.choices)
+        self.standing = Standing(self.model) if self.by_hand is None else self.by_hand.standing
+        self.recorded = Captured(score, self.model.device)
 
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str], beat: Beat | None = None) -> Tensor:
         """Scores `[texts, labels]` on the CPU in float64, in the order of `texts`.
+
+        Args:
+            texts: the texts.
+            beat: called with a number of texts once that many more are scored.
 
         Raises:
             ValueError: a model without encoder and decoder.
         """
+        rows = tokenise_inputs(self.tokenizer, texts, self.max_length)
+        scores = torch.empty(len(rows), len(self.labels), dtype=torch.float64)
+        batches = list(sorted_batches([len(row) for row in rows], self.batch_size))
+        for start in range(0, len(batches), _AHEAD):
+            ahead = batches[start : start + _AHEAD]
+            # Nothing is looked at before all of it is under way.
+            found = [self.log_probabilities([rows[i] for i in indices]) for indices in ahead]
+            for indices, part in zip(ahead, found, strict=True):
+                scores[indices] = self.scores(part)
+                if beat is not None:
+                    beat(len(indices))
+        return scores
+
+    @torch.inference_mode()
+    def log_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Those of each token of each label after each row of `tokenise_inputs`, one batch.
+
+        Rows of vectors that act in this thread, one a row, are heard.
+
+        Returns:
+            `[rows, labels, length]` on the model's device, 0 behind a label's end.
+        """
         self.model.eval()
         if not self.standing.holds():
             self._record_anew()
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if texts else []
-        scores = torch.empty(len(rows), len(self.labels), dtype=torch.float64)
-        batches = list(sorted_batches([len(row) for row in rows], self.batch_size))
-        score = self._at_once if self.reason is not None else self._filled_up
-        # Nothing is looked at before all of it is under way.
-        found = [score([rows[i] for i in indices]) for indices in batches]
-        for indices, part in zip(batches, found, strict=True):
-            scores[indices] = part.cpu().double()
-        return scores
+        score = self._at_once if self.reason is not None or act_here() else self._filled_up
+        return score(rows)
+
+    def scores(self, log_probabilities: Tensor) -> Tensor:
+        """One score a label of what `log_probabilities` gives: `[rows, labels]` on the CPU, summed in float64."""
+        found = log_probabilities.cpu().double()
+        shared = self.tokens.expand(len(found), -1, -1)
+        return choice_scores(found, shared, length_normalised=self.length_normalised)
 
     def _at_once(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
-        return _scores(self.model, self.choices, self.length_normalised, **batch)
+        batch = pad_rows(rows, self.tokenizer.pad_token_id)
+        return _log_probabilities(
+            self.model, self.choices, **{name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        )
 
     def _filled_up(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The scores of a batch that is filled up to one of few shapes."""
+        """Of a batch that is filled up to one of few shapes."""
         if self.by_hand is not None:
-            batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-            found = self.by_hand(batch["input_ids"], batch["attention_mask"])
-            shared = self.choices.expand(len(rows), -1, -1)
-            return choice_scores(found, shared, length_normalised=self.length_normalised)
+            return self.by_hand(**pad_rows(rows, self.tokenizer.pad_token_id))
         self.rows = max(self.rows, len(rows))
-        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt", pad_to_multiple_of=BUCKET)
-        filled = {name: fill_up(tensor, self.rows) for name, tensor in batch.items()}
-        scores: Tensor = self.recorded(**filled)
-        return scores[: len(rows)].clone()
+        batch = pad_rows(rows, self.tokenizer.pad_token_id, BUCKET)
+        found: Tensor = self.recorded(**{name: fill_up(tensor, self.rows) for name, tensor in batch.items()})
+        return found[: len(rows)].clone()
 
 
 def _why_not(model: Any) -> str | None:
@@ -162,19 +200,15 @@ def _why_not(model: Any) -> str | None:
     return why_not_recorded(model)
 
 
-def _scores(model: Any, choices: Tensor, length_normalised: bool, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The scores of all choices `[choices, length]` after each row, `[rows, choices]`."""
+def _log_probabilities(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Those of all choices `[choices, length]` after each row, `[rows, choices, length]`."""
     shared = choices.expand(len(input_ids), -1, -1)
-    found = choice_log_probabilities(model, shared, input_ids=input_ids, attention_mask=attention_mask)
-    return choice_scores(found, shared, length_normalised=length_normalised)
+    return choice_log_probabilities(model, shared, input_ids=input_ids, attention_mask=attention_mask)
 
 
-def _scores_under_masks(
-    model: Any, choices: Tensor, length_normalised: bool, input_ids: Tensor, attention_mask: Tensor
-) -> Tensor:
+def _under_masks(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The same, with masks whose values the model doesn't look at on the host."""
-    mask = as_scores(attention_mask[:, None, None] != 0, model.dtype)
-    return _scores(model, choices, length_normalised, input_ids, mask)
+    return _log_probabilities(model, choices, input_ids, as_scores(attention_mask[:, None, None] != 0, model.dtype))
 
 
 def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:

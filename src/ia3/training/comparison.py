@@ -20,7 +20,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from ia3.training.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
 from ia3.training.recipe import read_recipe
 from ia3.training.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
-from ia3.training.task import TaskKind
+from ia3.training.task import TaskKind, method_of
 from ia3.training.template import Template
 
 PICTURE_NAME = "runs.png"
@@ -70,6 +70,11 @@ class RunRecord:
         return TaskKind(self.recipe["task"])
 
     @property
+    def method(self) -> str:
+        """How its answers are found: what its accuracy means."""
+        return method_of(self.kind, self.recipe.get("answer_by") or "rank")
+
+    @property
     def last(self) -> dict[str, float]:
         """The figures of the last evaluation; empty where there is none yet."""
         return self.evaluations[-1] if self.evaluations else {}
@@ -84,6 +89,7 @@ class RunRecord:
             "folder": str(self.folder),
             "loss": self.last.get("loss"),
             "macro_f1": self.last.get("macro_f1"),
+            "method": self.method,
             "recipe": self.recipe,
             "state": self.state,
             "steps": self.steps,
@@ -472,7 +478,8 @@ def _draw_losses(axes: Any, lines: Sequence[_Line]) -> None:
 
 def _draw_accuracies(axes: Any, lines: Sequence[_Line]) -> None:
     _draw_figure(axes, lines, "accuracy", scale=100)
-    axes.set(title="Held-out accuracy", ylabel="exact match (%)")
+    methods = {line.record.method for line in lines}
+    axes.set(title="Held-out accuracy", ylabel=f"right by {methods.pop()} (%)" if len(methods) == 1 else "right (%)")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -1), min(max(high, low + 10), 101))
 

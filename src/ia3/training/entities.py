@@ -65,5 +65,25 @@ def entity_scores(truth: Sequence[Sequence[str]], predictions: Sequence[Sequence
     return EntityScores(_share(hits, found), _share(hits, right), _share(2 * hits, right + found))
 
 
+def tag_scores(
+    truth: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], tags: Iterable[str], *, words_left_out: int
+) -> dict[str, float]:
+    """What tags of words are judged by besides their accuracy, by name.
+
+    Args:
+        truth: the right tags of the words that were read, one sequence a text.
+        predictions: the model's.
+        tags: all of the task's; of entities where they are IOB2.
+        words_left_out: how many words had no token within the longest length allowed: these are in no other figure.
+    """
+    scores = {}
+    if are_iob2(tags):
+        found = entity_scores(truth, predictions)
+        scores = {"entity_f1": found.f1, "entity_precision": found.precision, "entity_recall": found.recall}
+    if words_left_out:
+        scores["words_left_out"] = float(words_left_out)
+    return scores
+
+
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
+from ia3.inference.predict import answer_in_batches, sorted_batches
 from ia3.training.data import Example
+from ia3.training.metrics import count_correct
 from ia3.training.settings import TrainSettings
 from ia3.training.task import Task
 
@@ -36,18 +39,24 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A batch of held-out rows, as the model answers them.
+class Answered:
+    """A held-out example, as the model answers it.
 
     Args:
-        predictions: one a row.
-        losses: of each row, summed over the targets of its right answer.
+        text: what was read.
+        truth: the right answer.
+        prediction: the model's.
+        loss: of the right answer, summed over its targets.
         targets: how many these are.
+        ranked: where the prediction is written, the likeliest of the labels, if there are any.
     """
 
-    predictions: list[str]
-    losses: list[float]
-    targets: list[int]
+    text: str
+    truth: str
+    prediction: str
+    loss: float
+    targets: int
+    ranked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,40 @@ class Learner(ABC, Generic[RowT]):
 
 
 class Writer(Learner[RowT]):
-    """A kind of task whose answers the model writes: each row of a batch may be another adapter's."""
+    """A kind of task whose answers the model writes or ranks: each row of a batch may be another adapter's."""
 
     @abstractmethod
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The cross-entropy of each token, 0 where none is learned, and where one is: both `[batch, tokens]`."""
 
     @abstractmethod
-    def answer(self, rows: Sequence[RowT]) -> Answers:
-        """Answer one batch of rows, in their order, each of them one example."""
+    def answer(self, rows: Sequence[RowT]) -> list[Answered]:
+        """Answer one batch of `batches`, in the rows' order, each of them one example."""
+
+    def asked(self, row: RowT) -> int:
+        """How many tokens of an example are read before its answer."""
+        return self.length(row)
+
+    def batches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
+        """The indices of examples in batches, in which they are answered as after training.
+
+        Args:
+            lengths: what `asked` says of each.
+        """
+        return sorted_batches(lengths, self.settings.evaluation_batch_size)
+
+    @torch.inference_mode()
+    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> Measurement:
+        """The loss of the right answers, and the model's own."""
+        self.model.eval()
+        batches = self.batches([self.asked(row) for row in rows])
+        return measurement(answer_in_batches(batches, lambda indices: self.answer([rows[i] for i in indices]), beat))
+
+
+def measurement(answers: Sequence[Answered]) -> Measurement:
+    """What the answers to all held-out examples come to; where some were ranked too, `accuracy_by_rank`."""
+    loss, targets = sum(each.loss for each in answers), sum(each.targets for each in answers)
+    truth, ranked = [each.truth for each in answers], [each.ranked for each in answers if each.ranked is not None]
+    scores = {"accuracy_by_rank": count_correct(truth, ranked) / len(truth)} if ranked else {}
+    shown, predictions = [each.text for each in answers], [each.prediction for each in answers]
+    return Measurement(loss / targets, shown, truth, predictions, scores)

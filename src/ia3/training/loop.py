@@ -393,7 +393,8 @@ class Training:
         evaluation = self._evaluate(bars)
         best = self.course.add(evaluation)
         if self.progress.step:
-            self._log({"evaluation": evaluation.summary(), "step": evaluation.step})
+            method = self.learner.task.method
+            self._log({"evaluation": evaluation.summary(), "method": method, "step": evaluation.step})
         if best:
             save_adapter(self.learner, self.folder / BEST_FOLDER)
 
@@ -414,7 +415,9 @@ class Training:
 
     def _begin_logs(self) -> None:
         """`metrics.jsonl` as far as the progress goes, and the trackers."""
-        lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in self.progress.lines())
+        lines = "".join(
+            f"{json.dumps(line, sort_keys=True)}\n" for line in self.progress.lines(self.learner.task.method)
+        )
         write_atomically(self.folder / METRICS_NAME, lines.encode())
         if self.settings.trackers:
             self.accelerator.init_trackers("tracker", config=_flat(self.settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 
 # The standard normal's 97.5 % quantile: two-sided 95 % intervals.
@@ -98,6 +98,18 @@ def f1_scores(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[st
         if as_truth + as_prediction:
             scores[label] = 2 * counts[place][place] / (as_truth + as_prediction)
     return scores
+
+
+def macro_f1(scores: Mapping[str, float]) -> float:
+    """The mean of what `f1_scores` gives."""
+    return sum(scores.values()) / len(scores)
+
+
+def write_score(name: str, value: float) -> str:
+    """A further figure of an evaluation for the eye: a share, a number of words, or a score."""
+    if name.startswith("accuracy"):
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if name.startswith("words") else f"{value:.3f}"
 
 
 def _expect_some(total: int) -> None:

@@ -148,4 +148,4 @@ def _score(run: Run, accuracy: float, loss: float) -> float:
 
 
 def _score_name(run: Run) -> str:
-    return "exact match (%)" if run.labels else LOSSES[run.task.kind]
+    return f"right by {run.task.method} (%)" if run.labels else LOSSES[run.task.kind]

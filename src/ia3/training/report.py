@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ia3.card import add_results
 from ia3.files import write_atomically
-from ia3.training.metrics import confusion_matrix
+from ia3.training.metrics import confusion_matrix, write_score
 from ia3.training.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
 from ia3.training.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Run
 from ia3.training.task import TaskKind
@@ -178,7 +178,9 @@ def _draw_accuracy(axes: Any, run: Run) -> None:
     if run.majority is not None:
         _draw_majority(axes, run.majority)
     axes.set(
-        title="Accuracy with 95 % intervals", xlabel="step", ylabel=f"exact match on {run.final.total:,} held out (%)"
+        title="Accuracy with 95 % intervals",
+        xlabel="step",
+        ylabel=f"right of {run.final.total:,} held out (%)\nby {run.task.method}",
     )
     axes.set_ylim(0, 100)
     axes.margins(x=0.1)
@@ -265,11 +267,12 @@ def _results(run: Run) -> dict[str, str]:
     share = run.trainable_parameters / run.all_parameters
     what = "words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else "held out"
     rows = {
-        "accuracy": f"{run.final.accuracy:.1%} of {run.final.total:,} {what} (95 % interval {low:.1%} to {high:.1%})"
+        "accuracy": f"{run.final.accuracy:.1%} of {run.final.total:,} {what} (95 % interval {low:.1%} to {high:.1%})",
+        "asked for": run.task.method,
     }
+    rows |= {name.replace("_", " "): write_score(name, value) for name, value in run.final.scores.items()}
     if run.final.macro_f1 is not None:
         rows["macro-F1"] = f"{run.final.macro_f1:.3f}"
-    rows |= {name.replace("_", " "): f"{value:.3f}" for name, value in run.final.scores.items()}
     if run.majority is not None:
         rows["majority class"] = f"{run.majority:.1%}"
     rows["before training"] = f"{run.evaluations[0].accuracy:.1%}"
@@ -321,6 +324,8 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
         facts = {
             "task": run.task.kind.value,
             "accuracy": f"{evaluation.accuracy:.1%} of {evaluation.total:,} (95 % interval {low:.1%} to {high:.1%})",
+            "asked for": run.task.method,
+            **{name.replace("_", " "): write_score(name, value) for name, value in evaluation.scores.items()},
             "majority class": "" if majority is None else f"{majority:.1%}",
             "macro-F1": "" if evaluation.macro_f1 is None else f"{evaluation.macro_f1:.3f}",
             "held-out loss": f"{evaluation.loss:.3f}",

@@ -25,7 +25,14 @@ from torch.optim.lr_scheduler import LRScheduler
 import ia3
 from ia3.files import write_atomically
 from ia3.training.data import Examples
-from ia3.training.metrics import confusion_matrix, count_correct, f1_scores, majority_baseline, wilson_interval
+from ia3.training.metrics import (
+    confusion_matrix,
+    count_correct,
+    f1_scores,
+    macro_f1,
+    majority_baseline,
+    wilson_interval,
+)
 from ia3.training.settings import TrainSettings
 from ia3.training.task import Task
 
@@ -89,12 +96,9 @@ def judge(
     step: int, loss: float, truth: list[str], predictions: list[str], labels: tuple[str, ...], **more: Any
 ) -> Evaluation:
     """An evaluation from its answers; `more` are its further fields."""
-    macro_f1 = None
-    if labels:
-        scores = f1_scores(confusion_matrix(truth, predictions, labels), labels)
-        macro_f1 = sum(scores.values()) / len(scores)
+    mean = macro_f1(f1_scores(confusion_matrix(truth, predictions, labels), labels)) if labels else None
     correct = count_correct(truth, predictions)
-    return Evaluation(step, loss, correct, len(truth), macro_f1, predictions=predictions, **more)
+    return Evaluation(step, loss, correct, len(truth), mean, predictions=predictions, **more)
 
 
 @dataclass
@@ -120,15 +124,15 @@ class Progress:
         """How many steps are done."""
         return len(self.steps)
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, evaluations after the step that they follow."""
+    def lines(self, method: str) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, evaluations after the step that they follow, with how answers are found."""
         lines: list[dict[str, Any]] = []
         following = {each.step: each for each in self.evaluations}
         for step in range(self.step + 1):
             if step:
                 lines.append(self.steps[step - 1])
             if step in following:
-                lines.append({"evaluation": following[step].summary(), "step": step})
+                lines.append({"evaluation": following[step].summary(), "method": method, "step": step})
         return lines
 
 
@@ -211,6 +215,7 @@ class Run:
             "loss": self.final.loss,
             "macro_f1": self.final.macro_f1,
             "majority_baseline": self.majority,
+            "method": self.task.method,
             "perplexity": self.final.perplexity,
             "scores": self.final.scores,
             "settings": asdict(self.settings),

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ia3.training.task import AnswerBy, Precision
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -32,10 +34,12 @@ class TrainSettings:
         packing: put several examples into one row of `max_length`, in instruction tuning.
         dropout: train with the base model's own dropout. Without it the base runs in evaluation mode, where
             transformers doesn't checkpoint gradients.
-        pad_to_multiple_of: round padded lengths up to a multiple of this.
+        pad_to_multiple_of: round the padded lengths of training's batches up to a multiple of this.
         evaluate_every: evaluate after so many steps; None after each epoch, or where `steps` is given, ten
             times. The state that an interrupted run goes on from is saved then, too.
-        answer_by: how label words are evaluated: `generation`, or `rank`, the likeliest label.
+        answer_by: how label words are answered, in evaluations and by the finished adapter: `rank`, the likeliest
+            label, or `generation`, what the model writes, beside which the accuracy by rank is told. None for rank;
+            other kinds of tasks have one way each.
         best_by: what makes an evaluation the best: `accuracy`, `macro_f1` or `loss`; None for accuracy, the
             lower loss among equals, and for loss where the answers are free text.
         patience: stop after so many evaluations without a better one; None never does.
@@ -56,7 +60,7 @@ class TrainSettings:
     batch_size: int = 8
     gradient_accumulation: int = 1
     max_gradient_norm: float | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     objective: Literal["lm", "t-few"] = "lm"
     max_length: int = 128
     max_label_length: int | None = None
@@ -66,7 +70,7 @@ class TrainSettings:
     dropout: bool = True
     pad_to_multiple_of: int | None = None
     evaluate_every: int | None = None
-    answer_by: Literal["generation", "rank"] = "generation"
+    answer_by: AnswerBy | None = None
     best_by: Literal["accuracy", "macro_f1", "loss"] | None = None
     patience: int | None = None
     evaluation_batch_size: int = 32

@@ -24,11 +24,11 @@ from ia3.fast.packing import IGNORED
 from ia3.fast.sweep import MixedLosses, SweepStep, group_losses
 from ia3.files import write_atomically
 from ia3.inference.loading import default_kind, load_config, load_tokenizer
-from ia3.inference.predict import sorted_batches
+from ia3.inference.predict import answer_in_batches
 from ia3.rows import acting
 from ia3.training.data import Examples
-from ia3.training.learner import Measurement, Writer
-from ia3.training.learners.making import check_settings, make_learner
+from ia3.training.learner import Answered, Measurement, Writer, measurement
+from ia3.training.learners.making import make_learner, settings_of
 from ia3.training.loop import Course, check_examples, make_accelerator, progress_bars, save_adapter
 from ia3.training.optimise import make_schedule
 from ia3.training.picture import draw_curves
@@ -116,6 +116,7 @@ class Sweep:
         return {
             "best": {"adapter": str(self.best_dir), "settings": self.settings[0]},
             "failed": [{"reason": reason, "settings": given} for given, reason in self.failed],
+            "method": self.best.task.method,
             "runs": [
                 {
                     "accuracy": run.final.accuracy,
@@ -176,7 +177,8 @@ def sweep(
     settings = [{key: _value(each, key) for key in keys} for each in recipes]
     common = recipes[0]
     kind = common.task or default_kind(load_config(common.model), common.model)
-    check_settings(common.settings, kind)
+    recipes = [replace(each, task=kind, settings=settings_of(each.settings, kind)) for each in recipes]
+    common = recipes[0]
     _refuse_what_is_not_swept(common.settings, kind)
     with folder_of(common) as output:
         _refuse_a_former(output)
@@ -186,8 +188,7 @@ def sweep(
         together = Together(courses, folders)
         for each, folder, (training, test) in zip(recipes, folders, data_of, strict=True):
             environment = describe_environment(training, test, courses[0].learner.model, each.settings.seed)
-            whole = replace(each, task=kind)
-            begin_folder(folder, whole, environment | {"recipe": whole.content()})
+            begin_folder(folder, each, environment | {"recipe": each.content()})
     warn_of_truncation(courses[0], [text for part in data_of[0] for text in part.texts], console)
     console.print(together.describe_path(), highlight=False)
     together.run(console)
@@ -461,7 +462,9 @@ class Together:
                 self.failures[run] = str(error)
                 leaving.append(row)
                 continue
-            lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in course.progress.lines())
+            lines = "".join(
+                f"{json.dumps(line, sort_keys=True)}\n" for line in course.progress.lines(course.learner.task.method)
+            )
             write_atomically(self.folders[run] / METRICS_NAME, lines.encode())
             if course.finished:
                 self._finish(row)
@@ -490,27 +493,20 @@ class Together:
         courses = {row: self.courses[self.running[row]] for row in rows}
         learner: Any = courses[rows[0]].learner
         asked = [(row, place) for row in rows for place in range(len(courses[row].test_rows))]
-        lengths = [learner.length(courses[row].test_rows[place]) for row, place in asked]
-        predictions = {row: [""] * len(course.test_rows) for row, course in courses.items()}
-        losses, targets = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0)
+        lengths = [learner.asked(courses[row].test_rows[place]) for row, place in asked]
         bar = bars.add_task("evaluating", total=len(asked), note="")
-        for indices in sorted_batches(lengths, learner.settings.evaluation_batch_size):
+
+        def answer(indices: list[int]) -> list[Answered]:
             chosen = [asked[index] for index in indices]
             flat = self.step.table[torch.tensor([row for row, _ in chosen], device=self.device)]
             with acting(self.mixed.rows(flat)):
-                found = learner.answer([courses[row].test_rows[place] for row, place in chosen])
-            answers = zip(chosen, found.predictions, found.losses, found.targets, strict=True)
-            for (row, place), prediction, loss, count in answers:
-                predictions[row][place] = prediction
-                losses[row] += loss
-                targets[row] += count
-            bars.update(bar, advance=len(chosen))
+                found: list[Answered] = learner.answer([courses[row].test_rows[place] for row, place in chosen])
+            return found
+
+        found = answer_in_batches(learner.batches(lengths), answer, lambda count: bars.update(bar, advance=count))
         bars.remove_task(bar)
         return {
-            row: Measurement(
-                losses[row] / targets[row], course.test.texts, [each.label for each in course.test], predictions[row]
-            )
-            for row, course in courses.items()
+            row: measurement([each for each, (own, _) in zip(found, asked, strict=True) if own == row]) for row in rows
         }
 
     def _finish(self, row: int) -> None:
@@ -572,13 +568,15 @@ def ranking_table(sweep: Sweep) -> Table:
     keys = [key for key in sweep.settings[0] if len({str(each[key]) for each in _all_settings(sweep)}) > 1]
     for key in keys:
         table.add_column(key, overflow="fold")
-    for title in ("accuracy", "95 % interval", "loss", "at step", "last accuracy"):
+    by_rank = any("accuracy_by_rank" in run.best.scores for run in sweep.runs)
+    for title in ("accuracy", "95 % interval", *(["by rank"] if by_rank else []), "loss", "at step", "last accuracy"):
         table.add_column(title, justify="right", no_wrap=True)
     for run, given in zip(sweep.runs, sweep.settings, strict=True):
         low, high = run.best.interval
         figures = [
             f"{run.best.accuracy:.1%}",
             f"{100 * low:.1f} to {100 * high:.1f}",
+            *([f"{run.best.scores['accuracy_by_rank']:.1%}"] if by_rank else []),
             f"{run.best.loss:.3f}",
             f"{run.best.step:,}{' (stopped)' if run.progress.stopped_early else ''}",
             f"{run.final.accuracy:.1%}",

@@ -1,21 +1,25 @@
-"""What an adapter was trained to do, in `ia3_task.json` beside it: template, labels, lengths, generation.
+"""What an adapter was trained to do, in `ia3_task.json` beside it: template, labels, lengths, how it is asked.
 
-PEFT ignores the file; `ia3 predict` reads it and then needs no flags.
+PEFT ignores the file; `ia3 predict` reads it, answers as training measured, and needs no flags.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ia3.config import TaskType
 from ia3.files import fetch, write_atomically
 from ia3.training.template import Template
 
 TASK_NAME = "ia3_task.json"
+
+# How a label word is answered: the likeliest of the labels, or what the model writes.
+AnswerBy = Literal["rank", "generation"]
+Precision = Literal["fp32", "bf16"]
 
 
 class TaskKind(StrEnum):
@@ -36,6 +40,11 @@ class TaskKind(StrEnum):
     def has_labels(self) -> bool:
         """Whether the answers are of a closed set, against free text."""
         return self not in (TaskKind.GENERATION, TaskKind.INSTRUCTIONS)
+
+    @property
+    def answer_by(self) -> AnswerBy | None:
+        """How it is answered where nothing else is asked for; None where a head does."""
+        return "rank" if self is TaskKind.LABEL_WORDS else "generation" if self.writes else None
 
     @property
     def writes(self) -> bool:
@@ -68,6 +77,10 @@ class Task:
         base_model: the base model's name.
         label_column: the column that held the labels or the completions.
         system: the system message before the user's, in instruction tuning with a chat template.
+        answer_by: how label words are answered, in training's evaluations and afterwards: `rank`, the likeliest of
+            the labels, or `generation`. The other kinds have one way each, and don't look at it.
+        precision: the base model's numbers in training, in which it is loaded for answers too; None for those of
+            its file.
     """
 
     kind: TaskKind = TaskKind.LABEL_WORDS
@@ -78,6 +91,45 @@ class Task:
     base_model: str | None = None
     label_column: str = "label"
     system: str | None = None
+    answer_by: AnswerBy = "rank"
+    precision: Precision | None = None
+
+    @property
+    def ranks(self) -> bool:
+        """Whether its answers are the likeliest of the labels by the scores of their words."""
+        return self.kind is TaskKind.LABEL_WORDS and self.answer_by == "rank"
+
+    @property
+    def method(self) -> str:
+        """How its answers are found, in words: what an accuracy means."""
+        return method_of(self.kind, self.answer_by)
+
+    def answered_by(self, way: str) -> Task:
+        """The same task, answered another way.
+
+        Raises:
+            ValueError: no such way, or none for this kind of task.
+        """
+        if way not in get_args(AnswerBy):
+            raise ValueError(f"Answers are by {way!r}: expected one of {list(get_args(AnswerBy))}.")
+        if self.kind is TaskKind.LABEL_WORDS:
+            return replace(self, answer_by=way)  # type: ignore[arg-type]
+        if way != self.kind.answer_by:
+            raise ValueError(
+                f"Answers by {way} are for {TaskKind.LABEL_WORDS}, and this task is {self.kind}, which has one way to "
+                f"answer, {self.method}: leave it out."
+            )
+        return self
+
+
+def method_of(kind: TaskKind, answer_by: AnswerBy) -> str:
+    """How answers to a kind of task are found, in words; `answer_by` is that of label words."""
+    if kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        return "the head's likeliest label"
+    if kind is TaskKind.TOKEN_CLASSIFICATION:
+        return "the head's likeliest tag of each word"
+    ranked = kind is TaskKind.LABEL_WORDS and answer_by == "rank"
+    return "the likeliest label" if ranked else "written answers, exact match"
 
 
 def save_task(directory: str | Path, task: Task) -> Path:
@@ -97,6 +149,10 @@ def save_task(directory: str | Path, task: Task) -> Path:
         content["labels"] = list(task.labels)
     if task.kind.writes:
         content["generation"] = {"max_new_tokens": task.max_new_tokens}
+    if task.kind is TaskKind.LABEL_WORDS:
+        content["answer_by"] = task.answer_by
+    if task.precision is not None:
+        content["precision"] = task.precision
     if task.system is not None:
         content["system"] = task.system
     path = Path(directory) / TASK_NAME
@@ -149,11 +205,17 @@ def _task_of(content: Any, source: str) -> Task:
         base_model=content.get("base_model"),
         label_column=str(content.get("label_column", "label")),
         system=content.get("system"),
+        answer_by=_one_of(AnswerBy, content.get("answer_by", "rank"), "answer_by", source),
+        precision=None
+        if content.get("precision") is None
+        else _one_of(Precision, content["precision"], "precision", source),
     )
 
 
 def _keys_of(kind: TaskKind) -> set[str]:
-    keys = {"base_model", "label_column", "max_length", "template", "type"}
+    keys = {"base_model", "label_column", "max_length", "precision", "template", "type"}
+    if kind is TaskKind.LABEL_WORDS:
+        keys.add("answer_by")
     if kind.has_labels:
         keys.add("labels")
     if kind.writes:
@@ -167,6 +229,12 @@ def _labels_of(labels: Any, source: str) -> tuple[str, ...]:
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{source}: labels is {labels!r}, expected a list of words.")
     return tuple(labels)
+
+
+def _one_of(choices: Any, value: Any, name: str, source: str) -> Any:
+    if value not in get_args(choices):
+        raise ValueError(f"{source}: {name} is {value!r}, expected one of {list(get_args(choices))}.")
+    return value
 
 
 def _positive(value: Any, name: str, source: str) -> int:

@@ -14,14 +14,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
 from ia3.config import IA3Config
 from ia3.files import write_atomically
 from ia3.inference.classify import head_modules
-from ia3.inference.loading import default_kind, load_base, load_config, load_tokenizer
+from ia3.inference.loading import DTYPES, default_kind, load_base, load_config, load_tokenizer
 from ia3.model import get_peft_model
 from ia3.training.collate import measure_labels
 from ia3.training.data import (
@@ -37,9 +36,9 @@ from ia3.training.data import (
 )
 from ia3.training.labels import why_no_classes
 from ia3.training.learners.instructions import Instructions, count_cut
-from ia3.training.learners.making import check_settings, make_learner
+from ia3.training.learners.making import make_learner, settings_of
 from ia3.training.loop import Course, Training, check_examples
-from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe
+from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe, without_a_heads_way
 from ia3.training.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
 from ia3.training.run import (
     ADAPTER_FOLDER,
@@ -159,7 +158,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
         Interrupted: as `train`.
     """
     kind = recipe.task or default_kind(load_config(recipe.model), recipe.model)
-    check_settings(recipe.settings, kind)
+    recipe = replace(recipe, task=kind, settings=settings_of(recipe.settings, kind))
     if recipe.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
     with folder_of(recipe) as output:
@@ -171,14 +170,13 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
             tokenizer = load_tokenizer(recipe.model)
             task = make_task(recipe, kind, training, test, tokenizer)
             learner = make_learner(load_adapted(recipe, kind, task.labels), tokenizer, task, recipe.settings)
-        whole = replace(recipe, task=kind)
         environment = describe_environment(training, test, learner.model, recipe.settings.seed)
-        environment["recipe"] = whole.content()
+        environment["recipe"] = recipe.content()
         if resuming:
             _check_environment(output, environment, console)
         prepared = Training(learner, training, test, output, resume=resuming)
         if not resuming:
-            begin_folder(output, whole, environment)
+            begin_folder(output, recipe, environment)
     prepared.advice = _how_to_resume(recipe, output)
     warn_of_truncation(prepared.course, [*training.texts, *test.texts], console)
     console.print(prepared.describe_path(), highlight=False)
@@ -236,6 +234,8 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     if folder is None or begun(recipe) or not (folder / RESULT_NAME).is_file():
         return None
     former = make_recipe(read_recipe(folder / RECIPE_NAME), folder / RECIPE_NAME)
+    if former.task is not None:  # which the folder's recipe names, with what follows from it
+        recipe = replace(recipe, settings=settings_of(recipe.settings, former.task))
     if replace(former, task=None).content() != replace(recipe, task=None).content():
         raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
     result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
@@ -268,6 +268,7 @@ def make_task(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples
         base_model=recipe.model,
         label_column=label_column,
         system=recipe.system,
+        precision=recipe.settings.precision,
     )
 
 
@@ -282,7 +283,7 @@ def _wording(recipe: Recipe, training: Examples) -> tuple[Template, str]:
 def load_adapted(recipe: Recipe, kind: TaskKind, labels: tuple[str, ...]) -> Any:
     """The base model with a new adapter."""
     settings = recipe.settings
-    base = load_base(recipe.model, kind, labels=labels, dtype=_DTYPES[settings.precision], seed=settings.seed)
+    base = load_base(recipe.model, kind, labels=labels, dtype=DTYPES[settings.precision], seed=settings.seed)
     config = IA3Config(
         task_type=kind.task_type,
         target_modules=recipe.target_modules,
@@ -294,7 +295,6 @@ def load_adapted(recipe: Recipe, kind: TaskKind, labels: tuple[str, ...]) -> Any
 
 # What a chat template puts after an answer, and what the answer's first blank may cost.
 _ROOM_FOR_THE_END = 8
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _longest_answer(kind: TaskKind, answers: Iterable[str], tokenizer: Any, settings: TrainSettings) -> int | None:
@@ -333,7 +333,7 @@ def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -
 def _check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
     """Refuse other data; say what else differs from when the run began."""
     began = json.loads((output / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
-    began["recipe"] = _as_begun(began["recipe"])
+    began["recipe"] = without_a_heads_way(_as_begun(began["recipe"]))
     keys = {*environment["recipe"], *began["recipe"]} - {"data", "test_data"}  # they have digests
     changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
     if changed:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ia3.inference.classify import batched_logits, class_labels, pad_rows, padding_token, tokenise_texts
+from ia3.inference.classify import batched_logits, class_labels, padding_token, tokenise_texts
+from ia3.inference.predict import pad_rows
+from ia3.inference.rank import likeliest
 from ia3.training.data import Example
 from ia3.training.learner import Learner, Measurement
 
@@ -66,11 +68,9 @@ class SequenceClasses(Learner[ClassRow]):
         truth = torch.tensor([row.class_id for row in rows])
         answers, loss = torch.empty_like(truth), 0.0
         tokens = [row.input_ids for row in rows]
-        size, multiple = self.settings.evaluation_batch_size, self.settings.pad_to_multiple_of
-        for indices, logits in batched_logits(self.model, tokens, size, multiple):
+        for indices, logits in batched_logits(self.model, tokens, self.settings.evaluation_batch_size, beat):
             loss += float(cross_entropy(logits, truth[indices], reduction="sum"))
-            answers[indices] = logits.argmax(dim=-1)
-            beat(len(indices))
+            answers[indices] = torch.tensor(likeliest(logits))
         return Measurement(
             loss / len(rows),
             [row.text for row in rows],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -12,22 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ia3.fast.decode import Generate
 from ia3.inference.complete import (
     check_positions,
+    compile_answers,
     cut_prompt,
     encode,
     end_tokens,
     has_template,
     messages,
-    most_positions,
+    prompt_batches,
     prompt_text,
     render,
     write,
 )
-from ia3.inference.predict import sorted_batches
 from ia3.training.collate import IGNORED
 from ia3.training.data import Example
-from ia3.training.learner import Answers, Measurement, Writer
+from ia3.training.learner import Answered, Measurement, Writer
 from ia3.training.losses import token_log_probabilities
 
 
@@ -134,37 +135,47 @@ class Instructions(Writer[Row]):
         following = following[:, places]
         return -token_log_probabilities(self._logits(places, batch), following), following != IGNORED
 
-    @torch.inference_mode()
     def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> Measurement:
         """The loss of the right completions, and the answers, written greedily, in the examples' order."""
-        self.model.eval()
         dialogues = sorted((dialogue for row in rows for dialogue in row), key=lambda dialogue: dialogue.place)
-        row_ends = {row[-1].place for row in rows}
-        predictions, loss, tokens = [""] * len(dialogues), 0.0, 0
-        for indices in sorted_batches([len(each) for each in dialogues], self.settings.evaluation_batch_size):
-            chosen = [dialogues[i] for i in indices]
-            found = self.answer([(dialogue,) for dialogue in chosen])
-            loss, tokens = loss + sum(found.losses), tokens + sum(found.targets)
-            for index, answer in zip(indices, found.predictions, strict=True):
-                predictions[index] = answer
-            beat(sum(each.place in row_ends for each in chosen))
-        shown, truth = [each.text for each in dialogues], [each.label for each in dialogues]
-        return Measurement(loss / tokens, shown, truth, predictions)
+        per_row = len(rows) / len(dialogues)
+        done = 0
+
+        def beat_rows(count: int) -> None:
+            nonlocal done
+            former, done = done, done + count
+            beat(round(done * per_row) - round(former * per_row))
+
+        return super().measure([(dialogue,) for dialogue in dialogues], beat_rows)
+
+    def asked(self, row: Row) -> int:
+        """Of the prompt as it is asked."""
+        return len(row[0].asked)
+
+    def batches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
+        """As `complete` makes them."""
+        return prompt_batches(self.model, lengths, self._max_new_tokens, self.settings.evaluation_batch_size)
 
     @torch.inference_mode()
-    def answer(self, rows: Sequence[Row]) -> Answers:
-        """Written greedily."""
+    def answer(self, rows: Sequence[Row]) -> list[Answered]:
+        """Written greedily, as `complete` does."""
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collate(rows).items()}
         losses, learned = self.token_losses(batch)
+        dialogues = [dialogue for (dialogue,) in rows]
+        asked = [dialogue.asked for dialogue in dialogues]
+        check_positions(self.model, max(map(len, asked)) + 1)
+        written = write(self.model, self.tokenizer, asked, self._max_new_tokens, self._generate)
+        figures = zip(dialogues, written, losses.double().sum(1).tolist(), learned.sum(1).tolist(), strict=True)
+        return [Answered(each.text, each.label, answer, loss, count) for each, answer, loss, count in figures]
+
+    @property
+    def _max_new_tokens(self) -> int:
         assert self.task.max_new_tokens is not None
-        asked = [dialogue.asked for (dialogue,) in rows]
-        longest = max(map(len, asked))
-        check_positions(self.model, longest + 1)
-        new_tokens = self.task.max_new_tokens
-        if (limit := most_positions(self.model)) is not None:
-            new_tokens = min(new_tokens, limit - longest)
-        written = write(self.model, self.tokenizer, asked, new_tokens)
-        return Answers(written, losses.double().sum(1).tolist(), learned.sum(1).tolist())
+        return self.task.max_new_tokens
+
+    @cached_property
+    def _generate(self) -> Generate:
+        return compile_answers(self.model, self.tokenizer, self._max_new_tokens)
 
     def _logits(self, places: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The logits after the tokens at `places`, `[batch, places, vocabulary]`: the head runs there alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ia3.training.learner import Learner
@@ -22,6 +23,7 @@ _LEARNERS: dict[TaskKind, type[Learner[Any]]] = {
 _WORDS = (TaskKind.LABEL_WORDS,)
 _TEXTS_WITH_LABELS = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
 _WRITTEN = (TaskKind.LABEL_WORDS, TaskKind.GENERATION)
+_ALL_WRITTEN = tuple(kind for kind in TaskKind if kind.writes)
 _LABELS = (*_TEXTS_WITH_LABELS, TaskKind.TOKEN_CLASSIFICATION)
 
 
@@ -31,12 +33,11 @@ def make_learner(model: Any, tokenizer: Any, task: Task, settings: TrainSettings
     Raises:
         ValueError: a setting that this kind of task has no use for.
     """
-    check_settings(settings, task.kind)
-    return _LEARNERS[task.kind](model, tokenizer, task, settings)
+    return _LEARNERS[task.kind](model, tokenizer, task, settings_of(settings, task.kind))
 
 
-def check_settings(settings: TrainSettings, kind: TaskKind) -> None:
-    """Refuse what would be ignored.
+def settings_of(settings: TrainSettings, kind: TaskKind) -> TrainSettings:
+    """The settings for a kind of task, with its own way of answering where none was named.
 
     Raises:
         ValueError: a setting that this kind of task has no use for.
@@ -44,14 +45,16 @@ def check_settings(settings: TrainSettings, kind: TaskKind) -> None:
     for given, setting, kinds in (
         (settings.objective == "t-few", "objective: t-few", _WORDS),
         (settings.answer_by == "rank", "answer_by: rank", _WORDS),
+        (settings.answer_by == "generation", "answer_by: generation", _ALL_WRITTEN),
         (settings.balance, "balance", _TEXTS_WITH_LABELS),
         (settings.best_by == "macro_f1", "best_by: macro_f1", _LABELS),
         (settings.packing, "packing", (TaskKind.INSTRUCTIONS,)),
         (settings.max_label_length is not None, "max_label_length", _WRITTEN),
         # A head is trained in the base's precision, where most of its small steps would be lost.
-        (settings.precision == "bf16", "precision: bf16", tuple(kind for kind in TaskKind if kind.writes)),
+        (settings.precision == "bf16", "precision: bf16", _ALL_WRITTEN),
     ):
         if given and kind not in kinds:
             raise ValueError(
                 f"The setting {setting!r} is for {' and '.join(kinds)}, and this task is {kind}: leave it out."
             )
+    return replace(settings, answer_by=settings.answer_by or kind.answer_by)

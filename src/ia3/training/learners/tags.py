@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ia3.inference.classify import batched_logits, pad_rows, padding_token, split_words
+from ia3.inference.classify import batched_logits, padding_token, split_words
+from ia3.inference.predict import pad_rows
+from ia3.inference.rank import likeliest
 from ia3.training.collate import IGNORED
 from ia3.training.data import Example
-from ia3.training.entities import are_iob2, entity_scores
+from ia3.training.entities import tag_scores
 from ia3.training.learner import Learner, Measurement
 from ia3.training.learners.classes import check_head, class_of, in_full_precision
 
@@ -116,33 +118,19 @@ class TokenClasses(Learner[TagRow]):
         answers: list[list[int]] = [[] for _ in rows]
         loss = 0.0
         tokens = [row.input_ids for row in rows]
-        size, multiple = self.settings.evaluation_batch_size, self.settings.pad_to_multiple_of
-        for indices, logits in batched_logits(self.model, tokens, size, multiple):
+        for indices, logits in batched_logits(self.model, tokens, self.settings.evaluation_batch_size, beat):
             for index, own in zip(indices, logits, strict=True):
                 at_words = own[rows[index].starts]
                 loss += float(cross_entropy(at_words, torch.tensor(rows[index].tag_ids), reduction="sum"))
-                answers[index] = at_words.argmax(dim=-1).tolist()
-            beat(len(indices))
+                answers[index] = likeliest(at_words)
         truth = [self._names(row.tag_ids) for row in rows]
         predictions = [self._names(tags) for tags in answers]
         words = [word for row in rows for word in row.words]
-        return Measurement(
-            loss / len(words), words, _flat(truth), _flat(predictions), self._scores(rows, truth, predictions)
-        )
+        scores = tag_scores(truth, predictions, self.task.labels, words_left_out=sum(row.unread for row in rows))
+        return Measurement(loss / len(words), words, _flat(truth), _flat(predictions), scores)
 
     def _names(self, tag_ids: Sequence[int]) -> list[str]:
         return [self.task.labels[index] for index in tag_ids]
-
-    def _scores(
-        self, rows: Sequence[TagRow], truth: Sequence[list[str]], predictions: Sequence[list[str]]
-    ) -> dict[str, float]:
-        scores = {}
-        if are_iob2(self.task.labels):
-            found = entity_scores(truth, predictions)
-            scores = {"entity_f1": found.f1, "entity_precision": found.precision, "entity_recall": found.recall}
-        if left_out := sum(row.unread for row in rows):
-            scores["words_left_out"] = float(left_out)
-        return scores
 
 
 def _flat(texts: Sequence[list[str]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3 import rows as mixed
 from ia3.fast.decode import Generate
-from ia3.fast.scores import ChoiceScores, why_not
-from ia3.inference.predict import as_words, compile_words, generate_words, sorted_batches
-from ia3.inference.rank import tokenise_labels
+from ia3.inference.predict import compile_words, sorted_batches, write_words
+from ia3.inference.rank import LabelScorer, likeliest, tokenise_labels
 from ia3.training.collate import IGNORED, TokenisedExample, collate, tokenise
 from ia3.training.data import Example
-from ia3.training.learner import Answers, Measurement, Writer
+from ia3.training.learner import Answered, Writer
 from ia3.training.losses import (
-    choice_log_probabilities,
     choice_logits,
-    choice_scores,
     pad_choices,
     tfew_losses,
     token_log_probabilities,
@@ -29,16 +25,15 @@ from ia3.training.losses import (
 
 
 @dataclass(frozen=True)
-class _Fast:
-    """What is recorded for evaluations on a GPU."""
-
-    scores: ChoiceScores
-    generate: Generate
-
-
-@dataclass(frozen=True)
 class Words(Writer[TokenisedExample]):
-    """Label words or free text, by the model's own loss or by T-Few's three."""
+    """Label words or free text, by the model's own loss or by T-Few's three.
+
+    Label words are answered as `settings.answer_by` says, else as the task does.
+    """
+
+    def __post_init__(self) -> None:
+        if self.settings.answer_by is not None:
+            object.__setattr__(self, "task", self.task.answered_by(self.settings.answer_by))
 
     @property
     def is_the_models_loss(self) -> bool:
@@ -47,6 +42,8 @@ class Words(Writer[TokenisedExample]):
 
     def tokenise(self, examples: Sequence[Example]) -> list[TokenisedExample]:
         """Inputs cut at the task's length, answers whole; a label must be one that the tokenizer gives back."""
+        if self._has_labels:
+            tokenise_labels(self.task.labels, self.tokenizer)  # refuses what could not be ranked
         return tokenise(
             examples,
             self.tokenizer,
@@ -86,86 +83,57 @@ class Words(Writer[TokenisedExample]):
         logits = self.model(**batch, use_cache=False).logits
         return -token_log_probabilities(logits, batch["labels"]), batch["labels"] != IGNORED
 
-    @torch.inference_mode()
-    def measure(self, rows: Sequence[TokenisedExample], beat: Callable[[int], None]) -> Measurement:
-        """Teacher-forced loss and the answers, generated greedily or ranked, one encoder pass for both."""
-        self.model.eval()
-        predictions, loss, tokens = [""] * len(rows), 0.0, 0
-        for indices in sorted_batches([len(row.input_ids) for row in rows], self.settings.evaluation_batch_size):
-            found = self.answer([rows[i] for i in indices])
-            loss, tokens = loss + sum(found.losses), tokens + sum(found.targets)
-            for index, word in zip(indices, found.predictions, strict=True):
-                predictions[index] = word
-            beat(len(indices))
-        texts = [row.text for row in rows]
-        return Measurement(loss / tokens, texts, [row.label for row in rows], predictions)
+    def batches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
+        """Smaller than asked for where there are many labels."""
+        return sorted_batches(lengths, self._scorer.batch_size) if self._has_labels else super().batches(lengths)
 
     @torch.inference_mode()
-    def answer(self, rows: Sequence[TokenisedExample]) -> Answers:
-        """Generated greedily or ranked."""
-        words, losses = self._rank(rows) if self.settings.answer_by == "rank" else self._write(rows)
-        return Answers(words, losses.double().tolist(), [len(row.label_ids) for row in rows])
-
-    def _write(self, rows: Sequence[TokenisedExample]) -> tuple[list[str], Tensor]:
-        """What the model writes, and the summed loss of each label's tokens."""
-        assert self.task.max_new_tokens is not None
-        fast = self._fast
-        if fast is not None:
-            batch = self._evaluation_batch(rows, torch.device("cpu"))
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            found = fast.scores(**inputs)
-            words = as_words(self.tokenizer, fast.generate(batch["input_ids"], batch["attention_mask"]))
-            return words, -found[torch.arange(len(rows)), self._correct(rows)].double().sum(1)
-        batch = self._evaluation_batch(rows, self.model.device)
-        labels = batch.pop("labels")
-        known = {"encoder_outputs": self.model.get_encoder()(**batch), "attention_mask": batch["attention_mask"]}
-        losses, _ = self.token_losses({**known, "labels": labels})
-        return generate_words(self.model, self.tokenizer, self.task.max_new_tokens, **known), losses.double().sum(1)
-
-    def _rank(self, rows: Sequence[TokenisedExample]) -> tuple[list[str], Tensor]:
-        """The likeliest labels, and the summed loss of each right one's tokens."""
-        fast = self._fast
-        batch = self._evaluation_batch(rows, torch.device("cpu") if fast is not None else self.model.device)
-        choices = self._choices().expand(len(rows), -1, -1).to(self.model.device)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        found = fast.scores(**inputs) if fast is not None else choice_log_probabilities(self.model, choices, **inputs)
-        best = choice_scores(found, choices).argmax(dim=-1).tolist()
-        losses = -found[torch.arange(len(rows)), self._correct(rows)].double().sum(1)
-        return [self.task.labels[index] for index in best], losses
+    def answer(self, rows: Sequence[TokenisedExample]) -> list[Answered]:
+        """The likeliest labels, or what the model writes, by what answers texts after training, too."""
+        found = self._scored(rows) if self._has_labels else [(loss, None) for loss in self._losses(rows)]
+        ranked = [label for _, label in found]
+        written = ranked if self.task.ranks else self._written(rows)
+        return [
+            Answered(row.text, row.label, str(answer), loss, len(row.label_ids), None if self.task.ranks else label)
+            for row, answer, (loss, label) in zip(rows, written, found, strict=True)
+        ]
 
     @property
-    def _fast(self) -> _Fast | None:
-        """For label words on a GPU, unless a batch mixes adapters; made anew where the model stands otherwise."""
-        if not _on_a_gpu(self.model) or not self.task.kind.has_labels or mixed.under_way:
-            return None
-        kept = self._kept.get("fast")
-        if kept is None or not kept.scores.standing.holds():
-            if why_not(self.model) is not None:
-                return None
-            assert self.task.max_new_tokens is not None
-            generate = compile_words(self.model, self.task.max_new_tokens)
-            kept = self._kept["fast"] = _Fast(ChoiceScores(self.model, self._choices()), generate)
-        return kept
+    def _has_labels(self) -> bool:
+        return self.task.kind.has_labels
+
+    def _scored(self, rows: Sequence[TokenisedExample]) -> list[tuple[float, str | None]]:
+        """The summed loss of each right label's tokens, and the likeliest label."""
+        found = self._scorer.log_probabilities([row.input_ids for row in rows]).cpu().double()
+        losses = -found[torch.arange(len(rows)), self._correct(rows)].sum(1)
+        best = likeliest(self._scorer.scores(found))
+        return [(loss, self.task.labels[index]) for loss, index in zip(losses.tolist(), best, strict=True)]
+
+    def _losses(self, rows: Sequence[TokenisedExample]) -> list[float]:
+        """The summed loss of each right text's tokens."""
+        batch = collate(rows, pad_token_id=self.tokenizer.pad_token_id)
+        losses, _ = self.token_losses({name: tensor.to(self.model.device) for name, tensor in batch.items()})
+        found: list[float] = losses.double().sum(1).tolist()
+        return found
+
+    def _written(self, rows: Sequence[TokenisedExample]) -> list[str]:
+        return write_words(self.tokenizer, [row.input_ids for row in rows], self._generate)
 
     @cached_property
-    def _kept(self) -> dict[str, _Fast]:
-        return {}
+    def _scorer(self) -> LabelScorer:
+        """What is recorded on a GPU for one evaluation serves the next."""
+        return LabelScorer(self.model, self.tokenizer, self.task.labels, batch_size=self.settings.evaluation_batch_size)
 
-    def _evaluation_batch(self, rows: Sequence[TokenisedExample], device: torch.device) -> dict[str, Tensor]:
-        batch = collate(
-            rows, pad_token_id=self.tokenizer.pad_token_id, pad_to_multiple_of=self.settings.pad_to_multiple_of
-        )
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+    @cached_property
+    def _generate(self) -> Generate:
+        assert self.task.max_new_tokens is not None
+        return compile_words(self.model, self.task.max_new_tokens)
 
     def _choices(self) -> Tensor:
         return pad_choices(tokenise_labels(self.task.labels, self.tokenizer))
 
     def _correct(self, rows: Sequence[TokenisedExample]) -> Tensor:
         return torch.tensor([self.task.labels.index(row.label) for row in rows])
-
-
-def _on_a_gpu(model: Any) -> bool:
-    return bool(model.device.type == "cuda")
 
 
 def _mean_loss(output: Any, labels: Tensor) -> Tensor:
