@@ -208,3 +208,10 @@ def test_the_table_of_capabilities_is_what_was_probed():
         assert found["ia3"] == "yes", row
     probes = re.findall(r'^@probe\("(.*)"\)$', (ROOT / "benchmarks" / "capabilities.py").read_text(), re.MULTILINE)
     assert [row for row in rows if row in probes] == probes
+
+
+def test_the_count_of_pefts_own_tests_is_measured():
+    total = json.loads((ROOT / "benchmarks" / "results" / "peft_own_tests.json").read_text())["total"]
+    said = f"{total['passed']:,} of {total['passed'] + total['failed']:,} pass"
+    assert said in (ROOT / "docs" / "from-peft.md").read_text()
+    assert total["passed"] >= 1450
