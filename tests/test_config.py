@@ -135,7 +135,7 @@ def test_unknown_field_that_says_nothing_is_dropped(tmp_path, value):
     assert PeftConfig.from_pretrained(tmp_path).target_modules == {"k"}
 
 
-@pytest.mark.parametrize("value", [True, 1, 0.5, "x", [None], {"a": None}])
+@pytest.mark.parametrize("value", [True, 0, 0.0, 1, 0.5, "x", [None], {"a": None}])
 def test_unknown_field_with_any_value_is_refused(tmp_path, value):
     _write_ia3(tmp_path, strange=value)
     with pytest.raises(ValueError, match="strange"):

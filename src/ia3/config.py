@@ -18,9 +18,6 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose format this library writes, and against which it is compared."""
 
-# A key that another library wrote and this one doesn't know may be dropped only where it says nothing.
-_SAYS_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
-
 
 class PeftType(StrEnum):
     """The fine-tuning methods that this library knows: (IA)³ alone."""
@@ -168,7 +165,7 @@ class PeftConfig:
             )
         known = {f.name for f in fields(IA3Config)}
         unknown = {key: value for key, value in content.items() if key not in known}
-        telling = {key: value for key, value in unknown.items() if value not in _SAYS_NOTHING}
+        telling = {key: value for key, value in unknown.items() if not _says_nothing(value)}
         # Other methods of PEFT have these fields and write them empty; layer 0 is not empty.
         for key in ("layers_to_transform", "layers_pattern"):
             if isinstance(content.get(key), bool | str | list | dict) and not content[key]:
@@ -320,3 +317,8 @@ def _no_adapter(directory: Path, subfolder: str | None) -> str:
 
 def _is_among(name: str, targets: set[str]) -> bool:
     return any(f".{target}".endswith(f".{name}") or f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field that this library doesn't know may be dropped: a number, 0 too, says something."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
