@@ -220,7 +220,8 @@ class Hub:
         repository = self.repositories[name]
         number = repository.branches.get(revision, revision)
         siblings = [{"rfilename": path} for path in files]
-        return {"id": name, "modelId": name, "sha": number, "private": repository.private, "siblings": siblings}
+        told = {"sha": number, "private": repository.private, "tags": [], "siblings": siblings}
+        return {"id": name, "modelId": name, **told}
 
     def _resolve(self, request: Request, name: str, revision: str, path: str) -> Any:
         files = self._files(request, name, revision)

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ia3 import IA3Config, TaskType
-from ia3.card import add_results, write_card
+from ia3.card import add_results, update_card, write_card
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +119,33 @@ def test_a_card_without_metadata_gets_some(tmp_path):
     card = ModelCard((tmp_path / "README.md").read_text())
     assert card.data.library_name == "peft"
     assert "just words" in card.text
+
+
+def test_a_trainers_text_is_kept_and_how_to_load_added_once(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(
+        "---\nlibrary_name: transformers\nbase_model: bundled:my-t5\ntags: generated_from_trainer\n---\n"
+        "# Run 5\n\nOn the my-data dataset.\n"
+    )
+    config = IA3Config(task_type="SEQ_2_SEQ_LM", base_model_name_or_path="bundled:my-t5")
+    update_card(tmp_path, config, ["mine"])
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    assert card.text.startswith("# Run 5\n\nOn the my-data dataset.\n\n## Loading\n")
+    assert "model = AutoPeftModelForSeq2SeqLM.from_pretrained(adapter)" in card.text
+    assert card.data.tags == ["generated_from_trainer", "ia3", "mine"]
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)  # the hub refuses such a base
+    once = path.read_bytes()
+    update_card(tmp_path, config, ["mine"])
+    assert path.read_bytes() == once
+
+
+def test_updating_makes_a_card_where_there_is_none(tmp_path):
+    config = IA3Config(task_type="SEQ_2_SEQ_LM", base_model_name_or_path="org/base")
+    (tmp_path / "updated").mkdir()
+    update_card(tmp_path / "updated", config, [])
+    (tmp_path / "written").mkdir()
+    write_card(tmp_path / "written", config)
+    assert (tmp_path / "updated" / "README.md").read_bytes() == (tmp_path / "written" / "README.md").read_bytes()
 
 
 def test_results_are_put_in_once_and_what_stands_behind_stays(tmp_path):

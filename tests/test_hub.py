@@ -11,11 +11,10 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from huggingface_hub import ModelCard
 
 from builders import SEQ2SEQ, adapted, randomise, seq2seq_batch, t5
 from hub_stand_in import Hub, running_hub
-from ia3 import AutoPeftModelForSeq2SeqLM, IA3Config, PeftConfig, PeftModel
+from ia3 import AutoPeftModelForSeq2SeqLM, IA3Config, PeftConfig, PeftModel, as_peft_model
 from test_docs import ON_THE_HUB, run_page
 
 TOKEN = "hf_secret0123456789"
@@ -42,11 +41,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """`client(function, …)`: call it in the process that knows the hub, and give what it returned."""
-    home = tmp_path_factory.mktemp("home")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.MonkeyPatch.context() as environment:
+@contextmanager
+def client_of(hub: Hub, home: Path, first: str = "") -> Iterator[Client]:
+    """A process that knows the hub and ran the code `first` before it imported anything."""
+    with (
+        ProcessPoolExecutor(1, get_context("spawn"), initializer=exec, initargs=(first,)) as pool,
+        pytest.MonkeyPatch.context() as environment,
+    ):
         for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
             environment.delenv(name, raising=False)
         for name, value in {
@@ -60,6 +61,13 @@ def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clien
             environment.setenv(name, value)
         pool.submit(torch.set_num_threads, 1).result()
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="module")
+def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """`client(function, …)`: call it in the process that knows the hub, and give what it returned."""
+    with client_of(hub, tmp_path_factory.mktemp("home")) as client:
+        yield client
 
 
 @pytest.fixture
@@ -123,30 +131,6 @@ def load_beside(repository: str, **how: Any) -> list[Any]:
     return logits(model)
 
 
-def train_and_push(folder: str, repository: str, *, wrapped: bool, without_peft: bool) -> list[Any]:
-    """The model after transformers' Trainer trained it and pushed what it left; its outputs."""
-    from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
-
-    from ia3 import as_peft_model
-
-    model = tiny()
-    arguments = TrainingArguments(
-        output_dir=folder, hub_model_id=repository, hub_token=TOKEN, max_steps=2, learning_rate=0.05, report_to=[],
-        save_strategy="no", disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 1]] * 4, "labels": [[8, 9, 1]] * 4})
-    trainer = Trainer(model=as_peft_model(model) if wrapped else model, args=arguments, train_dataset=data)
-    trainer.train()
-    answers = {"return_value": not without_peft}
-    with (
-        patch("transformers.trainer.is_peft_available", **answers),
-        patch("transformers.trainer_utils.is_peft_available", **answers),
-    ):
-        trainer.push_to_hub()
-    return logits(model)
-
-
 def what_was_said(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Everything that a call logs at the lowest level or prints."""
     said = io.StringIO()
@@ -184,21 +168,6 @@ def test_pushed_and_loaded_by_name(client: Client, hub: Hub, fresh: str) -> None
     config = client(PeftConfig.from_pretrained, "me/plain", cache_dir=fresh)
     assert (config.base_model_name_or_path, config.task_type) == (BASE, "SEQ_2_SEQ_LM")
     assert "me/base" in ModelCard(hub.repositories["me/plain"].at("main")["README.md"].decode()).data.base_model
-
-
-@pytest.mark.parametrize(("wrapped", "without_peft"), [(True, False), (False, False), (False, True)])
-def test_trainer_pushes_the_adapter_with_its_card(
-    client: Client, hub: Hub, fresh: str, tmp_path: Path, wrapped: bool, without_peft: bool
-) -> None:
-    repository = f"me/trained-{wrapped}-{without_peft}".lower()
-    expected = client(train_and_push, str(tmp_path), repository, wrapped=wrapped, without_peft=without_peft)
-    files = hub.repositories[repository].at("main")
-    assert {*OWN_FILES} <= {*files}
-    assert "model.safetensors" not in files
-    card = ModelCard(files["README.md"].decode())
-    assert (card.data.library_name, card.data.base_model) == ("peft", BASE)
-    assert "Training hyperparameters" in card.text
-    assert client(load_both, repository, cache_dir=fresh) == expected
 
 
 def test_peft_loads_it_by_name(client: Client, fresh: str) -> None:
@@ -285,6 +254,77 @@ def run_the_page(folder: Path) -> None:
 def test_the_page_of_the_documentation_runs(client: Client, hub: Hub, tmp_path: Path) -> None:
     client(run_the_page, tmp_path)
     assert hub.repositories["me/reviews-ia3"].private
+
+
+# transformers' Trainer
+
+
+def train_and_push(repository: str, folder: Path, base: str = BASE, bridged: bool = False) -> list[Any]:
+    """Train, pushing each checkpoint, and push at the end; the trained model's outputs."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    model = t5()
+    model.name_or_path = model.config._name_or_path = base
+    model = adapted(model)
+    model.add_model_tags(["mine"])
+    batch = seq2seq_batch(4)
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        save_steps=1,
+        learning_rate=0.05,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        push_to_hub=True,
+        hub_model_id=repository,
+        hub_token=TOKEN,
+    )
+    trainer = Seq2SeqTrainer(
+        as_peft_model(model) if bridged else model,
+        arguments,
+        train_dataset=[{key: value[i] for key, value in batch.items()} for i in range(4)],
+    )
+    trainer.train()
+    trainer.push_to_hub(tags="reviews")
+    return logits(model)
+
+
+def check_what_a_trainer_pushed(hub: Hub, repository: str) -> ModelCard:
+    files = hub.repositories[repository].at("main")
+    assert set(OWN_FILES) <= set(files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert set(card.data.tags) == {"generated_from_trainer", "ia3", "mine", "reviews"}
+    assert "### Training hyperparameters" in card.text  # Trainer's own
+    assert "model = AutoPeftModelForSeq2SeqLM.from_pretrained(adapter)" in card.text
+    return card
+
+
+@pytest.mark.parametrize("bridged", [False, True])
+def test_a_trainer_pushes(client: Client, hub: Hub, tmp_path: Path, fresh: str, bridged: bool) -> None:
+    expected = client(train_and_push, "me/trained", tmp_path / "run", bridged=bridged)
+    card = check_what_a_trainer_pushed(hub, "me/trained")
+    assert card.data.base_model == BASE
+    assert client(load_both, "me/trained", cache_dir=fresh) == expected
+    assert client(load_in_peft, "me/trained", cache_dir=fresh) == expected
+
+
+def test_a_trainer_pushes_without_peft(
+    hub: Hub, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, fresh: str
+) -> None:
+    with client_of(hub, tmp_path_factory.mktemp("home"), "import sys; sys.modules['peft'] = None") as client:
+        expected = client(train_and_push, "me/alone", tmp_path / "run")
+        assert client(load_both, "me/alone", cache_dir=fresh) == expected
+    assert check_what_a_trainer_pushed(hub, "me/alone").data.base_model == BASE
+
+
+def test_a_trainers_base_that_the_hub_cannot_name_does_not_stop_the_push(
+    client: Client, hub: Hub, tmp_path: Path
+) -> None:
+    client(train_and_push, "me/local-trained", tmp_path / "run", base="bundled:flan-t5-small-titler")
+    card = check_what_a_trainer_pushed(hub, "me/local-trained")
+    assert card.data.base_model is None
 
 
 # What is missing

@@ -164,7 +164,7 @@ def attach(
     _check_name(name, state)
     found = find_sites(model, config, loading=loading)
     for site in found.layout.sites:
-        _check_free(model.get_submodule(site.path), site)
+        _check_free(model.get_submodule(site.path), site, state)
     copies = {path: _copy_for_itself(model.get_submodule(path)) for path in found.saved}
     if not state.adapters:
         _freeze_base(model, state)
@@ -363,11 +363,17 @@ def _check_name(name: str, state: Attached) -> None:
         )
 
 
-def _check_free(module: nn.Module, site: Site) -> None:
+def _check_free(module: nn.Module, site: Site, state: Attached) -> None:
     taken = getattr(module, VECTORS, None)
     if taken is not None and not isinstance(taken, SiteVectors):
         raise ValueError(
             f"{site.path} already has an attribute {VECTORS!r} of another library: unload that adapter first."
+        )
+    others = sorted(set(taken._parameters) - set(state.adapters)) if isinstance(taken, SiteVectors) else ()
+    if others:
+        raise ValueError(
+            f"{site.path} carries {others} already, attached to the model around or inside this one: add to that one "
+            "with add_adapter, or unload() it first."
         )
 
 
@@ -472,10 +478,9 @@ def hold_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     Raises:
         ValueError: another library's vectors are there; the model is then unchanged.
     """
-    sites = list(sites)
+    sites, state = list(sites), attached(model)
     for site in sites:
-        _check_free(model.get_submodule(site.path), site)
-    state = attached(model)
+        _check_free(model.get_submodule(site.path), site, state)
     for site in sites:
         state.placement.hold_site(model, site).sides[_table_holds(site.side)] = site.side
     _watch(model)

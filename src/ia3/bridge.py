@@ -1,133 +1,221 @@
-"""A `peft.PeftModel` around an adapted model, for libraries that ask for one by its class.
+"""An adapted model as an object of PEFT's own class, for libraries that ask for one.
 
-transformers' Trainer and TRL ask `isinstance(model, peft.PeftModel)` and then rely on PEFT's structure: names that
-begin with `base_model.model.`, and `model.base_model.model` for the base. An adapted model is the base's own object,
-whose `base_model` is what transformers means by it, so it can't be both. This wrapper is: it holds nothing of its own,
-and all that is asked of it is asked of the model inside.
+An adapted model is the base's own object, and its `base_model` is what transformers means by it. Libraries that ask
+`isinstance(model, peft.PeftModel)` go on to read `model.base_model.model` and parameters named after it, so the answer
+can't be made true of that object alone: a thin one around it has both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from ia3 import adapter as adapters
+from ia3.adapter import copy_values, get_adapter
 from ia3.checkpoint import PREFIX
 from ia3.config import PeftConfig
 from ia3.model import PeftModel
-from ia3.sites import VECTORS
-
-if TYPE_CHECKING:
-    import peft
 
 
-def as_peft_model(model: PeftModel) -> peft.PeftModel:
-    """A `peft.PeftModel` that is the adapted model under another class, as TRL's trainers want it.
+def as_peft_model(model: PeftModel) -> Any:
+    """Wrap an adapted model in an instance of `peft.PeftModel`, for TRL and others that ask for one.
+
+    The wrapper holds nothing: weights, adapters, their configuration and their methods are the model's, so what is done
+    to one is done to both. `get_base_model()` gives the adapted model back.
 
     Args:
-        model: an adapted model. It stays what it is and is trained through the wrapper; save, merge or push either.
+        model: a model made by `get_peft_model` or `PeftModel.from_pretrained`.
 
     Returns:
-        An instance of a subclass of `peft.PeftModel`. Its parameters are the model's own, named as PEFT names them.
+        A `peft.PeftModel`, of PEFT's class for the adapter's task, whose parameters are named
+        `base_model.model.<name in the model>`.
 
     Raises:
+        ImportError: PEFT is not installed.
         TypeError: the model carries no adapter.
-        ImportError: `peft` is not installed.
 
     Example:
-        >>> model = ia3.get_peft_model(model, ia3.IA3Config(task_type="CAUSAL_LM"))
-        >>> trainer = DPOTrainer(model=ia3.as_peft_model(model), ref_model=None, args=args, train_dataset=pairs)
+        >>> model = get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+        >>> trainer = DPOTrainer(as_peft_model(model), args=arguments, train_dataset=data)
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"as_peft_model takes an adapted model, got {type(model).__name__}: call get_peft_model first.")
-    wrapper = _wrapper_class().__new__(_wrapper_class())
-    nn.Module.__init__(wrapper)
-    wrapper.base_model = _Tuner(model)
-    return wrapper.train(model.training)
+    if isinstance(model, _Bridge):
+        return model
+    if not isinstance(model, PeftModel) or not model.peft_config:
+        raise TypeError(
+            f"as_peft_model takes a model with an adapter, got {type(model).__name__}: call ia3.get_peft_model(model, "
+            "config) or ia3.PeftModel.from_pretrained(model, path) first."
+        )
+    return _bridge_class(model._ia3_mixin.__name__)(model)
+
+
+class _FromModel:
+    """An attribute that is the adapted model's, method or property; it can be set where the model's can."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, bridge: Any, owner: type) -> Any:
+        return self if bridge is None else getattr(bridge.get_base_model(), self.name)
+
+    def __set__(self, bridge: Any, value: Any) -> None:
+        setattr(bridge.get_base_model(), self.name, value)
 
 
 class _Tuner(nn.Module):
-    """What stands between the wrapper and the model, where PEFT has its tuner."""
+    """What PEFT's wrapper calls `base_model`: the object whose `model` is the model."""
 
-    prefix = f"{VECTORS.partition('_')[0]}_"
+    prefix = "ia3_"  # by which vectors are told from weights in parameters' names
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        self.training = model.training
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model":  # not there yet
                 raise
             return getattr(self.model, name)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
-# Methods that the model has itself. Whatever peft's class doesn't define is found on the model anyway.
-_METHODS = (
-    *("forward", "generate", "save_pretrained", "push_to_hub", "create_or_update_model_card", "load_adapter"),
-    *("set_adapter", "delete_adapter", "set_requires_grad", "disable_adapter", "get_base_model"),
-    *("get_nb_trainable_parameters", "print_trainable_parameters", "get_layer_status", "get_model_status"),
-)
-_ATTRIBUTES = (
-    *("peft_config", "peft_type", "active_adapters", "active_adapter", "active_peft_config", "modules_to_save"),
-    *("base_model_torch_dtype", "has_active_enabled_adapter"),
-)
+
+class _Bridge(nn.Module):
+    """The members of PEFT's class, each given by the adapted model. Mixed into PEFT's classes by `_bridge_class`."""
+
+    base_model: _Tuner
+    _is_prompt_learning = False
+
+    def __init__(self, model: PeftModel) -> None:
+        nn.Module.__init__(self)
+        self.base_model = _Tuner(model)
+        self.training = model.training
+
+    def get_base_model(self) -> Any:
+        """The adapted model."""
+        return self.base_model.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return as_peft_model, (self.get_base_model(),)
+
+    # The model's own
+
+    active_adapter = _FromModel()
+    active_adapters = _FromModel()
+    active_peft_config = _FromModel()
+    add_weighted_adapter = _FromModel()
+    base_model_torch_dtype = _FromModel()
+    create_or_update_model_card = _FromModel()
+    delete_adapter = _FromModel()
+    disable_adapter = _FromModel()
+    generate = _FromModel()
+    get_layer_status = _FromModel()
+    get_model_status = _FromModel()
+    get_nb_trainable_parameters = _FromModel()
+    merge_adapter = _FromModel()
+    merge_and_unload = _FromModel()
+    modules_to_save = _FromModel()
+    peft_config = _FromModel()
+    peft_type = _FromModel()
+    prepare_inputs_for_generation = _FromModel()
+    print_trainable_parameters = _FromModel()
+    push_to_hub = _FromModel()
+    set_adapter = _FromModel()
+    set_requires_grad = _FromModel()
+    unload = _FromModel()
+    unmerge_adapter = _FromModel()
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        state = self.get_base_model()._state
+        return state.enabled and bool(state.active)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # vectors multiply; LoRA adds
+
+    # With a word of their own
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """As the model's; "ref", added with the very configuration of "default", begins as a copy of it.
+
+        That is how TRL makes the reference of an adapter that it trains on. It copies parameters with ".default." in
+        their names, where the name of a vector ends with "default".
+        """
+        model = self.get_base_model()
+        model.add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if adapter_name == "ref" and peft_config is model.peft_config.get("default"):
+            copy_values(model, get_adapter(model, "default"), get_adapter(model, "ref"))
+
+    def get_output_embeddings(self) -> Any:
+        """The model's output head.
+
+        Raises:
+            ValueError: an adapter has a vector there. Who asks for the head multiplies by its weight instead of calling
+                it, so the vector would neither act nor be trained.
+        """
+        model = self.get_base_model()
+        head = model.get_output_embeddings()
+        for name, adapter in model._state.adapters.items():
+            held = {site.path: model._state.placement.site_module(site.path) for site in adapter.layout.sites}
+            at_head = [path for path, module in held.items() if module is head]
+            if at_head:
+                raise ValueError(
+                    f"The adapter {name!r} has a vector at the output head {at_head[0]}, and this trainer reads the "
+                    "head's weight instead of calling it: the vector would neither act nor be trained. Leave "
+                    f"{at_head[0]} out of target_modules."
+                )
+        return head
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As the model's; of a Trainer's `checkpoint-N`, which holds all adapters, the one of that name."""
+        own = Path(model_id, adapter_name)
+        is_trainers = Path(model_id).name.startswith("checkpoint-") and own.is_dir()
+        return self.get_base_model().load_adapter(own if is_trainers else model_id, adapter_name, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As the model's; `state_dict` is the wrapper's."""
+        if state_dict is not None:
+            kwargs["state_dict"] = {key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
+        self.get_base_model().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; keys without the prefix, as a Trainer's `model.safetensors` has them, are the model's."""
+        if state_dict and not any(key.startswith(PREFIX) for key in state_dict):
+            return self.get_base_model().load_state_dict(state_dict, strict, assign)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return as_peft_model(PeftModel.from_pretrained(model, *args, **kwargs))
 
 
 @cache
-def _wrapper_class() -> Any:
+def _bridge_class(name: str) -> Any:
+    """The bridge to PEFT's class of that name.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
     try:
         import peft
     except ImportError as error:
         raise ImportError(
-            "as_peft_model makes a peft.PeftModel, and peft is not installed: pip install peft. Without it Trainer and "
-            "TRL can't ask for one either, so hand them the model itself."
+            "as_peft_model makes an instance of PEFT's class, and peft is not installed: pip install peft."
         ) from error
-
-    def method(name: str) -> Callable[..., Any]:
-        def ask(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-            inner = wrapper.base_model.model
-            return inner(*args, **kwargs) if name == "forward" else getattr(inner, name)(*args, **kwargs)
-
-        ask.__name__, ask.__doc__ = name, getattr(getattr(PeftModel, name, None), "__doc__", None)
-        return ask
-
-    def attribute(name: str) -> property:
-        return property(
-            lambda wrapper: getattr(wrapper.base_model.model, name),
-            lambda wrapper, value: setattr(wrapper.base_model.model, name, value),
-        )
-
-    members: dict[str, Any] = {name: method(name) for name in _METHODS}
-    members |= {name: attribute(name) for name in _ATTRIBUTES}
-    members |= {"add_adapter": _add_adapter, "load_state_dict": _load_state_dict}
-    members |= {"__module__": __name__, "_is_prompt_learning": False, "_peft_config": None}
-    return type("PeftModel", (peft.PeftModel,), members)
-
-
-def _add_adapter(wrapper: Any, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-    """The model's own. Given the very configuration of one of its adapters, it copies that adapter.
-
-    So TRL makes a reference of an adapter that was trained before, and copies itself what has `.default.` in its name;
-    a vector's name ends with `.default`.
-    """
-    model = wrapper.base_model.model
-    source = next((name for name, config in model.peft_config.items() if config is peft_config), None)
-    model.add_adapter(adapter_name, peft_config, *args, **kwargs)
-    if source is not None:
-        old, new = (adapters.get_adapter(model, name) for name in (source, adapter_name))
-        adapters.copy_values(model, old, new)
-
-
-def _load_state_dict(wrapper: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Names with PEFT's prefix or, as in a checkpoint of the model without the wrapper, without it."""
-    plain = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
-    return wrapper.base_model.model.load_state_dict(plain, *args, **kwargs)
+    return type(name, (_Bridge, getattr(peft, name)), {"__module__": __name__, "__doc__": _Bridge.__doc__})

@@ -29,7 +29,8 @@ Vectors learned with (IA)³ (Liu et al. 2022, arXiv:2205.05638) for the frozen b
 | what was trained | |
 |---|---|
 {trained}
-
+{section}"""
+_SECTION = """
 ## Loading
 
 ```python
@@ -62,13 +63,39 @@ def write_card(directory: Path, config: IA3Config) -> None:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     else:
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{_text(config)}")
-    data: Any = card.data
+    _update_metadata(card.data, config, {"ia3"})
+    write_atomically(path, str(card).encode())
+
+
+def update_card(directory: Path, config: IA3Config, tags: Iterable[str]) -> None:
+    """Bring the `README.md` that a Trainer wrote up to date: its metadata, and how to load the adapter behind its text.
+
+    Args:
+        directory: where the card stands, or is to stand.
+        config: the adapter's.
+        tags: the model's own, beside those that the card has.
+    """
+    from huggingface_hub import ModelCard
+
+    path = directory / "README.md"
+    if not path.is_file():
+        write_card(directory, config)
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    _update_metadata(card.data, config, {"ia3", *tags})
+    if "from ia3 import" not in card.text:
+        card.text = f"{card.text.rstrip()}\n{_section(config)}"
+    write_atomically(path, str(card).encode())
+
+
+def _update_metadata(data: Any, config: IA3Config, tags: set[str]) -> None:
     data.library_name = "peft"
-    data.tags = sorted({*(data.tags or ()), "ia3"})
+    present = [data.tags] if isinstance(data.tags, str) else data.tags or ()
+    data.tags = sorted({*present, *tags})
     base = config.base_model_name_or_path
     if base and _is_on_hub(base):
         data.base_model = base
-    write_atomically(path, str(card).encode())
+    elif base and data.get("base_model") == base:  # a Trainer names any; the hub refuses the card
+        data.base_model = None
 
 
 def add_tags(directory: Path, tags: Iterable[str]) -> None:
@@ -135,15 +162,22 @@ def _is_on_hub(name: str) -> bool:
 
 def _text(config: IA3Config) -> str:
     base = config.base_model_name_or_path or ""
-    bundled = base.startswith(PREFIX)
-    if not bundled and not _is_on_hub(base):
+    if not base.startswith(PREFIX) and not _is_on_hub(base):
         base = Path(base).name  # a path on the author's machine is nobody else's business
-    loader = _LOADER[config.task_type] if base else "PeftModel"
     return _TEXT.format(
         base=base or "a model of your own",
         trained="\n".join(f"| {what} | {names} |" for what, names in _trained(config).items()),
+        section=_section(config),
+    )
+
+
+def _section(config: IA3Config) -> str:
+    """How to load the adapter."""
+    base = config.base_model_name_or_path or ""
+    loader = _LOADER[config.task_type] if base else "PeftModel"
+    return _SECTION.format(
         code=(_WITH_BASE if base else _ONTO_BASE).format(loader=loader),
-        peft=_ONLY_HERE if bundled else _IN_PEFT.format(name=loader),
+        peft=_ONLY_HERE if base.startswith(PREFIX) else _IN_PEFT.format(name=loader),
     )
 
 

@@ -419,12 +419,13 @@ def _pickled(tensors: Tensors) -> bytes:
 
 
 def embeddings(model: nn.Module) -> list[tuple[str, Any]]:
-    """The input and output embeddings with their paths."""
+    """The input and output embeddings with their paths, those of the base where an adapter trains them in full."""
     wanted = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):  # a model without words
             wanted.append(getattr(model, getter)())
-    return [(path, module) for path, module in model.named_modules() if any(module is w for w in wanted)]
+    found = [path for path, module in model.named_modules() if any(module is w for w in wanted)]
+    return [(own, model.get_submodule(own)) for own in (path.partition(f".{SAVED_COPIES}.")[0] for path in found)]
 
 
 def _was_resized(model: nn.Module) -> bool:

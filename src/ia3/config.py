@@ -79,6 +79,19 @@ class PeftConfig:
         return False
 
     @property
+    def trainable_token_indices(self) -> None:
+        """A field of other methods, which `peft.get_peft_model_state_dict` asks for after it has looked for PEFT's layers;
+        it found none, and would give an empty dictionary.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "PEFT's functions see no adapter in a model of ia3: call ia3's of the same name, such as "
+            "ia3.get_peft_model_state_dict(model)."
+        )
+
+    @property
     def is_adaption_prompt(self) -> bool:
         """False, as `is_prompt_learning`."""
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ia3 import adapter as adapters
 from ia3 import merging, storage
 from ia3.arithmetic import CombinationType, combine
-from ia3.card import add_tags, write_card
+from ia3.card import add_tags, update_card, write_card
 from ia3.checkpoint import (
     Tensors,
     embeddings,
@@ -162,8 +162,11 @@ class PeftModel(Swapped):
 
     @classmethod
     def members_over(cls, old: type[nn.Module]) -> dict[str, Any]:
-        """The base's forward, which in training gives its loss by hand where that is right."""
-        return {"forward": with_loss_by_hand(old)} if may_be_by_hand(old) else {}
+        """The base's forward, which in training gives its loss by hand where that is right, and its output head."""
+        members = {"forward": with_loss_by_hand(old)} if may_be_by_hand(old) else {}
+        if hasattr(old, "get_output_embeddings"):
+            members["get_output_embeddings"] = _with_acting_head(old)
+        return members
 
     # Loading and saving
 
@@ -382,9 +385,15 @@ class PeftModel(Swapped):
             )
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
-        """Write the model card, or bring the metadata of the one in the folder up to date: transformers' Trainer asks
-        for this after it has written its own text."""
-        write_card(Path(output_dir), self.active_peft_config)
+        """Bring the card in a folder up to date, or make one; Trainer calls it after it has written its own.
+
+        The text that stands there is kept, and how to load the adapter is added where it doesn't say so.
+
+        Args:
+            output_dir: the folder of `README.md`.
+        """
+        config = self.peft_config[self.active_adapters[0] if self._state.active else min(self.peft_config)]
+        update_card(Path(output_dir), config, getattr(self, "model_tags", None) or ())
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -828,6 +837,18 @@ def become_adapted(model: nn.Module, cls: type[PeftModel]) -> PeftModel:
     model.register_forward_hook(_forget_adapter_names, always_call=True)
     model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
     return model
+
+
+def _with_acting_head(old: Any) -> Callable[..., Any]:
+    def get_output_embeddings(self: PeftModel) -> Any:
+        """The base's head, or the active adapter's copy where it trains it in full.
+
+        Losses that read the head's weight instead of calling it then train the copy.
+        """
+        head = old.get_output_embeddings(self)
+        return head.acting if isinstance(head, SavedModule) else head
+
+    return get_output_embeddings
 
 
 def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:

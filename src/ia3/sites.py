@@ -299,7 +299,8 @@ def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterato
     """Every linear layer but the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in candidates.items():
-        if module is not head and layer_widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
+        is_head = any(inner is head for inner in module.modules())  # the head, or what holds its copy trained in full
+        if not is_head and layer_widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
             yield path
 
 

@@ -101,6 +101,11 @@ class SavedModule(Swapped):
         output = chosen(*_cast(args, weight.dtype, its.dtype), **_cast(kwargs, weight.dtype, its.dtype))
         return _cast(output, its.dtype, weight.dtype)
 
+    @property
+    def acting(self) -> nn.Module:
+        """The active adapter's copy, or this module where there is none."""
+        return self if self._ia3_active_copy is None else self.modules_to_save[self._ia3_active_copy]
+
     def _forward_by_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each example through its own adapter's copy, or through this module where its adapter has none."""
         if not args or not isinstance(args[0], torch.Tensor) or len(args) > 1 or kwargs:
