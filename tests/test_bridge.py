@@ -305,3 +305,23 @@ def test_accelerates_state_comes_back(tmp_path):
     accelerator.load_state(str(tmp_path))
     assert same(vectors(model), expected)
     assert accelerator.unwrap_model(bridge).get_base_model() is model
+
+
+# transformers' own adapter methods
+
+
+def test_each_adapter_method_of_transformers_is_ours_or_says_what_is(model):
+    from transformers.integrations import PeftAdapterMixin
+
+    public = {name for name, member in vars(PeftAdapterMixin).items() if name[0] != "_" and callable(member)}
+    assert public - set(vars(PeftModel)) == {"enable_peft_hotswap"}
+    with pytest.raises(NotImplementedError, match=r"enable_peft_hotswap works on PEFT's layers.*call load_adapter"):
+        model.enable_peft_hotswap()
+
+
+def test_a_configuration_of_ours_given_to_transformers_add_adapter(model):
+    base = llama()
+    with pytest.raises(TypeError, match="should be an instance of PeftConfig"):
+        base.add_adapter(IA3Config(**CAUSAL))
+    again = get_peft_model(base, IA3Config(**CAUSAL))  # it left nothing in the way
+    assert again.active_adapters == ["default"]

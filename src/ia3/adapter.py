@@ -480,7 +480,7 @@ def hold_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """
     sites, state = list(sites), attached(model)
     for site in sites:
-        _check_free(model.get_submodule(site.path), site, state)
+        _check_free(model.get_submodule(site.path), site, attached(model))
     for site in sites:
         state.placement.hold_site(model, site).sides[_table_holds(site.side)] = site.side
     _watch(model)

@@ -53,6 +53,22 @@ from ia3.swap import SavedModule, Swapped, swap, swap_back
 # What scripts pass along although it concerns the base model, which is loaded by then.
 _BASE_ARGUMENTS = {"device_map", "dtype", "max_memory", "offload_dir", "offload_folder", "offload_index", "torch_dtype"}
 
+# The adapter methods of transformers' and diffusers' models that no method of the same name stands before. They go
+# through PEFT's layers, so they would do nothing, or forget the adapters that go on acting.
+_INSTEAD = {
+    "delete_adapters": "delete_adapter(name)",
+    "disable_lora": "disable_adapters()",
+    "enable_lora": "enable_adapters()",
+    "enable_lora_hotswap": "load_adapter(path, name), which takes a name that is there",
+    "enable_peft_hotswap": "load_adapter(path, name), which takes a name that is there",
+    "fuse_lora": "merge_adapter()",
+    "load_lora_adapter": "load_adapter(path, name), or unload() before you load a LoRA",
+    "save_lora_adapter": "save_pretrained(folder)",
+    "set_adapters": "set_adapter(name)",
+    "unfuse_lora": "unmerge_adapter()",
+    "unload_lora": "unload()",
+}
+
 
 def get_peft_model(
     model: nn.Module,
@@ -162,11 +178,12 @@ class PeftModel(Swapped):
 
     @classmethod
     def members_over(cls, old: type[nn.Module]) -> dict[str, Any]:
-        """The base's forward, which in training gives its loss by hand where that is right, and its output head."""
+        """The base's forward, which in training gives its loss by hand where that is right, its output head, and
+        refusals of its adapter methods that would find nothing."""
         members = {"forward": with_loss_by_hand(old)} if may_be_by_hand(old) else {}
         if hasattr(old, "get_output_embeddings"):
             members["get_output_embeddings"] = _with_acting_head(old)
-        return members
+        return members | {name: _refusing(name) for name in _INSTEAD if hasattr(old, name)}
 
     # Loading and saving
 
@@ -849,6 +866,15 @@ def _with_acting_head(old: Any) -> Callable[..., Any]:
         return head.acting if isinstance(head, SavedModule) else head
 
     return get_output_embeddings
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def refused(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} works on PEFT's layers, of which a model of ia3 has none: call {_INSTEAD[name]}."
+        )
+
+    return refused
 
 
 def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:
