@@ -80,8 +80,8 @@ class PeftConfig:
 
     @property
     def trainable_token_indices(self) -> None:
-        """A field of other methods, which `peft.get_peft_model_state_dict` asks for after it has looked for PEFT's layers;
-        it found none, and would give an empty dictionary.
+        """A field of other methods. `peft.get_peft_model_state_dict` asks for it after it has looked for PEFT's layers,
+        found none, and would give an empty dictionary.
 
         Raises:
             TypeError: always.
