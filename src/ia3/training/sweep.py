@@ -177,12 +177,13 @@ def sweep(
     settings = [{key: _value(each, key) for key in keys} for each in recipes]
     common = recipes[0]
     kind = common.task or default_kind(load_config(common.model), common.model)
+    given_recipes = recipes  # whose task may have been left to the model
     recipes = [replace(each, task=kind, settings=settings_of(each.settings, kind)) for each in recipes]
     common = recipes[0]
     _refuse_what_is_not_swept(common.settings, kind)
     with folder_of(common) as output:
         _refuse_a_former(output)
-        data_of = _read_all(recipes, kind, console)
+        data_of = _read_all(given_recipes, kind, console)
         courses = _courses(recipes, kind, data_of, console)
         folders = [output / name for name in names_of(settings)]
         together = Together(courses, folders)

@@ -157,6 +157,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
         FileNotFoundError, ValueError: as `train`.
         Interrupted: as `train`.
     """
+    given = recipe  # whose task may have been left to the model
     kind = recipe.task or default_kind(load_config(recipe.model), recipe.model)
     recipe = replace(recipe, task=kind, settings=settings_of(recipe.settings, kind))
     if recipe.system is not None and kind is not TaskKind.INSTRUCTIONS:
@@ -164,7 +165,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
     with folder_of(recipe) as output:
         if not resuming:
             _refuse_unfinished(output)
-        training, test = read_data(recipe, kind, console, resuming=resuming)
+        training, test = read_data(given, kind, console, resuming=resuming)
         check_examples(kind, training, test)
         with console.status(f"Loading {recipe.model}"):
             tokenizer = load_tokenizer(recipe.model)
