@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -666,6 +667,7 @@ def _whole(site: Site) -> Site:
 
 
 def _watch(model: nn.Module) -> None:
+    _MODELS[model.__dict__["_ia3"].placement.token] = model
     if keep_in_place not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(keep_in_place)
         model.register_forward_hook(stop_listening, always_call=True)
@@ -692,11 +694,28 @@ def keep_in_place(model: nn.Module, args: Any) -> None:
         listen(model)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # done once, before modules are compiled
 def _settle(model: nn.Module) -> None:
-    placement = model.__dict__["_ia3"].placement
+    placement: Placement = model.__dict__["_ia3"].placement
+    if torch.compiler.is_compiling():
+        _settle_compiled(placement.token)
+        return
+    if placement.token not in _MODELS:  # a copy's
+        _MODELS[placement.token] = model
     placement.settle(model)
     placement.expect_all()
+
+
+# A compiler evaluates a function of constants once, before it looks at the modules; a model is no constant to it.
+_MODELS: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _settle_compiled(token: str) -> None:
+    model = _MODELS.get(token)
+    if model is not None:
+        placement: Placement = model.__dict__["_ia3"].placement
+        placement.settle(model)
+        placement.expect_all()
 
 
 LISTENS = "_ia3_listens"
@@ -717,7 +736,7 @@ def listen(model: nn.Module) -> None:
         placement = state.placement
         modules = {site.path: placement.site_module(site.path) for each in adapters for site in each.layout.sites}
         modules |= {path: placement.saved_module(path) for each in adapters for path in each.saved}
-        state.listener = Listener(model, placement, modules, training=training)
+        state.listener = Listener(model, modules, training=training)
 
 
 def stop_listening(model: nn.Module, args: Any, output: Any) -> None:

@@ -7,6 +7,7 @@ model's own record holds what was put where, and looks before each forward wheth
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ia3.hooks import SiteVectors, scale_input, scale_output
 from ia3.sites import SAVED_COPIES, VECTORS, Site, layer_widths, logger
 from ia3.swap import SavedModule, swap_back
 
+_TOKENS = itertools.count()
 # Modules that only hold others: nobody calls them.
 _HOLDERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -45,15 +47,17 @@ class Placement:
 
     Args:
         places: sites, modules trained in full and their copies, by the path of what they hold.
-        links: (parent, name, child) from the root, which is None, down to every place; None until it is looked at.
+        links: (a parent's children by name, name, child) from the root down to every place; None until it is looked at.
         lost: places whose module was replaced by one that can't take its place, and why.
         lock: held while places change and while they are looked for.
+        token: by which the model is told from others; a copy has its own.
     """
 
     places: dict[str, Place] = field(default_factory=dict)
-    links: list[tuple[nn.Module | None, str, nn.Module]] | None = None
+    links: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
     lost: dict[str, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+    token: str = field(default_factory=lambda: str(next(_TOKENS)))
 
     def __reduce__(self) -> tuple[type[Placement], tuple[dict[str, Place]]]:
         """A copy looks for its own links."""
@@ -135,11 +139,7 @@ class Placement:
     def settle(self, model: nn.Module) -> None:
         """Find again what a tool that replaced modules took from its place; what can't be found is in `lost`."""
         links = self.links  # another thread may forget them meanwhile
-        if (
-            links is not None
-            and not self.lost
-            and all((model if parent is None else parent)._modules.get(name) is child for parent, name, child in links)
-        ):
+        if links is not None and not self.lost and all(held.get(name) is child for held, name, child in links):
             return
         with self.lock:
             self.lost.clear()
@@ -203,22 +203,28 @@ def _copies(path: str) -> str:
     return f"{path}.{SAVED_COPIES}"
 
 
-def _links(model: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module | None, str, nn.Module]]:
-    """Each module's links up to the model, each once; the model itself is None, so that nothing refers to it."""
-    above: dict[nn.Module, tuple[nn.Module, str]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                above.setdefault(child, (parent, name))
+def _links(model: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """Each module's links up to the model, each once; they hold the model's dictionary, not the model."""
+    above = _parents(model)
     links = []
     seen: set[nn.Module] = {model}
     for module in modules:
         while module not in seen and module in above:
             seen.add(module)
             parent, name = above[module]
-            links.append((None if parent is model else parent, name, module))
+            links.append((parent._modules, name, module))
             module = parent
     return links
+
+
+def _parents(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """The first parent of each module below a model, and the module's name there."""
+    above: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                above.setdefault(child, (parent, name))
+    return above
 
 
 def _move_vectors(place: Place, now: nn.Module) -> None:
@@ -283,16 +289,13 @@ class Listener:
 
     Args:
         model: the model.
-        placement: where its vectors are.
         modules: those to listen for, by path.
         training: whether the forward is one of training.
     """
 
-    def __init__(
-        self, model: nn.Module, placement: Placement, modules: Mapping[str, nn.Module], *, training: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], *, training: bool) -> None:
         self.training, self.thread = training, threading.get_ident()
-        self.above = {child: model if parent is None else parent for parent, _, child in placement.links or ()}
+        self.above = {child: parent for child, (parent, _) in _parents(model).items()}
         self.modules = {path: module for path, module in modules.items() if module in self.above}
         self.called: set[nn.Module] = {model}
         wanted = {*self.modules.values(), *(self._around(module) for module in self.modules.values())}
