@@ -6,13 +6,25 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint docs mutants install clean
+.PHONY: quickstart test test-vllm lint docs mutants install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
 
 test: lint docs
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+# Not part of `test`: an environment of its own, 3.5 GB, for tests that start vLLM on the CPU.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.installed
+	cd plugins/vllm && OMP_NUM_THREADS=1 ../../$(VLLM)/bin/python -m pytest -c pyproject.toml
+
+$(VLLM)/.installed: plugins/vllm/requirements.lock plugins/vllm/pyproject.toml pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade "pip>=25"
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r plugins/vllm/requirements.lock
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable . --editable plugins/vllm
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,4 +47,4 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -605,3 +605,22 @@ def test_threads_register_drop_and_run_at_once(tiny, saved):
     assert len(seen) > 1
     assert rows.under_way == 0
     assert set(table) == {"steady", "changing"}
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_vectors_read_against_a_base_without_memory_are_those_of_the_attached_adapter(family, tiny, saved):
+    with torch.device("meta"):
+        bare = type(tiny(family))(tiny(family).config)
+    for content in CONTENTS:
+        digest, vectors = ia3.table.read_vectors(bare, saved(family) / content)
+        adapted = PeftModel.from_pretrained(tiny(family), saved(family) / content)
+        expected = ia3.get_peft_model_state_dict(adapted)
+        assert {f"base_model.model.{site.key}" for site in vectors} == set(expected)
+        for site, vector in vectors.items():
+            assert torch.equal(vector, expected[f"base_model.model.{site.key}"].reshape(-1))
+        assert digest == AdapterTable(tiny(family)).register("x", saved(family) / content)
+
+
+def test_vectors_of_another_base_are_not_read(tiny, saved):
+    with pytest.raises(ValueError, match="doesn't fit"):
+        ia3.table.read_vectors(tiny("llama", intermediate_size=40), saved("llama") / "a")

@@ -30,7 +30,7 @@ from ia3.checkpoint import (
     plain_tensors,
     read_in_parts,
     read_tensors,
-    renamed,
+    with_names_of_today,
 )
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.heads import check_brought, with_head
@@ -133,17 +133,15 @@ class AdapterTable:
         """
         self._check_name(name)
         text, header, data = _read(Path(path))
-        content = hashlib.sha256(len(text).to_bytes(8, "little") + text)
-        content.update(header)
-        about = content.digest()
-        content.update(data)
-        digest = content.hexdigest()
+        about, digest = _digests(text, header, data)
         held = self._registered.get(name)
         if held is not None and held.digest == digest:
             return digest
         form = self._forms.get(about)
         if form is None or form.size != len(data):
-            form = self._forms[about] = self._form_of(text, header, data, Path(path))
+            with self.lock:  # which other registrations hold while they change the model's modules
+                form = _form_of(self._model, text, header, data, Path(path))
+            self._forms[about] = form
         numbers = _numbers(form, header, data, Path(path))
         with self.lock:
             self._check_name(name)
@@ -246,33 +244,6 @@ class AdapterTable:
                 f"delete_adapter({name!r}) first."
             )
 
-    def _form_of(self, text: bytes, header: bytes, data: bytearray, path: Path) -> _Form:
-        """Check a file against its configuration and the model as loading an adapter does, all but the numbers."""
-        config = _config_of(text, path / CONFIG_NAME)
-        tensors = parse_tensors(header + data, path / SAFETENSORS_NAME)
-        dtypes = {tensor.dtype for tensor in tensors.values()}
-        with self.lock:  # which other registrations hold while they change the model's modules
-            mapping = getattr(self._model, "_checkpoint_conversion_mapping", None)
-            tensors = plain_tensors(renamed(tensors, mapping))
-            with_head(self._model, config)
-            self._refuse_whole_modules(config, tensors, path)
-            warn_of_other_base(self._model, config)
-            check_brought(self._model, config, tensors, "default")
-            found = find_sites(self._model, config, loading=True)
-            # A file has every channel, also of a fused projection.
-            sites = {site.key: replace(site, intervals=None) for site in found.layout.sites}
-            check_vectors(self._model, tensors, sites)
-        return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(data))
-
-    def _refuse_whole_modules(self, config: IA3Config, tensors: Tensors, path: Path) -> None:
-        held = [f"{place}.weight" for place, _ in embeddings(self._model) if f"{place}.weight" in tensors]
-        whole = config.modules_to_save or held
-        if whole:
-            raise ValueError(
-                f"The adapter in {path} holds modules in full ({', '.join(sorted(whole))}), not vectors alone: attach "
-                "it as an ordinary adapter, with PeftModel.from_pretrained or load_adapter."
-            )
-
     # Inside: where it is held
 
     def _take_place(self, form: _Form) -> None:
@@ -324,6 +295,63 @@ class AdapterTable:
             start = self._starts[site]
             row[start : start + site.width] = part
         return row
+
+
+def read_vectors(model: nn.Module, path: str | Path) -> tuple[str, dict[Site, Tensor]]:
+    """An adapter's vectors from its folder, checked as loading it checks them; the model stays as it is.
+
+    Args:
+        model: the base model, which may be without memory (on the device "meta").
+        path: the folder that `save_pretrained` wrote.
+
+    Returns:
+        The content's digest, the one that `AdapterTable.register` gives, and a vector `[site.width]` in fp32 for each
+        site. A fused projection's has all of its channels.
+
+    Raises:
+        FileNotFoundError: no such adapter.
+        ValueError: modules trained in full, or what `PeftModel.from_pretrained` raises.
+    """
+    text, header, data = _read(Path(path))
+    form = _form_of(model, text, header, data, Path(path))
+    vectors = Layout(form.sites).split(_numbers(form, header, data, Path(path)))
+    return _digests(text, header, data)[1], dict(zip(form.sites, vectors, strict=True))
+
+
+def _digests(text: bytes, header: bytes, data: bytearray) -> tuple[bytes, str]:
+    """What tells a configuration with a header from others, and what tells the whole content."""
+    content = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    content.update(header)
+    about = content.digest()
+    content.update(data)
+    return about, content.hexdigest()
+
+
+def _form_of(model: nn.Module, text: bytes, header: bytes, data: bytearray, path: Path) -> _Form:
+    """Check a file against its configuration and the model as loading an adapter does, all but the numbers."""
+    config = _config_of(text, path / CONFIG_NAME)
+    tensors = parse_tensors(header + data, path / SAFETENSORS_NAME)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    tensors = plain_tensors(with_names_of_today(model, tensors))
+    with_head(model, config)
+    _refuse_whole_modules(model, config, tensors, path)
+    warn_of_other_base(model, config)
+    check_brought(model, config, tensors, "default")
+    found = find_sites(model, config, loading=True)
+    # A file has every channel, also of a fused projection.
+    sites = {site.key: replace(site, intervals=None) for site in found.layout.sites}
+    check_vectors(model, tensors, sites)
+    return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(data))
+
+
+def _refuse_whole_modules(model: nn.Module, config: IA3Config, tensors: Tensors, path: Path) -> None:
+    held = [f"{place}.weight" for place, _ in embeddings(model) if f"{place}.weight" in tensors]
+    whole = config.modules_to_save or held
+    if whole:
+        raise ValueError(
+            f"The adapter in {path} holds modules in full ({', '.join(sorted(whole))}), not vectors alone: attach "
+            "it as an ordinary adapter, with PeftModel.from_pretrained or load_adapter."
+        )
 
 
 def _state_for_table(model: nn.Module) -> Attached:
