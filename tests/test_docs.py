@@ -415,8 +415,9 @@ def test_every_page_is_in_the_navigation() -> None:
 @pytest.mark.parametrize(
     ("page", "said", "file", "measured"),
     [
-        ("first-steps.md", "training took 148 s and reached 82.0 %", "quickstart_search.txt", "training 148 s"),
-        ("first-steps.md", "interval 77.3 to 85.9", "quickstart_search.txt", "interval 77.3 to 85.9"),
+        ("first-steps.md", "training took 392 s", "quickstart.txt", "training 392 s, 900 steps"),
+        ("first-steps.md", "reached 81.3 %", "quickstart.txt", "accuracy 81.3% of 300 held out"),
+        ("first-steps.md", "interval 76.5 to 85.3", "quickstart.txt", "interval 76.5% to 85.3%"),
         ("guide.md", "this one took 256 ms", "cpu_step.json", '"median_ms": 255.8'),
         ("guide.md", "padded to 128, took 742 ms", "cpu_step.json", '"median_ms": 742.'),
         ("guide.md", "gave 73.0 %", "quickstart_search.txt", "mixed dropout 0 '' | 0.359 161 | 0.362 73.0"),
