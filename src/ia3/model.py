@@ -768,7 +768,8 @@ class PeftModel(Swapped):
             raise ValueError(
                 f"No adapter is active: call set_adapter with one of {sorted(self.peft_config)} first."
                 if self.peft_config
-                else "There is no adapter here: add_adapter(name, config) makes one, set_adapter(name) activates it."
+                else "No adapter is active, and there is no adapter here: add_adapter(name, config) makes one, "
+                "set_adapter(name) activates it."
             )
         return self._state.active[0]
 
