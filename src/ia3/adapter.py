@@ -481,7 +481,7 @@ def hold_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     """
     sites, state = list(sites), attached(model)
     for site in sites:
-        _check_free(model.get_submodule(site.path), site, attached(model))
+        _check_free(model.get_submodule(site.path), site, state)
     for site in sites:
         state.placement.hold_site(model, site).sides[_table_holds(site.side)] = site.side
     _watch(model)
@@ -701,6 +701,11 @@ def _settle(model: nn.Module) -> None:
         return
     if placement.token not in _MODELS:  # a copy's
         _MODELS[placement.token] = model
+    _find_all(model)
+
+
+def _find_all(model: nn.Module) -> None:
+    placement: Placement = model.__dict__["_ia3"].placement
     placement.settle(model)
     placement.expect_all()
 
@@ -712,9 +717,7 @@ _MODELS: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 def _settle_compiled(token: str) -> None:
     model = _MODELS.get(token)
     if model is not None:
-        placement: Placement = model.__dict__["_ia3"].placement
-        placement.settle(model)
-        placement.expect_all()
+        _find_all(model)
 
 
 # What torch.compiler.assume_constant_result sets, which would import the whole compiler: a second and a half.
@@ -727,14 +730,15 @@ LISTENS = "_ia3_listens"
 
 def listen(model: nn.Module) -> None:
     """Hear which modules a forward calls, if that is not known of its adapters; `stop_listening` ends it."""
-    if torch.compiler.is_compiling() or any(_is_compiled(module) for module in model.modules()):
-        return  # hooks that come and go would compile it again
+    if torch.compiler.is_compiling():
+        return
     state: Attached | None = model.__dict__.get("_ia3")
     if state is None or state.listener is not None or not state.enabled or state.originals is not None:
         return
     training = _is_training(model)
     due = [name for name in state.active if not {(name, True), (name, training)} & state.heard]
-    if due:
+    # Hooks that come and go would compile a part that is compiled again.
+    if due and not any(_is_compiled(module) for module in model.modules()):
         adapters = [state.adapters[name] for name in due]
         placement = state.placement
         modules = {site.path: placement.site_module(site.path) for each in adapters for site in each.layout.sites}
