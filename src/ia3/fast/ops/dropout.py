@@ -1,0 +1,49 @@
+"""Dropout: PyTorch's own, or a kernel's as a function of a seed, so that a backward can compute the same mask again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ia3.fast.ops.backend import Backend
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """PyTorch's, where there is anything to drop."""
+    return functional.dropout(x, p) if p else x
+
+
+class DropoutSeeds:
+    """The seeds of a step's dropouts by kernels, drawn from the device's own generator.
+
+    Args:
+        device: the model's.
+        count: how many dropouts a step has.
+        backend: PyTorch's dropout draws for itself.
+    """
+
+    def __init__(self, device: torch.device, count: int, backend: Backend) -> None:
+        self.backend = backend
+        self.seeds = torch.randint(0, 2**62, (count,), device=device).unbind() if backend == "triton" else None
+        self.place = 0
+
+    def next(self) -> Tensor | None:
+        """A seed for one dropout; None where PyTorch draws."""
+        self.place += 1
+        return None if self.seeds is None else self.seeds[self.place - 1]
+
+    def recompute(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a part now, keep nothing of its inside, and run it again with the same seeds in the backward."""
+        start = self.place
+
+        def run(*arguments: Any) -> Any:
+            self.place = start
+            return part(*arguments)
+
+        draws = self.backend == "torch"
+        return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=draws)
