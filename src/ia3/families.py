@@ -8,7 +8,7 @@ of the second feed-forward matrix (`feedforward`) or, where PEFT has it so, the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Intervals = tuple[tuple[int, int], ...]
@@ -48,6 +48,12 @@ def _two_thirds_of_each_head(config: Any, width: int) -> Intervals:
     return tuple(((3 * head + 1) * size, (3 * head + 3) * size) for head in range(heads))
 
 
+def _keys_and_values(config: Any, width: int) -> Intervals:
+    """Phi-3: `[q | k | v]`, with fewer heads of keys and values."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return ((width * heads // (heads + 2 * kv_heads), width),)
+
+
 def _falcon(config: Any, width: int) -> Intervals:
     """Falcon's three layouts: groups of `[q… | k | v]`, one such group, or `[q | k | v]` head by head."""
     if config.new_decoder_architecture:
@@ -77,7 +83,9 @@ FAMILIES: dict[str, Family] = {
     "t5": Family(("k", "v", "wo"), ("wo",)),
     # The output of the linear half of the gate; the product with the other half commutes with the vector.
     "mt5": Family(("k", "v", "wi_1"), ()),
+    "umt5": Family(("k", "v", "wo"), ("wo",)),
     "bart": Family(("k_proj", "v_proj", "fc2"), ("fc2",), differs=_SCALES_Q_FOR_K),
+    **dict.fromkeys(("mbart", "plbart", "pegasus", "marian", "blenderbot"), Family(("k_proj", "v_proj", "fc2"), ("fc2",))),
     "gpt2": Family(
         ("c_attn", "mlp.c_proj"),
         ("mlp.c_proj",),
@@ -93,9 +101,14 @@ FAMILIES: dict[str, Family] = {
     "gemma": _DECODER_WITHOUT_Q,
     "gemma2": _DECODER_WITHOUT_Q,
     "gemma3_text": _DECODER_WITHOUT_Q,
+    **dict.fromkeys(("olmo2", "ministral", "seed_oss"), _DECODER),
+    "starcoder2": Family(("k_proj", "v_proj", "c_proj"), ("c_proj",)),
+    "phi3": Family(("qkv_proj", "down_proj"), ("down_proj",), fused={"qkv_proj": _keys_and_values}),
     "phi": Family(("k_proj", "v_proj", "fc2"), ("fc2",), differs=_SCALES_Q_FOR_K),
     "bert": _ENCODER,
     "roberta": _ENCODER,
+    **dict.fromkeys(("xlm-roberta", "camembert", "electra"), replace(_ENCODER, differs="")),
+    "distilbert": Family(("k_lin", "v_lin", "lin2"), ("lin2",)),
     "deberta-v2": Family(
         ("key_proj", "value_proj", "output.dense"),
         ("output.dense",),

@@ -16,7 +16,7 @@ from ia3.fast.ragged import Ragged
 
 def rotary_heads(
     qkv: Tensor, cos: Tensor, sin: Tensor, ragged: Ragged, l_k: Vector, l_v: Vector, heads: int, kv_heads: int, *,
-    backend: Backend, qk_norm: tuple[Norm, Norm] | None = None, norm_by_head: bool = True,
+    backend: Backend, qk_norm: tuple[Norm, Norm] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries, keys and values, `[examples, heads, max_seqlen, dim]`.
 
@@ -31,8 +31,8 @@ def rotary_heads(
         heads: of the queries.
         kv_heads: of the keys, and of the values.
         backend: who computes it.
-        qk_norm: of the queries and of the keys, between the vector and the rotation; None without.
-        norm_by_head: each head has its norm, or all heads together.
+        qk_norm: of the queries and of the keys, each head's or all heads' together, between the vector and the
+            rotation; None without.
 
     Returns:
         What is finite and of no example's where an example has no token.
@@ -45,8 +45,7 @@ def rotary_heads(
     q, k, v = torch.split(qkv, [heads * dim, kv_heads * dim, kv_heads * dim], -1)
     k, v = scaled(k, l_k, ragged), scaled(v, l_v, ragged)
     if qk_norm is not None:
-        by_head = (len(qkv), -1, dim) if norm_by_head else (len(qkv), -1)
-        q, k = (norm(x.reshape(by_head)).flatten(1) for norm, x in zip(qk_norm, (q, k), strict=True))
+        q, k = (norm(x.unflatten(1, (-1, len(norm.weight)))).flatten(1) for norm, x in zip(qk_norm, (q, k), strict=True))
     q, k, v = (
         ragged.pad(x).view(ragged.examples, ragged.max_seqlen, -1, dim).transpose(1, 2) for x in (q, k, v)
     )

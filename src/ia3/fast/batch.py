@@ -1,0 +1,237 @@
+"""Batches packed for a fused loss: without padding, and rounded up to one of few shapes for a GPU's graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ia3.fast.ragged import IGNORE_INDEX, Ragged
+
+INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch without padding.
+
+    Args:
+        tensors: by name. Of every mode `cu_seqlens` and `labels`, see `Ragged`;
+
+            - of causal and seq2seq models `tokens` of all inputs, `[total_tokens]`, and where positions are learned each
+              token's, `positions`;
+            - of causal models `label_at`, the token behind which each of the labels `[labels]` follows, in rising order;
+            - of seq2seq models the labels are `[examples, target]`;
+            - of encoders what the model's own forward takes, padded, `token_at` `[total_tokens]`, where each token is
+              among the padded, and `slot_of`, the token of each padded place.
+
+        max_seqlen: no input has more tokens.
+        uniform: see `Ragged`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    max_seqlen: int
+    uniform: bool = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def fixed(self) -> tuple[Hashable, ...]:
+        """What tells shapes apart besides the tensors': `Packed(tensors, *fixed)`."""
+        return self.max_seqlen, self.uniform
+
+    @property
+    def examples(self) -> int:
+        return len(self["cu_seqlens"]) - 1
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.tensors["tokens" if "tokens" in self.tensors else "token_at"])
+
+    def ragged(self, groups: int) -> Ragged:
+        """Of the inputs.
+
+        Raises:
+            ValueError: the examples can't be divided into these groups.
+        """
+        return Ragged(self["cu_seqlens"], self.max_seqlen, self.total_tokens, groups, self.uniform)
+
+
+def pack_seq2seq(batch: Mapping[str, Tensor], *, positions: bool = False) -> Packed:
+    """Leave out the padding of inputs and keep the labels as they are.
+
+    Args:
+        batch: `input_ids` and `attention_mask` `[batch, source]`, `labels` `[batch, target]`, best on the CPU: how long
+            the examples are must be known here.
+        positions: whether the model has learned ones.
+
+    Raises:
+        ValueError: other or missing inputs; a mask that hides tokens between others; an example with labels whose
+            input has no token.
+    """
+    ids, mask, labels = _checked(batch)
+    return _packed(ids, mask, {"labels": labels}, positions=positions)
+
+
+def pack_causal(batch: Mapping[str, Tensor], *, positions: bool = False, left_padded: bool = False) -> Packed:
+    """Leave out the padding, and find the labels.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `labels` `[batch, length]`, best on the CPU: where the labels are must
+            be known here. As in transformers, position t predicts the label at t + 1.
+        positions: whether the model has learned ones.
+        left_padded: whether they are counted from the first token, not from the first column.
+
+    Raises:
+        ValueError: as `pack_seq2seq`; labels of another shape; a label that padding would predict.
+    """
+    ids, mask, labels = _checked(batch)
+    if labels.shape != ids.shape:
+        raise ValueError(
+            f"The labels are {list(labels.shape)}; a causal model's are as its input_ids {list(ids.shape)}."
+        )
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    astray = (following != IGNORE_INDEX) & ~mask
+    if bool(astray.any()):
+        example, place = astray.nonzero()[0].tolist()
+        raise ValueError(
+            f"Padding would predict the label at [{example}, {place + 1}], since the attention_mask hides the token "
+            f"before it: set labels to {IGNORE_INDEX} on padding, and on the first token behind it."
+        )
+    of_tokens = following[mask]
+    label_at = (of_tokens != IGNORE_INDEX).nonzero().squeeze(1)
+    more = {"label_at": label_at, "labels": of_tokens[label_at]}
+    return _packed(ids, mask, more, positions=positions, left_padded=left_padded)
+
+
+def pack_encoder(batch: Mapping[str, Tensor]) -> Packed:
+    """Find the tokens of a batch that the model's own embeddings and head take padded.
+
+    Args:
+        batch: `input_ids` and `attention_mask` `[batch, length]`, `labels` and whatever else the model's forward takes.
+
+    Raises:
+        ValueError: a mask that hides more than padding behind the tokens, since a head looks at the first place.
+    """
+    own = {name: tensor.cpu() for name, tensor in batch.items() if name != "attention_mask"}
+    mask = batch["attention_mask"].cpu() != 0
+    if not (packable(mask) and bool(mask[:, 0].all())):
+        raise ValueError("An example has no token, or its attention_mask hides more than padding behind its tokens.")
+    return _padded_too(own, mask)
+
+
+def _padded_too(own: dict[str, Tensor], mask: Tensor) -> Packed:
+    lengths = mask.sum(1)
+    token_at = mask.flatten().nonzero().squeeze(1)
+    slot_of = torch.zeros(mask.numel(), dtype=torch.long)
+    slot_of[token_at] = torch.arange(len(token_at))
+    tensors = {**own, "cu_seqlens": _cu_seqlens(lengths), "token_at": token_at, "slot_of": slot_of}
+    longest = int(lengths.max())
+    return Packed(tensors, longest, uniform=bool((lengths == longest).all()))
+
+
+def _checked(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, mask and labels on the CPU."""
+    if set(batch) != set(INPUTS):
+        raise ValueError(f"The batch holds {sorted(batch)}; this step takes {sorted(INPUTS)} and no more.")
+    ids, mask, labels = batch["input_ids"].cpu(), batch["attention_mask"].cpu() != 0, batch["labels"].cpu()
+    pieces = _pieces(mask)
+    if bool((pieces > 1).any()):
+        raise ValueError(
+            f"The attention_mask of example {int(pieces.argmax())} hides tokens between others. This step leaves "
+            "padding out, at the end or the beginning; train with the model's own forward where a mask has holes."
+        )
+    empty = (mask.sum(1) == 0) & (labels != IGNORE_INDEX).any(1)
+    if bool(empty.any()):
+        raise ValueError(f"Example {int(empty.int().argmax())} has labels, and no token in its input.")
+    return ids, mask, labels
+
+
+def _packed(
+    ids: Tensor, mask: Tensor, more: dict[str, Tensor], *, positions: bool, left_padded: bool = False
+) -> Packed:
+    lengths = mask.sum(1)
+    tensors = {"tokens": ids[mask], "cu_seqlens": _cu_seqlens(lengths), **more}
+    if positions:
+        columns = mask.long().cumsum(1) - 1 if left_padded else torch.arange(mask.shape[1]).expand_as(mask)
+        tensors["positions"] = columns[mask]
+    longest = max(1, int(lengths.max()))
+    return Packed(tensors, longest, uniform=bool((lengths == longest).all()))
+
+
+def _cu_seqlens(lengths: Tensor) -> Tensor:
+    return functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def packable(mask: Tensor) -> bool:
+    """Whether each example has tokens, without any hidden between others: `[batch, source]`, 0 at padding."""
+    return bool((_pieces(mask.cpu() != 0) == 1).all())
+
+
+def _pieces(mask: Tensor) -> Tensor:
+    """In how many pieces each row's tokens are."""
+    return mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+
+
+def round_up(packed: Packed, examples: int, filler: int) -> Packed:
+    """To one of few shapes, so that few graphs serve all batches: filled up with padding tokens and empty examples.
+
+    Args:
+        packed: a batch.
+        examples: as many as the largest batch has; an encoder's are as many as they are.
+        filler: a token.
+    """
+    if "token_at" in packed.tensors:
+        return _round_up_padded(packed, filler)
+    total = _rounded(packed.total_tokens)
+    more, missing = examples - packed.examples, total - packed.total_tokens
+    tensors = dict(packed.tensors)
+    tensors["tokens"] = functional.pad(packed["tokens"], (0, missing), value=filler)
+    tensors["cu_seqlens"] = torch.cat([packed["cu_seqlens"], packed["cu_seqlens"][-1:].expand(more)])
+    if "positions" in tensors:
+        tensors["positions"] = functional.pad(packed["positions"], (0, missing))
+    longest = _rounded_length(packed.max_seqlen)
+    if "label_at" not in tensors:
+        width = -packed["labels"].shape[1] % 4
+        tensors["labels"] = functional.pad(packed["labels"], (0, width, 0, more), value=IGNORE_INDEX)
+        return Packed(tensors, longest)
+    # All tokens, or a half, a quarter or an eighth of them.
+    wanted = len(packed["labels"])
+    labels = next(count for shift in (3, 2, 1, 0) if (count := max(1, total >> shift)) >= wanted)
+    tensors["label_at"] = functional.pad(packed["label_at"], (0, labels - wanted))
+    tensors["labels"] = functional.pad(packed["labels"], (0, labels - wanted), value=IGNORE_INDEX)
+    return Packed(tensors, longest, packed.uniform and longest * examples == packed.total_tokens == total)
+
+
+def _round_up_padded(packed: Packed, filler: int) -> Packed:
+    """An encoder's batch: padded further, and more padding tokens."""
+    examples, length = packed["input_ids"].shape
+    wider = _rounded_length(length) - length
+    fillers = {"input_ids": filler, "labels": IGNORE_INDEX}
+    tensors = {
+        name: functional.pad(tensor, (0, wider), value=fillers.get(name, 0))
+        if tensor.shape[:2] == (examples, length) and not tensor.is_floating_point()
+        else tensor
+        for name, tensor in packed.tensors.items()
+    }
+    token_at = packed["token_at"]
+    tensors["token_at"] = token_at + token_at // length * wider
+    tensors["slot_of"] = functional.pad(packed["slot_of"].view(examples, length), (0, wider)).flatten()
+    missing = _rounded(packed.total_tokens) - packed.total_tokens
+    tensors["token_at"] = functional.pad(tensors["token_at"], (0, missing))
+    uniform = packed.uniform and not missing and packed.max_seqlen == _rounded_length(packed.max_seqlen)
+    return Packed(tensors, _rounded_length(packed.max_seqlen), uniform)
+
+
+def _rounded_length(longest: int) -> int:
+    return next((length for length in (16, 64, 128, 256) if longest <= length), -(-longest // 64) * 64)
+
+
+def _rounded(count: int) -> int:
+    """Up to a multiple of 64, of more from 2,048 on: at most a fifteenth more."""
+    multiple = max(64, 1 << max(0, count.bit_length() - 5))
+    return max(1, -(-count // multiple)) * multiple

@@ -1,0 +1,556 @@
+"""One block for every family: the layers that a description names, over frozen weights that were laid out anew.
+
+A layer is an attention, an attention across, a feed-forward, or two of them beside each other. L layers have L + 1 norms:
+before each and behind the last. That of a pre-norm block is its own and the residual stream is what it norms; in a
+post-norm block each layer has the norm of the layer before, and the residual stream is what it returns. All else is the
+same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ia3.architectures import Architecture, Attention, FeedForward, Stack, key_value_intervals
+from ia3.fast.linear import FrozenLinear, Precision, frozen_linear
+from ia3.fast.ops.attention import causal_attention, cross_attention, self_attention
+from ia3.fast.ops.backend import Backend, Vector
+from ia3.fast.ops.dropout import DropoutSeeds, dropout
+from ia3.fast.ops.gate import gated
+from ia3.fast.ops.norm import Norm, add_norm
+from ia3.fast.ops.rotary import rotary_heads
+from ia3.fast.ragged import Ragged
+from ia3.sites import Layout, Site
+from ia3.storage import lay_out
+
+
+@dataclass(frozen=True)
+class VectorPart:
+    """A site's vector, or of a fused projection's the part for keys or for values.
+
+    Args:
+        place: the site's in the layout.
+        part: how that part is taken; None for the whole.
+    """
+
+    place: int
+    part: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class SelfLayer:
+    """An attention of each token to its example's: frozen weights and where its vectors are."""
+
+    norm: Norm | None
+    out_norm: Norm | None
+    project: FrozenLinear  # to queries, keys and values
+    out: FrozenLinear
+    k: VectorPart | None
+    v: VectorPart | None
+    heads: int
+    kv_heads: int
+    scale: float
+    causal: bool
+    by_head: bool  # the projection's channels are [q | k | v] of each head
+    relative: nn.Module | None  # makes the bias of positions
+    kind: str | None  # of several kinds of angles
+    qk_norm: tuple[Norm, Norm] | None
+    window: int | None
+    softcap: float | None
+    residual: float  # dropout's rate
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """A decoder's attention over the encoder's output."""
+
+    norm: Norm | None
+    out_norm: Norm | None
+    project: FrozenLinear  # to queries
+    out: FrozenLinear
+    k: VectorPart | None
+    v: VectorPart | None
+    heads: int
+    scale: float
+    index: int
+    residual: float
+
+
+@dataclass(frozen=True)
+class FeedLayer:
+    """A feed-forward."""
+
+    norm: Norm | None
+    out_norm: Norm | None
+    up: FrozenLinear  # gated: to both halves, the gate first
+    out: FrozenLinear
+    vector: VectorPart | None
+    gated: bool
+    residual: float
+
+
+@dataclass(frozen=True)
+class ParallelLayer:
+    """An attention and a feed-forward with the same input, and one residual sum; each drops for itself."""
+
+    norm: Norm | None
+    attention: SelfLayer
+    feed_forward: FeedLayer
+    residual: float = 0.0
+
+
+Layer = SelfLayer | CrossLayer | FeedLayer | ParallelLayer
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A stack's layers, each with the norm before it and the rate at which what is added there is dropped."""
+
+    layers: tuple[Layer, ...]
+    norms: tuple[Norm | None, ...]
+    rates: tuple[float, ...]
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """An activation by its name in transformers."""
+    from transformers.activations import ACT2FN
+
+    function: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return function
+
+
+class Weights:
+    """The frozen weights of a model's blocks, joined where their inputs are equal.
+
+    Args:
+        model: one of the family, whose weights are laid out anew.
+        architecture: its description.
+        layout: the adapter's.
+        frozen: what the blocks' weights are multiplied in.
+
+    Attributes:
+        folded: weights that were copied, so that a change in place would go unnoticed.
+        stacks: one a stack of the description.
+        cross_kv: to the keys and values of all attentions across.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, layout: Layout, frozen: Precision | None) -> None:
+        self.model, self.architecture, self.frozen = model, architecture, frozen
+        self.config = model.config
+        self.activation: str = getattr(model.config, architecture.activation)
+        self.function = activation_function(self.activation)
+        self.folded: list[Tensor] = []
+        self.place = {(site.path, site.side): index for index, site in enumerate(layout.sites)}
+        self.stacks = [self._blocks(stack) for stack in architecture.stacks]
+        across = [
+            f"{path}.{part}"
+            for stack in architecture.stacks
+            if stack.cross is not None
+            for path in block_paths(model, stack)
+            for part in (stack.cross.k, stack.cross.v)
+        ]
+        self.cross_kv = self._join(across) if across else None
+
+    def rate(self, name: str | None) -> float:
+        """Of a dropout by its name in the configuration."""
+        return float(getattr(self.config, name) or 0.0) if name is not None else 0.0
+
+    def norm(self, path: str) -> Norm:
+        """The norm at a path, its weight with the family's offset."""
+        module: Any = self.model.get_submodule(path)
+        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        weight, offset = module.weight, self.architecture.norm_offset
+        if offset:
+            self.folded.append(weight)
+            weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + offset
+        return Norm(weight, getattr(module, "bias", None), eps, centred=isinstance(module, nn.LayerNorm))
+
+    def _blocks(self, stack: Stack) -> Blocks:
+        layers = [layer for i, path in enumerate(block_paths(self.model, stack)) for layer in self._block(stack, path, i)]
+        if stack.repeats is not None:
+            layers = layers * getattr(self.config, stack.repeats)
+        own, last = [layer.norm for layer in layers], None if stack.norm is None else self.norm(stack.norm)
+        norms = [None, *own] if self.architecture.post_norm else [*own, last]
+        return Blocks(tuple(layers), tuple(norms), (0.0, *(layer.residual for layer in layers)))
+
+    def _block(self, stack: Stack, path: str, index: int) -> Iterator[Layer]:
+        attention, feed_forward = self._attention(stack, path, index), self._feed_forward(stack.feed_forward, path)
+        if self.architecture.parallel:
+            yield ParallelLayer(attention.norm, attention, feed_forward)
+            return
+        yield attention
+        if stack.cross is not None:
+            yield self._cross(stack.cross, path, index)
+        yield feed_forward
+
+    def _attention(self, stack: Stack, path: str, index: int) -> SelfLayer:
+        names, config, dropouts = stack.attention, self.config, self.architecture.dropouts
+        module: Any = self.model.get_submodule(f"{path}.{names.module}")
+        heads, kv_heads, dim = head_shapes(self.model, self.architecture, stack, path)
+        if names.fused is None:
+            project = self._join([f"{path}.{part}" for part in (names.q, names.k, names.v)])
+            k, v = self._whole(f"{path}.{names.k}"), self._whole(f"{path}.{names.v}")
+        else:
+            project = self._join([f"{path}.{names.q}"])
+            k, v = self._parts(f"{path}.{names.q}", names, heads, kv_heads, dim)
+        own = dropouts.attention_residual
+        softcap = getattr(module, "attn_logit_softcapping", None)
+        return SelfLayer(
+            norm=self._norm_of(path, names.norm),
+            out_norm=self._norm_of(path, names.out_norm),
+            project=project,
+            out=self._join([f"{path}.{names.out}"]),
+            k=k,
+            v=v,
+            heads=heads,
+            kv_heads=kv_heads,
+            scale=self._scale(module, dim),
+            causal=stack.causal,
+            by_head=names.fused == "heads",
+            relative=self._relative(module, stack),
+            kind=getattr(module, "layer_type", None),
+            qk_norm=None if names.qk_norm is None else tuple(self.norm(f"{path}.{name}") for name in names.qk_norm),  # type: ignore[arg-type]
+            window=_window(config, index),
+            softcap=None if config._attn_implementation == "sdpa" else softcap,  # which PyTorch's attention has not
+            residual=self.rate(dropouts.residual if own == "residual" else own),
+        )
+
+    def _cross(self, names: Attention, path: str, index: int) -> CrossLayer:
+        module: Any = self.model.get_submodule(f"{path}.{names.module}")
+        project, heads = self._join([f"{path}.{names.q}"]), self.heads
+        return CrossLayer(
+            norm=self._norm_of(path, names.norm),
+            out_norm=self._norm_of(path, names.out_norm),
+            project=project,
+            out=self._join([f"{path}.{names.out}"]),
+            k=self._whole(f"{path}.{names.k}"),
+            v=self._whole(f"{path}.{names.v}"),
+            heads=heads,
+            scale=self._scale(module, len(project.weight) // heads),
+            index=index,
+            residual=self.rate(self.architecture.dropouts.residual),
+        )
+
+    def _feed_forward(self, names: FeedForward, path: str) -> FeedLayer:
+        down, up = f"{path}.{names.down}", f"{path}.{names.up[-1]}"
+        place = self.place.get((down, "input"), self.place.get((up, "output")))
+        return FeedLayer(
+            norm=self._norm_of(path, names.norm),
+            out_norm=self._norm_of(path, names.out_norm),
+            up=self._join([f"{path}.{name}" for name in names.up]),
+            out=self._join([down]),
+            vector=None if place is None else VectorPart(place),
+            gated=names.gated,
+            residual=self.rate(self.architecture.dropouts.residual),
+        )
+
+    def _norm_of(self, path: str, name: str | None) -> Norm | None:
+        return None if name is None else self.norm(f"{path}.{name}")
+
+    @property
+    def heads(self) -> int:
+        """Of the queries."""
+        return int(getattr(self.config, self.architecture.heads))
+
+    def _scale(self, module: Any, dim: int) -> float:
+        given = self.architecture.scale
+        return float(getattr(module, "scaling", dim**-0.5)) if given is None else given
+
+    def _relative(self, module: Any, stack: Stack) -> Any:
+        """The attention that makes the bias of positions, the first block's where it is not each its own."""
+        name = self.architecture.relative
+        if name is None or module.has_relative_attention_bias:
+            return None if name is None else module
+        return self.model.get_submodule(f"{block_paths(self.model, stack)[0]}.{name}")
+
+    def _whole(self, path: str) -> VectorPart | None:
+        place = self.place.get((path, "output"))
+        return None if place is None else VectorPart(place)
+
+    def _parts(
+        self, path: str, names: Attention, heads: int, kv_heads: int, dim: int
+    ) -> tuple[VectorPart | None, VectorPart | None]:
+        """The keys' and the values' part of a vector over both of a fused projection."""
+        place = self.place.get((path, "output"))
+        if place is None:
+            return None, None
+        if names.fused == "parts":
+            width = kv_heads * dim
+            return VectorPart(place, lambda x: x[..., :width]), VectorPart(place, lambda x: x[..., width:])
+
+        def of_each_head(which: int) -> Callable[[Tensor], Tensor]:
+            return lambda x: x.unflatten(-1, (heads, 2, dim)).select(-2, which).flatten(-2)
+
+        return VectorPart(place, of_each_head(0)), VectorPart(place, of_each_head(1))
+
+    def _join(self, paths: Sequence[str]) -> FrozenLinear:
+        """The product with the weights of layers that have the same input."""
+        modules: list[Any] = [self.model.get_submodule(path) for path in paths]
+        if self.frozen is not None:
+            self.folded.extend(module.weight for module in modules)
+        if len(modules) == 1:
+            (module,) = modules
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()  # a Conv1D's is [in, out]
+            return frozen_linear(weight, module.bias, frozen=self.frozen)
+        (together,) = lay_out(self.model, [list(paths)])
+        biases = [module.bias for module in modules]
+        if all(bias is None for bias in biases):
+            return frozen_linear(together, frozen=self.frozen)
+        self.folded.extend(bias for bias in biases if bias is not None)
+        parts = [
+            module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias.detach()
+            for module in modules
+        ]
+        return frozen_linear(together, torch.cat(parts), frozen=self.frozen)
+
+
+def block_paths(model: Any, stack: Stack) -> list[str]:
+    """The paths of a stack's blocks."""
+    return [f"{stack.blocks}.{name}" for name, _ in model.get_submodule(stack.blocks).named_children()]
+
+
+def head_shapes(model: Any, architecture: Architecture, stack: Stack, path: str) -> tuple[int, int, int]:
+    """Heads of the queries, of the keys, and their width."""
+    heads, names = int(getattr(model.config, architecture.heads)), stack.attention
+    if names.fused is None:
+        q, k = (len(model.get_parameter(f"{path}.{part}.weight")) for part in (names.q, names.k))
+        return heads, k * heads // q, q // heads
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
+    module: Any = model.get_submodule(f"{path}.{names.q}")
+    width = len(module.weight) if isinstance(module, nn.Linear) else module.weight.shape[1]
+    return heads, kv_heads, width // (heads + 2 * kv_heads)
+
+
+def _window(config: Any, index: int) -> int | None:
+    """How far before a token of a layer it sees; None without a window."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index % len(kinds)] != "sliding_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def expected_sites(model: Any, architecture: Architecture) -> dict[tuple[str, str], Any]:
+    """Where a vector may be, as (path, side), with the channels that it must have."""
+    expected: dict[tuple[str, str], Any] = {}
+    for stack in architecture.stacks:
+        for path in block_paths(model, stack):
+            own, feed = stack.attention, stack.feed_forward
+            intervals = key_value_intervals(own, *head_shapes(model, architecture, stack, path))
+            keys_and_values = [own.k, own.v, *((stack.cross.k, stack.cross.v) if stack.cross else ())]
+            expected |= {(f"{path}.{part}", "output"): intervals for part in keys_and_values}
+            expected[f"{path}.{feed.down}", "input"] = None
+            # The activation stands between a single matrix and the product, so only a gate's linear half commutes.
+            if len(feed.up) == 2:
+                expected[f"{path}.{feed.up[1]}", "output"] = None
+    return expected
+
+
+def unexpected_site(model: Any, architecture: Architecture, sites: Sequence[Site]) -> str | None:
+    """Why the block can't have these vectors; None where it can."""
+    expected, taken = expected_sites(model, architecture), {(site.path, site.side) for site in sites}
+    for site in sites:
+        if (site.path, site.side) not in expected or site.intervals != expected[site.path, site.side]:
+            return f"the {site.side} of {site.path} is adapted, where it expects keys, values and feed-forward alone"
+    for stack in architecture.stacks:
+        for path in block_paths(model, stack):
+            down, up = f"{path}.{stack.feed_forward.down}", f"{path}.{stack.feed_forward.up[-1]}"
+            if (down, "input") in taken and (up, "output") in taken:
+                return f"both the output of {up} and the input of {down} are adapted"
+    return None
+
+
+# A CPU meets every length, and each bias takes heads × length².
+_MANY_LENGTHS = 16
+
+
+class Positions:
+    """What a model's own modules make of positions, computed once a length, since they are frozen.
+
+    Args:
+        model: the model.
+        architecture: its description.
+
+    Attributes:
+        folded: the weights that it is made of, so that a change in place would go unnoticed.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self.rotary: Any = None if architecture.rotary is None else model.get_submodule(architecture.rotary)
+        self.weight: Tensor = model.get_input_embeddings().weight
+        self.folded: list[Tensor] = [] if self.rotary is None else list(self.rotary.buffers())
+        if architecture.relative is not None:
+            self.folded += [
+                own.weight for name, own in model.named_modules() if name.endswith(".relative_attention_bias")
+            ]
+        self.by_kind = self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
+        self.known: dict[Any, Any] = {}
+
+    def bias(self, layer: SelfLayer, length: int) -> Tensor | None:
+        """Added to a layer's scores, `[1, heads, length, length]`; a decoder's hides what comes later."""
+        attention: Any = layer.relative
+        if attention is None:
+            return None
+        if (attention, length) not in self.known:
+            bias = attention.compute_bias(length, length).to(self.weight.dtype)
+            if layer.causal:
+                bias = bias + torch.full_like(bias, torch.finfo(bias.dtype).min).triu(1)
+            if not bias.is_cuda and len(self.known) >= _MANY_LENGTHS:  # a graph reads those on a GPU
+                self.known.clear()
+            self.known[attention, length] = bias.contiguous()
+        found: Tensor = self.known[attention, length]
+        return found
+
+    def angles(self, layer: SelfLayer, length: int) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of the first positions, `[length, rotated / 2]`."""
+        kind = layer.kind if self.by_kind else None
+        if (kind, length) not in self.known:
+            at = torch.arange(length, device=self.weight.device)[None]
+            both = self.rotary(self.weight, at) if kind is None else self.rotary(self.weight, at, kind)
+            # The second half is the first again.
+            self.known[kind, length] = tuple(each[0].chunk(2, -1)[0].contiguous() for each in both)
+        cos, sin = self.known[kind, length]
+        return cos, sin
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the layers of a stack see.
+
+    Args:
+        tokens: whose tokens see each other.
+        readers: whose tokens see the same encoder's output, and have the same vectors.
+        kv: keys and values of all attentions across, `[source tokens, layers · 2 · inner]`.
+        source: whose they are.
+        shared: see `ops.attention.cross_attention`.
+    """
+
+    tokens: Ragged
+    readers: Ragged
+    kv: Tensor | None = None
+    source: Ragged | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Run:
+    """One forward: the vectors split by site, the rates of dropout and their seeds, drawn in order.
+
+    Args:
+        weights: the model's.
+        positions: the model's.
+        slices: one vector a site, `[partials, groups, width]`.
+        backend: who computes it.
+        recompute: keep of each layer the residual stream alone, and compute its inside again in the backward.
+    """
+
+    def __init__(
+        self, weights: Weights, positions: Positions, slices: Sequence[Tensor], backend: Backend, *, recompute: bool
+    ) -> None:
+        self.weights, self.positions, self.slices, self.backend = weights, positions, slices, backend
+        self.post_norm, model = weights.architecture.post_norm, weights.model
+        self.recompute, self.training = recompute and torch.is_grad_enabled(), bool(model.training)
+        dropouts = weights.architecture.dropouts
+        self.attention, self.activation = self.rate(dropouts.attention), self.rate(dropouts.activation)
+        layers = [layer for blocks in weights.stacks for layer in blocks.layers]
+        drops = self.attention or self.activation or any(layer.residual for layer in layers)
+        count = 2 * len(layers) + len(weights.stacks) if self.training and drops else 0
+        self.seeds = DropoutSeeds(model.device, count, backend)
+
+    def rate(self, name: str | None) -> float:
+        """Of a dropout by its name in the configuration, 0 in evaluation."""
+        return self.weights.rate(name) if self.training else 0.0
+
+    def at(self, vector: VectorPart | None) -> Vector:
+        if vector is None:
+            return None
+        whole = self.slices[vector.place]
+        return whole if vector.part is None else vector.part(whole)
+
+    def through(self, blocks: Blocks, x: Tensor, inputs: Inputs) -> Tensor:
+        """The last norm of what a stack's layers make of the embeddings `[tokens, width]`."""
+        h: Tensor | None = None
+        step = self.seeds.recompute if self.recompute else _call
+        for layer, norm, rate in zip(blocks.layers, blocks.norms[:-1], blocks.rates[:-1], strict=True):
+            x, h = step(self._step, x, h, layer, norm, rate, inputs)
+        return self.add_norm(x, h, blocks.norms[-1], blocks.rates[-1])[1]
+
+    def _step(
+        self, x: Tensor, h: Tensor | None, layer: Layer, norm: Norm | None, rate: float, inputs: Inputs
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after the layer before, and what this layer makes of it."""
+        x, normed = self.add_norm(x, h, norm, rate)
+        if isinstance(layer, ParallelLayer):
+            h = self._beside(layer, x, normed, inputs)
+        elif isinstance(layer, SelfLayer):
+            h = self.attend(layer, normed, inputs.tokens)
+        elif isinstance(layer, CrossLayer):
+            h = self._attend_across(layer, normed, inputs)
+        else:
+            h = self.feed(layer, normed, inputs.readers)
+        # All that tells a post-norm block from a pre-norm one.
+        return normed if self.post_norm else x, h
+
+    def add_norm(self, x: Tensor, h: Tensor | None, norm: Norm | None, rate: float) -> tuple[Tensor, Tensor]:
+        p, seed = rate if self.training else 0.0, self.seeds.next()
+        if norm is None:
+            x = x if h is None else x + dropout(h, p)
+            return x, x
+        return add_norm(x, h, norm, p, seed, self.backend)
+
+    def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
+        qkv, l_k, l_v, seed = layer.project(x), self.at(layer.k), self.at(layer.v), self.seeds.next()
+        if layer.by_head:
+            qkv = qkv.unflatten(-1, (layer.heads, 3, -1)).transpose(-3, -2).flatten(-3)
+        if self.positions.rotary is None:
+            bias = self.positions.bias(layer, ragged.max_seqlen)
+            causal = layer.causal and bias is None  # a bias hides what comes later
+            return self.out(layer, self_attention(
+                qkv, bias, ragged, l_k, l_v, layer.heads, scale=layer.scale, causal=causal, p=self.attention, seed=seed,
+                backend=self.backend,
+            ))  # fmt: skip
+        cos, sin = self.positions.angles(layer, ragged.max_seqlen)
+        q, k, v = rotary_heads(
+            qkv, cos, sin, ragged, l_k, l_v, layer.heads, layer.kv_heads, backend=self.backend, qk_norm=layer.qk_norm
+        )
+        return self.out(layer, causal_attention(
+            q, k, v, ragged, self.attention, scale=layer.scale, window=layer.window, softcap=layer.softcap
+        ))  # fmt: skip
+
+    def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:
+        assert inputs.kv is not None
+        assert inputs.source is not None
+        return self.out(layer, cross_attention(
+            layer.project(x), inputs.readers, inputs.kv, inputs.source, layer.index, inputs.shared, self.at(layer.k),
+            self.at(layer.v), layer.heads, scale=layer.scale, p=self.attention, seed=self.seeds.next(),
+            backend=self.backend,
+        ))  # fmt: skip
+
+    def feed(self, layer: FeedLayer, x: Tensor, ragged: Ragged) -> Tensor:
+        return self.out(layer, gated(
+            layer.up(x), self.at(layer.vector), ragged, self.weights.activation, self.weights.function, layer.gated,
+            self.activation, self.seeds.next(), self.backend,
+        ))  # fmt: skip
+
+    def _beside(self, layer: ParallelLayer, x: Tensor, normed: Tensor, inputs: Inputs) -> Tensor:
+        attended = self.attend(layer.attention, normed, inputs.tokens)
+        own = layer.feed_forward.norm
+        fed = self.feed(layer.feed_forward, normed if own is None else self._norm(own, x), inputs.readers)
+        p = self.training * layer.attention.residual
+        return dropout(attended, p) + dropout(fed, self.training * layer.feed_forward.residual)
+
+    def out(self, layer: SelfLayer | CrossLayer | FeedLayer, h: Tensor) -> Tensor:
+        """What a layer adds to the residual stream."""
+        h = layer.out(h)
+        return h if layer.out_norm is None else self._norm(layer.out_norm, h)
+
+    def _norm(self, norm: Norm, x: Tensor) -> Tensor:
+        return add_norm(x, None, norm, 0.0, self.seeds.unused, self.backend)[1]
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)

@@ -1,0 +1,363 @@
+"""The fused loss: a batch's losses as a function of the batch and a table of vectors, for any described family."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ia3.architectures import Architecture, Stack, architecture_of
+from ia3.fast import batch
+from ia3.fast.bypassing import own_forward
+from ia3.fast.batch import Packed
+from ia3.fast.block import CrossLayer, FeedLayer, Inputs, Positions, Run, SelfLayer, Weights, unexpected_site
+from ia3.fast.linear import Precision
+from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
+from ia3.fast.ops.backend import Backend, backend_for, with_partials
+from ia3.fast.ops.cross_entropy import head_losses, token_losses
+from ia3.fast.ops.dropout import dropout
+from ia3.fast.own import Depad, Repad, answered, own_loss
+from ia3.fast.ragged import IGNORE_INDEX, Ragged
+from ia3.sites import Layout, Site
+
+# Positions turn by the same angles whatever the batch; of the others, longrope's and dynamic's depend on its length.
+_FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn", "proportional"}
+
+
+def unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
+    """Why this model's loss can't be fused; None where it can.
+
+    Args:
+        model: any model.
+        sites: the active adapter's.
+    """
+    architecture, config = architecture_of(model), getattr(model, "config", None)
+    if architecture is None:
+        return f"a {getattr(config, 'model_type', type(model).__name__)} is not described"
+    reason = architecture.unsupported(config) or _other_head(model, architecture)
+    if reason is not None:
+        return reason
+    try:
+        return _other_numbers(model, architecture) or unexpected_site(model, architecture, sites)
+    except AttributeError as error:
+        return f"it is built otherwise than its description: {error}"
+
+
+def _other_head(model: Any, architecture: Architecture) -> str | None:
+    """Why what follows the blocks is another."""
+    from transformers.models.auto import modeling_auto
+
+    kind, names = type(model).__name__, {cls.__name__ for cls in type(model).__mro__}
+    if architecture.mode == "encoder":
+        return None if hasattr(model, architecture.front.split(".")[0]) else f"a {kind} has no head"
+    mapping: Mapping[str, Any] = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if architecture.mode == "causal"
+        else modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    )
+    expected = mapping.get(model.config.model_type)
+    if expected not in names:
+        return f"it is written for {expected}, and this is a {kind}"
+    own = vars(model)
+    if architecture.mode == "causal" and (
+        own.get("_loss_function") is not None or own.get("loss_type") not in (None, "ForCausalLM")
+    ):
+        return "its loss is another"
+    return None
+
+
+def _other_numbers(model: Any, architecture: Architecture) -> str | None:
+    """What of a model's numbers the block doesn't compute, and a comparison without dropout doesn't show."""
+    if architecture.mode == "seq2seq" and model.dtype is torch.float16:
+        return "its weights are float16, in which its own forward clamps what overflows"
+    if architecture.rotary is not None:
+        kinds = model.get_submodule(architecture.rotary).rope_type
+        other = set(kinds.values() if isinstance(kinds, dict) else [kinds]) - _FIXED_ROTATIONS
+        if other:
+            return f"its positions are {other.pop()!r}, and depend on the batch"
+    names = vars(architecture.dropouts).values()
+    rates = {float(getattr(model.config, name) or 0) for name in names if name not in (None, "residual")}
+    front = architecture.front
+    for path, module in model.named_modules():
+        if not path.startswith(front):
+            continue
+        own = vars(module)
+        found = [module.p] if isinstance(module, nn.Dropout) else [own.get("dropout"), own.get("attention_dropout")]
+        for rate in found:
+            if isinstance(rate, float) and rate not in rates and rate:
+                return f"dropout of {path} is {rate}, and the configuration says {' or '.join(map(str, sorted(rates)))}"
+    return None
+
+
+class FusedLoss:
+    """The losses of a batch as a function of the batch and a table of vectors.
+
+    Args:
+        model: one for which `unsupported_reason` has nothing to say; its weights are laid out anew.
+        layout: the active adapter's.
+        recompute: keep the residual stream alone for the backward, and compute what is inside a layer again.
+        frozen: what the blocks' frozen weights are multiplied in; the head's stay as they are.
+
+    Attributes:
+        folded: weights that were copied, so that a change in place would go unnoticed.
+
+    Raises:
+        ValueError: recompute under attention dropout of rotary models; widths that the products can't take.
+    """
+
+    def __init__(
+        self, model: Any, layout: Layout, *, recompute: bool = False, frozen: Precision | None = None
+    ) -> None:
+        architecture = architecture_of(model)
+        assert architecture is not None
+        self.model, self.config, self.layout, self.recompute = model, model.config, layout, recompute
+        self.architecture: Architecture = architecture
+        self.weights = Weights(model, architecture, layout, frozen)
+        self.positions = Positions(model, architecture)
+        self.folded = [*self.positions.folded, *self.weights.folded]
+        draws = self.weights.rate(architecture.dropouts.attention)
+        if recompute and architecture.rotary is not None and draws:
+            raise ValueError(
+                "Attention dropout can't be computed again: set attention_dropout to 0, or not recompute."
+            )
+        if recompute and architecture.parallel and self.weights.rate(architecture.dropouts.residual):
+            raise ValueError("Dropout of parallel layers can't be computed again: set it to 0, or not recompute.")
+
+    # Batches
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Packed:
+        """Leave out the padding.
+
+        Raises:
+            ValueError: a batch that only the model's own forward takes.
+        """
+        positions = self.architecture.stacks[0].positions is not None
+        if self.architecture.mode == "causal":
+            return batch.pack_causal(tensors, positions=positions, left_padded=self.architecture.left_padded)
+        if self.architecture.mode == "seq2seq":
+            return batch.pack_seq2seq(tensors, positions=positions)
+        return batch.pack_encoder(tensors)
+
+    def round_up(self, packed: Packed, examples: int) -> Packed:
+        """To one of few shapes; `examples` as many as the largest batch has."""
+        return batch.round_up(packed, examples, getattr(self.config, "pad_token_id", None) or 0)
+
+    # The loss
+
+    @property
+    def backend(self) -> Backend:
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return backend_for(weight, self.weights.activation)
+
+    def __call__(self, packed: Packed, table: Tensor) -> Tensor:
+        """The mean loss of each group's label tokens, `[groups]`, 0 for a group without any.
+
+        Args:
+            packed: the batch, the examples of one group after those of another, equally many.
+            table: a row of vectors a group, `[groups, D]`; an encoder's has one.
+
+        Raises:
+            ValueError: the examples can't be divided into the table's groups; or on a GPU an input too long for
+                dropout that is computed again.
+        """
+        ragged, run = packed.ragged(len(table)), self._run(self._split(table))
+        self._check_length(run, packed)
+        compute = {"causal": self._causal, "seq2seq": self._seq2seq, "encoder": self._encoder}[self.architecture.mode]
+        return compute(run, packed, ragged)
+
+    def _run(self, slices: Sequence[Tensor]) -> Run:
+        return Run(self.weights, self.positions, slices, self.backend, recompute=self.recompute)
+
+    def _split(self, table: Tensor) -> tuple[Tensor, ...]:
+        return self.layout.split(with_partials(table, self.backend))
+
+    def _check_length(self, run: Run, packed: Packed) -> None:
+        by_seeds = run.backend == "triton" and self.positions.rotary is None
+        if run.recompute and run.attention and by_seeds and packed.max_seqlen > MAX_KEYS:
+            raise ValueError(
+                f"An input has {packed.max_seqlen} tokens, and with dropout recompute is for at most {MAX_KEYS}: cut the "
+                "inputs there, train without dropout, or without recompute."
+            )
+
+    def _causal(self, run: Run, packed: Packed, ragged: Ragged) -> Tensor:
+        (stack,), (blocks,) = self.architecture.stacks, self.weights.stacks
+        x = self._embed(run, stack, packed["tokens"], packed.tensors.get("positions"))
+        y = run.through(blocks, x, Inputs(ragged, ragged))
+        head, at, labels = self.model.get_output_embeddings(), packed["label_at"], packed["labels"]
+        scale = self.architecture.logits_scale(self.config)
+        losses = head_losses(y, head.weight, head.bias, at, labels, run.backend, scale=scale, softcap=self._softcap)
+        group = ragged.group_of_token[at]
+        own = group == torch.arange(ragged.groups, device=group.device)[:, None]
+        counted = own & (labels != IGNORE_INDEX)
+        return (losses * own).sum(1) / counted.sum(1).clamp(min=1)
+
+    @property
+    def _softcap(self) -> float | None:
+        name = self.architecture.logits_softcap
+        found: float | None = None if name is None else getattr(self.config, name)
+        return found
+
+    def _seq2seq(self, run: Run, packed: Packed, source: Ragged) -> Tensor:
+        labels = packed["labels"]
+        target = Ragged.even(len(labels), labels.shape[1], source.groups, labels.device)
+        kv = self._read(run, packed, source)
+        logits = self._write(run, self._decoder_inputs(labels), Inputs(target, target, kv, source))
+        losses = token_losses(logits, labels, run.backend).view(source.groups, -1)
+        return losses.sum(1) / (labels != IGNORE_INDEX).view(source.groups, -1).sum(1).clamp(min=1)
+
+    def _encoder(self, run: Run, packed: Packed, ragged: Ragged) -> Tensor:
+        (blocks,) = self.weights.stacks
+
+        def encode(hidden: Tensor) -> Tensor:
+            between = packed["token_at"], packed["slot_of"]
+            x: Tensor = Depad.apply(hidden.flatten(0, 1), *between)  # type: ignore[no-untyped-call]
+            y = run.through(blocks, x, Inputs(ragged, ragged))
+            padded: Tensor = Repad.apply(y, *between)  # type: ignore[no-untyped-call]
+            return padded.view_as(hidden)
+
+        return own_loss(answered(self.model, self.architecture.front, encode), packed.tensors)[None]
+
+    def log_probabilities(self, packed: Packed, choices: Tensor, table: Tensor) -> Tensor:
+        """The log-probability of each token of each choice after each input, `[examples, choices, length]`.
+
+        The encoder runs once an example, and its keys and values serve all choices, whose tokens are more queries.
+
+        Args:
+            packed: a seq2seq model's inputs; its labels only say how many examples there are.
+            choices: `[choices, length]`, -100 after a choice's end.
+            table: as in the loss.
+        """
+        count, length = choices.shape
+        source, run = packed.ragged(len(table)), self._run(self._split(table))
+        alone = Ragged.even(source.examples * count, length, source.groups, choices.device)
+        together = Ragged.even(source.examples, count * length, source.groups, choices.device)
+        kv, labels = self._read(run, packed, source), choices.repeat(source.examples, 1)
+        logits = self._write(run, self._decoder_inputs(labels), Inputs(alone, together, kv, source))
+        return -token_losses(logits, labels, run.backend).view(source.examples, count, length)
+
+    def _decoder_inputs(self, labels: Tensor) -> Tensor:
+        """What a decoder reads for labels `[rows, length]`, the same."""
+        own, config = getattr(self.model, "prepare_decoder_input_ids_from_labels", None), self.config
+        if own is None:
+            module: Any = sys.modules[own_forward(type(self.model)).__module__]
+            own = partial(module.shift_tokens_right, pad_token_id=config.pad_token_id, decoder_start_token_id=config.decoder_start_token_id)
+        found: Tensor = own(labels)
+        return found
+
+    def _embed(self, run: Run, stack: Stack, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        """`[tokens]` to `[tokens, width]`."""
+        x = self.model.get_submodule(stack.embed)(tokens)
+        scale = getattr(self.model.get_submodule(stack.blocks.rpartition(".")[0]), "embed_scale", None)
+        if scale is not None:
+            x = x * scale
+        if stack.positions is not None:
+            assert positions is not None
+            path, offset = stack.positions
+            x = x + self.model.get_submodule(path).weight[positions + offset]
+        if stack.embed_norm is not None:
+            x = self.weights.norm(stack.embed_norm)(x)
+        return dropout(x, run.rate(self.architecture.dropouts.embed))
+
+    def _read(self, run: Run, packed: Packed, source: Ragged) -> Tensor:
+        """The keys and values of all attentions across, `[source tokens, layers · 2 · inner]`."""
+        x = self._embed(run, self.architecture.stacks[0], packed["tokens"], packed.tensors.get("positions"))
+        y = run.through(self.weights.stacks[0], x, Inputs(source, source))
+        assert self.weights.cross_kv is not None
+        return self.weights.cross_kv(dropout(y, run.rate(self.architecture.dropouts.final)))
+
+    def _write(self, run: Run, ids: Tensor, inputs: Inputs) -> Tensor:
+        """The logits of a decoder's tokens, `[tokens, vocabulary]`.
+
+        Args:
+            run: this forward.
+            ids: `[rows, length]`.
+            inputs: what they see.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).flatten()
+        x = self._embed(run, self.architecture.stacks[1], ids.flatten(), positions)
+        y = run.through(self.weights.stacks[1], x, inputs)
+        return self._logits(dropout(y, run.rate(self.architecture.dropouts.final)))
+
+    def _logits(self, y: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        logits = functional.linear(y * self.architecture.logits_scale(self.config), head.weight, head.bias)
+        bias = getattr(self.model, "final_logits_bias", None)
+        return logits if bias is None else logits + bias
+
+    # Generation
+
+    def prefill(self, packed: Packed, vectors: Sequence[Tensor], groups: int, into: Tensor) -> None:
+        """Compute the keys and values of all attentions across.
+
+        Args:
+            packed: the inputs; its labels only say how many examples there are.
+            vectors: one a site, `[1, groups, width]`.
+            groups: the examples are divided into so many equal groups in their order.
+            into: where they go, `[at least tokens, layers · 2 · inner]`.
+        """
+        source = packed.ragged(groups)
+        into[: source.total_tokens].copy_(self._read(self._run(vectors), packed, source))
+
+    def decode_step(
+        self, token: Tensor, position: Tensor, kv: Tensor, source: Ragged, caches: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """The logits of the next token of each example, `[examples, vocabulary]`.
+
+        Args:
+            token: the last of each, `[examples]`.
+            position: how many there are before it, `[1]`.
+            kv: from `prefill`.
+            source: its tokens.
+            caches: a layer's keys and values so far, `[examples, max_cache_len, 2 · inner]`; this token's are put there.
+            vectors: as in `prefill`.
+        """
+        run, blocks = self._run(vectors), self.weights.stacks[1]
+        examples, most = caches[0].shape[:2]
+        one, before = (Ragged.even(examples, length, source.groups, token.device) for length in (1, most))
+        x, h = self._embed(run, self.architecture.stacks[1], token, position.expand(examples)), None
+        remaining = iter(caches)
+        for layer, norm, rate in zip(blocks.layers, blocks.norms[:-1], blocks.rates[:-1], strict=True):
+            x, normed = run.add_norm(x, h, norm, rate)
+            if isinstance(layer, SelfLayer):
+                h = self._attend_step(run, layer, normed, position, next(remaining), one, before)
+            elif isinstance(layer, CrossLayer):
+                q = layer.project(normed)
+                k, v = of_layer(kv, layer.index, q.shape[-1])
+                h = self._attended(run, layer, q, one, k, v, source, None)
+            else:
+                assert isinstance(layer, FeedLayer)
+                h = run.feed(layer, normed, one)
+            x = normed if self.architecture.post_norm else x
+        return self._logits(run.add_norm(x, h, blocks.norms[-1], blocks.rates[-1])[1])
+
+    def _attend_step(
+        self, run: Run, layer: SelfLayer, x: Tensor, position: Tensor, cache: Tensor, one: Ragged, before: Ragged
+    ) -> Tensor:
+        """One token's attention to itself and to those before, whose keys and values are in the cache."""
+        q, own = layer.project(x).tensor_split([cache.shape[-1] // 2], -1)
+        k, v = cache.index_copy_(1, position, own[:, None]).flatten(0, 1).chunk(2, -1)
+        bias = self.positions.bias(layer, before.max_seqlen)
+        if bias is None:
+            bias = self._later(before.max_seqlen, q)
+        return self._attended(run, layer, q, one, k, v, before, bias.index_select(2, position))
+
+    def _later(self, length: int, like: Tensor) -> Tensor:
+        """What hides the places that come later, `[1, heads, length, length]`."""
+        later = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu(1)
+        return later.expand(1, self.weights.heads, length, length)
+
+    def _attended(
+        self, run: Run, layer: SelfLayer | CrossLayer, q: Tensor, of_q: Ragged, k: Tensor, v: Tensor, of_k: Ragged,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        attended = attention(
+            q, of_q, k, v, of_k, bias, run.at(layer.k), run.at(layer.v), layer.heads, scale=layer.scale,
+            backend=run.backend,
+        )  # fmt: skip
+        return run.out(layer, attended)

@@ -1,0 +1,90 @@
+"""A model's own forward around the block: its embeddings and its head, with one module's call answered for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ia3.fast.bypassing import own_forward
+
+# Of a packed batch, what the model's own forward doesn't take.
+_OURS = ("cu_seqlens", "token_at", "slot_of")
+
+
+class Answered:
+    """A module as its own forward sees it, with some of its children replaced; the module itself stays as it is.
+
+    Another thread may call the module meanwhile, and nothing of it need be put back.
+    """
+
+    def __init__(self, module: nn.Module, children: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+        self._module, self._children, self._forward = module, children, forward
+
+    def __getattr__(self, name: str) -> Any:
+        children = self.__dict__["_children"]
+        return children[name] if name in children else getattr(self.__dict__["_module"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self, *args, **kwargs)
+
+
+def answered(model: nn.Module, path: str, answer: Callable[[Tensor], Tensor]) -> Any:
+    """A model whose module at a path answers with something else.
+
+    Args:
+        model: the model.
+        path: the module's.
+        answer: from its first argument `[batch, length, width]` to what it returns, the same shape.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=answer(hidden_states))
+
+    name, _, rest = path.partition(".")
+    child: Any = answered(model.get_submodule(name), rest, answer) if rest else call
+    # Without what transformers wraps around it, which asks for a module.
+    return Answered(model, {name: child}, inspect.unwrap(own_forward(type(model))))
+
+
+def own_loss(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a model's own forward over what of a packed batch it takes; without a mask, which the block has."""
+    loss: Tensor = model(**{name: tensor for name, tensor in tensors.items() if name not in _OURS}).loss
+    return loss
+
+
+class Depad(torch.autograd.Function):
+    """Padded places to tokens; both ways gather, where autograd would add atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_at: Tensor, slot_of: Tensor) -> Tensor:
+        ctx.save_for_backward(token_at, slot_of)
+        return x.index_select(0, token_at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        token_at, slot_of = ctx.saved_tensors
+        is_token = token_at[slot_of] == torch.arange(len(slot_of), device=grad.device)
+        return grad.index_select(0, slot_of).masked_fill(~is_token[:, None], 0), None, None
+
+
+class Repad(torch.autograd.Function):
+    """The inverse; a padding token gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, token_at: Tensor, slot_of: Tensor) -> Tensor:
+        ctx.save_for_backward(token_at, slot_of)
+        return y.index_select(0, slot_of)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        token_at, slot_of = ctx.saved_tensors
+        is_token = slot_of[token_at] == torch.arange(len(token_at), device=grad.device)
+        return grad.index_select(0, token_at).masked_fill(~is_token[:, None], 0), None, None
