@@ -157,6 +157,15 @@ def architecture_of(model: Any) -> Architecture | None:
     return None if describe is None else describe(config)
 
 
+def names_in(part: Attention | FeedForward) -> list[str]:
+    """The paths of an attention's or a feed-forward's modules in a block."""
+    named = [part.norm, part.out_norm]
+    if isinstance(part, FeedForward):
+        return [name for name in (*named, *part.up, part.down) if name is not None]
+    named += [part.q, part.k, part.v, part.out, part.module, *(part.qk_norm or ())]
+    return [name for name in named if name is not None]
+
+
 def key_value_intervals(attention: Attention, heads: int, kv_heads: int, dim: int) -> Intervals | None:
     """The channels of a fused projection that make keys and values; None where nothing is fused."""
     if attention.fused is None:
@@ -188,7 +197,9 @@ _LLAMA = Architecture(
 )
 
 
-def _changed(base: Architecture, *, attention: Any = (), feed_forward: Any = (), stack: Any = (), **more: Any) -> Architecture:
+def _changed(
+    base: Architecture, *, attention: Any = (), feed_forward: Any = (), stack: Any = (), **more: Any
+) -> Architecture:
     """An architecture of one stack, with parts of it changed."""
     (old,) = base.stacks
     new = replace(
@@ -214,7 +225,9 @@ _GEMMA2 = _changed(
     feed_forward={"norm": "pre_feedforward_layernorm", "out_norm": "post_feedforward_layernorm"},
     activation="hidden_activation",
     logits_softcap="final_logit_softcapping",
-    unsupported=lambda config: "attention sees both sides" if getattr(config, "use_bidirectional_attention", False) else None,
+    unsupported=lambda config: (
+        "attention sees both sides" if getattr(config, "use_bidirectional_attention", False) else None
+    ),
 )
 _GEMMA3 = _changed(_GEMMA2, attention=_QK_NORM)
 _PHI3 = _changed(
@@ -228,6 +241,7 @@ _STARCODER2 = _changed(
     feed_forward={"up": ("mlp.c_fc",), "down": "mlp.c_proj", "gated": False},
     dropouts=Dropouts("attention_dropout", residual="residual_dropout", embed="embedding_dropout"),
 )
+_SEED_OSS = replace(_LLAMA, dropouts=Dropouts("attention_dropout", residual="residual_dropout"))
 _PHI = _changed(
     _LLAMA,
     attention={"out": "self_attn.dense"},
@@ -428,7 +442,8 @@ def _always(architecture: Architecture) -> Callable[[Any], Architecture]:
 
 
 _ARCHITECTURES: dict[str, Callable[[Any], Architecture]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "ministral", "seed_oss"), _always(_LLAMA)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "ministral"), _always(_LLAMA)),
+    "seed_oss": _always(_SEED_OSS),
     "qwen3": _always(_QWEN3),
     "olmo2": _always(_OLMO2),
     "gemma": _always(_GEMMA),

@@ -85,7 +85,9 @@ FAMILIES: dict[str, Family] = {
     "mt5": Family(("k", "v", "wi_1"), ()),
     "umt5": Family(("k", "v", "wo"), ("wo",)),
     "bart": Family(("k_proj", "v_proj", "fc2"), ("fc2",), differs=_SCALES_Q_FOR_K),
-    **dict.fromkeys(("mbart", "plbart", "pegasus", "marian", "blenderbot"), Family(("k_proj", "v_proj", "fc2"), ("fc2",))),
+    **dict.fromkeys(
+        ("mbart", "plbart", "pegasus", "marian", "blenderbot"), Family(("k_proj", "v_proj", "fc2"), ("fc2",))
+    ),
     "gpt2": Family(
         ("c_attn", "mlp.c_proj"),
         ("mlp.c_proj",),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3.architectures import Architecture, Attention, FeedForward, Stack, key_value_intervals
+from ia3.architectures import Architecture, Attention, FeedForward, Stack, key_value_intervals, names_in
 from ia3.fast.linear import FrozenLinear, Precision, frozen_linear
 from ia3.fast.ops.attention import causal_attention, cross_attention, self_attention
 from ia3.fast.ops.backend import Backend, Vector
@@ -171,7 +171,9 @@ class Weights:
         return Norm(weight, getattr(module, "bias", None), eps, centred=isinstance(module, nn.LayerNorm))
 
     def _blocks(self, stack: Stack) -> Blocks:
-        layers = [layer for i, path in enumerate(block_paths(self.model, stack)) for layer in self._block(stack, path, i)]
+        layers = [
+            layer for i, path in enumerate(block_paths(self.model, stack)) for layer in self._block(stack, path, i)
+        ]
         if stack.repeats is not None:
             layers = layers * getattr(self.config, stack.repeats)
         own, last = [layer.norm for layer in layers], None if stack.norm is None else self.norm(stack.norm)
@@ -349,6 +351,25 @@ def expected_sites(model: Any, architecture: Architecture) -> dict[tuple[str, st
             if len(feed.up) == 2:
                 expected[f"{path}.{feed.up[1]}", "output"] = None
     return expected
+
+
+def missing_part(model: Any, architecture: Architecture) -> str | None:
+    """Why a model isn't built as its description says; None where it is."""
+    for stack in architecture.stacks:
+        for path in block_paths(model, stack):
+            for part in (stack.attention, stack.cross, stack.feed_forward):
+                for name in [] if part is None else names_in(part):
+                    if not _has(model, f"{path}.{name}"):
+                        return f"it has no {path}.{name}, which its description expects"
+    return None
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def unexpected_site(model: Any, architecture: Architecture, sites: Sequence[Site]) -> str | None:

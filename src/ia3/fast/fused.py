@@ -15,7 +15,17 @@ from ia3.architectures import Architecture, Stack, architecture_of
 from ia3.fast import batch
 from ia3.fast.bypassing import own_forward
 from ia3.fast.batch import Packed
-from ia3.fast.block import CrossLayer, FeedLayer, Inputs, Positions, Run, SelfLayer, Weights, unexpected_site
+from ia3.fast.block import (
+    CrossLayer,
+    FeedLayer,
+    Inputs,
+    Positions,
+    Run,
+    SelfLayer,
+    Weights,
+    missing_part,
+    unexpected_site,
+)
 from ia3.fast.linear import Precision
 from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
@@ -42,10 +52,11 @@ def unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
     reason = architecture.unsupported(config) or _other_head(model, architecture)
     if reason is not None:
         return reason
-    try:
-        return _other_numbers(model, architecture) or unexpected_site(model, architecture, sites)
-    except AttributeError as error:
-        return f"it is built otherwise than its description: {error}"
+    return (
+        missing_part(model, architecture)
+        or _other_numbers(model, architecture)
+        or unexpected_site(model, architecture, sites)
+    )
 
 
 def _other_head(model: Any, architecture: Architecture) -> str | None:
@@ -110,9 +121,7 @@ class FusedLoss:
         ValueError: recompute under attention dropout of rotary models; widths that the products can't take.
     """
 
-    def __init__(
-        self, model: Any, layout: Layout, *, recompute: bool = False, frozen: Precision | None = None
-    ) -> None:
+    def __init__(self, model: Any, layout: Layout, *, recompute: bool = False, frozen: Precision | None = None) -> None:
         architecture = architecture_of(model)
         assert architecture is not None
         self.model, self.config, self.layout, self.recompute = model, model.config, layout, recompute
@@ -122,9 +131,7 @@ class FusedLoss:
         self.folded = [*self.positions.folded, *self.weights.folded]
         draws = self.weights.rate(architecture.dropouts.attention)
         if recompute and architecture.rotary is not None and draws:
-            raise ValueError(
-                "Attention dropout can't be computed again: set attention_dropout to 0, or not recompute."
-            )
+            raise ValueError("Attention dropout can't be computed again: set attention_dropout to 0, or not recompute.")
         if recompute and architecture.parallel and self.weights.rate(architecture.dropouts.residual):
             raise ValueError("Dropout of parallel layers can't be computed again: set it to 0, or not recompute.")
 
@@ -245,7 +252,11 @@ class FusedLoss:
         own, config = getattr(self.model, "prepare_decoder_input_ids_from_labels", None), self.config
         if own is None:
             module: Any = sys.modules[own_forward(type(self.model)).__module__]
-            own = partial(module.shift_tokens_right, pad_token_id=config.pad_token_id, decoder_start_token_id=config.decoder_start_token_id)
+            own = partial(
+                module.shift_tokens_right,
+                pad_token_id=config.pad_token_id,
+                decoder_start_token_id=config.decoder_start_token_id,
+            )
         found: Tensor = own(labels)
         return found
 

@@ -32,7 +32,11 @@ class DropoutSeeds:
         self.seeds: tuple[Tensor, ...] | None = None
         """One a dropout; None where PyTorch draws."""
         if backend == "triton":
-            drawn = torch.randint(0, 2**62, (count,), device=device) if count else torch.zeros(1, dtype=torch.int64, device=device)
+            drawn = (
+                torch.randint(0, 2**62, (count,), device=device)
+                if count
+                else torch.zeros(1, dtype=torch.int64, device=device)
+            )
             self.seeds = drawn.unbind()
         self.place = 0
 

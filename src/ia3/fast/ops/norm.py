@@ -32,9 +32,14 @@ class Norm:
         """Of `[…, width]`, computed in fp32 at least."""
         if self.centred:
             return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)) if self.weight.dtype != x.dtype else x
-        variance = wide.float().pow(2).mean(-1, keepdim=True)
-        return (self.weight * (wide * torch.rsqrt(variance + self.eps)).to(self.weight.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """No mean, no shift; the variance in fp32, as transformers has it."""
+    wide = x if weight.dtype == x.dtype else x.to(weight.dtype)
+    variance = wide.float().pow(2).mean(-1, keepdim=True)
+    return (weight * (wide * torch.rsqrt(variance + eps)).to(weight.dtype)).to(x.dtype)
 
 
 def add_norm(

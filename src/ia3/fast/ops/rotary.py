@@ -45,10 +45,10 @@ def rotary_heads(
     q, k, v = torch.split(qkv, [heads * dim, kv_heads * dim, kv_heads * dim], -1)
     k, v = scaled(k, l_k, ragged), scaled(v, l_v, ragged)
     if qk_norm is not None:
-        q, k = (norm(x.unflatten(1, (-1, len(norm.weight)))).flatten(1) for norm, x in zip(qk_norm, (q, k), strict=True))
-    q, k, v = (
-        ragged.pad(x).view(ragged.examples, ragged.max_seqlen, -1, dim).transpose(1, 2) for x in (q, k, v)
-    )
+        q, k = (
+            norm(x.unflatten(1, (-1, len(norm.weight)))).flatten(1) for norm, x in zip(qk_norm, (q, k), strict=True)
+        )
+    q, k, v = (ragged.pad(x).view(ragged.examples, ragged.max_seqlen, -1, dim).transpose(1, 2) for x in (q, k, v))
     return _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
 
