@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ia3.fast import scores as by_hand
+from ia3.fast.cache import additive_mask, fill_up
 from ia3.fast.capture import Captured, Standing
-from ia3.fast.decode import BUCKET, as_scores, fill_up, why_not_recorded
+from ia3.fast.generate import capture_unsupported_reason
+from ia3.fast.sessions import BUCKET
 from ia3.inference.predict import Beat, pad_rows, sorted_batches, tokenise_inputs
 from ia3.rows import act_here
 from ia3.training.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
@@ -197,7 +199,7 @@ def _why_not(model: Any) -> str | None:
         return "there is no GPU"
     if not hides_choices(model):
         return f"it is written for T5 and mT5, and this is a {type(model).__name__}"
-    return why_not_recorded(model)
+    return capture_unsupported_reason(model)
 
 
 def _log_probabilities(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -208,7 +210,7 @@ def _log_probabilities(model: Any, choices: Tensor, input_ids: Tensor, attention
 
 def _under_masks(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The same, with masks whose values the model doesn't look at on the host."""
-    return _log_probabilities(model, choices, input_ids, as_scores(attention_mask[:, None, None] != 0, model.dtype))
+    return _log_probabilities(model, choices, input_ids, additive_mask(attention_mask[:, None, None] != 0, model.dtype))
 
 
 def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:

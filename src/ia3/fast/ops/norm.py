@@ -1,4 +1,4 @@
-"""The residual sum and the norm behind it: root mean square (Zhang and Sennrich 2019), or LayerNorm (Ba et al. 2016)."""
+"""The residual sum and its norm: root mean square (Zhang and Sennrich 2019), or LayerNorm (Ba et al. 2016)."""
 
 from __future__ import annotations
 
