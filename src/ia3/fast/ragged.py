@@ -16,8 +16,8 @@ class Ragged:
     """Where each example's tokens are.
 
     Args:
-        cu_seqlens: example e has the tokens from `cu_seqlens[e]` to before `cu_seqlens[e + 1]`; `[examples + 1]`, int32.
-            Tokens from the last on are padding, which fills a batch up to one of few sizes.
+        cu_seqlens: example e has the tokens from `cu_seqlens[e]` to before `cu_seqlens[e + 1]`; `[examples + 1]`,
+            int32. Tokens from the last on are padding, which fills a batch up to one of few sizes.
         max_seqlen: no example has more tokens.
         total_tokens: padding tokens included.
         groups: the examples are divided into so many equal groups in their order.
