@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ia3.fast.ops.backend import Backend, Vector, scaled
-from ia3.fast.ops.dropout import dropout
+from ia3.fast.ops.backend import ACTIVATIONS, Backend, Vector, scaled
+from ia3.fast.ops.dropout import dropout, dropped
+from ia3.fast.ops.launch import cdiv, jit, launch
+from ia3.fast.ops.partials import empty_gradient, partials_and_stride, tokens_of_program
 from ia3.fast.ragged import Ragged
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def gated(
@@ -25,17 +33,143 @@ def gated(
         function: itself.
         is_gated: whether h has two halves.
         p: dropout's.
-        seed: from `DropoutSeeds`.
+        seed: from `DropoutSeeds`; needed by kernels that drop.
         backend: who computes it.
     """
     if backend == "triton":
-        from ia3.fast import kernels
-
-        assert seed is not None
-        return kernels.gated(h, vector, ragged, activation, is_gated, p, seed)
+        out: Tensor = _Gated.apply(h, vector, ragged, activation, is_gated, p, seed if p else None)
+        return out
     if is_gated:
         gate, linear = h.chunk(2, -1)
         h = function(gate) * linear
     else:
         h = function(h)
     return dropout(scaled(h, vector, ragged), p)
+
+
+@jit
+def _activation(x, KIND: tl.constexpr):
+    """One of `ACTIVATIONS`, and its derivative."""
+    if KIND == 0:
+        return tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
+    if KIND == 1:
+        squared = x * x
+        s = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * squared))
+        return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * squared)
+    if KIND == 2:
+        below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    s = tl.sigmoid(x)
+    return x * s, s * (1 + x * (1 - s))
+
+
+@jit
+def _gated_forward(
+    h, vector, group_of_token, out, seed, p, vector_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """One program a token and a block of channels.
+
+    Args:
+        h: `[tokens, WIDTH]`, `[tokens, 2 · WIDTH]` where GATED.
+        vector: `[groups, WIDTH]`, a group every `vector_stride` numbers; None without.
+        group_of_token: `[tokens]`, int32; None for one group.
+        out: written, `[tokens, WIDTH]`.
+        seed: one int64; None without dropout.
+    """
+    token = tl.program_id(0)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < WIDTH
+    h += token.to(tl.int64) * (2 * WIDTH if GATED else WIDTH)
+    if vector is not None:
+        if group_of_token is not None:
+            vector += tl.load(group_of_token + token) * vector_stride
+        factor = tl.load(vector + offs, mask=mask, other=0.0).to(h.dtype.element_ty).to(tl.float32)
+    value, _ = _activation(tl.load(h + offs, mask=mask, other=0.0).to(tl.float32), KIND)
+    if GATED:
+        value *= tl.load(h + WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
+    if vector is not None:
+        value *= factor
+    if seed is not None:
+        value = dropped(value, seed, token * WIDTH + offs, p)
+    tl.store(out + token.to(tl.int64) * WIDTH + offs, value.to(out.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["groups", "partials"])
+def _gated_backward(
+    h, vector, group_edges, grad, dh, d_vector, seed, p, groups, partials, vector_stride,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """One program a part of a group's tokens, BLOCK_M at a time, and a block of channels.
+
+    Args:
+        h, vector, seed: the forward's.
+        group_edges: `[groups + 1]`, int32.
+        grad: `[tokens, WIDTH]`, the gradient of the forward's out.
+        dh: written, as h, but for padding tokens.
+        d_vector: written, `[partials, groups, WIDTH]`, fp32; None without a vector.
+    """
+    group, first, end = tokens_of_program(group_edges, groups, partials)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < WIDTH
+    if vector is not None:
+        factor = tl.load(vector + group * vector_stride + offs, mask=mask, other=0.0)
+        factor = factor.to(h.dtype.element_ty).to(tl.float32)[None, :]
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, end, BLOCK_M):
+        tokens = start + tl.arange(0, BLOCK_M)
+        both = (tokens < end)[:, None] & mask[None, :]
+        narrow = tokens.to(tl.int64)[:, None] * WIDTH + offs[None, :]
+        wide = tokens.to(tl.int64)[:, None] * (2 * WIDTH if GATED else WIDTH) + offs[None, :]
+        g = tl.load(grad + narrow, mask=both, other=0.0).to(tl.float32)
+        if seed is not None:
+            g = dropped(g, seed, tokens[:, None] * WIDTH + offs[None, :], p)
+        value, slope = _activation(tl.load(h + wide, mask=both, other=0.0).to(tl.float32), KIND)
+        if GATED:
+            linear = tl.load(h + wide + WIDTH, mask=both, other=0.0).to(tl.float32)
+            if vector is not None:
+                total += tl.sum(g * value * linear, 0)
+                g *= factor
+            tl.store(dh + wide + WIDTH, (g * value).to(dh.dtype.element_ty), mask=both)
+            g *= linear
+        elif vector is not None:
+            total += tl.sum(g * value, 0)
+            g *= factor
+        tl.store(dh + wide, (g * slope).to(dh.dtype.element_ty), mask=both)
+    if vector is not None:
+        tl.store(d_vector + tl.program_id(0) * WIDTH + offs, total, mask=mask)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps h alone, of a product with frozen weights the only part that a backward needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, vector: Vector, ragged: Ragged, activation: str, is_gated: bool, p: float,
+        seed: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        h = h.contiguous()
+        width = h.shape[-1] // 2 if is_gated else h.shape[-1]
+        out = h.new_empty(*h.shape[:-1], width)
+        ctx.ragged, ctx.p = ragged, p
+        ctx.sizes = {"WIDTH": width, "KIND": ACTIVATIONS[activation], "GATED": is_gated}
+        group_of_token = ragged.group_of_token if vector is not None and ragged.groups > 1 else None
+        launch(
+            _gated_forward, (out.numel() // width, cdiv(width, 1024)), h, vector, group_of_token, out, seed, p,
+            partials_and_stride(vector)[1], BLOCK=1024, **ctx.sizes,
+        )  # fmt: skip
+        ctx.save_for_backward(h, vector, seed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        h, vector, seed = ctx.saved_tensors
+        dh, d_vector = torch.empty_like(h), empty_gradient(vector)
+        width, groups = ctx.sizes["WIDTH"], ctx.ragged.groups
+        partials, stride = partials_and_stride(vector)
+        launch(
+            _gated_backward, (partials * groups, cdiv(width, 64)), h, vector, ctx.ragged.group_edges,
+            grad.contiguous(), dh, d_vector, seed, ctx.p, groups, partials, stride, BLOCK_M=16, BLOCK=64, **ctx.sizes,
+        )  # fmt: skip
+        return dh, d_vector, None, None, None, None, None

@@ -1,0 +1,124 @@
+"""Triton's kernels: how they are written down, launched, and compiled side by side beforehand."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from ia3.fast.ops.backend import has_triton
+
+
+class _Kernel:
+    """A kernel, or a function of kernels, that Triton gets when it is first needed.
+
+    Importing Triton takes half a second, is possible only where it is installed, and is for nothing on a CPU. The
+    kernel's file therefore names `tl` for type checkers alone, and here the function gets Triton's modules and what
+    Triton made of the kernels that it calls.
+    """
+
+    def __init__(self, function: FunctionType, do_not_specialize: Sequence[str]) -> None:
+        self.function, self.do_not_specialize = function, do_not_specialize
+
+    @cached_property
+    def by_triton(self) -> Any:
+        import triton
+        import triton.language
+
+        known = {**self.function.__globals__, "tl": triton.language}
+        used = {name: known[name] for name in self.function.__code__.co_names if name in known}
+        known |= {name: value.by_triton for name, value in used.items() if isinstance(value, _Kernel)}
+        own = FunctionType(self.function.__code__, known, self.function.__name__)
+        own.__annotations__ = self.function.__annotations__
+        return triton.jit(own, do_not_specialize=self.do_not_specialize)
+
+
+def jit(function: Any = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """`triton.jit`, without Triton for the time being.
+
+    Args:
+        function: the kernel; None where what decorates it is called first.
+        do_not_specialize: integers of which a value that is 1 or a multiple of 16 is nothing to compile anew for.
+    """
+    if function is None:
+        return partial(jit, do_not_specialize=do_not_specialize)
+    return _Kernel(function, do_not_specialize)
+
+
+class _Mode(threading.local):
+    """What this thread does with kernels; another one may run them meanwhile."""
+
+    only_compiles = False
+
+
+_mode = _Mode()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel.
+
+    Args:
+        kernel: decorated with `jit`.
+        grid: how many programs, along up to three axes.
+        arguments: tensors, where the kernel takes pointers, None and numbers.
+        constants: what it is compiled for.
+    """
+    if _mode.only_compiles:
+        kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
+    else:
+        kernel.by_triton[grid](*arguments, **constants)
+
+
+def compile_kernels(computation: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels that a computation launches, side by side; one after the other they take many seconds.
+
+    Args:
+        computation: run once with all but the kernels, so that what it computes means nothing: it must be one that can
+            be run again. Not run at all on a device without kernels.
+        device: the model's.
+    """
+    if not has_triton(device):
+        return
+    import triton
+
+    _mode.only_compiles = True
+    try:
+        # A backward on a thread of its own would compile as ever. What can't be compiled says so when it is launched.
+        on_this_thread = torch.autograd.set_multithreading_enabled(False)
+        random = torch.cuda.get_rng_state(device)
+        with on_this_thread, _Compilers(device) as compilers, triton.AsyncCompileMode(compilers, ignore_errors=True):
+            computation()
+        torch.cuda.set_rng_state(random, device)
+    finally:
+        _mode.only_compiles = False
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels, each with the function that launches it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,))
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        return super().submit(lambda: _launchable(compile_kernel()))
+
+
+def _launchable(kernel: Any) -> Any:
+    getattr(kernel, "run", None)  # Triton makes the launcher when it is first asked for
+    return kernel
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up: how many blocks of y hold x."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of two from x on: the size of a block that holds x."""
+    return 1 << (x - 1).bit_length()
