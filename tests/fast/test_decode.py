@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import builders
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import gather_rows
-from ia3.fast.capture import Captured
+from ia3.fast.capture import GraphedCallable
 from ia3.fast.decode import Decoder, compile_generate, why_not
 from ia3.rows import BASE, acting
 from replayed import recording
@@ -433,7 +433,7 @@ def test_a_shape_is_recorded_when_it_comes_again() -> None:
         return x * times
 
     with recording() as recorded:
-        computation = Captured(function, torch.device("cpu"))
+        computation = GraphedCallable(function, torch.device("cpu"))
         for factor in range(1, 5):
             x = factor * torch.arange(3.0)
             assert torch.equal(computation(2, x=x), 2 * x)

@@ -24,7 +24,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ia3.adapter import Attached, gather_flat, gather_rows, site_vectors
 from ia3.fast import t5
-from ia3.fast.capture import Captured, Standing
+from ia3.fast.capture import GraphedCallable as Captured
+from ia3.fast.guard import Guard as Standing
 from ia3.fast.packing import IGNORED, Packed, Spans, pack, packable, round_up
 from ia3.model import PeftModel
 from ia3.rows import BASE, Rows, act_here, acting
@@ -274,7 +275,7 @@ class Decoder(Generate):
             )
         if self._is_plain(input_ids, attention_mask):
             return self.plain(input_ids, attention_mask, adapter_names=adapter_names)
-        if not self.standing.holds():
+        if not self.standing.is_valid():
             self.ready.clear()
             self.by_hand.clear()
             self.reasons.clear()
