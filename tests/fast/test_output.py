@@ -555,7 +555,6 @@ T5_CHANGES = {
     "a hook before backward": lambda model, patch: model.encoder.register_full_backward_pre_hook(lambda *_: None),
     "a hook of backward": lambda model, patch: model.encoder.register_full_backward_hook(lambda *_: None),
     "attention in evaluation mode": lambda model, patch: model.encoder.block[0].layer[0].SelfAttention.eval(),
-    "another attention": set_config("_attn_implementation_internal", "another"),
 }
 LLAMA_CHANGES = {
     "another loss": lambda model, patch: setattr(model, "loss_function", lambda logits, **_: logits.sum() * 0),
