@@ -53,7 +53,7 @@ def _exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
             f"transformers.models.{family}RMSNorm.forward", lambda self, x: norm(x, self.weight, self.variance_epsilon)
         )
     monkeypatch.setattr("ia3.fast.operations.rms_norm", norm)
-    monkeypatch.setattr("ia3.fast.bypassing._sources", lambda: ("",))  # wherever a forward is from
+    monkeypatch.setattr("ia3.fast.guard._sources", lambda: ("",))  # wherever a forward is from
 
 
 def adapted_causal(tiny: Any, randomise: Any, form: str, dtype: torch.dtype = torch.float64, **config: Any) -> Any:

@@ -1,23 +1,17 @@
-"""The models whose loss is written by hand, and why a model is none of them."""
+"""The models that have a fused loss; `graphed` alone asks here, and `output` for what they return."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ia3.adapter import acting_alone, vectors
 from ia3.fast import llama, packing, t5
-from ia3.fast.bypassing import NOT_ALONE
-from ia3.sites import Layout
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models whose loss is written by hand.
+    """Models with a fused loss.
 
     Args:
         classes: the names of the classes of transformers.
@@ -28,6 +22,7 @@ class Family:
         round_up: to one of few shapes, for a number of examples and a filler's token.
         output_class: the name of what the models' own forward returns.
         takes_items: whether the models' own forward divides its loss by `num_items_in_batch`.
+        trains_others: whether the loss has gradients of trained parameters that are no vectors.
     """
 
     classes: tuple[str, ...]
@@ -38,6 +33,7 @@ class Family:
     round_up: Callable[..., Any]
     output_class: str
     takes_items: bool
+    trains_others: bool = False
 
     def output(self) -> type[Any]:
         """The class of what the models' own forward returns."""
@@ -68,61 +64,14 @@ _LLAMA = Family(
     takes_items=True,
 )
 _FAMILIES = {"t5": _T5, "mt5": _T5, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+NAMES = tuple(_FAMILIES)
 
 
 def family_of(model: Any) -> Family | None:
     return _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
-def may_be_by_hand(cls: type[Any]) -> bool:
-    """Whether a class has the name of one whose loss is written by hand, or derives from such a one."""
+def has_fused_loss(cls: type[Any]) -> bool:
+    """Whether a class has the name of one with a fused loss, or derives from such a one."""
     names = {base.__name__ for base in cls.__mro__}
-    return any(names & set(family.classes) for family in (_T5, _LLAMA))
-
-
-def why_not(model: Any) -> str | None:
-    """Why the loss of a model in training can't be computed by hand; None where it can.
-
-    Args:
-        model: one with adapters.
-    """
-    adapter = acting_alone(model)
-    if adapter is None:
-        return NOT_ALONE
-    family = family_of(model)
-    if family is None:
-        return f"it is written for {', '.join(_FAMILIES)}, and this is a {type(model).__name__}"
-    reason = family.why_not(model, adapter.layout.sites)
-    if reason is not None:
-        return reason
-    own = {id(vector) for vector in vectors(model, adapter)}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad != (id(parameter) in own):
-            return f"{name} is {'trained' if parameter.requires_grad else 'not trained'}"
-    return None
-
-
-def is_shifted(model: Any, decoder_input_ids: Tensor, labels: Tensor) -> bool:
-    """Whether a decoder's inputs are those that the labels make, moved by one."""
-    return torch.equal(decoder_input_ids, model._shift_right(labels.to(decoder_input_ids.device)))
-
-
-def loss_and_gradient(
-    by_hand: Callable[..., Tensor], family: Family, layout: Layout, held: Sequence[Tensor], longest: int, uniform: bool,
-    **tensors: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss of a packed batch, its gradient `[D]`, and the vectors `[D]` that it was computed with.
-
-    Args:
-        by_hand: the family's loss of a model.
-        family: the model's.
-        layout: the adapter's.
-        held: its vectors, one a site.
-        longest: the packed batch's, as `uniform`.
-        uniform: see `Spans`.
-        tensors: the packed batch's.
-    """
-    flat = layout.flatten([vector.detach() for vector in held]).requires_grad_()
-    losses = by_hand(family.packed(**tensors, longest=longest, uniform=uniform), flat[None])
-    (gradient,) = torch.autograd.grad(losses.sum(), flat)
-    return losses[0].detach(), gradient, flat.detach()
+    return any(names & set(family.classes) for family in _FAMILIES.values())

@@ -19,7 +19,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ia3.fast import packing
-from ia3.fast.bypassing import other_site, unheard, unlike
+from ia3.fast.guard import unsupported_attribute as unlike
+from ia3.fast.guard import unsupported_modules as unheard
+from ia3.fast.guard import unsupported_site as other_site
 from ia3.fast.operations import (
     Vector,
     add_norm,

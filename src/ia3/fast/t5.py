@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ia3.fast.bypassing import other_site, unheard, unlike
+from ia3.fast.guard import unsupported_attribute as unlike
+from ia3.fast.guard import unsupported_modules as unheard
+from ia3.fast.guard import unsupported_site as other_site
 from ia3.fast.operations import (
     MOST_KEYS,
     Chance,
