@@ -158,6 +158,11 @@ def architecture_of(model: Any) -> Architecture | None:
     return None if describe is None else describe(config)
 
 
+def is_described(cls: type[Any]) -> bool:
+    """Whether a class of models is one of a family that is described."""
+    return getattr(getattr(cls, "config_class", None), "model_type", "") in _ARCHITECTURES
+
+
 def names_in(part: Attention | FeedForward) -> list[str]:
     """The paths of an attention's or a feed-forward's modules in a block."""
     named = [part.norm, part.out_norm]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.fast.operations import compile_kernels
+from ia3.fast.ops.launch import compile_kernels
 
 # Where one input ends and the next begins: kernels read whole lines of memory.
 _ALIGNED = 256

@@ -15,7 +15,7 @@ from ia3.architectures import Architecture, Stack, architecture_of
 from ia3.fast import batch
 from ia3.fast.batch import Packed
 from ia3.fast.block import Inputs, Run
-from ia3.fast.bypassing import own_forward
+from ia3.fast.guard import own_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
 from ia3.fast.linear import Precision
 from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
@@ -49,6 +49,20 @@ def unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
         or _other_numbers(model, architecture)
         or unexpected_site(model, architecture, sites)
     )
+
+
+def seq2seq_unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
+    """Why this model has no fused encoder and decoder; None where it has them."""
+    architecture = architecture_of(model)
+    if architecture is not None and architecture.mode != "seq2seq":
+        return f"a {type(model).__name__} is no encoder-decoder"
+    return unsupported_reason(model, sites)
+
+
+def front_of(model: Any) -> str | None:
+    """The path of the encoder whose blocks are fused below the model's own head; None where the head is fused too."""
+    architecture = architecture_of(model)
+    return None if architecture is None else architecture.front or None
 
 
 def _other_head(model: Any, architecture: Architecture) -> str | None:
@@ -205,7 +219,7 @@ class FusedLoss:
         labels = packed["labels"]
         target = Ragged.even(len(labels), labels.shape[1], source.groups, labels.device)
         kv = self._read(run, packed, source)
-        logits = self._write(run, self._decoder_inputs(labels), Inputs(target, target, kv, source))
+        logits = self._write(run, self.decoder_inputs(labels), Inputs(target, target, kv, source))
         losses = token_losses(logits, labels, run.backend).view(source.groups, -1)
         return losses.sum(1) / (labels != IGNORE_INDEX).view(source.groups, -1).sum(1).clamp(min=1)
 
@@ -236,10 +250,10 @@ class FusedLoss:
         alone = Ragged.even(source.examples * count, length, source.groups, choices.device)
         together = Ragged.even(source.examples, count * length, source.groups, choices.device)
         kv, labels = self._read(run, packed, source), choices.repeat(source.examples, 1)
-        logits = self._write(run, self._decoder_inputs(labels), Inputs(alone, together, kv, source))
+        logits = self._write(run, self.decoder_inputs(labels), Inputs(alone, together, kv, source))
         return -token_losses(logits, labels, run.backend).view(source.examples, count, length)
 
-    def _decoder_inputs(self, labels: Tensor) -> Tensor:
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What a decoder reads for labels `[rows, length]`, the same."""
         own, config = getattr(self.model, "prepare_decoder_input_ids_from_labels", None), self.config
         if own is None:

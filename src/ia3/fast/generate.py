@@ -24,8 +24,8 @@ from ia3.adapter import Attached, gather_flat, gather_rows, site_vectors
 from ia3.architectures import architecture_of
 from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_seq2seq, packable, round_up
-from ia3.fast.bypassing import unheard
-from ia3.fast.capture import Captured, Standing
+from ia3.fast.capture import GraphedCallable
+from ia3.fast.guard import Guard, unsupported_modules
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.sessions import BUCKET, CausalSession, FusedSession, GenerationPlan, Session, Size, start_of
 from ia3.rows import BASE, Rows, act_here, acting
@@ -215,7 +215,7 @@ class Decoder(Generate):
     def __init__(self, model: Any, **settings: Any) -> None:
         self.model, self.plan = model, GenerationPlan.of(model, settings)
         self.own = OwnGenerate(model, settings, None)
-        self.standing = Standing(model)
+        self.guard = Guard(model)
         self.is_seq2seq: bool = model.config.is_encoder_decoder
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
@@ -232,11 +232,11 @@ class Decoder(Generate):
             )
         if not self._takes(input_ids, attention_mask):
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
-        if not self.standing.holds():
+        if not self.guard.is_valid():
             self.causal.clear()
             self.fused.clear()
             self.reasons.clear()
-            self.standing = Standing(self.model)
+            self.guard = Guard(self.model)
         write = self._seq2seq if self.is_seq2seq else self._causal
         tokens = write(input_ids, attention_mask, adapter_names)
         if tokens is None:
@@ -300,7 +300,7 @@ class Decoder(Generate):
             flat = layout.flatten([vector for _, vector in site_vectors(self.model, adapter)])[None]
         if layout not in self.reasons:
             reason = fused.unsupported_reason(self.model, layout.sites)
-            self.reasons[layout] = reason or unheard(self.model, [cls.__name__ for cls in type(self.model).__mro__])
+            self.reasons[layout] = reason or unsupported_modules(self.model)
         return (layout, flat) if self.reasons[layout] is None else None
 
     def _fitting(self, count: int, packed: Packed, layout: Layout, mixed: bool) -> Size:
@@ -322,7 +322,7 @@ class Decoder(Generate):
             while len(self.fused) >= _KEPT:
                 del self.fused[next(iter(self.fused))]
             session = FusedSession(self.model, self.plan, size)
-            self.standing = Standing(self.model, session.fused.folded)  # its weights were laid out anew
+            self.guard = Guard(self.model, session.fused.folded)  # its weights were laid out anew
         self.fused[size] = session
         return session
 
@@ -360,7 +360,9 @@ class Decoder(Generate):
                 del self.causal[next(iter(self.causal))]
             session, device = CausalSession(self.model, self.plan, examples, length), self.model.device
             held = None if vectors is None else _hold(vectors, self.model.dtype)
-            found = _Ready(session, Captured(session.prefill, device), Captured(session.decode_step, device), held)
+            found = _Ready(
+                session, GraphedCallable(session.prefill, device), GraphedCallable(session.decode_step, device), held
+            )
         self.causal[key] = found
         if found.vectors is not None and vectors is not None:
             _refill(found.vectors, vectors)
@@ -408,8 +410,8 @@ class _Ready:
     """A causal session, its two computations, and the vectors that a mixed batch's are copied into."""
 
     session: CausalSession
-    prefill: Captured
-    decode_step: Captured
+    prefill: GraphedCallable
+    decode_step: GraphedCallable
     vectors: Rows | None
 
 

@@ -1,7 +1,7 @@
 """A fused loss as all of its users need it: batches packed, rounded up, captured, guarded and compared, in one place.
 
 The training step, the forward of an own loop, the scores of answers and the steps of a sweep each add what is only
-theirs. Which models have a fused loss is asked of `families` here and nowhere else.
+theirs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ia3.adapter import Adapter, acting_alone, vectors
+from ia3.fast import fused
+from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
-from ia3.fast.families import NAMES, Family, family_of
-from ia3.fast.guard import NOT_ALONE, Guard, own_forward
-from ia3.fast.operations import compile_kernels
-from ia3.fast.packing import IGNORED
-from ia3.fast.products import Frozen
+from ia3.fast.guard import NOT_ALONE, Guard, own_forward, unsupported_modules
+from ia3.fast.linear import Precision
+from ia3.fast.ops.launch import compile_kernels
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.sites import Layout
 
 
@@ -39,22 +40,20 @@ def unsupported_reason(model: Any) -> str | None:
     reason = unsupported_at(model, adapter.layout)
     if reason is not None:
         return reason
-    family, own = family_of(model), {id(vector) for vector in vectors(model, adapter)}
+    own, front = {id(vector) for vector in vectors(model, adapter)}, fused.front_of(model)
     for name, parameter in model.named_parameters():
         is_vector = id(parameter) in own
         if is_vector and not parameter.requires_grad:
             return f"{name} is not trained"
-        if parameter.requires_grad and not is_vector and not (family and family.trains_others):
+        # What stands around the blocks of an encoder is the model's own, and is trained as ever.
+        if parameter.requires_grad and not is_vector and (front is None or name.startswith(f"{front}.")):
             return f"{name} is trained"
     return None
 
 
 def unsupported_at(model: Any, layout: Layout) -> str | None:
     """Why there is no fused loss of a model with vectors at a layout's sites; None where there is one."""
-    family = family_of(model)
-    if family is None:
-        return f"it is written for {', '.join(NAMES)}, and this is a {type(model).__name__}"
-    return family.why_not(model, layout.sites)
+    return fused.unsupported_reason(model, layout.sites) or unsupported_modules(model, fused.front_of(model) or "")
 
 
 class GraphedLoss:
@@ -81,32 +80,30 @@ class GraphedLoss:
         *,
         others: Sequence[Parameter] = (),
         recompute: bool = False,
-        frozen: Frozen | None = None,
+        frozen: Precision | None = None,
     ) -> None:
-        adapter, family = adapter or acting_alone(model), family_of(model)
+        adapter = adapter or acting_alone(model)
         assert adapter is not None
-        assert family is not None
         self.model: Any = weakref.proxy(model)
         self.device: torch.device = model.device
-        self.family, self.fp8 = family, frozen == "fp8"
+        self.fp8 = frozen == "fp8"
         self.layout, self.vectors, self.others = adapter.layout, vectors(model, adapter), tuple(others)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(parameter)] for parameter in (*self.vectors, *self.others)]
-        self.losses = family.loss(self.model, self.layout, recompute=recompute, frozen=frozen)
+        self.losses = fused.FusedLoss(self.model, self.layout, recompute=recompute, frozen=frozen)
         # Not a method, which would keep this alive in a circle until garbage is collected.
         self.compute: Callable[..., tuple[Tensor, ...]] = partial(
-            _loss_and_gradients, self.losses, family, self.layout, self.vectors, self.others
+            _loss_and_gradients, self.losses, self.layout, self.vectors, self.others
         )
-        self.guard = Guard(model, self.losses.baked)
+        self.guard = Guard(model, self.losses.folded)
         self.lock = threading.Lock()
         self.captures = self.device.type == "cuda"
-        self.filler: int = model.config.pad_token_id or 0
         self.most_examples = 0
         self.compared: set[tuple[bool, bool]] = set()
 
     # Batches
 
-    def pack(self, batch: Mapping[str, Tensor]) -> Any:
+    def pack(self, batch: Mapping[str, Tensor]) -> Packed:
         """A batch without its padding, on the CPU.
 
         Args:
@@ -119,41 +116,37 @@ class GraphedLoss:
         if "input_ids" in batch:
             batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         given = batch.pop("decoder_input_ids", None)
-        if given is not None and not torch.equal(given, self.model._shift_right(batch["labels"])):
+        if given is not None and not torch.equal(given, self.losses.decoder_inputs(batch["labels"])):
             raise ValueError(
                 "The batch's decoder_input_ids are not its labels moved by one, which this step takes: leave them "
                 "out, or train with the model's own forward."
             )
-        return self.family.pack(batch)
+        return self.losses.pack(batch)
 
-    def round_up(self, packed: Any, examples: int) -> Any:
+    def round_up(self, packed: Packed, examples: int) -> Packed:
         """A packed batch filled up to one of few shapes, where it is captured.
 
         Args:
             packed: from `pack`.
             examples: as many as the largest batch has.
         """
-        return self.family.round_up(packed, examples, self.filler) if self.captures else packed
-
-    def packed(self, longest: int, uniform: bool, **tensors: Tensor) -> Any:
-        """The packed batch that was taken apart into its tensors and numbers."""
-        return self.family.packed(**tensors, longest=longest, uniform=uniform)
+        return self.losses.round_up(packed, examples) if self.captures else packed
 
     # Computing
 
-    def run(self, computation: GraphedCallable, packed: Any) -> tuple[Tensor, ...]:
+    def run(self, computation: GraphedCallable, packed: Packed) -> tuple[Tensor, ...]:
         """Copies of what a computation of a packed batch leaves.
 
         Args:
-            computation: takes whether the model is in training, `longest`, `uniform` and the tensors of a packed batch,
-                as `compute` does, and returns a tuple of tensors.
+            computation: takes whether the model is in training, `packed.fixed` and the packed tensors, as `compute`
+                does, and returns a tuple of tensors.
             packed: from `pack`.
         """
         with self.lock:
             if computation.captures:
-                self.most_examples = max(self.most_examples, len(packed.starts) - 1)
+                self.most_examples = max(self.most_examples, packed.examples)
                 packed = self.round_up(packed, self.most_examples)
-            found = computation(self.model.training, packed.longest, packed.uniform, **packed.tensors)
+            found = computation(self.model.training, *packed.fixed, **packed.tensors)
             return tuple(tensor.clone() for tensor in found)
 
     def graphed(self) -> GraphedCallable:
@@ -162,7 +155,7 @@ class GraphedLoss:
 
     # Comparing
 
-    def difference(self, batch: Mapping[str, Tensor], packed: Any) -> str | None:
+    def difference(self, batch: Mapping[str, Tensor], packed: Packed) -> str | None:
         """In what the loss of a kind of batch that comes for the first time is not the model's own; None if in nothing.
 
         Args:
@@ -175,7 +168,7 @@ class GraphedLoss:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
             batch = {name: tensor.clone() for name, tensor in fetched(batch).items() if name != "decoder_input_ids"}
             mask = batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-            examples = telling_examples(mask.sum(1), (batch["labels"] != IGNORED).flatten(1).any(1))
+            examples = telling_examples(mask.sum(1), (batch["labels"] != IGNORE_INDEX).view(len(mask), -1).any(1))
             if not examples:
                 return None
             reason = in_less_memory(partial(self._difference_of, batch), examples)
@@ -185,13 +178,13 @@ class GraphedLoss:
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()
         chosen = {name: tensor[list(examples)] for name, tensor in batch.items()}
-        packed = self.round_up(self.family.pack(chosen), len(examples))
+        packed = self.round_up(self.losses.pack(chosen), len(examples))
         fused = partial(self._fused_numbers, packed)
         return difference(model, fused, partial(self._own_numbers, model, chosen), dtype=model.dtype, fp8=self.fp8)
 
-    def _fused_numbers(self, packed: Any) -> Numbers:
+    def _fused_numbers(self, packed: Packed) -> Numbers:
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
-        compute = partial(self.compute, False, packed.longest, packed.uniform, **tensors)
+        compute = partial(self.compute, False, *packed.fixed, **tensors)
         compile_kernels(compute, self.device)
         loss, _, *gradients = compute()
         return loss, torch.cat([gradient.flatten() for gradient in gradients])
@@ -224,15 +217,15 @@ class _OwnForward(nn.Module):
 
 
 def _loss_and_gradients(
-    losses: Callable[..., Tensor], family: Family, layout: Layout, held: Sequence[Tensor], others: Sequence[Tensor],
-    training: bool, longest: int, uniform: bool, **tensors: Tensor,
+    losses: Callable[..., Tensor], layout: Layout, held: Sequence[Tensor], others: Sequence[Tensor], training: bool,
+    *fixed: Any, **tensors: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The loss of a packed batch, the vectors `[D]`, their gradient `[D]`, and each other's.
 
     The mode is the model's own already; `training` only tells graphs apart.
     """
     flat = layout.flatten([vector.detach() for vector in held]).requires_grad_()
-    loss = losses(family.packed(**tensors, longest=longest, uniform=uniform), flat[None]).sum()
+    loss = losses(Packed(tensors, *fixed), flat[None]).sum()
     gradients = torch.autograd.grad(loss, [flat, *others], materialize_grads=True)
     return loss.detach(), flat.detach(), *gradients
 

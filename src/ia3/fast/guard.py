@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from operator import attrgetter, itemgetter
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ia3.adapter import Attached
 from ia3.hooks import SiteVectors
-from ia3.sites import VECTORS, Site
+from ia3.sites import VECTORS
 from ia3.swap import SavedModule
 
 NOT_ALONE = "exactly one adapter must act, and none be merged"
@@ -40,23 +40,41 @@ _OWN_HOOKS = (
 )
 
 
-def unsupported_modules(model: Any, classes: Sequence[str]) -> str | None:
+def unsupported_modules(model: Any, front: str = "") -> str | None:
     """The first thing that a fused loss over the model's weights would leave out; None where there is none.
 
     Args:
         model: any model.
-        classes: the names of the classes of transformers whose loss is fused.
+        front: the path of the module whose inside is fused; the others run as ever, of which those around it are not
+            called as modules.
     """
-    written = next((base for base in type(model).__mro__ if _is_written(base, classes)), None)
+    written = next((base for base in type(model).__mro__ if _is_written(base)), None)
     if written is None or own_forward(type(model)) is not vars(written)["forward"]:
         return f"a {type(model).__name__} has a forward of its own"
-    other = next((path for path, module in model.named_modules() if not _is_known(type(module), written)), None)
+    inside = [(path, module) for path, module in model.named_modules() if _is_inside(path, front)]
+    around = [(path, model.get_submodule(path)) for path in _paths_around(front)]
+    home = written.__module__
+    other = next(((path, module) for path, module in (*around, *inside) if not _is_known(type(module), home)), None)
     if other is not None:
-        return f"{other or 'the model'} is a {type(model.get_submodule(other)).__name__} with a forward from elsewhere"
-    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if f".{VECTORS}." not in name}
+        return f"{other[0] or 'the model'} is a {type(other[1]).__name__} with a forward from elsewhere"
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if _is_frozen_inside(name, front)}
     if len(dtypes) > 1:
         return f"its weights are of several kinds: {', '.join(sorted(map(str, dtypes)))}"
-    return next((reason for path, module in model.named_modules() if (reason := _of(path, module))), None)
+    return next((reason for path, module in (*around, *inside) if (reason := _of(path, module))), None)
+
+
+def _is_inside(path: str, front: str) -> bool:
+    return not front or path == front or path.startswith(f"{front}.")
+
+
+def _paths_around(front: str) -> list[str]:
+    """The model's own path and those down to a module, without its own."""
+    parts = front.split(".") if front else []
+    return [".".join(parts[:count]) for count in range(len(parts))]
+
+
+def _is_frozen_inside(name: str, front: str) -> bool:
+    return _is_inside(name, front) and f".{VECTORS}." not in name
 
 
 def own_forward(cls: type[nn.Module]) -> Any:
@@ -65,45 +83,15 @@ def own_forward(cls: type[nn.Module]) -> Any:
     return cls.forward if old is None else old.forward
 
 
-def unsupported_attribute(model: Any, expected: Mapping[str, Any], act: str) -> str | None:
-    """The first attribute of a module that is not what a fused loss takes for it; None where there is none.
-
-    Args:
-        model: any model of transformers.
-        expected: by name, of the modules that have it; `dropout` is any module's rate.
-        act: the activation's name in transformers.
-    """
-    from transformers.activations import ACT2FN
-
-    for path, module in model.named_modules():
-        own = vars(module)
-        if isinstance(module, nn.Dropout):
-            own = {"dropout": module.p}
-        for name, value in expected.items():
-            if own.get(name, value) != value:
-                return f"{name} of {path} is {own[name]}, and the configuration says {value}"
-        if path.rsplit(".", 1)[-1] in ("act", "act_fn") and type(module) is not type(ACT2FN[act]):
-            return f"{path} is a {type(module).__name__}, and the configuration says {act}"
-    return None
-
-
-def unsupported_site(sites: Sequence[Site], expected: Container[tuple[str, str]]) -> str | None:
-    """The first site that the fused loss has no place for; None where there is none."""
-    other = next((site for site in sites if (site.path, site.side) not in expected or site.intervals), None)
-    if other is None:
-        return None
-    return f"the {other.side} of {other.path} is adapted, where it expects keys, values and feed-forward alone"
-
-
-def _is_written(base: type, classes: Sequence[str]) -> bool:
-    """Whether a class is itself one of these; an adapted model's class has their name, too."""
+def _is_written(base: type) -> bool:
+    """Whether a class has a forward of transformers."""
     own = "forward" in vars(base) and not hasattr(vars(base)["forward"], OLD_CLASS)
-    return own and base.__name__ in classes and base.__module__.startswith("transformers.")
+    return own and base.__module__.startswith("transformers.")
 
 
-def _is_known(cls: type[nn.Module], written: type) -> bool:
+def _is_known(cls: type[nn.Module], home: str) -> bool:
     """Whether a module's class and its forward are torch's, this package's, or those beside the model's class."""
-    homes = ("torch.nn.modules.", "transformers.activations", "ia3.", written.__module__)
+    homes = ("torch.nn.modules.", "transformers.activations", "ia3.", home)
     if not f"{cls.__module__}.".startswith(homes):
         return False
     code = getattr(own_forward(cls), "__code__", None)

@@ -8,11 +8,12 @@ after such a reading goes through the model's own forward from the beginning.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache, wraps
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ia3.adapter import LISTENS, acting_alone, listen, vectors
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
-from ia3.fast.packing import IGNORED
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.rows import act_here
 from ia3.sites import logger
 
@@ -81,16 +82,16 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     except ValueError as error:  # a batch that only the model's own forward takes
         logger.debug("The model's own forward: %s", error)
         return None
-    count = int((packed.labels != IGNORED).sum())
+    count = int((packed["labels"] != IGNORE_INDEX).sum())
     if not count or state.steps_aside(loss.difference(batch, packed)):
         return None
     assert state.computation is not None
     found, flat, *gradients = loss.run(state.computation, packed)
     found = _WithGradient.apply(found, gradients, len(loss.vectors), *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
     items = kwargs.get("num_items_in_batch")
-    if items is not None and loss.family.takes_items:
+    if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
-    output = loss.family.output()(loss=found)
+    output = _output_class(own_forward(type(model)))(loss=found)
     return _unread(output, _Rest(model, state, loss, kwargs, flat))
 
 
@@ -98,9 +99,11 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None
     """The inputs and labels of a call that asks for no more than its loss; None for others."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     ids, labels = given.pop("input_ids", None), given.pop("labels")
-    if not (isinstance(ids, Tensor) and ids.dim() == labels.dim() == 2):
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
     batch = {"input_ids": ids, "labels": labels}
+    if "token_type_ids" in given:
+        batch["token_type_ids"] = given.pop("token_type_ids")
     mask = given.pop("attention_mask", None)
     if mask is not None:
         if mask.shape != ids.shape or mask.is_floating_point():
@@ -116,6 +119,15 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None
     if config.is_encoder_decoder and "decoder_input_ids" in given:
         batch["decoder_input_ids"] = given.pop("decoder_input_ids")
     return None if given else batch
+
+
+@cache
+def _output_class(forward: Callable[..., Any]) -> type[Any]:
+    """The class of what a model's own forward returns, which its signature names."""
+    from transformers.utils import ModelOutput
+
+    kinds = get_args(get_type_hints(inspect.unwrap(forward))["return"])
+    return next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput))
 
 
 class _State:

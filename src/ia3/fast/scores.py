@@ -1,4 +1,4 @@
-"""The log-probabilities of answer choices by a T5's fused forward, captured on a GPU."""
+"""The log-probabilities of answer choices by an encoder-decoder's fused forward, captured on a GPU."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 from torch import Tensor
 
 from ia3.adapter import acting_alone
-from ia3.fast import t5
+from ia3.fast import fused
+from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss
-from ia3.fast.guard import NOT_ALONE
-from ia3.fast.packing import IGNORED
+from ia3.fast.guard import NOT_ALONE, unsupported_modules
+from ia3.fast.ragged import IGNORE_INDEX
 
 
 def unsupported_reason(model: Any) -> str | None:
     """Why choices can't be scored by the fused forward; None where they can."""
     adapter = acting_alone(model)
-    return NOT_ALONE if adapter is None else t5.why_not(model, adapter.layout.sites)
+    if adapter is None:
+        return NOT_ALONE
+    return fused.seq2seq_unsupported_reason(model, adapter.layout.sites) or unsupported_modules(model)
 
 
 class ChoiceScores:
     """The log-probability of each token of each choice after each input, without padding.
 
     Args:
-        model: a T5 for which `unsupported_reason` has nothing to say; its weights are laid out anew.
+        model: one for which `unsupported_reason` has nothing to say; its weights are laid out anew.
         choices: tokens `[choices, length]`, -100 after a choice's end.
 
     What is found is right as long as `guard.is_valid()` and where `difference` has nothing to say.
@@ -58,7 +61,7 @@ class ChoiceScores:
             input_ids: `[rows, source]`, best on the CPU.
             attention_mask: the same.
         """
-        nothing = torch.full((len(input_ids), 1), IGNORED)
+        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX)
         packed = self.loss.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
         # Kernels are given seeds, which are drawn although nothing is dropped.
         device = self.loss.device
@@ -69,7 +72,7 @@ class ChoiceScores:
 
 @torch.no_grad()
 def _log_probabilities(
-    loss: GraphedLoss, choices: Tensor, training: bool, longest: int, uniform: bool, **tensors: Tensor
+    loss: GraphedLoss, choices: Tensor, training: bool, *fixed: Any, **tensors: Tensor
 ) -> tuple[Tensor]:
     flat = loss.layout.flatten(loss.vectors)
-    return (loss.losses.log_probabilities(loss.packed(longest, uniform, **tensors), choices, flat[None]),)
+    return (loss.losses.log_probabilities(Packed(tensors, *fixed), choices, flat[None]),)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ia3.fast.batch import Packed
 from ia3.fast.cache import additive_mask, fill_up, fixed_cache
-from ia3.fast.capture import Captured
+from ia3.fast.capture import GraphedCallable
 from ia3.fast.fused import FusedLoss
 from ia3.fast.ragged import Ragged
 from ia3.sites import Layout
@@ -145,8 +145,8 @@ class FusedSession(Session):
         self.cu_seqlens = torch.zeros(size.examples + 1, dtype=torch.int32, device=device)
         max_cache_len = round_up_to(plan.max_new_tokens, BUCKET)
         self.caches = [torch.zeros(size.examples, max_cache_len, inner, **whole) for inner in self.fused.self_widths]
-        self.prefilling = Captured(self.prefill, device, repeatable=True)
-        self.decoding = Captured(self.decode_step, device)
+        self.prefilling = GraphedCallable(self.prefill, device, repeatable=True)
+        self.decoding = GraphedCallable(self.decode_step, device)
 
     def hold(self, flat: Tensor) -> None:
         """Take a batch's vectors, `[1 or examples, D]`."""

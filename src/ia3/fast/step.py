@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ia3.adapter import acting_alone, attached, vectors
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
-from ia3.fast.products import Frozen, why_not_fp8
+from ia3.fast.linear import Precision, fp8_unsupported_reason
 from ia3.sites import VECTORS, logger
 
 
@@ -31,7 +31,7 @@ def compile_step(
     max_gradient_norm: float | None = None,
     weight_decay: float = 0.0,
     recompute: bool = False,
-    frozen: Frozen | None = None,
+    frozen: Precision | None = None,
 ) -> Step:
     """Make a function that does a whole training step of a model with one active adapter.
 
@@ -70,7 +70,7 @@ def compile_step(
         raise ValueError(
             f"{asked} is the fast step's, and this takes the ordinary one, since {reason}: {instead} instead."
         )
-    if frozen and (without := why_not_fp8(model)) is not None:
+    if frozen and (without := fp8_unsupported_reason(model)) is not None:
         raise ValueError(f"frozen='fp8' can't be had: {without}.")
     if reason is not None or not isinstance(optimizer, AdamW):
         return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ia3.adapter import Adapter
+from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
 from ia3.fast.graphed import GraphedLoss, moved_by, unsupported_at
-from ia3.fast.packing import IGNORED
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.hooks import SiteVectors
 from ia3.rows import Rows, acting
 from ia3.sites import Layout, Side, logger
@@ -110,16 +111,14 @@ class FusedLosses(GroupLosses):
 
     def prepare(self, batch: Mapping[str, Tensor]) -> tuple[tuple[Hashable, ...], dict[str, Tensor]]:
         """Without padding; on a GPU filled up to one of few shapes."""
-        has_label = (batch["labels"] != IGNORED).any(1, keepdim=True)
+        has_label = (batch["labels"] != IGNORE_INDEX).any(1, keepdim=True)
         packed = self.loss.pack({**batch, "attention_mask": batch["attention_mask"] * has_label})
         packed = self.loss.round_up(packed, len(has_label))
-        return (packed.longest, packed.uniform), dict(packed.tensors)
+        return packed.fixed, dict(packed.tensors)
 
     def __call__(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> Tensor:
         """See `GroupLosses`."""
-        longest, uniform = fixed
-        losses: Tensor = self.loss.losses(self.loss.packed(longest, uniform, **tensors), table)
-        return losses
+        return self.loss.losses(Packed(tensors, *fixed), table)
 
     def difference(self, batch: Mapping[str, Tensor], vectors: Tensor) -> str | None:
         """In what the loss of a group is not the model's own; None if in nothing.
@@ -128,7 +127,7 @@ class FusedLosses(GroupLosses):
             batch: the group's examples.
             vectors: the group's, `[1, D]`.
         """
-        examples = telling_examples(batch["attention_mask"].sum(1), (batch["labels"] != IGNORED).any(1))
+        examples = telling_examples(batch["attention_mask"].sum(1), (batch["labels"] != IGNORE_INDEX).any(1))
 
         def numbers(losses: GroupLosses, chosen: Mapping[str, Tensor], moved: float = 0.0) -> Numbers:
             fixed, tensors = losses.prepare(chosen)
@@ -212,7 +211,7 @@ class SweepStep:
         """
         self._compare(batch)
         fixed, tensors = self.losses.prepare(batch)
-        has_label = (batch["labels"] != IGNORED).view(len(self.table), -1).any(1, keepdim=True)
+        has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1, keepdim=True)
         tensors["learning"] = has_label.to(self.table.dtype)
         tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype)[:, None]
         losses: Tensor = self.computation(self.model.training, *fixed, **tensors)
@@ -243,7 +242,7 @@ class SweepStep:
             self.computation = self._computation()
 
     def _first_with_a_label(self, batch: Mapping[str, Tensor]) -> int | None:
-        has_label = (batch["labels"] != IGNORED).view(len(self.table), -1).any(1).tolist()
+        has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1).tolist()
         return next((group for group, labelled in enumerate(has_label) if labelled), None)
 
     def diverged(self, batch: Mapping[str, Tensor]) -> list[int]:

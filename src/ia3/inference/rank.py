@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ia3.fast import scores as fused
-from ia3.fast.capture import GraphedCallable
 from ia3.fast.cache import additive_mask, fill_up
+from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import capture_unsupported_reason
-from ia3.fast.sessions import BUCKET
 from ia3.fast.guard import Guard
+from ia3.fast.sessions import BUCKET
 from ia3.inference.predict import Beat, pad_rows, sorted_batches, tokenise_inputs
 from ia3.rows import act_here
 from ia3.sites import logger
