@@ -91,7 +91,7 @@ def _is_written(base: type) -> bool:
 
 def _is_known(cls: type[nn.Module], home: str) -> bool:
     """Whether a module's class and its forward are torch's, this package's, or those beside the model's class."""
-    homes = ("torch.nn.modules.", "transformers.activations", "ia3.", home)
+    homes = ("torch.nn.modules.", "transformers.activations", "transformers.pytorch_utils", "ia3.", home)
     if not f"{cls.__module__}.".startswith(homes):
         return False
     code = getattr(own_forward(cls), "__code__", None)

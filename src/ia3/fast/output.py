@@ -67,8 +67,8 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     device = model.device.type
     if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
-    batch = _batch_of(model, kwargs)
-    if batch is None:
+    batch, kind = _batch_of(model, kwargs), _output_class(own_forward(type(model)))
+    if batch is None or kind is None:
         return None
     state: _State = model.__dict__.setdefault(_STATE, _State())
     loss = state.loss_for(model)
@@ -91,8 +91,7 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     items = kwargs.get("num_items_in_batch")
     if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
-    output = _output_class(own_forward(type(model)))(loss=found)
-    return _unread(output, _Rest(model, state, loss, kwargs, flat))
+    return _unread(kind(loss=found), _Rest(model, state, loss, kwargs, flat))
 
 
 def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -122,12 +121,13 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None
 
 
 @cache
-def _output_class(forward: Callable[..., Any]) -> type[Any]:
-    """The class of what a model's own forward returns, which its signature names."""
+def _output_class(forward: Callable[..., Any]) -> type[Any] | None:
+    """The class of what a model's own forward returns, which its signature names; None where it doesn't."""
     from transformers.utils import ModelOutput
 
-    kinds = get_args(get_type_hints(inspect.unwrap(forward))["return"])
-    return next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput))
+    hint = get_type_hints(inspect.unwrap(forward)).get("return")
+    kinds = (hint, *get_args(hint))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)), None)
 
 
 class _State:
