@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ia3.fast.ops.backend import Backend, Vector, scaled
 from ia3.fast.ops.dropout import dropout, dropped, keep_mask
-from ia3.fast.ops.launch import cdiv, jit, launch, next_power_of_2
+from ia3.fast.ops.launch import MAX_NUMBERS, cdiv, jit, launch, next_power_of_2
 from ia3.fast.ops.partials import empty_gradient, partials_and_stride
 from ia3.fast.ragged import Ragged
 
@@ -50,7 +50,7 @@ def self_attention(
         seed: from `DropoutSeeds`; needed by kernels that drop.
         backend: who computes it.
     """
-    if backend == "triton" and ragged.max_seqlen <= MAX_KEYS:
+    if backend == "triton" and ragged.max_seqlen <= MAX_KEYS and qkv.numel() < MAX_NUMBERS:
         seed = seed if p else None
         out: Tensor = _SelfAttention.apply(qkv, bias, ragged, l_k, l_v, heads, scale, causal, p, seed)
         return out
@@ -74,7 +74,7 @@ def attention(
         bias: `[1, heads, longest query, longest key]`, added to the scores.
         l_k, l_v, heads, scale, backend: as in `self_attention`.
     """
-    if backend == "triton" and of_k.max_seqlen <= MAX_KEYS:
+    if backend == "triton" and of_k.max_seqlen <= MAX_KEYS and q.numel() < MAX_NUMBERS:
         bias = None if bias is None else bias.contiguous()
         launcher = _Launcher(q.shape[-1], of_q, of_k, bias, l_k, l_v, heads, scale, False, 0.0)
         return launcher.forward(q, k, v, bias, l_k, l_v, None)[0]
@@ -97,7 +97,7 @@ def cross_attention(
             must depend on that of the layer before.
         l_k, l_v, heads, scale, p, seed, backend: as in `self_attention`.
     """
-    if backend == "triton" and of_k.max_seqlen <= MAX_KEYS:
+    if backend == "triton" and of_k.max_seqlen <= MAX_KEYS and q.numel() < MAX_NUMBERS:
         seed = seed if p else None
         out: Tensor = _CrossAttention.apply(q, of_q, kv, of_k, index, shared, l_k, l_v, heads, scale, p, seed)
         return out
@@ -198,16 +198,11 @@ class _Unpad(torch.autograd.Function):
 
 
 @jit
-def _bounds(cu_seqlens, example):
-    """Where an example's tokens begin, and how many it has."""
-    begin = tl.load(cu_seqlens + example)
-    return begin, tl.load(cu_seqlens + example + 1) - begin
-
-
-@jit
 def _scores(q, k, bias, head, offs_m, offs_n, seqlen_q, seqlen_k, scale, bias_rows, max_seqlen_k, CAUSAL: tl.constexpr):
     """Of some of an example's queries and keys, `[BLOCK_M, BLOCK_N]`; -inf where a query sees no key."""
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    if scale is not None:
+        scores *= scale
     seen = (offs_m < seqlen_q)[:, None] & (offs_n < seqlen_k)[None, :]
     if bias is not None:
         offs = (head * bias_rows + offs_m)[:, None] * max_seqlen_k + offs_n[None, :]
@@ -230,7 +225,7 @@ def _load_factor(vector, offs, mask_d, dtype):
 #   cu_seqlens_q, _k  [examples + 1], int32; each group has group_examples
 #   l_k, l_v          [groups, HEADS · DIM], fp32, a group every stride_k or stride_v numbers; None without
 #   seed              one int64; None without dropout
-#   p, scale          of dropout and of the scores, floats
+#   p, scale          of dropout and of the scores, floats; scale None for 1, so that a bias goes into the product's sums
 #   lse               [query tokens, HEADS], fp32: the logarithm of the sum of exponentials of a query's scores
 #   delta             [query tokens, HEADS], fp32: the sum over the keys of weights times their gradients
 #   do                [query tokens, HEADS · DIM], contiguous: the gradient of out
@@ -252,8 +247,9 @@ def _attention_forward(
     """
     example, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     group = example // group_examples
-    begin_q, seqlen_q = _bounds(cu_seqlens_q, example)
-    begin_k, seqlen_k = _bounds(cu_seqlens_k, example)
+    begin_q, begin_k = tl.load(cu_seqlens_q + example), tl.load(cu_seqlens_k + example)
+    seqlen_q = tl.load(cu_seqlens_q + example + 1) - begin_q
+    seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -262,14 +258,13 @@ def _attention_forward(
     mask_q = (offs_m < seqlen_q)[:, None] & mask_d[None, :]
     mask_k = (offs_n < seqlen_k)[:, None] & mask_d[None, :]
     dtype = q.dtype.element_ty
-    tokens_q = (begin_q + offs_m).to(tl.int64)[:, None]
-    tokens_k = (begin_k + offs_n).to(tl.int64)[:, None]
-    query = tl.load(q + tokens_q * q_stride + channels[None, :], mask=mask_q, other=0.0)
+    query = tl.load(q + (begin_q + offs_m)[:, None] * q_stride + channels[None, :], mask=mask_q, other=0.0)
     if l_v is not None:  # read early, since it is on its way for long
         factor_v = _load_factor(l_v, group * stride_v + channels, mask_d, dtype)
     if l_k is not None:
         query = (query.to(tl.float32) * _load_factor(l_k, group * stride_k + channels, mask_d, dtype)).to(dtype)
-    key = tl.load(k + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
+    offs_kv = (begin_k + offs_n).to(tl.int64)[:, None] * kv_stride + channels[None, :]
+    key = tl.load(k + offs_kv, mask=mask_k, other=0.0)
     scores = _scores(query, key, bias, head, offs_m, offs_n, seqlen_q, seqlen_k, scale, bias_rows, max_seqlen_k, CAUSAL)
     # An example without keys gets nothing, instead of NaN.
     most = tl.maximum(tl.max(scores, 1), -1e30)
@@ -280,11 +275,12 @@ def _attention_forward(
     if seed is not None:
         offs = ((example * HEADS + head) * max_seqlen_q + offs_m)[:, None] * max_seqlen_k + offs_n[None, :]
         weights = dropped(weights, seed, offs, p)
-    value = tl.load(v + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
+    value = tl.load(v + offs_kv, mask=mask_k, other=0.0)
     attended = tl.dot(weights.to(dtype), value, input_precision="tf32x3")
     if l_v is not None:
         attended *= factor_v
-    tl.store(out + tokens_q * (HEADS * DIM) + channels[None, :], attended.to(dtype), mask=mask_q)
+    offs = (begin_q + offs_m)[:, None] * (HEADS * DIM) + channels[None, :]
+    tl.store(out + offs, attended.to(dtype), mask=mask_q)
 
 
 @jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "bias_rows", "group_examples", "groups", "partials"])
@@ -324,26 +320,27 @@ def _attention_backward_q(
     sum_v = tl.zeros([BLOCK_D], tl.float32)
     for block in range(first, last):
         example = group * group_examples + block // blocks
-        begin_q, seqlen_q = _bounds(cu_seqlens_q, example)
-        begin_k, seqlen_k = _bounds(cu_seqlens_k, example)
+        begin_q, begin_k = tl.load(cu_seqlens_q + example), tl.load(cu_seqlens_k + example)
+        seqlen_q = tl.load(cu_seqlens_q + example + 1) - begin_q
+        seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
         offs_m = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         if (block % blocks) * BLOCK_M < seqlen_q:
             mask_q = (offs_m < seqlen_q)[:, None] & mask_d[None, :]
             mask_k = (offs_n < seqlen_k)[:, None] & mask_d[None, :]
-            tokens_q = (begin_q + offs_m).to(tl.int64)[:, None]
-            tokens_k = (begin_k + offs_n).to(tl.int64)[:, None]
+            offs_kv = (begin_k + offs_n).to(tl.int64)[:, None] * kv_stride + channels[None, :]
+            tokens_q = (begin_q + offs_m)[:, None]
             unscaled = tl.load(q + tokens_q * q_stride + channels[None, :], mask=mask_q, other=0.0)
             query = unscaled
             if l_k is not None:
                 query = (unscaled.to(tl.float32) * factor_k).to(dtype)
-            key = tl.load(k + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
+            key = tl.load(k + offs_kv, mask=mask_k, other=0.0)
             scores = _scores(
                 query, key, bias, head, offs_m, offs_n, seqlen_q, seqlen_k, scale, bias_rows, max_seqlen_k, CAUSAL
             )
             of_query = (begin_q + offs_m) * HEADS + head
             weights = tl.exp(scores - tl.load(lse + of_query, mask=offs_m < seqlen_q, other=0.0)[:, None])
             g = tl.load(do + tokens_q * (HEADS * DIM) + channels[None, :], mask=mask_q, other=0.0)
-            value = tl.load(v + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
+            value = tl.load(v + offs_kv, mask=mask_k, other=0.0)
             kept_weights = weights
             if seed is not None:
                 offs = ((example * HEADS + head) * max_seqlen_q + offs_m)[:, None] * max_seqlen_k + offs_n[None, :]
@@ -358,14 +355,17 @@ def _attention_backward_q(
                 d_weights = tl.where(keep, d_weights / (1 - p), 0.0)
             dot = tl.sum(weights * d_weights, 1)
             tl.store(delta + of_query, dot, mask=offs_m < seqlen_q)
-            d_scores = (weights * (d_weights - dot[:, None]) * scale).to(dtype)
+            d_scores = weights * (d_weights - dot[:, None])
+            if scale is not None:
+                d_scores *= scale
+            d_scores = d_scores.to(dtype)
             d_query = tl.dot(d_scores, key, input_precision="tf32x3")
             if l_k is not None:
                 sum_k += tl.sum(d_query * unscaled.to(tl.float32), 0)
                 d_query *= factor_k
             tl.store(dq + tokens_q * dq_stride + channels[None, :], d_query.to(dtype), mask=mask_q)
             if WHOLE:
-                offs_dkv = tokens_k * dkv_stride + channels[None, :]
+                offs_dkv = (begin_k + offs_n).to(tl.int64)[:, None] * dkv_stride + channels[None, :]
                 d_key = tl.dot(tl.trans(d_scores), query, input_precision="tf32x3")
                 tl.store(dk + offs_dkv, d_key.to(dtype), mask=mask_k)
                 d_value = tl.dot(tl.trans(kept_weights.to(dtype)), g, input_precision="tf32x3")
@@ -391,8 +391,9 @@ def _attention_backward_kv(
     """
     example, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     group = example // group_examples
-    begin_q, seqlen_q = _bounds(cu_seqlens_q, example)
-    begin_k, seqlen_k = _bounds(cu_seqlens_k, example)
+    begin_q, begin_k = tl.load(cu_seqlens_q + example), tl.load(cu_seqlens_k + example)
+    seqlen_q = tl.load(cu_seqlens_q + example + 1) - begin_q
+    seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     channels = head * DIM + offs_d
@@ -408,7 +409,7 @@ def _attention_backward_kv(
     for start in range(first, seqlen_q, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_q = (offs_m < seqlen_q)[:, None] & mask_d[None, :]
-        tokens_q = (begin_q + offs_m).to(tl.int64)[:, None]
+        tokens_q = (begin_q + offs_m)[:, None]
         query = tl.load(q + tokens_q * q_stride + channels[None, :], mask=mask_q, other=0.0)
         if l_k is not None:
             query = (query.to(tl.float32) * _load_factor(l_k, group * stride_k + channels, mask_d, dtype)).to(dtype)
@@ -429,7 +430,10 @@ def _attention_backward_kv(
             d_weights = tl.where(keep, d_weights / (1 - p), 0.0)
         d_value += tl.dot(tl.trans(kept_weights.to(dtype)), g, input_precision="tf32x3")
         dot = tl.load(delta + of_query, mask=offs_m < seqlen_q, other=0.0)
-        d_scores = (weights * (d_weights - dot[:, None]) * scale).to(dtype)
+        d_scores = weights * (d_weights - dot[:, None])
+        if scale is not None:
+            d_scores *= scale
+        d_scores = d_scores.to(dtype)
         d_key += tl.dot(tl.trans(d_scores), query, input_precision="tf32x3")
     tl.store(dk + tokens_k * dkv_stride + channels[None, :], d_key.to(dtype), mask=mask_k)
     tl.store(dv + tokens_k * dkv_stride + channels[None, :], d_value.to(dtype), mask=mask_k)
@@ -442,7 +446,7 @@ class _Launcher:
         self, width: int, of_q: Ragged, of_k: Ragged, bias: Tensor | None, l_k: Vector, l_v: Vector, heads: int,
         scale: float, causal: bool, p: float,
     ) -> None:  # fmt: skip
-        self.of_q, self.of_k, self.heads, self.floats = of_q, of_k, heads, (p, scale)
+        self.of_q, self.of_k, self.heads, self.floats = of_q, of_k, heads, (p, None if scale == 1.0 else scale)
         vector = l_k if l_k is not None else l_v
         self.partials, self.groups = (1, of_q.examples) if vector is None else (vector.shape[0], of_q.groups)
         self.vector_strides = (partials_and_stride(l_k)[1], partials_and_stride(l_v)[1])

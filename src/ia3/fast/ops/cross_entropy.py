@@ -76,14 +76,15 @@ def _cross_entropy_backward(logits, labels, lse, grad, VOCABULARY: tl.constexpr,
     """
     token = tl.program_id(0)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logits += token.to(tl.int64) * VOCABULARY
+    mask = offs < VOCABULARY
+    at = logits + (token.to(tl.int64) * VOCABULARY + offs)
     label = tl.load(labels + token)
     if label >= 0:
-        x = tl.load(logits + offs, mask=offs < VOCABULARY, other=0.0).to(tl.float32)
+        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         d = tl.exp(x - tl.load(lse + token)) - tl.where(offs == label, 1.0, 0.0)
-        tl.store(logits + offs, (d * tl.load(grad + token)).to(logits.dtype.element_ty), mask=offs < VOCABULARY)
+        tl.store(at, (d * tl.load(grad + token)).to(logits.dtype.element_ty), mask=mask)
     else:
-        tl.store(logits + offs, tl.zeros([BLOCK], logits.dtype.element_ty), mask=offs < VOCABULARY)
+        tl.store(at, tl.zeros([BLOCK], logits.dtype.element_ty), mask=mask)
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ia3.fast.ops.backend import ACTIVATIONS, Backend, Vector, scaled
 from ia3.fast.ops.dropout import dropout, dropped
-from ia3.fast.ops.launch import cdiv, jit, launch
+from ia3.fast.ops.launch import MAX_NUMBERS, cdiv, jit, launch
 from ia3.fast.ops.partials import empty_gradient, partials_and_stride, tokens_of_program
 from ia3.fast.ragged import Ragged
 
@@ -36,7 +36,7 @@ def gated(
         seed: from `DropoutSeeds`; needed by kernels that drop.
         backend: who computes it.
     """
-    if backend == "triton":
+    if backend == "triton" and h.numel() < MAX_NUMBERS:
         out: Tensor = _Gated.apply(h, vector, ragged, activation, is_gated, p, seed if p else None)
         return out
     if is_gated:
@@ -119,11 +119,11 @@ def _gated_backward(
     for start in range(first, end, BLOCK_M):
         tokens = start + tl.arange(0, BLOCK_M)
         both = (tokens < end)[:, None] & mask[None, :]
-        narrow = tokens.to(tl.int64)[:, None] * WIDTH + offs[None, :]
-        wide = tokens.to(tl.int64)[:, None] * (2 * WIDTH if GATED else WIDTH) + offs[None, :]
+        narrow = tokens[:, None] * WIDTH + offs[None, :]
+        wide = tokens[:, None] * (2 * WIDTH if GATED else WIDTH) + offs[None, :]
         g = tl.load(grad + narrow, mask=both, other=0.0).to(tl.float32)
         if seed is not None:
-            g = dropped(g, seed, tokens[:, None] * WIDTH + offs[None, :], p)
+            g = dropped(g, seed, narrow, p)
         value, slope = _activation(tl.load(h + wide, mask=both, other=0.0).to(tl.float32), KIND)
         if GATED:
             linear = tl.load(h + wide + WIDTH, mask=both, other=0.0).to(tl.float32)

@@ -14,6 +14,9 @@ import torch
 
 from ia3.fast.ops.backend import has_triton
 
+MAX_NUMBERS = 1 << 31
+"""A tensor of so many numbers and more is PyTorch's: kernels count in 32 bits, where not said otherwise."""
+
 
 class _Kernel:
     """A kernel, or a function of kernels, that Triton gets when it is first needed.

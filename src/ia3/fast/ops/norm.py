@@ -35,19 +35,18 @@ class Norm:
     centred: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Of `[…, width]`, in x's dtype; computed in that of the weights where they have another."""
+        """Of `[…, width]`, in x's dtype; computed in that of the weights."""
+        wide = x.to(self.weight.dtype)
         if self.centred:
-            wide = x.to(self.weight.dtype)
             return functional.layer_norm(wide, x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
-        normed = rms_norm(x, self.weight, self.eps)
-        return normed if self.bias is None else normed + self.bias.to(x.dtype)
+        normed = rms_norm(wide, self.weight, self.eps)
+        return (normed if self.bias is None else normed + self.bias).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """No mean, no shift; the variance in fp32, as transformers has it."""
-    wide = x if weight.dtype == x.dtype else x.to(weight.dtype)
-    variance = wide.float().pow(2).mean(-1, keepdim=True)
-    return (weight * (wide * torch.rsqrt(variance + eps)).to(weight.dtype)).to(x.dtype)
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    return weight * (x * torch.rsqrt(variance + eps)).to(weight.dtype)
 
 
 def add_norm(
