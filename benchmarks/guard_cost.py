@@ -2,8 +2,8 @@
 
     python benchmarks/guard_cost.py [--rounds 200]
 
-The modules of mt0-large (24 + 24 blocks, an adapter's 192 vectors) with tiny widths, whose loss is not computed at all, on
-one core of a CPU. `guard` is the look at whether the model still is what its loss was fused from; `pack` leaves the
+The modules of mt0-large (24 + 24 blocks, an adapter's 192 vectors) with tiny widths, whose loss is not computed at all,
+on one core of a CPU. `guard` is the look at whether the model still is what its loss was fused from; `pack` leaves the
 padding of a typical shuffled batch of PhraseBank's sentences out, and `round up` fills it up as for a GPU; `forward` is
 `model(**batch).loss` whole and `backward` what hands the gradient on to 192 vectors. Best tenths and medians of the
 thread's own time in milliseconds, the parts taking turns, which finds caches as cold as a loop's.
