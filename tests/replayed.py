@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,6 +41,7 @@ class Tape(TorchDispatchMode):
             tensor.copy_(before)
         self.before.clear()
 
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, result in self.calls:
             if func._schema.is_mutable:

@@ -43,6 +43,8 @@ class StaticInputs:
 
     def fill(self, inputs: Mapping[str, Tensor]) -> None:
         """Copy other tensors of the same shapes and kinds there; nobody waits for those that are on a CPU."""
+        if not inputs:
+            return
         if any(tensor.device.type != "cpu" for tensor in inputs.values()):
             for name, tensor in inputs.items():
                 self.tensors[name].copy_(tensor, non_blocking=True)

@@ -6,6 +6,7 @@ shows here without anybody having thought of it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,8 @@ _FP8_FACTOR = 3.0
 # Vectors that are moved by one rounding moved the model's own numbers 1 to 8 times as far as those. So where rounding
 # alone makes much of a difference, a few times what it makes is rounding too, up to a limit.
 _ROUNDINGS, _MOST = 4.0, 0.5
+# Of two that put rates back, the second would put back the first one's zeros.
+_one_at_a_time = threading.Lock()
 
 
 def difference(
@@ -44,7 +47,8 @@ def difference(
 ) -> str | None:
     """In what the numbers differ by more than rounding; None where they don't, or where the model has none itself.
 
-    The random state, modes, rates of dropout and gradients are as they were.
+    The random state, modes, rates of dropout and gradients are as they were afterwards; a forward of the same model in
+    another thread meanwhile would have no dropout.
 
     Args:
         model: the model, without whose dropouts both are called.
@@ -58,7 +62,8 @@ def difference(
     """
     limits = [limit * (_FP8_FACTOR if fp8 else 1.0) for limit in _TOLERANCES[dtype]]
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _without_dropout(model):
+    devices = [device] if device.type == "cuda" else []
+    with _one_at_a_time, torch.random.fork_rng(devices), _without_dropout(model):
         try:
             expected = _in_few_bytes(own)
         except torch.OutOfMemoryError:

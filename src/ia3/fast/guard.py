@@ -137,8 +137,9 @@ class Guard:
     tensors are, of which kind, and which are trained; and which adapters act. A frozen weight that changes in place
     is no change, since it is read where it is.
 
-    A look takes a pass in C over lists that are made once. It reads each module's dictionaries as the objects that they
-    were: one that is replaced whole by another that is filled already is not noticed.
+    A look is a pass in C over lists that are made once, for a call of an own loop waits for it. That a hook came to a
+    module without any shows by the number of hooks that were ever registered; not noticed are a hook that is put into a
+    module's dictionary without being registered, and a dictionary of a module that is replaced by a filled one.
 
     Args:
         model: any model, with adapters or without; it is not kept alive.
@@ -150,12 +151,12 @@ class Guard:
         every = list(model.modules())
         self.modules = [module for module in every[1:] if not isinstance(module, SiteVectors)]
         self.attributes = [vars(module) for module in self.modules]
-        called = [vars(model), *self.attributes]
         # A dictionary that is empty costs less to look at than one that isn't.
         held = [vars(module)[name] for module in every for name in _CONTENTS]
-        hooks = [(each, name) for each in called for name in HOOKS]
-        self.hooked = [(each, name, each[name]) for each, name in hooks if each[name]]
-        self.empty = [each for each in held if not each] + [each[name] for each, name in hooks if not each[name]]
+        hooks = [(each, name, each[name]) for each in (vars(model), *self.attributes) for name in HOOKS]
+        self.hooked = [entry for entry in hooks if entry[2]]
+        self.unhooked = [entry for entry in hooks if not entry[2]]
+        self.empty = [each for each in held if not each]
         self.filled = [each for each in held if each] + [each for *_, each in self.hooked]
         self.contents = [dict(each) for each in self.filled]
         self.tensors = [value for each in held for value in each.values() if isinstance(value, Tensor)]
@@ -204,12 +205,11 @@ class Guard:
         return model is not None and all(each["training"] is model.training for each in self.dropping)
 
     def _has_its_hooks(self) -> bool:
-        """Whether no module got another dictionary of hooks, which matters once a hook is registered."""
+        """Whether the dictionaries of hooks are those that were there, and no hook came to a module without any."""
         if not all(each[name] is hooks for each, name, hooks in self.hooked):
             return False
-        if self.handles != RemovableHandle.next_id:
-            held = {id(each) for each in (*self.empty, *self.filled)}
-            if not all(id(each[name]) in held for each in self.attributes for name in HOOKS):
+        if self.handles != RemovableHandle.next_id:  # a hook was registered somewhere
+            if not all(each[name] is hooks and not hooks for each, name, hooks in self.unhooked):
                 return False
             self.handles = RemovableHandle.next_id
         return True
@@ -262,11 +262,16 @@ def _setting_names(module: nn.Module) -> tuple[str, ...]:
     chosen = [
         name
         for name, value in vars(module).items()
-        if name not in _BASE and "cached" not in name and (isinstance(value, kinds) or name == "config")
+        if name not in _BASE and not _is_a_note(name) and (isinstance(value, kinds) or name == "config")
     ]
     if "gradient_checkpointing" in vars(module):
         chosen.append("gradient_checkpointing")
     return tuple(sorted(set(chosen)))
+
+
+def _is_a_note(name: str) -> bool:
+    """Whether an attribute says what was done with a module, not what it computes."""
+    return "cached" in name or name in ("_is_hf_initialized", "name_or_path")
 
 
 def _namespaces(modules: Iterable[nn.Module]) -> list[tuple[Callable[[Any], Any], Mapping[str, Any]]]:
