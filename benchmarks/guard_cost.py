@@ -62,7 +62,7 @@ def main() -> None:
     parts: dict[str, Callable[[], object]] = {
         "guard": lambda: loss.guard.is_valid() and loss.guard.in_one_mode,
         "pack": lambda: loss.pack(batch),
-        "round up": lambda: loss.family.round_up(packed, 8, 0),
+        "round up": lambda: loss.losses.round_up(packed, 8),
         "forward": lambda: model(**batch).loss,
     }
     seconds: dict[str, list[float]] = {name: [] for name in (*parts, "backward")}

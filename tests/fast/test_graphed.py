@@ -4,53 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from test_step import batches, optimiser_of, train_as_usual, vectors_of
+from test_step import optimiser_of, train_as_usual, vectors_of
 from test_t5 import adapted, batch_of
 from torch import Tensor, nn
 
 import ia3
 from builders import models_own
-from ia3 import IA3Config, get_peft_model
-from ia3.adapter import get_adapter, site_vectors
-from ia3.fast import families
+from described import batch_for, described
 from ia3.fast.capture import GraphedCallable, StaticInputs
-from ia3.fast.graphed import GraphedLoss, _OwnForward, fetched, unsupported_reason
+from ia3.fast.fused import FusedLoss
+from ia3.fast.graphed import GraphedLoss, fetched, unsupported_reason
 from replayed import recording
 
-
-class LossByTheModel:
-    """A fused loss that is the model's own forward over a packed batch; the head's copy has gradients of its own."""
-
-    def __init__(self, model: Any, layout: Any, *, recompute: bool = False, frozen: Any = None) -> None:
-        self.model, self.layout, self.baked = next(model.modules()), layout, []
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        adapter = get_adapter(self.model, "default")
-        self.names = [f"model.{names[id(vector)]}" for _, vector in site_vectors(self.model, adapter)]
-        self.shapes = [site.trained_shape for site in layout.sites]
-
-    def __call__(self, packed: Any, table: Tensor) -> Tensor:
-        spans = packed.spans(1)
-        ids = spans.pad(packed.tokens[:, None])[..., 0].masked_fill(~spans.mask, 0)
-        parts = [part.view(shape) for part, shape in zip(self.layout.split(table[0]), self.shapes, strict=True)]
-        batch = {"input_ids": ids, "attention_mask": spans.mask.long(), "labels": packed.labels}
-        named = dict(zip(self.names, parts, strict=True))
-        return torch.func.functional_call(_OwnForward(self.model), named, (), batch).loss[None]
+HEADED = [batch_for("bert", seed=seed) for seed in range(6)]
 
 
-@pytest.fixture
-def trains_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = replace(families._T5, loss=LossByTheModel, why_not=lambda *_: None, trains_others=True)
-    monkeypatch.setitem(families._FAMILIES, "t5", stub)
-
-
-def with_head(tiny: Any, randomise: Any) -> Any:
-    config = IA3Config(task_type="SEQ_2_SEQ_LM", modules_to_save=["lm_head"])
-    return randomise(get_peft_model(tiny("t5", dropout_rate=0.0), config)).train()
+def with_head() -> Any:
+    """A classifier, whose head is trained in full beside its encoder's vectors."""
+    return described("bert", torch.float32)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -59,12 +34,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.usefixtures("trains_heads")
-def test_an_own_loop_trains_a_head_too(tiny, randomise) -> None:
-    model, batch = with_head(tiny, randomise), batch_of()
+def test_an_own_loop_trains_a_head_too() -> None:
+    model, batch = with_head(), HEADED[0]
     models_own(model, **batch).loss.mul(3).backward()
     wanted = gradients(model)
-    assert any("lm_head" in name for name in wanted)
+    assert any("classifier" in name for name in wanted)
     output = model(**batch)
     assert type(output.loss.grad_fn).__name__ == "_WithGradientBackward"
     (3 * output.loss).backward()
@@ -74,60 +48,55 @@ def test_an_own_loop_trains_a_head_too(tiny, randomise) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("trains_heads")
-def test_logits_that_a_changed_head_would_make_are_refused(tiny, randomise) -> None:
-    model = with_head(tiny, randomise)
-    outputs = [model(**batch_of()) for _ in range(2)]
+def test_logits_that_a_changed_head_would_make_are_refused() -> None:
+    model = with_head()
+    outputs = [model(**HEADED[0]) for _ in range(2)]
     assert outputs[0].logits is not None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lm_head" in name:
+            if parameter.requires_grad and "classifier" in name:
                 parameter.add_(1)
     with pytest.raises(RuntimeError, match="read logits before"):
         _ = outputs[1].logits
 
 
-@pytest.mark.usefixtures("trains_heads")
 @pytest.mark.parametrize("norm", [None, 0.5])
-def test_a_step_trains_a_head_too(tiny, randomise, norm) -> None:
-    usual = with_head(tiny, randomise)
+def test_a_step_trains_a_head_too(norm) -> None:
+    usual = with_head()
     compiled = copy.deepcopy(usual)
-    expected = train_as_usual(usual, batches()[:6], norm=norm)
+    expected = train_as_usual(usual, HEADED, norm=norm)
     step = ia3.compile_step(compiled, *optimiser_of(compiled), max_gradient_norm=norm)
     assert (step.path, step.reason) == ("laid out", None)
     before = vectors_of(compiled)
-    assert [float(step(batch)) for batch in batches()[:6]] == pytest.approx(expected, rel=1e-4)
+    assert [float(step(batch)) for batch in HEADED] == pytest.approx(expected, rel=1e-4)
     for name, trained in vectors_of(usual).items():
         torch.testing.assert_close(vectors_of(compiled)[name], trained, rtol=1e-3, atol=1e-4)
         assert not torch.equal(before[name], trained)
     assert all(parameter.grad is None for parameter in compiled.parameters())
 
 
-@pytest.mark.usefixtures("trains_heads")
-def test_another_gradient_of_the_head_is_a_difference(tiny, randomise, monkeypatch) -> None:
+def test_another_gradient_of_the_head_is_a_difference(monkeypatch) -> None:
     """Though the loss is the same."""
-    call: Callable[..., Tensor] = LossByTheModel.__call__
+    call: Callable[..., Tensor] = FusedLoss.__call__
 
     def without_the_heads(self: Any, packed: Any, table: Tensor) -> Tensor:
-        head = self.model.lm_head.modules_to_save["default"]
+        head = dict(self.model.named_modules())["classifier"].modules_to_save["default"]
         frozen = nn.Parameter(head.weight.detach(), requires_grad=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(head._parameters, "weight", frozen)
             return call(self, packed, table)
 
-    monkeypatch.setattr(LossByTheModel, "__call__", without_the_heads)
-    model = with_head(tiny, randomise)
+    monkeypatch.setattr(FusedLoss, "__call__", without_the_heads)
+    model = with_head()
     trained = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
     loss = GraphedLoss(model, others=trained)
-    assert "differs from the model's own forward by 0.0e+00" in (
-        loss.difference(batch_of(), loss.pack(batch_of())) or ""
-    )
+    assert "differs from the model's own forward by 0.0e+00" in (loss.difference(HEADED[0], loss.pack(HEADED[0])) or "")
 
 
-def test_what_else_is_trained_is_named(tiny, randomise) -> None:
-    model = with_head(tiny, randomise)
-    model.lm_head.requires_grad_(False)
-    model.encoder.final_layer_norm.weight.requires_grad_()
+def test_what_else_is_trained_is_named() -> None:
+    model = with_head()
+    assert unsupported_reason(model) is None
+    model.bert.encoder.layer[0].output.LayerNorm.weight.requires_grad_()
     assert "trained" in (unsupported_reason(model) or "")
 
 

@@ -257,7 +257,7 @@ class FusedLoss:
         """What a decoder reads for labels `[rows, length]`, the same."""
         own, config = getattr(self.model, "prepare_decoder_input_ids_from_labels", None), self.config
         if own is None:
-            module: Any = sys.modules[own_forward(type(self.model)).__module__]
+            module: Any = sys.modules[own_forward(self.model.__class__).__module__]
             own = partial(
                 module.shift_tokens_right,
                 pad_token_id=config.pad_token_id,

@@ -48,8 +48,8 @@ def answered(model: nn.Module, path: str, answer: Callable[[Tensor], Tensor]) ->
 
     name, _, rest = path.partition(".")
     child: Any = answered(model.get_submodule(name), rest, answer) if rest else call
-    # Without what transformers wraps around it, which asks for a module.
-    return Answered(model, {name: child}, inspect.unwrap(own_forward(type(model))))
+    # Of a weak proxy the model's class; without what transformers wraps around its forward, which asks for a module.
+    return Answered(model, {name: child}, inspect.unwrap(own_forward(model.__class__)))
 
 
 def own_loss(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from twins import (
     DEVICE,
-    DTYPES,
     compare,
     draw,
     inside,

@@ -1,0 +1,90 @@
+"""The block by kernels, on a GPU or in Triton's interpreter, which takes a minute for what a GPU does at once: there
+a few families stand for all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from described import FORMS, batch_for, described, is_encoder
+from ia3.adapter import get_adapter, vectors
+from ia3.fast.fused import FusedLoss
+from ia3.fast.guard import own_forward
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+_RUNS = importlib.util.find_spec("triton") is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
+pytestmark = pytest.mark.skipif(not _RUNS, reason="no GPU with Triton, nor Triton with TRITON_INTERPRET=1")
+FEW = ["flan-t5", "bart", "llama", "gemma", "gpt2", "bert"]
+CHOSEN = list(FORMS) if CUDA else FEW
+
+
+@pytest.fixture(autouse=True)
+def _by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ia3.fast.fused.backend_for", lambda *_: "triton")
+
+
+def sent(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def by_kernels(model: Any, batch: dict[str, Tensor], groups: int = 1, **how: Any) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of a rounded batch, with the same vectors for all groups."""
+    adapter = get_adapter(model, "default")
+    flat = adapter.layout.flatten([vector.detach() for vector in vectors(model, adapter)])
+    table = flat.expand(groups, -1).clone().requires_grad_()
+    loss = FusedLoss(model, adapter.layout, **how)
+    packed = loss.round_up(loss.pack(batch), len(batch["labels"]))
+    torch.manual_seed(5)
+    losses = loss(type(packed)(sent(dict(packed.tensors)), *packed.fixed), table)
+    (gradients,) = torch.autograd.grad(losses.sum(), table)
+    return losses.detach(), gradients
+
+
+def expected(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    adapter = get_adapter(model, "default")
+    loss = own_forward(type(model))(model, **sent(batch)).loss
+    return loss.detach(), adapter.layout.flatten(list(torch.autograd.grad(loss, vectors(model, adapter))))
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("form", CHOSEN)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_loss_and_gradient(form: str, dtype: torch.dtype, tolerance: float) -> None:
+    if dtype is torch.bfloat16 and not CUDA:
+        pytest.skip("interpreted, a cast to bfloat16 cuts off what it should round")
+    batch = batch_for(form)
+    loss, gradient = expected(described(form, dtype).to(DEVICE, torch.float64), batch)
+    losses, gradients = by_kernels(described(form, dtype).to(DEVICE), batch)
+    assert abs(losses[0] - loss) < tolerance * abs(loss)
+    assert apart(gradients[0], gradient) < tolerance
+
+
+@pytest.mark.parametrize("form", [form for form in CHOSEN if not is_encoder(form)])
+def test_groups(form: str) -> None:
+    model, batch = described(form, torch.float32).to(DEVICE), batch_for(form)
+    losses, gradients = by_kernels(model, batch, groups=2)
+    for group, half in enumerate((slice(0, 2), slice(2, 4))):
+        loss, gradient = expected(model, {name: tensor[half] for name, tensor in batch.items()})
+        assert abs(losses[group] - loss) < 1e-4 * abs(loss)
+        assert apart(gradients[group], gradient) < 1e-4
+
+
+@pytest.mark.parametrize("form", [form for form in CHOSEN if form not in ("gpt_neox", "gpt_neox in sequence", "phi")])
+def test_what_is_computed_again_drops_the_same(form: str) -> None:
+    model, batch = described(form, torch.float32, rate=0.2).to(DEVICE), batch_for(form)
+    if getattr(model.config, "rope_parameters", None):
+        model.config.attention_dropout = 0.0  # PyTorch's own, which can't be computed again
+    kept = by_kernels(model, batch)
+    again = by_kernels(model, batch, recompute=True)
+    assert torch.equal(kept[0], again[0])
+    assert apart(again[1], kept[1]) < 1e-5
+    assert not torch.equal(kept[0], by_kernels(model.eval(), batch)[0])
