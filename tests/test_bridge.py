@@ -93,7 +93,7 @@ def test_what_is_done_to_one_is_done_to_both(model):
     bridge.add_adapter("other", IA3Config(**CAUSAL))
     bridge.set_adapter("other")
     assert model.active_adapters == bridge.active_adapters == ["other"]
-    assert bridge.peft_config is model.peft_config
+    assert bridge.peft_config == model.peft_config
     assert bridge.active_peft_config is model.peft_config["other"]
     with bridge.disable_adapter():
         assert not model._state.enabled
@@ -104,8 +104,9 @@ def test_what_is_done_to_one_is_done_to_both(model):
     bridge.eval()
     assert not model.training
     assert bridge.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
-    bridge.peft_config = {**model.peft_config}
-    assert bridge.peft_config is model.peft_config
+    other = IA3Config(**CAUSAL)
+    bridge.peft_config = {"default": other}
+    assert bridge.peft_config["default"] is model.peft_config["default"] is other
     with pytest.raises(AttributeError):
         bridge.active_adapter = "other"  # which changes nothing, so it is not taken
     base = bridge.merge_and_unload()

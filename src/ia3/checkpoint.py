@@ -19,19 +19,11 @@ from torch.nn import DataParallel
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parallel import DistributedDataParallel
 
-from ia3.adapter import (
-    Adapter,
-    attached,
-    device_at,
-    get_adapter,
-    keep_every_channel,
-    saved_copies,
-    site_vectors,
-    vectors,
-)
+from ia3.adapter import device_at, keep_every_channel, saved_copies, site_vectors, vectors
 from ia3.config import IA3Config
 from ia3.files import fetch, write_atomically
 from ia3.sites import SAVED_COPIES, VECTORS, Site, logger, matches_name
+from ia3.state import Adapter, attached, find_attached, get_adapter
 from ia3.swap import Swapped
 
 PREFIX = "base_model.model."
@@ -91,7 +83,7 @@ def get_peft_model_state_dict(
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside what `torch.compile`, DDP, DataParallel and FSDP put around it."""
-    while "_ia3" not in model.__dict__:
+    while find_attached(model) is None:
         inner = model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")
         inner = inner or model._modules.get("_fsdp_wrapped_module")
         if inner is None and isinstance(model, DataParallel | DistributedDataParallel):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -38,9 +37,12 @@ from ia3.fast.families import may_be_by_hand
 from ia3.fast.forward import forget, with_loss_by_hand
 from ia3.files import HUB_ARGUMENTS
 from ia3.heads import check_brought, with_head, with_whole_head
+from ia3.interrupts import uninterrupted
+from ia3.mixing import rows_of, take_names, take_no_names
 from ia3.precision import prepare_model_for_gradient_checkpointing
-from ia3.rows import Rows, acting, begin_forward, end_forward
+from ia3.rows import acting
 from ia3.sites import VECTORS, logger
+from ia3.state import Adapter, Attached, Configurations, attached, find_attached, get_adapter
 from ia3.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -162,7 +164,6 @@ class PeftModel(Swapped):
     everything that it could do it still does; `base_model` stays what transformers means by it.
     """
 
-    peft_config: dict[str, IA3Config]
     _hf_peft_config_loaded: bool
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -334,7 +335,7 @@ class PeftModel(Swapped):
             raise ValueError("There is no adapter to save: all were deleted. add_adapter(name, config) makes one.")
         if not names:
             raise ValueError(f"selected_adapters is empty: name some of {sorted(self.peft_config)}, or leave it out.")
-        chosen = [adapters.get_adapter(self, name) for name in names]
+        chosen = [get_adapter(self, name) for name in names]
         # Every process gathers the same tensors in the same order; one of them writes.
         files = {
             name: get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
@@ -454,7 +455,7 @@ class PeftModel(Swapped):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if not names:
             raise ValueError("set_adapter needs a name; disable_adapter() lets all adapters rest.")
-        adapters.check_choice([adapters.get_adapter(self, name) for name in names])
+        adapters.check_choice([get_adapter(self, name) for name in names])
         if self._state.originals is not None and set(names) != set(self._state.merged):
             logger.warning("set_adapter(%s): unmerging %s first.", names, list(self._state.merged))
             self.unmerge_adapter()
@@ -469,11 +470,10 @@ class PeftModel(Swapped):
         Raises:
             ValueError: an unknown adapter, or one that is merged.
         """
-        adapters.get_adapter(self, adapter_name)
+        get_adapter(self, adapter_name)
         if adapter_name in self._state.merged:
             raise ValueError(f"{adapter_name!r} is merged: call unmerge_adapter() before deleting it.")
         adapters.detach(self, adapter_name, stay=self._state.table is None)
-        del self.peft_config[adapter_name]
         if not self._state.active and self.peft_config:
             other = min(self.peft_config)  # the one that PEFT takes
             logger.warning("delete_adapter(%r): %r is active now.", adapter_name, other)
@@ -486,7 +486,7 @@ class PeftModel(Swapped):
             ValueError: an unknown adapter.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for adapter in [adapters.get_adapter(self, name) for name in names]:
+        for adapter in [get_adapter(self, name) for name in names]:
             adapters.require_grad(self, adapter, requires_grad)
 
     @contextmanager
@@ -502,14 +502,16 @@ class PeftModel(Swapped):
             return
         originals = state.originals or {}
         merged = {name: self.get_parameter(name).detach().clone() for name in originals}
-        self.disable_adapters()
-        merging.restore(self, originals)
         try:
+            self.disable_adapters()
+            merging.restore(self, originals)
             yield
         finally:
-            if state.originals is originals:  # nobody unmerged in between
-                merging.restore(self, merged)
-            self.enable_adapters()
+            try:
+                if state.originals is originals:  # nobody unmerged in between
+                    merging.restore(self, merged)
+            finally:
+                self.enable_adapters()
 
     def disable_adapters(self) -> None:
         """Let the adapters rest until `enable_adapters`, without a gradient; merged weights stay merged, unlike in
@@ -567,15 +569,13 @@ class PeftModel(Swapped):
         Raises:
             ValueError: as `merging.merge`.
         """
-        names = list(adapter_names) if adapter_names is not None else self.active_adapters
-        merging.check_copies(self, [adapters.get_adapter(self, name) for name in names])
-        if self._state.originals is None or not set(names) <= set(self._state.merged):
-            merging.merge(self, names, keep_originals=self._state.originals is not None)
-        names = list(self._state.merged)
-        for name in names:
-            merging.install_copies(self, adapters.get_adapter(self, name))
-        merging.write_untied(self)
-        return self.unload()
+        with ExitStack() as undo:
+            names = self.active_adapters if adapter_names is None else adapter_names
+            merging.merge_for_good(self, names, undo)
+            storage.restore(self)
+            with uninterrupted():
+                undo.pop_all()
+                return self.unload()
 
     def unload(self) -> nn.Module:
         """Remove every adapter, those of an `AdapterTable` too, and give the base model back: the same object with its
@@ -589,13 +589,14 @@ class PeftModel(Swapped):
         state = self._state
         if not state.enabled:
             raise ValueError("The adapters are disabled: unload after disable_adapter, or enable_adapters() first.")
-        for name in list(self.peft_config):
-            adapters.detach(self, name, stay=True)
-        adapters.release(self)
-        if state.table is not None:
-            state.table.leave()
         storage.restore(self)
-        return _become_base(self, state)
+        with uninterrupted():
+            for name in list(state.adapters):
+                adapters.detach(self, name, stay=True)
+            adapters.release(self)
+            if state.table is not None:
+                state.table.leave()
+            return _become_base(self, state)
 
     def add_weighted_adapter(
         self,
@@ -619,7 +620,6 @@ class PeftModel(Swapped):
                 `combine` raises.
         """
         _add_weighted(self, adapters, weights, adapter_name, combination_type, density)
-        self.peft_config[adapter_name] = self._state.adapters[adapter_name].config
 
     # Looking
 
@@ -636,6 +636,19 @@ class PeftModel(Swapped):
         """The active adapter's name, or a list of several."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
+
+    @property
+    def peft_config(self) -> dict[str, IA3Config]:
+        """The adapters' configurations by name; see `Configurations`."""
+        return Configurations(find_attached(self))
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, IA3Config]) -> None:
+        held = self.peft_config
+        if set(configs) != set(held):
+            raise ValueError(f"peft_config takes one configuration for each of {sorted(held)}, got {sorted(configs)}.")
+        for name, config in configs.items():
+            held[name] = config
 
     @property
     def active_peft_config(self) -> IA3Config:
@@ -717,7 +730,7 @@ class PeftModel(Swapped):
                 "generate continues one example a row, so it takes one name a row, not one a token: unpack the "
                 "examples, and pass adapter_names as a list of names."
             )
-        with acting(_rows_of(self, names, args, kwargs)):
+        with acting(rows_of(self, names, args, kwargs)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:
@@ -759,8 +772,8 @@ class PeftModel(Swapped):
         return self
 
     @property
-    def _state(self) -> adapters.Attached:
-        return adapters.attached(self)
+    def _state(self) -> Attached:
+        return attached(self)
 
     @property
     def _first_active(self) -> str:
@@ -774,8 +787,7 @@ class PeftModel(Swapped):
         return self._state.active[0]
 
     def _attach(self, name: str, config: IA3Config, half_to_fp32: bool, *, on_meta: bool, loading: bool) -> None:
-        adapter = _attached(self, config, name, half_to_fp32, on_meta=on_meta, loading=loading)
-        self.peft_config[name] = adapter.config
+        _attached(self, config, name, half_to_fp32, on_meta=on_meta, loading=loading)
 
 
 class PeftModelForSequenceClassification(PeftModel):
@@ -821,10 +833,9 @@ def _become(
     model: nn.Module, config: IA3Config, name: str, half_to_fp32: bool, *, on_meta: bool, loading: bool
 ) -> PeftModel:
     """Attach the first adapter, active, and give the model its new class."""
-    adapter = _attached(model, config, name, half_to_fp32, on_meta=on_meta, loading=loading)
+    _attached(model, config, name, half_to_fp32, on_meta=on_meta, loading=loading)
     adapters.activate(model, [name], trainable=not config.inference_mode)
     model = become_adapted(model, CLASS_FOR_TASK[config.task_type])
-    model.peft_config[name] = adapter.config
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if checkpoints and hasattr(model, "enable_input_require_grads") and not model.__dict__.get("_require_grads_hooks"):
         # Reentrant checkpointing gives no gradient to what lies behind an input that requires none.
@@ -835,7 +846,7 @@ def _become(
 
 def _attached(
     model: nn.Module, config: IA3Config, name: str, half_to_fp32: bool, *, on_meta: bool, loading: bool
-) -> adapters.Adapter:
+) -> Adapter:
     """Attach an adapter with its head; a new one with all that the checkpoint lacks, which is told."""
     told = [] if loading else with_whole_head(model, config)
     if loading:
@@ -850,9 +861,8 @@ def become_adapted(model: nn.Module, cls: type[PeftModel]) -> PeftModel:
     """Give a base model its new class, and the hooks that take `adapter_names` off its arguments."""
     swap(model, cls)
     assert isinstance(model, PeftModel)
-    model.peft_config = dict(model.__dict__.get("peft_config", {}))
-    model.register_forward_pre_hook(_take_adapter_names, with_kwargs=True)
-    model.register_forward_hook(_forget_adapter_names, always_call=True)
+    model.__dict__.pop("peft_config", None)  # of adapters that were injected, which are its own now
+    take_names(model)
     model._hf_peft_config_loaded = True  # transformers then lets a quantised model train
     return model
 
@@ -878,16 +888,13 @@ def _refusing(name: str) -> Callable[..., Any]:
     return refused
 
 
-def _become_base(model: PeftModel, state: adapters.Attached) -> nn.Module:
+def _become_base(model: PeftModel, state: Attached) -> nn.Module:
     if state.input_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
         model.__dict__.pop("_require_grads_hooks", None)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _take_adapter_names]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    for key in [key for key, hook in model._forward_hooks.items() if hook is _forget_adapter_names]:
-        del model._forward_hooks[key], model._forward_hooks_always_called[key]
+    take_no_names(model)
     forget(model)
-    del model._hf_peft_config_loaded, model.peft_config
+    del model._hf_peft_config_loaded
     swap_back(model)
     return model
 
@@ -976,80 +983,6 @@ def _loading_arguments(kwargs: dict[str, Any]) -> tuple[Any, bool, dict[str, Any
     return device, ignore_sizes, {key: value for key, value in kwargs.items() if value is not None}
 
 
-def _take_adapter_names(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Take `adapter_names` off a forward's arguments and let their rows act until it ends."""
-    names = kwargs.get("adapter_names")
-    if torch.compiler.is_compiling():
-        if names is not None:
-            raise ValueError(
-                "A batch that mixes adapters runs without torch.compile: call the model that isn't compiled."
-            )
-        return None
-    begin_forward(model, None if names is None else lambda: _rows_of(model, names, args, kwargs))
-    if "adapter_names" not in kwargs:
-        return None
-    return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
-
-
-def _forget_adapter_names(model: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        end_forward(model)
-
-
-# Where a model's batch shows how many examples it has, besides its `main_input_name`; failing these any tensor does.
-_INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
-
-
-def _rows_of(
-    model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Rows:
-    """The rows of a call.
-
-    Raises:
-        ValueError: another number of names than examples or tokens, names a token where they can't work, gradient
-            checkpointing, or what `gather_rows` raises.
-    """
-    own: str = getattr(model, "main_input_name", None) or _INPUTS[0]
-    held = (*args, *(kwargs.get(name) for name in (own, *_INPUTS)), *kwargs.values())
-    tensors = [value for value in held if isinstance(value, torch.Tensor) and value.dim()]
-    if isinstance(names, str) or not tensors or len(tensors[0]) != len(names):
-        count = len(tensors[0]) if tensors else "no"
-        raise ValueError(
-            f"adapter_names is {reprlib.repr(names)} for {count} examples: pass a list with one name an example."
-        )
-    if any(not isinstance(name, str) for name in names):
-        _check_packed(model, names, tensors[0])
-    if torch.is_grad_enabled() and any(
-        getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()
-    ):
-        raise ValueError(
-            "A batch that mixes adapters can't be trained with gradient checkpointing, whose second forward knows "
-            "nothing of adapter_names: gradient_checkpointing_disable() first."
-        )
-    return adapters.gather_rows(model, names)
-
-
-def _check_packed(model: nn.Module, names: Sequence[Any], batch: torch.Tensor) -> None:
-    """Refuse names a token that are not `[batch][length]`, or a model that they can't work for."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            "An encoder-decoder model takes one name an example, not one a token: its decoder's tokens are others than "
-            "its encoder's. Pass one example a row."
-        )
-    if batch.dim() not in (2, 3):
-        raise ValueError(f"adapter_names a token need a batch of tokens, not one of shape {tuple(batch.shape)}.")
-    for place, row in enumerate(names):
-        is_list = isinstance(row, list | tuple)
-        if not is_list or len(row) != batch.shape[1]:
-            got = f"{len(row)} names" if is_list else repr(row)
-            raise ValueError(
-                f"adapter_names[{place}] is {got} for {batch.shape[1]} tokens: pass one name a token in every row, "
-                "padding included, or one name a row in all."
-            )
-
-
 def _add_weighted(
     model: nn.Module,
     names: Sequence[str],
@@ -1058,7 +991,7 @@ def _add_weighted(
     combination_type: CombinationType,
     density: float | None,
 ) -> None:
-    chosen = [adapters.get_adapter(model, name) for name in names]
+    chosen = [get_adapter(model, name) for name in names]
     vectors = [adapters.whole_vectors(model, adapter) for adapter in chosen]
     values = combine(vectors, weights, combination_type, density=density)
     if combination_type == "mean" and abs(sum(weights) - 1) > 1e-6:

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import nn
 
-from ia3.adapter import attached, parameters
+from ia3.adapter import parameters
 from ia3.hooks import SiteVectors
 from ia3.sites import VECTORS
+from ia3.state import attached
 from ia3.swap import SavedModule
 
 Irregular = Literal["irregular"]

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
 from ia3 import IA3Config, get_peft_model
-from ia3.adapter import gather_rows
 from ia3.fast.capture import Captured
 from ia3.fast.decode import Decoder, compile_generate, why_not
+from ia3.mixing import gather_rows
 from ia3.rows import BASE, acting
 from replayed import recording
 

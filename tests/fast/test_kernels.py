@@ -26,10 +26,10 @@ pytest.importorskip("triton")
 from test_llama import adapted_causal, texts_of  # noqa: E402
 from test_t5 import adapted, batch_of  # noqa: E402
 
-from ia3.adapter import attached  # noqa: E402
 from ia3.fast import kernels, llama  # noqa: E402
 from ia3.fast.packing import Spans, pack, round_up  # noqa: E402
 from ia3.fast.t5 import T5Loss  # noqa: E402
+from ia3.state import attached  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]

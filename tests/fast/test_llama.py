@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from builders import models_own
 from ia3 import IA3Config, compile_step, get_peft_model
-from ia3.adapter import attached, site_vectors
+from ia3.adapter import site_vectors
 from ia3.fast.llama import LlamaLoss, pack, round_up, why_not
+from ia3.state import attached
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_t5 import FORMS, adapted, batch_of
 
-from ia3.adapter import attached
 from ia3.fast.packing import Spans, pack, round_up
 from ia3.fast.t5 import T5Loss
+from ia3.state import attached
 
 
 def test_tokens_without_padding() -> None:

@@ -12,9 +12,10 @@ from torch import nn
 
 from builders import models_own
 from ia3 import IA3Config, get_peft_model
-from ia3.adapter import attached, site_vectors
+from ia3.adapter import site_vectors
 from ia3.fast.packing import pack
 from ia3.fast.t5 import T5Loss, why_not
+from ia3.state import attached
 from ia3.training.losses import choice_log_probabilities
 
 WITHOUT_THE_GATE = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3.adapter import Attached
 from ia3.fast.bypassing import HOOKS, own_forward
 from ia3.fast.operations import compile_kernels
+from ia3.state import find_attached
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _version(tensor: Tensor) -> int:
 
 def _acting(model: nn.Module) -> tuple[Any, ...]:
     """The adapters that act, themselves and not their names, which others may get."""
-    state: Attached | None = model.__dict__.get("_ia3")
+    state = find_attached(model)
     if state is None:
         return ()
     return (state.enabled, state.merged, *(_Same(state.adapters[name]) for name in state.active))

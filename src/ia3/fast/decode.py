@@ -22,13 +22,15 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from ia3.adapter import Attached, gather_flat, gather_rows, site_vectors
+from ia3.adapter import site_vectors
 from ia3.fast import t5
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.packing import IGNORED, Packed, Spans, pack, packable, round_up
+from ia3.mixing import gather_flat, gather_rows
 from ia3.model import PeftModel
 from ia3.rows import BASE, Rows, act_here, acting
 from ia3.sites import Layout, Side
+from ia3.state import find_attached
 from ia3.swap import SavedModule
 
 # Prompts are filled up to a multiple of this, so that few graphs serve all lengths.
@@ -300,7 +302,7 @@ class Decoder(Generate):
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where T5's forward by hand may write."""
-        state: Attached | None = self.model.__dict__.get("_ia3")
+        state = find_attached(self.model)
         if self.kind is not _Seq2Seq or state is None:
             return None
         if adapter_names is not None:

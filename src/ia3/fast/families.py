@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.adapter import acting_alone, vectors
+from ia3.adapter import vectors
 from ia3.fast import llama, packing, t5
 from ia3.fast.bypassing import NOT_ALONE
 from ia3.sites import Layout
+from ia3.state import sole_active_adapter
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def why_not(model: Any) -> str | None:
     Args:
         model: one with adapters.
     """
-    adapter = acting_alone(model)
+    adapter = sole_active_adapter(model)
     if adapter is None:
         return NOT_ALONE
     family = family_of(model)

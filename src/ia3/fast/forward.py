@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
-from ia3 import rows
-from ia3.adapter import LISTENS, acting_alone, listen, vectors
+from ia3.adapter import vectors
 from ia3.fast import families
 from ia3.fast.bypassing import OLD_CLASS, own_forward
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.families import family_of, is_shifted, loss_and_gradient
 from ia3.fast.packing import IGNORED
+from ia3.listening import LISTENS, listen
+from ia3.rows import act_here
 from ia3.sites import Layout, logger
+from ia3.state import sole_active_adapter
 
 _STATE = "_ia3_loss_by_hand"
 
@@ -61,7 +63,7 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     # A replica of DataParallel shares its original's attributes, and has no parameters.
     hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
-    if traced or hooked or rows.under_way or getattr(model, "_is_replica", False):
+    if traced or hooked or act_here() or getattr(model, "_is_replica", False):
         return None
     # torch.func's tensors can't be asked where they are.
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -159,7 +161,7 @@ class _Loss:
     """
 
     def __init__(self, model: Any) -> None:
-        adapter, family = acting_alone(model), family_of(model)
+        adapter, family = sole_active_adapter(model), family_of(model)
         assert adapter is not None
         assert family is not None
         self.model: Any = weakref.proxy(model)

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.adapter import acting_alone, vectors
+from ia3.adapter import vectors
 from ia3.fast import t5
 from ia3.fast.bypassing import NOT_ALONE
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.packing import IGNORED, Packed, pack, round_up
+from ia3.state import sole_active_adapter
 
 
 def why_not(model: Any) -> str | None:
     """Why choices can't be scored by hand; None where they can."""
-    adapter = acting_alone(model)
+    adapter = sole_active_adapter(model)
     return NOT_ALONE if adapter is None else t5.why_not(model, adapter.layout.sites)
 
 
@@ -31,7 +32,7 @@ class ChoiceScores:
     """
 
     def __init__(self, model: Any, choices: Tensor) -> None:
-        adapter = acting_alone(model)
+        adapter = sole_active_adapter(model)
         assert adapter is not None
         self.model, self.choices, self.layout = model, choices.to(model.device), adapter.layout
         self.vectors = vectors(model, adapter)

@@ -15,12 +15,13 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ia3.adapter import acting_alone, attached, vectors
+from ia3.adapter import vectors
 from ia3.fast import families
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.families import family_of, is_shifted, loss_and_gradient
 from ia3.fast.products import Frozen, why_not_fp8
 from ia3.sites import VECTORS
+from ia3.state import attached, sole_active_adapter
 
 
 def compile_step(
@@ -143,7 +144,7 @@ class _Fast(Step):
         self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
-        adapter, family = acting_alone(model), family_of(model)
+        adapter, family = sole_active_adapter(model), family_of(model)
         assert adapter is not None
         assert family is not None
         self.adapter, self.layout, self.vectors = adapter, adapter.layout, vectors(model, adapter)
