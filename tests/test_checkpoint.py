@@ -27,8 +27,8 @@ from ia3 import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from ia3.checkpoint import PICKLE_NAME, SAFETENSORS_NAME
 from ia3.config import CONFIG_NAME
+from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME
 
 LAYERS = ["embed", "biased", "plain", "transposed", "conv1", "grouped1", "conv2", "grouped2", "conv3", "grouped3"]
 EXPLICIT_T5 = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}
@@ -188,7 +188,7 @@ def test_values_gathered_elsewhere(tiny, randomise, tmp_path):
 
 
 def test_an_injected_adapter_has_no_prefix_in_memory_and_the_usual_one_on_disk(tiny, randomise, output, tmp_path):
-    from ia3.checkpoint import save_adapter
+    from ia3.tensors import save_adapter
 
     model = randomise(inject_adapter_in_model(IA3Config(), tiny("t5")))
     assert not any(key.startswith("base_model") for key in get_peft_model_state_dict(model))

@@ -674,7 +674,8 @@ def _merged(tiny, randomise):
 
 
 def _trained_head(tiny, randomise):
-    model = randomise(get_peft_model(tiny("t5", dtype=torch.bfloat16), IA3Config(modules_to_save=["shared"])))
+    saved = ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"]
+    model = randomise(get_peft_model(tiny("mt5", dtype=torch.bfloat16), IA3Config(modules_to_save=saved)))
     _draw_copies(model)
     return model.eval()
 

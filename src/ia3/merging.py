@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ia3.adapter import check_choice, repoint, saved_copies, whole_vectors
+from ia3.adapter import check_choice, repoint, rest, saved_copies, wake, whole_vectors
 from ia3.errors import PeftWarning
 from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
 from ia3.state import Adapter, Originals, attached, get_adapter
@@ -118,6 +118,27 @@ def unmerge(model: nn.Module) -> None:
         restore(model, state.originals)
         _mark(model, None, ())
         undo.pop_all()
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it the model is the base, merged weights included; see `PeftModel.disable_adapter`."""
+    state = attached(model)
+    if not state.enabled:
+        yield
+        return
+    originals = state.originals or {}
+    merged = {name: model.get_parameter(name).detach().clone() for name in originals}
+    try:
+        rest(model)
+        restore(model, originals)
+        yield
+    finally:
+        try:
+            if state.originals is originals:  # nobody unmerged in between
+                restore(model, merged)
+        finally:
+            wake(model)
 
 
 def restore(model: nn.Module, weights: Originals) -> None:

@@ -19,26 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from ia3.adapter import device_at, hold_sites, release_sites
-from ia3.checkpoint import (
+from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.factory import become_adapted
+from ia3.heads import check_brought, with_head
+from ia3.loading import warn_of_other_base
+from ia3.mixing import unknown_names
+from ia3.peft_model import PeftModel
+from ia3.rows import BASE
+from ia3.sites import Layout, Site, find_sites
+from ia3.state import Attached, attached, carry, find_attached
+from ia3.tensors import (
     PICKLE_NAME,
     SAFETENSORS_NAME,
     Tensors,
     check_finite,
-    check_vectors,
-    embeddings,
     parse_tensors,
     plain_tensors,
     read_in_parts,
     read_tensors,
-    with_names_of_today,
 )
-from ia3.config import CONFIG_NAME, IA3Config
-from ia3.heads import check_brought, with_head
-from ia3.mixing import unknown_names
-from ia3.model import PeftModel, become_adapted, warn_of_other_base
-from ia3.rows import BASE
-from ia3.sites import Layout, Site, find_sites
-from ia3.state import Attached, attached, carry, find_attached
 
 
 @dataclass(frozen=True)

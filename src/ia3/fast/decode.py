@@ -27,11 +27,10 @@ from ia3.fast import t5
 from ia3.fast.capture import Captured, Standing
 from ia3.fast.packing import IGNORED, Packed, Spans, pack, packable, round_up
 from ia3.mixing import gather_flat, gather_rows
-from ia3.model import PeftModel
 from ia3.rows import BASE, Rows, act_here, acting
 from ia3.sites import Layout, Side
 from ia3.state import find_attached
-from ia3.swap import SavedModule
+from ia3.swap import SavedModule, Swapped
 
 # Prompts are filled up to a multiple of this, so that few graphs serve all lengths.
 BUCKET = 16
@@ -190,9 +189,9 @@ def why_not_recorded(model: Any) -> str | None:
 def _why_not_written(model: Any) -> str | None:
     """Why generation is not written here for this model."""
     kind, config = type(model).__name__, model.config
-    for name, owners in (("generate", (GenerationMixin, PeftModel)), ("prepare_inputs_for_generation", ())):
-        owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__)
-        if owner not in (GenerationMixin, *owners):
+    for name in ("generate", "prepare_inputs_for_generation"):
+        owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__ and not issubclass(cls, Swapped))
+        if owner is not GenerationMixin:
             return f"a {kind} has a {name} of its own"
     if config.is_encoder_decoder and config.model_type not in _SEQ2SEQ:
         return f"of encoder-decoders it is written for T5 and mT5, and this is a {kind}"
