@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from builders import Failing
 from ia3 import IA3Config, PeftModel, PeftWarning, get_peft_model
 from ia3.placement import Placement
 
@@ -647,20 +647,6 @@ def test_a_layer_of_another_class_is_merged_where_that_is_right(randomise, feedf
 # Stopped in the middle
 
 
-class _Failing(TorchDispatchMode):
-    """Runs everything but one operation, in whose place it raises: the tensors' nth."""
-
-    def __init__(self, place, error):
-        super().__init__()
-        self.left, self.error = place, error
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.left -= 1
-        if self.left == 0:
-            raise self.error("stopped here")
-        return function(*args, **kwargs or {})
-
-
 def _of_two(tiny, randomise, **more):
     model = get_peft_model(tiny("gpt2", dtype=torch.float32), IA3Config(**more), adapter_name="a")
     model.add_adapter("b", IA3Config())
@@ -720,7 +706,7 @@ def test_what_is_stopped_in_the_middle_has_changed_nothing(tiny, randomise, trac
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     originals = {name: weight.clone() for name, weight in (model._state.originals or {}).items()}
     for place in itertools.count(1):
-        failing = _Failing(place, error)
+        failing = Failing(place, error)
         try:
             with failing:
                 change(model)

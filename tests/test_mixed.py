@@ -263,6 +263,28 @@ def test_threads_and_models_see_their_own_rows(tiny, randomise):
     assert not rows.act_here()
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_interrupted_forward_leaves_nothing_behind(tiny, randomise, mode):
+    model = getattr(adapted(tiny, randomise, "t5"), mode)()
+    batch = batch_of(model, NAMES)
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    plain = model.eval()(**batch).logits
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    getattr(model, mode)()
+    handle = model.decoder.register_forward_pre_hook(interrupt)
+    for names in (NAMES, None):
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch, adapter_names=names)
+        assert not rows.act_here()
+    handle.remove()
+    assert torch.equal(model.eval()(**batch).logits, plain)
+    assert model._state.listener is None
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+
+
 class _Holding(torch.nn.Module):
     """Lets the first forward that comes here wait until another thread has done its work."""
 

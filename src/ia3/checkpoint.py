@@ -179,17 +179,27 @@ def set_peft_model_state_dict(
     if any(not sites[key].fits(tensor) for key, tensor in fitting.items() if key in sites):
         keep_every_channel(model, adapter)
     with torch.no_grad():
-        for site, vector in site_vectors(model, adapter):
-            if site.key in fitting:
-                _fill(model, site, adapter.name, vector, site.narrow(fitting[site.key]))
-        for key, target in targets.items():
-            if key not in fitting:
-                continue
-            if target.is_meta:
-                _give_memory(model, adapter, key, fitting[key])
-            else:
-                target.copy_(_like(target, fitting[key]))
+        former = [(t, t.clone()) for t in (*tensors_of(model, adapter).values(), *targets.values()) if not t.is_meta]
+        try:
+            _fill_all(model, adapter, fitting, targets)
+        except BaseException:
+            for tensor, before in former:
+                tensor.copy_(before)
+            raise
     return _IncompatibleKeys([], [])
+
+
+def _fill_all(model: nn.Module, adapter: Adapter, fitting: Tensors, targets: Tensors) -> None:
+    for site, vector in site_vectors(model, adapter):
+        if site.key in fitting:
+            _fill(model, site, adapter.name, vector, site.narrow(fitting[site.key]))
+    for key, target in targets.items():
+        if key not in fitting:
+            continue
+        if target.is_meta:
+            _give_memory(model, adapter, key, fitting[key])
+        else:
+            target.copy_(_like(target, fitting[key]))
 
 
 def check_vectors(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site]) -> None:

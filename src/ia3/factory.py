@@ -1,4 +1,4 @@
-"""Making a model one that carries adapters, and giving it back: its class, its hooks, its first adapter."""
+"""Making a model one that carries adapters, and giving it back: its class, its first adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ia3.fast.families import may_be_by_hand
 from ia3.fast.forward import forget, with_loss_by_hand
 from ia3.heads import with_head, with_whole_head
 from ia3.loading import own_copy
-from ia3.mixing import take_names, take_no_names
 from ia3.sites import logger
 from ia3.state import Adapter, attached
 from ia3.swap import SavedModule, Swapped, swap, swap_back
@@ -107,10 +106,9 @@ def attach(
 
 
 def become_adapted(model: nn.Module, cls: type[Swapped]) -> None:
-    """Give a base model its new class, and the hooks that take `adapter_names` off its arguments."""
+    """Give a base model its new class."""
     swap(model, cls)
     model.__dict__.pop("peft_config", None)  # of adapters that were injected, which are its own now
-    take_names(model)
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # transformers then lets a quantised model train
 
 
@@ -119,7 +117,6 @@ def become_base(model: nn.Module, *, input_gradients: bool) -> None:
     if input_gradients:
         model.disable_input_require_grads()  # type: ignore[operator]
         model.__dict__.pop("_require_grads_hooks", None)
-    take_no_names(model)
     forget(model)
     del model._hf_peft_config_loaded
     swap_back(model)

@@ -46,6 +46,7 @@ def keep_in_place(model: nn.Module, args: Any) -> None:
     if getattr(model, "_is_replica", False):
         return
     _settle(model)
+    _forget_interrupted(model)
     # A forward that computes its loss without the modules listens where it calls them after all.
     if not (hasattr(type(model).forward, LISTENS) and _is_training(model)):
         listen(model)
@@ -93,6 +94,17 @@ def listen(model: nn.Module) -> None:
         modules = {site.path: placement.site_module(site.path) for each in adapters for site in each.layout.sites}
         modules |= {path: placement.saved_module(path) for each in adapters for path in each.saved}
         state.listener = Listener(model, modules, training=training)
+
+
+def _forget_interrupted(model: nn.Module) -> None:
+    """End the listening of a forward that was left by Ctrl-C, after which torch calls no hooks."""
+    if torch.compiler.is_compiling():
+        return
+    state = find_attached(model)
+    listener = None if state is None else state.listener
+    if state is not None and listener is not None and listener.thread == threading.get_ident():
+        state.listener = None
+        listener.end()
 
 
 def stop_listening(model: nn.Module, args: Any, output: Any) -> None:

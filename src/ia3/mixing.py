@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch import nn
 
 from ia3.adapter import site_vectors
 from ia3.hooks import SiteVectors
-from ia3.rows import BASE, Rows, swap_rows
+from ia3.rows import BASE, Rows, acting
 from ia3.sites import Layout, Side, Site, is_inside
 from ia3.state import Attached, attached
+from ia3.swap import Swapped
 
 # How many known names an error lists in full.
 _FEW = 8
@@ -166,74 +166,39 @@ def _table_row(vectors: dict[Site, torch.Tensor], layout: Layout, like: torch.Te
     )
 
 
-# The names that a forward is given
+# The names that a call is given
 
 
-def take_names(model: nn.Module) -> None:
-    """Let a model's forward take `adapter_names`, which its own arguments don't know."""
-    model.register_forward_pre_hook(_take_adapter_names, with_kwargs=True)
-    model.register_forward_hook(_forget_adapter_names, always_call=True)
+class Mixing(Swapped):
+    """The calls of an adapted model, which take `adapter_names`; the base's own arguments don't know them."""
 
-
-def take_no_names(model: nn.Module) -> None:
-    """Leave a model's arguments alone again."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _take_adapter_names]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    for key in [key for key, hook in model._forward_hooks.items() if hook is _forget_adapter_names]:
-        del model._forward_hooks[key], model._forward_hooks_always_called[key]
-
-
-def _take_adapter_names(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Take `adapter_names` off a forward's arguments and let their rows act until it ends."""
-    names = kwargs.get("adapter_names")
-    if torch.compiler.is_compiling():
-        if names is not None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            return super().__call__(*args, **kwargs)
+        if torch.compiler.is_compiling() or self._compiled_call_impl is not None:
             raise ValueError(
                 "A batch that mixes adapters runs without torch.compile: call the model that isn't compiled."
             )
-        return None
-    _begin_forward(model, None if names is None else lambda: rows_of(model, names, args, kwargs))
-    if "adapter_names" not in kwargs:
-        return None
-    return args, {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        with acting(rows_of(self, names, args, kwargs)):
+            return super().__call__(*args, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with `adapter_names`, one an example, for a batch that mixes adapters.
 
-def _forget_adapter_names(model: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        _end_forward(model)
-
-
-class _Frames(threading.local):
-    """The forwards under way in a thread, each with the rows that were running when it began to run others."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, bool, Rows | None]] = []
-
-
-_frames = _Frames()
-
-
-def _begin_forward(model: nn.Module, rows: Callable[[], Rows] | None) -> None:
-    """Note that a model's forward begins, and let rows act until `_end_forward`; without any the running ones go on.
-
-    Args:
-        model: the model.
-        rows: makes the rows; what it raises leaves nothing behind after `_end_forward`.
-    """
-    _frames.stack.append((model, False, None))
-    if rows is not None:
-        made = rows()
-        _frames.stack[-1] = (model, True, swap_rows(made))
-
-
-def _end_forward(model: nn.Module) -> None:
-    """Put back what `_begin_forward` changed; harmless where that never came to run."""
-    if _frames.stack and _frames.stack[-1][0] is model:
-        _, changed, former = _frames.stack.pop()
-        if changed:
-            swap_rows(former)
+        Raises:
+            ValueError: unknown names, another number of them than examples, or names a token.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if any(not isinstance(name, str) for name in names):
+            raise ValueError(
+                "generate continues one example a row, so it takes one name a row, not one a token: unpack the "
+                "examples, and pass adapter_names as a list of names."
+            )
+        with acting(rows_of(self, names, args, kwargs)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 # Where a model's batch shows how many examples it has, besides its `main_input_name`; failing these any tensor does.

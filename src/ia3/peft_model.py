@@ -20,9 +20,8 @@ from ia3.factory import attach_first, become_base
 from ia3.fast.forward import forget
 from ia3.interrupts import uninterrupted
 from ia3.loading import fit_config, loading_arguments, own_copy, read_weights, refuse_offload, warn_of_other_base
-from ia3.mixing import rows_of
+from ia3.mixing import Mixing
 from ia3.precision import prepare_model_for_gradient_checkpointing
-from ia3.rows import acting
 from ia3.saving import Saved
 from ia3.sites import VECTORS, logger
 from ia3.state import Attached, Configurations, attached, find_attached, get_adapter
@@ -31,7 +30,7 @@ from ia3.swap import SavedModule
 from ia3.tensors import Tensors
 
 
-class PeftModel(Saved, Reporting):
+class PeftModel(Saved, Reporting, Mixing):
     """A base model that carries (IA)³ adapters.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`. The instance is the base model itself, so
@@ -393,23 +392,6 @@ class PeftModel(Saved, Reporting):
             if VECTORS in module._modules or isinstance(module, SavedModule):
                 raise ValueError(f"Resizing replaces {path}, which an adapter adapts: resize before you attach it.")
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with `adapter_names`, one an example, for a batch that mixes adapters.
-
-        Raises:
-            ValueError: unknown names, another number of them than examples, or names a token.
-        """
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        if any(not isinstance(name, str) for name in names):
-            raise ValueError(
-                "generate continues one example a row, so it takes one name a row, not one a token: unpack the "
-                "examples, and pass adapter_names as a list of names."
-            )
-        with acting(rows_of(self, names, args, kwargs)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode, as of any module; that adapters loaded frozen won't train is said once."""

@@ -108,20 +108,14 @@ def act_here() -> bool:
     return _call.rows is not None
 
 
-def swap_rows(rows: Rows | None) -> Rows | None:
-    """Make these the running rows; what was before."""
-    former, _call.rows = _call.rows, rows
-    return former
-
-
 @contextmanager
 def acting(rows: Rows) -> Iterator[None]:
-    """Let the rows act in this thread."""
-    former = swap_rows(rows)
+    """Let the rows act in this thread, until the end of it, however that comes."""
+    former, _call.rows = _call.rows, rows
     try:
         yield
     finally:
-        swap_rows(former)
+        _call.rows = former
 
 
 def split_by_name(names: Sequence[str], count: int, device: torch.device) -> dict[str, Tensor]:
