@@ -25,8 +25,9 @@ import transformers
 from torch import Tensor
 
 import ia3
-from ia3.adapter import attached, site_vectors
+from ia3.adapter import site_vectors
 from ia3.fast.sweep import SweepStep, group_losses
+from ia3.state import attached
 from ia3.training.losses import token_log_probabilities
 from lengths import shuffled
 from train_step import LARGE, TINY, batch_of, build, guide, milliseconds

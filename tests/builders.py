@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -96,3 +97,17 @@ def vector_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if ".ia3_l." in name and parameter.grad is not None
     }
+
+
+class Failing(TorchDispatchMode):
+    """Runs everything but one operation, in whose place it raises: the tensors' nth."""
+
+    def __init__(self, place, error):
+        super().__init__()
+        self.left, self.error = place, error
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("stopped here")
+        return function(*args, **kwargs or {})

@@ -1,6 +1,7 @@
 """Saving and loading: round trips to the bit, and a clear refusal of everything that doesn't fit."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
+from builders import Failing
 from ia3 import (
     IA3Config,
     PeftConfig,
@@ -27,8 +29,8 @@ from ia3 import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from ia3.checkpoint import PICKLE_NAME, SAFETENSORS_NAME
 from ia3.config import CONFIG_NAME
+from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME
 
 LAYERS = ["embed", "biased", "plain", "transposed", "conv1", "grouped1", "conv2", "grouped2", "conv3", "grouped3"]
 EXPLICIT_T5 = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}
@@ -188,7 +190,7 @@ def test_values_gathered_elsewhere(tiny, randomise, tmp_path):
 
 
 def test_an_injected_adapter_has_no_prefix_in_memory_and_the_usual_one_on_disk(tiny, randomise, output, tmp_path):
-    from ia3.checkpoint import save_adapter
+    from ia3.tensors import save_adapter
 
     model = randomise(inject_adapter_in_model(IA3Config(), tiny("t5")))
     assert not any(key.startswith("base_model") for key in get_peft_model_state_dict(model))
@@ -779,3 +781,20 @@ def test_embeddings_in_a_file_need_a_base_with_memory(tiny, tmp_path):
         base = tiny("llama")
     with pytest.raises(ValueError, match="no memory for it: load the base's weights first"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_loading_that_is_stopped_in_the_middle_changes_nothing(tiny, randomise, trace, error):
+    config = IA3Config(task_type="SEQ_CLS")
+    model = randomise(get_peft_model(tiny("bert"), config))
+    other = randomise(get_peft_model(tiny("bert"), config), seed=5)
+    tensors, before = get_peft_model_state_dict(other), trace(model)
+    for place in itertools.count(1):
+        try:
+            with Failing(place, error):
+                set_peft_model_state_dict(model, tensors)
+            break
+        except error:
+            assert before.differences(trace(model)) == [], place
+    assert place > 10
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in get_peft_model_state_dict(model).items())

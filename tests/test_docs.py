@@ -404,7 +404,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
-    assert 'id="ia3.model.PeftModel.push_to_hub"' in page
+    assert 'id="ia3.peft_model.PeftModel.push_to_hub"' in page
 
 
 def test_every_page_is_in_the_navigation() -> None:

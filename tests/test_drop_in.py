@@ -21,8 +21,8 @@ from ia3 import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from ia3.checkpoint import SAFETENSORS_NAME
 from ia3.config import CONFIG_NAME
+from ia3.tensors import SAFETENSORS_NAME
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Folding vectors into weights: the same function, and out again to the very bit."""
 
+import itertools
 import math
+import signal
 import warnings
 from copy import deepcopy
 
@@ -10,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ia3 import IA3Config, PeftWarning, get_peft_model
+from builders import Failing
+from ia3 import IA3Config, PeftModel, PeftWarning, get_peft_model
+from ia3.placement import Placement
 
 LAYERS = ["embed", "biased", "plain", "transposed", "conv1", "grouped1", "conv2", "grouped2", "conv3", "grouped3"]
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
@@ -638,3 +642,102 @@ def test_a_layer_of_another_class_is_merged_where_that_is_right(randomise, feedf
     inputs = torch.randn(3, 4)
     expected = model(inputs)
     torch.testing.assert_close(model.merge_and_unload()(inputs), expected)
+
+
+# Stopped in the middle
+
+
+def _of_two(tiny, randomise, **more):
+    model = get_peft_model(tiny("gpt2", dtype=torch.float32), IA3Config(**more), adapter_name="a")
+    model.add_adapter("b", IA3Config())
+    return randomise(model).eval()
+
+
+def _merged(tiny, randomise):
+    model = _of_two(tiny, randomise)
+    model.merge_adapter(["a"])
+    return model
+
+
+def _trained_head(tiny, randomise):
+    saved = ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"]
+    model = randomise(get_peft_model(tiny("mt5", dtype=torch.bfloat16), IA3Config(modules_to_save=saved)))
+    _draw_copies(model)
+    return model.eval()
+
+
+def _foreign(tiny, randomise):
+    class Layer(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs)
+
+    model = nn.Sequential(Layer(3, 4), nn.Linear(4, 2))
+    return randomise(get_peft_model(model, IA3Config(target_modules=["0", "1"], feedforward_modules=["1"])))
+
+
+def _disable(model):
+    with model.disable_adapter():
+        pass
+
+
+def _switch(model):
+    model.set_adapter("b")
+
+
+STOPPED = [
+    (_of_two, lambda model: model.merge_adapter()),
+    (_of_two, lambda model: model.merge_and_unload()),
+    (_merged, lambda model: model.merge_adapter(["b"])),
+    (_merged, lambda model: model.merge_and_unload(adapter_names=["b"])),
+    (_merged, lambda model: model.unmerge_adapter()),
+    (_merged, _disable),
+    (_merged, _switch),
+    (_trained_head, lambda model: model.merge_and_unload()),
+    (_foreign, lambda model: model.merge_adapter()),
+]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize(("make", "change"), STOPPED)
+def test_what_is_stopped_in_the_middle_has_changed_nothing(tiny, randomise, trace, make, change, error):
+    model = make(tiny, randomise)
+    other = deepcopy(model)
+    before, merged, active = trace(model), model._state.merged, model.active_adapters
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    originals = {name: weight.clone() for name, weight in (model._state.originals or {}).items()}
+    for place in itertools.count(1):
+        failing = Failing(place, error)
+        try:
+            with failing:
+                change(model)
+            break
+        except error:
+            pass
+        assert before.differences(trace(model)) == [], place
+        assert (model._state.merged, model._state.enabled) == (merged, True)
+        if change is not _switch:  # which unmerges first, and says so
+            assert model.active_adapters == active
+        assert (getattr(model, "all_tied_weights_keys", None) or {}) == tied
+        assert (model._state.originals is None) == (not merged)
+        held = model._state.originals or {}
+        assert all(torch.equal(held[name], weight) for name, weight in originals.items())
+    assert place > 3  # there were so many operations to stop at
+    change(other)
+    keys = [key for key in other.state_dict() if "ia3_l" not in key]
+    assert all(torch.equal(model.state_dict()[key], other.state_dict()[key]) for key in keys)
+
+
+def test_an_interrupt_while_unloading_comes_afterwards(tiny, randomise, monkeypatch):
+    model = _of_two(tiny, randomise)
+    release = Placement.release_site
+
+    def interrupted(self, path):
+        signal.raise_signal(signal.SIGINT)
+        release(self, path)
+
+    monkeypatch.setattr(Placement, "release_site", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+    assert not isinstance(model, PeftModel)
+    assert not any("ia3_l" in name for name, _ in model.named_modules())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -234,7 +234,7 @@ def test_an_error_inside_leaves_nothing_behind(tiny, randomise):
     with pytest.raises((IndexError, RuntimeError)):
         model(**{**batch, "input_ids": batch["input_ids"] + 10_000}, adapter_names=["a", "b"])
     assert torch.equal(model(**batch).logits, expected)
-    assert rows.under_way == 0
+    assert not rows.act_here()
 
 
 def test_threads_and_models_see_their_own_rows(tiny, randomise):
@@ -260,7 +260,69 @@ def test_threads_and_models_see_their_own_rows(tiny, randomise):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert rows.under_way == 0
+    assert not rows.act_here()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_interrupted_forward_leaves_nothing_behind(tiny, randomise, mode):
+    model = getattr(adapted(tiny, randomise, "t5"), mode)()
+    batch = batch_of(model, NAMES)
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    plain = model.eval()(**batch).logits
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    getattr(model, mode)()
+    handle = model.decoder.register_forward_pre_hook(interrupt)
+    for names in (NAMES, None):
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch, adapter_names=names)
+        assert not rows.act_here()
+    handle.remove()
+    assert torch.equal(model.eval()(**batch).logits, plain)
+    assert model._state.listener is None
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+
+
+class _Holding(torch.nn.Module):
+    """Lets the first forward that comes here wait until another thread has done its work."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.work, self.said = work, []
+
+    def forward(self, *inputs):
+        work, self.work = self.work, None
+        if work is not None:
+            thread = threading.Thread(target=lambda: self.said.append(work()))
+            thread.start()
+            thread.join()
+        return inputs[0]
+
+
+def test_a_mixed_batch_of_another_thread_changes_no_way(tiny, randomise):
+    """What one model does in one thread is nothing that another model, or another thread, goes by."""
+    model, other = (adapted(tiny, randomise, "t5") for _ in range(2))
+    batch = batch_of(model, NAMES)
+    labelled = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
+    for each in (model, other):
+        each.set_adapter("a")
+
+    def work():
+        plain = model(**batch).logits
+        loss = other.train()(**labelled).loss
+        return rows.act_here(), plain, type(loss.grad_fn).__name__
+
+    expected = model(**batch).logits
+    holding = _Holding(work)
+    model.encoder.dropout = holding
+    model(**batch, adapter_names=NAMES)
+    assert len(holding.said) == 1
+    acting, plain, way = holding.said[0]
+    assert not acting
+    assert torch.equal(plain, expected)
+    assert way == "_WithGradientBackward"
 
 
 # One name a token: rows that pack several examples
@@ -383,7 +445,7 @@ def test_names_a_token_reach_no_convolution_and_no_other_shape():
         model = get_peft_model(Net(), IA3Config(target_modules=targets, feedforward_modules=[]), adapter_name="a")
         with pytest.raises(ValueError, match=said):
             model(ids, adapter_names=[["a"] * 3] * 2)
-        assert rows.under_way == 0
+        assert not rows.act_here()
 
 
 def test_a_module_that_another_adapter_trains_in_full_is_not_split(tiny, randomise):

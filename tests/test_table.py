@@ -444,7 +444,7 @@ def test_names(tiny, saved, randomise):
             call(**batch, adapter_names=["z", "x"])
         with pytest.raises(ValueError, match="for 2 examples: pass a list with one name an example"):
             call(**batch, adapter_names=["x"])
-    assert rows.under_way == 0
+    assert not rows.act_here()
 
 
 def test_a_model_with_a_table_alone_has_no_active_adapter(tiny):
@@ -603,7 +603,7 @@ def test_threads_register_drop_and_run_at_once(tiny, saved):
         thread.join()
     assert not wrong, wrong[:3]
     assert len(seen) > 1
-    assert rows.under_way == 0
+    assert not rows.act_here()
     assert set(table) == {"steady", "changing"}
 
 

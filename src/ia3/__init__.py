@@ -27,7 +27,7 @@ _HOME = {
         "shift_tokens_right",
     ],
     "sites": ["Layout", "Site", "find_sites"],
-    "model": [
+    "peft_model": [
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
         "PeftModel",
         "PeftModelForCausalLM",
@@ -37,8 +37,9 @@ _HOME = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
         "get_peft_model",
-        "inject_adapter_in_model",
     ],
+    "factory": ["inject_adapter_in_model"],
+    "tensors": ["load_peft_weights"],
     "bridge": ["as_peft_model"],
     "fast.generate": ["compile_generate"],
     "fast.step": ["compile_step"],
@@ -49,7 +50,6 @@ _HOME = {
     "checkpoint": [
         "get_base_model_state_dict",
         "get_peft_model_state_dict",
-        "load_peft_weights",
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
@@ -134,7 +134,6 @@ if TYPE_CHECKING:
     from ia3.checkpoint import (
         get_base_model_state_dict,
         get_peft_model_state_dict,
-        load_peft_weights,
         set_base_model_state_dict,
         set_peft_model_state_dict,
     )
@@ -147,6 +146,7 @@ if TYPE_CHECKING:
         get_peft_config,
     )
     from ia3.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+    from ia3.factory import inject_adapter_in_model
     from ia3.families import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -154,7 +154,7 @@ if TYPE_CHECKING:
     from ia3.fast.generate import compile_generate
     from ia3.fast.step import compile_step
     from ia3.hotswap import hotswap_adapter
-    from ia3.model import (
+    from ia3.peft_model import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftModel,
         PeftModelForCausalLM,
@@ -164,7 +164,6 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
         get_peft_model,
-        inject_adapter_in_model,
     )
     from ia3.precision import (
         cast_mixed_precision_params,
@@ -176,6 +175,7 @@ if TYPE_CHECKING:
     from ia3.sites import Layout, Site, find_sites
     from ia3.status import get_layer_status, get_model_status
     from ia3.table import AdapterTable
+    from ia3.tensors import load_peft_weights
     from ia3.training.sweep import sweep
     from ia3.training.train import resume, train
 

@@ -7,9 +7,11 @@ from math import isfinite
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ia3.sites import Layout, Site
+from ia3.adapter import attach_combined, whole_vectors
+from ia3.sites import Layout, Site, logger
+from ia3.state import get_adapter
 
 CombinationType = Literal["mean", "product", "sum", "task_arithmetic", "ties"]
 
@@ -63,6 +65,31 @@ def combine(
         if not torch.isfinite(vector).all():
             raise ValueError(f"The combination is not finite at {site.path}: the weights {list(weights)} are too big.")
     return combined
+
+
+def add_weighted(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float],
+    new_name: str,
+    combination_type: CombinationType,
+    density: float | None,
+) -> None:
+    """Attach a new adapter, inactive and frozen, made of others of the model; see `combine`.
+
+    Raises:
+        ValueError: what `combine` or `attach_combined` raises.
+    """
+    chosen = [get_adapter(model, name) for name in names]
+    vectors = [whole_vectors(model, adapter) for adapter in chosen]
+    values = combine(vectors, weights, combination_type, density=density)
+    if combination_type == "mean" and abs(sum(weights) - 1) > 1e-6:
+        logger.warning(
+            "add_weighted_adapter: the weights add up to %g and are divided by that; PEFT would scale every "
+            "activation by it (combination_type='sum').",
+            sum(weights),
+        )
+    attach_combined(model, new_name, chosen, values)
 
 
 def ties(differences: Tensor, weights: Tensor, density: float) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from ia3.bundled import load_model, resolve_model
-from ia3.checkpoint import load_peft_weights, plain_tensors
 from ia3.config import PeftConfig, TaskType
 from ia3.files import HUB_ARGUMENTS, fetch
 from ia3.gguf import from_gguf, is_gguf
-from ia3.model import CLASS_FOR_TASK, PeftModel
+from ia3.peft_model import CLASS_FOR_TASK, PeftModel
+from ia3.tensors import load_peft_weights, plain_tensors
 
 # A configuration can name a class to import; only from here unless the caller trusts more.
 _TRUSTED = ("transformers", "diffusers")

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.adapter import copy_values, get_adapter
-from ia3.checkpoint import PREFIX
+from ia3.adapter import copy_values
 from ia3.config import PeftConfig
-from ia3.model import PeftModel
+from ia3.peft_model import PeftModel
+from ia3.state import get_adapter
+from ia3.tensors import PREFIX
 
 
 def as_peft_model(model: PeftModel) -> Any:

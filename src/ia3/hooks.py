@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3 import rows as mixed
 from ia3.rows import running
 from ia3.sites import VECTORS, Side, Site
 
@@ -85,10 +84,10 @@ class SiteVectors(nn.Module):
         self._point()
         return self
 
-    def acting(self, side: Side) -> Sequence[torch.Tensor]:
+    def acting(self, side: Side, compiling: bool) -> Sequence[torch.Tensor]:
         """The active vectors of one side."""
         vectors = self.input_vectors if side == "input" else self.output_vectors
-        if not vectors or torch.compiler.is_compiling():
+        if not vectors or compiling:
             return vectors
         held = self._parameters  # a replica holds its tensors as plain attributes
         return [
@@ -126,11 +125,12 @@ class SiteVectors(nn.Module):
 def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
     site = _vectors_of(module)
-    rows = running(site) if mixed.under_way and not torch.compiler.is_compiling() else None
+    compiling = torch.compiler.is_compiling()
+    rows = None if compiling else running(site)
     if rows is not None:
         scaled = rows.scale(site, "input", args[0], channels_first=len(site.view) > 1)
         return None if scaled is None else (scaled, *args[1:])
-    vectors = site.acting("input")
+    vectors = site.acting("input", compiling)
     if not vectors:
         return None
     if not args:
@@ -143,10 +143,11 @@ def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook: multiply the module's output `[…, width]`."""
     site = _vectors_of(module)
-    rows = running(site) if mixed.under_way and not torch.compiler.is_compiling() else None
+    compiling = torch.compiler.is_compiling()
+    rows = None if compiling else running(site)
     if rows is not None:
         return rows.scale(site, "output", output, channels_first=len(site.view) > 1)
-    vectors = site.acting("output")
+    vectors = site.acting("output", compiling)
     return output * site.scale(vectors, output) if vectors else None
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.adapter import get_adapter
-from ia3.checkpoint import load_peft_weights, set_peft_model_state_dict, unwrapped, with_names_of_today
+from ia3.checkpoint import set_peft_model_state_dict, unwrapped, with_names_of_today
 from ia3.config import PeftConfig
+from ia3.state import get_adapter
+from ia3.tensors import load_peft_weights
 
 
 def hotswap_adapter(

@@ -1,10 +1,15 @@
-"""Folding vectors into the weights, and out again to the very bit."""
+"""Folding vectors into the weights, and out again to the very bit.
+
+Whatever changes weights stores first what it takes to go back, and goes back where anything stops it: memory that runs
+out, or Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
 
@@ -12,12 +17,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ia3.adapter import Adapter, attached, check_choice, get_adapter, repoint, saved_copies, whole_vectors
+from ia3.adapter import check_choice, repoint, rest, saved_copies, wake, whole_vectors
 from ia3.errors import PeftWarning
 from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
+from ia3.state import Adapter, Originals, attached, get_adapter
 
-Originals = dict[str, torch.Tensor]
-"""Parameter name to the value before merging, in CPU memory."""
 Scales = dict[tuple[str, Side], torch.Tensor]
 """Module path and side to the product of the adapters' vectors there, every channel, `[width]`."""
 
@@ -37,6 +41,33 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
         ValueError: an unknown adapter, adapters that can't act together, a weight shared with another module, a
             weight that is not floating-point, a vector or product that is not finite.
     """
+    with ExitStack() as undo:
+        _merge(model, names, undo, keep_originals=keep_originals)
+        undo.pop_all()
+
+
+def merge_for_good(model: nn.Module, names: Iterable[str], undo: ExitStack) -> None:
+    """Fold adapters into the weights and put the modules trained in full in the place of the base's own.
+
+    Args:
+        model: the model, which may have merged adapters already.
+        names: the adapters.
+        undo: takes what it needs to go back, until the adapters are gone.
+
+    Raises:
+        ValueError: as `merge`, or as `check_copies`.
+    """
+    names, state = list(names), attached(model)
+    check_copies(model, [get_adapter(model, name) for name in names])
+    if state.originals is None or not set(names) <= set(state.merged):
+        _merge(model, names, undo, keep_originals=state.originals is not None)
+    untied = [path for name in state.merged for path in install_copies(model, get_adapter(model, name), undo)]
+    write_untied(model, undo)
+    for path in untied:
+        logger.warning("%s was tied; it now has the weights trained for it alone.", path)
+
+
+def _merge(model: nn.Module, names: Iterable[str] | None, undo: ExitStack, *, keep_originals: bool) -> None:
     state = attached(model)
     state.placement.expect_all()
     if isinstance(names, str):
@@ -51,25 +82,23 @@ def merge(model: nn.Module, names: Iterable[str] | None = None, *, keep_original
     check_choice(adapters)
     if state.merged:
         what = f"merging {list(more)} too" if more else "there is nothing to do"
-        warnings.warn(f"{list(state.merged)} are merged already: {what}.", PeftWarning, stacklevel=3)
+        warnings.warn(f"{list(state.merged)} are merged already: {what}.", PeftWarning, stacklevel=4)
     if not more:
         return
     kept = state.originals or {}
     _check_mergeable(model, [site for adapter in adapters for site in adapter.layout.sites])
-    scales = _scales(model, adapters)
+    scales, changed = _scales(model, adapters), []
     for name, parameter, new in _merged_values(model, scales, kept):
         if not torch.isfinite(new).all():
             raise ValueError(
                 f"Merging {list(chosen)} would make {name} non-finite (the vector or the weight overflows "
                 f"{parameter.dtype}): nothing was merged. Look for NaN or huge values in the adapter."
             )
-    originals = dict(kept)
-    for name, parameter, new in _merged_values(model, scales, kept):
-        if keep_originals:
-            originals.setdefault(name, parameter.detach().cpu().clone())
+        changed.append(name)
+    weights = _store(model, changed, undo)
+    for _, parameter, new in _merged_values(model, scales, kept):
         parameter.data.copy_(new)
-    state.originals, state.merged = originals, (*state.merged, *more)
-    repoint(model)
+    _mark(model, {**weights, **kept} if keep_originals else kept, (*state.merged, *more))
 
 
 def unmerge(model: nn.Module) -> None:
@@ -84,15 +113,62 @@ def unmerge(model: nn.Module) -> None:
         return
     if not state.enabled:
         raise ValueError("The adapters are disabled: unmerge after disable_adapter, or call enable_adapters() first.")
-    restore(model, state.originals)
-    state.originals, state.merged = None, ()
+    with ExitStack() as undo:
+        _store(model, state.originals, undo)
+        restore(model, state.originals)
+        _mark(model, None, ())
+        undo.pop_all()
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it the model is the base, merged weights included; see `PeftModel.disable_adapter`."""
+    state = attached(model)
+    if not state.enabled:
+        yield
+        return
+    originals = state.originals or {}
+    merged = {name: model.get_parameter(name).detach().clone() for name in originals}
+    try:
+        rest(model)
+        restore(model, originals)
+        yield
+    finally:
+        try:
+            if state.originals is originals:  # nobody unmerged in between
+                restore(model, merged)
+        finally:
+            wake(model)
+
+
+def restore(model: nn.Module, weights: Originals) -> None:
+    """Copy weights back in place; whatever stops it is raised once all of them are."""
+    try:
+        _write(model, weights)
+    except BaseException:
+        _write(model, weights)
+        raise
+
+
+def _write(model: nn.Module, weights: Originals) -> None:
+    for name, weight in weights.items():
+        model.get_parameter(name).data.copy_(weight)
+
+
+def _store(model: nn.Module, names: Iterable[str], undo: ExitStack) -> Originals:
+    """Copies of weights in CPU memory, which come back with what is marked as merged now, should anything fail."""
+    state = attached(model)
+    weights = {name: model.get_parameter(name).detach().cpu().clone() for name in names}
+    undo.callback(_mark, model, state.originals, state.merged)
+    undo.callback(restore, model, weights)
+    return weights
+
+
+def _mark(model: nn.Module, originals: Originals | None, merged: tuple[str, ...]) -> None:
+    """Let it be known what is merged, and the vectors act or not act accordingly."""
+    state = attached(model)
+    state.originals, state.merged = originals, merged
     repoint(model)
-
-
-def restore(model: nn.Module, originals: Originals) -> None:
-    """Copy the kept weights back in place."""
-    for name, original in originals.items():
-        model.get_parameter(name).data.copy_(original)
 
 
 def _scales(model: nn.Module, adapters: list[Adapter]) -> Scales:
@@ -172,7 +248,9 @@ def _is_linear_in_its_weight(module: nn.Module, site: Site) -> bool:
         for name, _, new in _merged_module(module, site.path, {site.side: scale}, {}):
             tried._parameters[name.rpartition(".")[2]] = nn.Parameter(new, requires_grad=False)
         merged = tried(inputs)
-    except Exception:  # whatever a foreign layer raises, it can't be tried
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever else a foreign layer raises, it can't be tried
         return False
     tolerance = 32 * torch.finfo(weight.dtype).eps * float(scaled.abs().max())
     return bool(torch.isfinite(merged).all()) and float((merged - scaled).abs().max()) <= tolerance
@@ -271,23 +349,31 @@ def check_copies(model: nn.Module, adapters: Iterable[Adapter]) -> None:
             )
 
 
-def install_copies(model: nn.Module, adapter: Adapter) -> None:
-    """Put the modules that the adapter trained in full in the place of the base's own weights, for good."""
+def install_copies(model: nn.Module, adapter: Adapter, undo: ExitStack) -> list[str]:
+    """Put the modules that the adapter trained in full in the place of the base's own weights, for good.
+
+    Returns:
+        Paths of those that were tied to others.
+    """
     untied = dict(_untied(model, adapter))
     for path, trained in saved_copies(model, adapter):
         module = attached(model).placement.saved_module(path)
-        trained.requires_grad_(False)
+        for parameter in trained.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         for owner_path, owner in trained.named_modules():
             target = module.get_submodule(owner_path)
             for name, parameter in owner.named_parameters(recurse=False):
                 own = target.get_parameter(name)
+                undo.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = parameter.data.to(own.dtype)  # the copy of a half-precision module is in fp32
                 if not _are_equal(parameter, own):
+                    undo.callback(target._parameters.__setitem__, name, own)
                     target._parameters[name] = parameter
             for name, buffer in owner.named_buffers(recurse=False):
+                undo.callback(target._buffers.__setitem__, name, target._buffers[name])
                 target._buffers[name] = buffer
-    for path in dict.fromkeys(untied.values()):
-        logger.warning("%s was tied; it now has the weights trained for it alone.", path)
+    return list(dict.fromkeys(untied.values()))
 
 
 def _untied(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, str]]:
@@ -311,13 +397,14 @@ def _names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
     return [name for name, other in named if other is parameter and f".{SAVED_COPIES}." not in f".{name}"]
 
 
-def write_untied(model: Any) -> None:
+def write_untied(model: Any, undo: ExitStack) -> None:
     """Let the model's configuration say that its embeddings are no longer tied, if it can and none are."""
     mapping: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
     if not mapping:
         return
     for target, source in list(mapping.items()):
         if model.get_parameter(target) is not model.get_parameter(source):
+            undo.callback(mapping.__setitem__, target, source)
             del mapping[target]
     configs = [each for each in (model.config, model.config.get_text_config()) if each.tie_word_embeddings]
     for config in configs if not mapping else ():
@@ -325,4 +412,5 @@ def write_untied(model: Any) -> None:
         # A T5's configuration means another forward by it.
         read = type(config).from_dict({**content, "tie_word_embeddings": False}).to_dict()
         if read == {**content, "tie_word_embeddings": False}:
+            undo.callback(setattr, config, "tie_word_embeddings", True)
             config.tie_word_embeddings = False

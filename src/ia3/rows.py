@@ -6,7 +6,7 @@ The rows of a call belong to its thread and to its model: two threads, or two mo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,20 +18,14 @@ from ia3.sites import Side
 # The name for no adapter.
 BASE = "__base__"
 
-_calls = threading.local()
-_lock = threading.Lock()
-# How many mixed batches are under way in all threads: while there is none, a site need not look for its rows.
-under_way = 0
+
+class _Call(threading.local):
+    """The call that is under way in a thread."""
+
+    rows: Rows | None = None
 
 
-class _Frames(threading.local):
-    """The forwards under way in a thread, each with the rows that were running when it began to run others."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, bool, Rows | None]] = []
-
-
-_frames = _Frames()
+_call = _Call()
 
 
 @dataclass(frozen=True)
@@ -105,54 +99,23 @@ class Rows:
 
 def running(site: nn.Module) -> Rows | None:
     """The rows of the call that is under way in this thread, if it is one of this site's model."""
-    rows: Rows | None = getattr(_calls, "rows", None)
-    return rows if rows is not None and site in rows.slices else None
+    rows = _call.rows
+    return None if rows is None or site not in rows.slices else rows
 
 
 def act_here() -> bool:
     """Whether any rows act in this thread."""
-    return getattr(_calls, "rows", None) is not None
-
-
-def swap_rows(rows: Rows | None) -> Rows | None:
-    """Make these the running rows; what was before."""
-    global under_way
-    former: Rows | None = getattr(_calls, "rows", None)
-    _calls.rows = rows
-    with _lock:
-        under_way += (rows is not None) - (former is not None)
-    return former
+    return _call.rows is not None
 
 
 @contextmanager
 def acting(rows: Rows) -> Iterator[None]:
-    """Let the rows act in this thread."""
-    former = swap_rows(rows)
+    """Let the rows act in this thread, until the end of it, however that comes."""
+    former, _call.rows = _call.rows, rows
     try:
         yield
     finally:
-        swap_rows(former)
-
-
-def begin_forward(model: nn.Module, rows: Callable[[], Rows] | None) -> None:
-    """Note that a model's forward begins, and let rows act until `end_forward`; without any the running ones go on.
-
-    Args:
-        model: the model.
-        rows: makes the rows; what it raises leaves nothing behind after `end_forward`.
-    """
-    _frames.stack.append((model, False, None))
-    if rows is not None:
-        made = rows()
-        _frames.stack[-1] = (model, True, swap_rows(made))
-
-
-def end_forward(model: nn.Module) -> None:
-    """Put back what `begin_forward` changed; harmless where that never came to run."""
-    if _frames.stack and _frames.stack[-1][0] is model:
-        _, changed, former = _frames.stack.pop()
-        if changed:
-            swap_rows(former)
+        _call.rows = former
 
 
 def split_by_name(names: Sequence[str], count: int, device: torch.device) -> dict[str, Tensor]:

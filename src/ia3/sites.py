@@ -69,6 +69,11 @@ class Site:
         """The shape of the trained parameter."""
         return self.shape if self.intervals is None else (self.trained_width, 1)
 
+    @property
+    def whole(self) -> Site:
+        """The same place with every channel trained, as files and tables have it."""
+        return replace(self, intervals=None)
+
     def channels(self) -> torch.Tensor:
         """Indices of the trained channels, `[trained_width]`."""
         intervals = self.intervals or ((0, self.width),)

@@ -7,10 +7,11 @@ from typing import Literal
 
 from torch import nn
 
-from ia3.adapter import attached, parameters
+from ia3.adapter import parameters
 from ia3.hooks import SiteVectors
 from ia3.sites import VECTORS
-from ia3.swap import SavedModule
+from ia3.state import attached
+from ia3.swap import SavedModule, Swapped
 
 Irregular = Literal["irregular"]
 
@@ -126,3 +127,46 @@ def _agreed(flags: list[bool]) -> bool | Irregular:
     if all(flags):
         return True
     return "irregular" if any(flags) else False
+
+
+class Reporting(Swapped):
+    """The methods by which an adapted model says what it carries."""
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts, in the weights or beside them."""
+        return attached(self).enabled and bool(attached(self).active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(attached(self).active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, vectors included."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the share, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that carry a vector, in the model's order."""
+        sites = {site.path for adapter in attached(self).adapters.values() for site in adapter.layout.sites}
+        return [path for path, _ in self.named_modules() if path in sites]
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of each adapted module."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of the whole model."""
+        return get_model_status(self)

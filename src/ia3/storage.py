@@ -78,7 +78,8 @@ def _are_parts(weights: Sequence[Tensor], together: Tensor) -> bool:
 
 def restore(model: nn.Module) -> None:
     """Give each weight that `lay_out` moved memory of its own again, with the same bits."""
-    state: _LaidOut | None = model.__dict__.pop(_STATE, None)
+    state: _LaidOut | None = model.__dict__.get(_STATE)
     for path in state.paths if state is not None else ():
         weight = model.get_parameter(f"{path}.weight")
         weight.data = weight.data.clone()
+    model.__dict__.pop(_STATE, None)

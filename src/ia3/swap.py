@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ia3 import rows as mixed
 from ia3.rows import Rows, running, split_by_name
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class SavedModule(Swapped):
     _ia3_active_copy: str | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = running(self) if mixed.under_way and not torch.compiler.is_compiling() else None
+        rows = None if torch.compiler.is_compiling() else running(self)
         if rows is not None:
             return self._forward_by_rows(rows, *args, **kwargs)
         return self._forward_of(self._ia3_active_copy, *args, **kwargs)

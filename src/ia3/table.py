@@ -11,32 +11,34 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ia3.adapter import Attached, attached, device_at, hold_sites, release_sites, unknown_names
-from ia3.checkpoint import (
+from ia3.adapter import device_at, hold_sites, release_sites
+from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
+from ia3.config import CONFIG_NAME, IA3Config
+from ia3.factory import become_adapted
+from ia3.heads import check_brought, with_head
+from ia3.loading import warn_of_other_base
+from ia3.mixing import unknown_names
+from ia3.peft_model import PeftModel
+from ia3.rows import BASE
+from ia3.sites import Layout, Site, find_sites
+from ia3.state import Attached, attached, carry, find_attached
+from ia3.tensors import (
     PICKLE_NAME,
     SAFETENSORS_NAME,
     Tensors,
     check_finite,
-    check_vectors,
-    embeddings,
     parse_tensors,
     plain_tensors,
     read_in_parts,
     read_tensors,
-    with_names_of_today,
 )
-from ia3.config import CONFIG_NAME, IA3Config
-from ia3.heads import check_brought, with_head
-from ia3.model import PeftModel, become_adapted, warn_of_other_base
-from ia3.rows import BASE
-from ia3.sites import Layout, Site, find_sites
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class AdapterTable:
         self._gathered: torch.cuda.Event | None = None
         self._forget_device()
         state.table = self
-        model.__dict__["_ia3"] = state
+        carry(model, state)
         if not isinstance(model, PeftModel):
             become_adapted(model, PeftModel)
 
@@ -339,7 +341,7 @@ def _form_of(model: nn.Module, text: bytes, header: bytes, data: bytearray, path
     check_brought(model, config, tensors, "default")
     found = find_sites(model, config, loading=True)
     # A file has every channel, also of a fused projection.
-    sites = {site.key: replace(site, intervals=None) for site in found.layout.sites}
+    sites = {site.key: site.whole for site in found.layout.sites}
     check_vectors(model, tensors, sites)
     return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(data))
 
@@ -356,7 +358,7 @@ def _refuse_whole_modules(model: nn.Module, config: IA3Config, tensors: Tensors,
 
 def _state_for_table(model: nn.Module) -> Attached:
     """What the model carries, for a table to join."""
-    state: Attached | None = model.__dict__.get("_ia3")
+    state = find_attached(model)
     if hasattr(model, "_orig_mod"):
         raise ValueError("The model was compiled: make the AdapterTable of the model that isn't.")
     if state is not None and not isinstance(model, PeftModel):

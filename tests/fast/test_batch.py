@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_t5 import FORMS, adapted, batch_of
 
-from ia3.adapter import attached
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.batch import round_up
 from ia3.fast.fused import FusedLoss
 from ia3.fast.ragged import Ragged
+from ia3.state import attached
 
 
 def test_tokens_without_padding() -> None:

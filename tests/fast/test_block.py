@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from described import FORMS, batch_for, described, is_encoder
 from ia3 import IA3Config
-from ia3.adapter import get_adapter, vectors
+from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss, unsupported_reason
 from ia3.fast.guard import own_forward
+from ia3.state import get_adapter
 
 
 def fused(model: Any, **how: Any) -> tuple[FusedLoss, Tensor]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from described import FORMS, batch_for, described, is_encoder
-from ia3.adapter import get_adapter, vectors
+from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss
 from ia3.fast.guard import own_forward
+from ia3.state import get_adapter
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -21,12 +21,12 @@ from transformers.models.t5 import modeling_t5
 
 import ia3
 from builders import models_own
-from ia3.adapter import get_adapter
 from ia3.fast import compare
 from ia3.fast.compare import in_less_memory, telling_examples
 from ia3.fast.graphed import GraphedLoss
 from ia3.fast.scores import ChoiceScores
 from ia3.fast.sweep import FusedLosses, MixedLosses, SweepStep
+from ia3.state import get_adapter
 
 
 def start(tiny: Any, randomise: Any, form: str) -> Any:

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import builders
 from described import batch_for, described
 from ia3 import IA3Config, get_peft_model
-from ia3.adapter import gather_rows
 from ia3.fast.capture import Captured
 from ia3.fast.generate import Decoder, compile_generate, unsupported_reason
 from ia3.fast.sessions import CausalSession, FusedSession, Session, Size
+from ia3.mixing import gather_rows
 from ia3.rows import BASE, acting
 from ia3.sites import Layout
 from replayed import recording

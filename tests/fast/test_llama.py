@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from builders import models_own
 from ia3 import IA3Config, compile_step, get_peft_model
-from ia3.adapter import attached, site_vectors
+from ia3.adapter import site_vectors
 from ia3.fast.batch import pack_causal as pack
 from ia3.fast.batch import round_up
 from ia3.fast.fused import FusedLoss
 from ia3.fast.graphed import unsupported_at
+from ia3.state import attached
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

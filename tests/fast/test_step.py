@@ -15,11 +15,11 @@ from transformers import T5ForConditionalGeneration, get_linear_schedule_with_wa
 import ia3
 from builders import models_own
 from ia3 import IA3Config, get_peft_model
-from ia3.adapter import attached
 from ia3.fast import scores
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
 from ia3.fast.step import _make_capturable, _settings
+from ia3.state import attached
 
 STEPS = 20
 

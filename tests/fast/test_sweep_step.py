@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ia3 import IA3Config, get_peft_model
-from ia3.adapter import get_adapter, vectors
+from ia3.adapter import vectors
 from ia3.fast.sweep import FusedLosses, GroupLosses, MixedLosses, SweepStep, group_losses
+from ia3.state import get_adapter
 from ia3.training.optimise import decay_vectors, trainable_parameters
 
 RATES = [0.02, 0.005, 0.05]

@@ -12,10 +12,11 @@ from torch import nn
 
 from builders import models_own
 from ia3 import IA3Config, get_peft_model
-from ia3.adapter import attached, site_vectors
+from ia3.adapter import site_vectors
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
 from ia3.fast.graphed import unsupported_at
+from ia3.state import attached
 from ia3.training.losses import choice_log_probabilities
 
 WITHOUT_THE_GATE = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}

@@ -11,7 +11,7 @@ import tiny_causal
 from builders import vector_gradients
 from ia3 import IA3Config, get_peft_model
 from ia3.inference.complete import complete
-from ia3.training.collate import IGNORED
+from ia3.training.collate import IGNORE_INDEX
 from ia3.training.data import Example
 from ia3.training.learners.instructions import Instructions, count_cut, find_separation, pack
 from ia3.training.settings import TrainSettings
@@ -86,7 +86,7 @@ def test_the_loss_is_the_models_own_on_the_completions(learner, family: str) -> 
     assert made.targets(batch) == words
     own = made.model(**batch).loss
     torch.testing.assert_close(made.loss(batch), own, rtol=1e-6, atol=0)
-    prompts = batch["input_ids"].masked_fill(batch["labels"] != IGNORED, 0)
+    prompts = batch["input_ids"].masked_fill(batch["labels"] != IGNORE_INDEX, 0)
     assert prompts.count_nonzero() == sum(len(dialogue.prompt) for row in rows for dialogue in row)
 
 

@@ -16,7 +16,7 @@ from builders import models_own
 from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
-from ia3.model import PeftModel
+from ia3.peft_model import PeftModel
 from ia3.training.collate import collate, shuffled_batches, tokenise
 from ia3.training.data import Example, Examples
 from ia3.training.learners.words import Words

@@ -19,8 +19,8 @@ from typer.main import get_command
 import tiny_classifier
 import tiny_seq2seq
 from ia3.bundled import TITLER
-from ia3.checkpoint import load_peft_weights
 from ia3.cli.main import app
+from ia3.tensors import load_peft_weights
 from ia3.training.data import Example, Examples
 from ia3.training.loop import Interrupted
 from ia3.training.recipe import RECIPES, Recipe, make_recipe, override, read_recipe

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import tiny_seq2seq
-from ia3.checkpoint import load_peft_weights
+from ia3.tensors import load_peft_weights
 from ia3.training.learner import Measurement
 from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted, fit

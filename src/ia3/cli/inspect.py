@@ -108,8 +108,8 @@ def read_content(adapter: str) -> Content:
         FileNotFoundError: no such adapter.
         ValueError: a damaged file, no vectors in it, a vector with NaN or infinity.
     """
-    from ia3.checkpoint import PREFIX, load_peft_weights
     from ia3.config import PeftConfig
+    from ia3.tensors import PREFIX, load_peft_weights
     from ia3.training.task import load_task
 
     expect_adapter(adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Annotated, Any
 
 try:
@@ -10,7 +11,6 @@ try:
 except ImportError as missing:
     raise SystemExit('The command ia3 needs more than the library: pip install "ia3[train]"') from missing
 
-import ia3
 from ia3.cli.combine import combine
 from ia3.cli.compare import compare
 from ia3.cli.evaluate import evaluate
@@ -66,7 +66,7 @@ for command in (train, sweep, runs, evaluate, predict, inspect, compare, combine
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ia3 {ia3.__version__}")
+        typer.echo(f"ia3 {version('ia3')}")
         raise typer.Exit
 
 

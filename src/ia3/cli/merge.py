@@ -50,10 +50,10 @@ def _load(adapter: str) -> tuple[Any, Any]:
     """The base of any task with its adapter, and its tokenizer."""
     from transformers.utils.logging import disable_progress_bar
 
-    import ia3
+    from ia3 import auto
     from ia3.config import PeftConfig
     from ia3.inference.loading import load_tokenizer, reading_weights
-    from ia3.model import CLASS_FOR_TASK
+    from ia3.peft_model import CLASS_FOR_TASK
 
     disable_progress_bar()
     config = PeftConfig.from_pretrained(adapter)
@@ -63,7 +63,7 @@ def _load(adapter: str) -> tuple[Any, Any]:
             f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
         )
     tokenizer = load_tokenizer(base, revision=config.revision)
-    loader: Any = getattr(ia3, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
+    loader: Any = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
     with reading_weights(base):
         return loader.from_pretrained(adapter), tokenizer
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from ia3.adapter import Attached, gather_flat, gather_rows, site_vectors
+from ia3.adapter import site_vectors
 from ia3.architectures import architecture_of
 from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_seq2seq, packable, round_up
@@ -28,9 +28,11 @@ from ia3.fast.capture import GraphedCallable
 from ia3.fast.guard import Guard, unsupported_modules
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.sessions import BUCKET, CausalSession, FusedSession, GenerationPlan, Session, Size, start_of
+from ia3.mixing import gather_flat, gather_rows
 from ia3.rows import BASE, Rows, act_here, acting
 from ia3.sites import Layout, Side
-from ia3.swap import SavedModule
+from ia3.state import find_attached
+from ia3.swap import SavedModule, Swapped
 
 # The host looks at a step's ends when so many more are under way: the GPU never waits for it.
 _AHEAD = 2
@@ -186,8 +188,8 @@ def _unwritten(model: Any) -> str | None:
     """Why generation is not written here for this model."""
     kind, config = type(model).__name__, model.config
     for name in ("generate", "prepare_inputs_for_generation"):
-        owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__)
-        if owner is not GenerationMixin and not owner.__module__.startswith("ia3."):
+        owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__ and not issubclass(cls, Swapped))
+        if owner is not GenerationMixin:
             return f"a {kind} has a {name} of its own"
     if config.is_encoder_decoder:
         return fused.unsupported_reason(model, ())
@@ -287,7 +289,7 @@ class Decoder(Generate):
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""
-        state: Attached | None = self.model.__dict__.get("_ia3")
+        state = find_attached(self.model)
         if state is not None and adapter_names is not None:
             layout, flat = gather_flat(self.model, adapter_names)
         elif state is None or not state.active or not state.enabled or state.originals is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ia3.adapter import Adapter, acting_alone, vectors
+from ia3.adapter import vectors
 from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
@@ -26,6 +26,7 @@ from ia3.fast.linear import Precision
 from ia3.fast.ops.launch import compile_kernels
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.sites import Layout
+from ia3.state import Adapter, sole_active_adapter
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -34,7 +35,7 @@ def unsupported_reason(model: Any) -> str | None:
     Args:
         model: one with adapters.
     """
-    adapter = acting_alone(model)
+    adapter = sole_active_adapter(model)
     if adapter is None:
         return NOT_ALONE
     reason = unsupported_at(model, adapter.layout)
@@ -82,7 +83,7 @@ class GraphedLoss:
         recompute: bool = False,
         frozen: Precision | None = None,
     ) -> None:
-        adapter = adapter or acting_alone(model)
+        adapter = adapter or sole_active_adapter(model)
         assert adapter is not None
         self.model: Any = weakref.proxy(model)
         self.device: torch.device = model.device

@@ -24,9 +24,9 @@ from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from ia3.adapter import Attached
 from ia3.hooks import SiteVectors
 from ia3.sites import VECTORS
+from ia3.state import find_attached
 from ia3.swap import SavedModule
 
 NOT_ALONE = "exactly one adapter must act, and none be merged"
@@ -334,7 +334,7 @@ def _version(tensor: Tensor) -> int:
 
 def _acting(model: nn.Module) -> tuple[Any, ...]:
     """The adapters that act, themselves and not their names, which others may get."""
-    state: Attached | None = model.__dict__.get("_ia3")
+    state = find_attached(model)
     if state is None:
         return ()
     return (state.enabled, state.merged, *(_Same(state.adapters[name]) for name in state.active))

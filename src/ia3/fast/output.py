@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
-from ia3.adapter import LISTENS, acting_alone, listen, vectors
+from ia3.adapter import vectors
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
 from ia3.fast.ragged import IGNORE_INDEX
+from ia3.listening import LISTENS, listen
 from ia3.rows import act_here
 from ia3.sites import logger
+from ia3.state import sole_active_adapter
 
 _STATE = "_ia3_fused_loss"
 
@@ -160,7 +162,7 @@ class _State:
                 return None
             reason, self.loss, self.computation = unsupported_reason(model), None, None
             if reason is None:
-                adapter = acting_alone(model)
+                adapter = sole_active_adapter(model)
                 assert adapter is not None
                 self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)))
                 self.computation = self.loss.graphed()

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.adapter import acting_alone
 from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss
 from ia3.fast.guard import NOT_ALONE, unsupported_modules
 from ia3.fast.ragged import IGNORE_INDEX
+from ia3.state import sole_active_adapter
 
 
 def unsupported_reason(model: Any) -> str | None:
     """Why choices can't be scored by the fused forward; None where they can."""
-    adapter = acting_alone(model)
+    adapter = sole_active_adapter(model)
     if adapter is None:
         return NOT_ALONE
     return fused.seq2seq_unsupported_reason(model, adapter.layout.sites) or unsupported_modules(model)

@@ -16,11 +16,12 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ia3.adapter import acting_alone, attached, vectors
+from ia3.adapter import vectors
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.linear import Precision, fp8_unsupported_reason
 from ia3.sites import VECTORS, logger
+from ia3.state import attached, sole_active_adapter
 
 
 def compile_step(
@@ -144,7 +145,7 @@ class _Fast(Step):
         self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
-        adapter = acting_alone(model)
+        adapter = sole_active_adapter(model)
         assert adapter is not None
         self.adapter = adapter
         self.eager: _Eager | None = None

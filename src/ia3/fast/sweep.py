@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3.adapter import Adapter
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
@@ -24,6 +23,7 @@ from ia3.fast.ragged import IGNORE_INDEX
 from ia3.hooks import SiteVectors
 from ia3.rows import Rows, acting
 from ia3.sites import Layout, Side, logger
+from ia3.state import Adapter
 
 # torch's defaults for AdamW.
 _BETAS, _EPS = (0.9, 0.999), 1e-8

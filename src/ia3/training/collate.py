@@ -14,7 +14,7 @@ from torch import Tensor
 from ia3.training.data import Example
 
 # What the loss ignores, as in torch's cross-entropy.
-IGNORED = -100
+IGNORE_INDEX = -100
 # Batches in one stretch of the shuffled order that is sorted by length.
 _BATCHES_A_GROUP = 50
 
@@ -114,7 +114,7 @@ def collate(
     return {
         "input_ids": torch.tensor([_pad(row.input_ids, length, pad_token_id) for row in examples]),
         "attention_mask": torch.tensor([_pad([1] * len(row.input_ids), length, 0) for row in examples]),
-        "labels": torch.tensor([_pad(row.label_ids, label_length, IGNORED) for row in examples]),
+        "labels": torch.tensor([_pad(row.label_ids, label_length, IGNORE_INDEX) for row in examples]),
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ia3.fast.cache import additive_mask
-from ia3.training.collate import IGNORED
+from ia3.training.collate import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def tfew_losses(logits: Tensor, choices: Tensor, correct: Tensor) -> TFewLosses:
     """
     _check_shapes(logits, choices, correct)
     logits = _wide(logits)
-    present = choices != IGNORED
+    present = choices != IGNORE_INDEX
     right = (torch.arange(choices.shape[1], device=choices.device) == correct.unsqueeze(-1)).unsqueeze(-1)
     log_probabilities = token_log_probabilities(logits, choices)
     scores = choice_scores(log_probabilities, choices)
@@ -149,7 +149,7 @@ def token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     """
     logits = _wide(logits)
     found = logits.gather(-1, _as_index(tokens)).squeeze(-1)
-    return (found - logits.logsumexp(dim=-1)).masked_fill(tokens == IGNORED, 0.0)
+    return (found - logits.logsumexp(dim=-1)).masked_fill(tokens == IGNORE_INDEX, 0.0)
 
 
 def choice_scores(log_probabilities: Tensor, choices: Tensor, *, length_normalised: bool = True) -> Tensor:
@@ -163,7 +163,7 @@ def choice_scores(log_probabilities: Tensor, choices: Tensor, *, length_normalis
     Returns:
         `[examples, choices]`, −∞ for a choice without tokens.
     """
-    present = choices != IGNORED
+    present = choices != IGNORE_INDEX
     lengths = present.sum(dim=-1)
     scores = log_probabilities.masked_fill(~present, 0.0).sum(dim=-1)
     if length_normalised:
@@ -174,7 +174,7 @@ def choice_scores(log_probabilities: Tensor, choices: Tensor, *, length_normalis
 def pad_choices(choices: Sequence[Sequence[int]]) -> Tensor:
     """Stack choices of different lengths, padded with -100: `[choices, longest]`."""
     length = max(len(ids) for ids in choices)
-    return torch.tensor([[*ids, *[IGNORED] * (length - len(ids))] for ids in choices])
+    return torch.tensor([[*ids, *[IGNORE_INDEX] * (length - len(ids))] for ids in choices])
 
 
 def _check_shapes(logits: Tensor, choices: Tensor, correct: Tensor) -> None:
@@ -196,7 +196,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _as_index(tokens: Tensor) -> Tensor:
     """Tokens `[…, length]` as an index into the vocabulary `[…, length, 1]`, any where they are ignored."""
-    return tokens.masked_fill(tokens == IGNORED, 0).unsqueeze(-1)
+    return tokens.masked_fill(tokens == IGNORE_INDEX, 0).unsqueeze(-1)
 
 
 def _log_complements(logits: Tensor, tokens: Tensor) -> Tensor:

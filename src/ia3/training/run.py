@@ -22,7 +22,6 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-import ia3
 from ia3.files import write_atomically
 from ia3.training.data import Examples
 from ia3.training.metrics import (
@@ -255,7 +254,7 @@ def describe_environment(training: Examples, test: Examples, model: Any, seed: i
         "threads": torch.get_num_threads(),
         "versions": {
             "accelerate": version("accelerate"),
-            "ia3": ia3.__version__,
+            "ia3": version("ia3"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": version("transformers"),

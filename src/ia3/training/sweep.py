@@ -19,13 +19,14 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from torch import Tensor
 
-from ia3.adapter import attached, get_adapter, vectors
-from ia3.fast.packing import IGNORED
+from ia3.adapter import vectors
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.sweep import MixedLosses, SweepStep, group_losses
 from ia3.files import write_atomically
 from ia3.inference.loading import default_kind, load_config, load_tokenizer
 from ia3.inference.predict import answer_in_batches
 from ia3.rows import acting
+from ia3.state import attached, get_adapter
 from ia3.training.data import Examples
 from ia3.training.learner import Answered, Measurement, Writer, measurement
 from ia3.training.learners.making import make_learner, settings_of
@@ -429,7 +430,7 @@ class Together:
             size = max(size, *(_rows_a_step(self.courses[run].settings) for run in self.running))
         batch = self.learner.collate([row for rows in groups for row in (*rows, *[rows[0]] * (size - len(rows)))])
         filler = torch.tensor([place >= len(rows) for rows in groups for place in range(size)])
-        batch["labels"][filler] = IGNORED
+        batch["labels"][filler] = IGNORE_INDEX
         return batch
 
     def _fail(self, row: int, what: str) -> None:

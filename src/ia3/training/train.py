@@ -21,7 +21,7 @@ from ia3.config import IA3Config
 from ia3.files import write_atomically
 from ia3.inference.classify import head_modules
 from ia3.inference.loading import DTYPES, default_kind, load_base, load_config, load_tokenizer
-from ia3.model import get_peft_model
+from ia3.peft_model import get_peft_model
 from ia3.training.collate import measure_labels
 from ia3.training.data import (
     ONE_LABEL_A_TEXT,

@@ -16,9 +16,9 @@ import time
 import weakref
 from pathlib import Path
 
-from ia3.checkpoint import SAFETENSORS_NAME
 from ia3.config import CONFIG_NAME
 from ia3.files import write_atomically
+from ia3.tensors import SAFETENSORS_NAME
 
 _FILES = (SAFETENSORS_NAME, CONFIG_NAME)  # as they are written: the configuration makes a folder an adapter
 _TRIES = 20

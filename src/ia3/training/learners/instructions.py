@@ -26,7 +26,7 @@ from ia3.inference.complete import (
     render,
     write,
 )
-from ia3.training.collate import IGNORED
+from ia3.training.collate import IGNORE_INDEX
 from ia3.training.data import Example
 from ia3.training.learner import Answered, Measurement, Writer
 from ia3.training.losses import token_log_probabilities
@@ -110,7 +110,7 @@ class Instructions(Writer[Row]):
         filler = self._filler()
         batch = {
             "input_ids": torch.tensor([_ids(row) + [filler] * (length - self.length(row)) for row in rows]),
-            "labels": torch.tensor([_labels(row) + [IGNORED] * (length - self.length(row)) for row in rows]),
+            "labels": torch.tensor([_labels(row) + [IGNORE_INDEX] * (length - self.length(row)) for row in rows]),
         }
         if self.settings.packing:
             batch["position_ids"] = torch.tensor([_positions(row, length) for row in rows])
@@ -121,7 +121,7 @@ class Instructions(Writer[Row]):
 
     def targets(self, batch: dict[str, Tensor]) -> int:
         """The completions' tokens."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The cross-entropy a token of the completions, in float32 where the model is of half precision."""
@@ -131,9 +131,9 @@ class Instructions(Writer[Row]):
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """At the places where any row of the batch learns a token."""
         following = batch["labels"][:, 1:]
-        places = (following != IGNORED).any(dim=0).nonzero().squeeze(-1)
+        places = (following != IGNORE_INDEX).any(dim=0).nonzero().squeeze(-1)
         following = following[:, places]
-        return -token_log_probabilities(self._logits(places, batch), following), following != IGNORED
+        return -token_log_probabilities(self._logits(places, batch), following), following != IGNORE_INDEX
 
     def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> Measurement:
         """The loss of the right completions, and the answers, written greedily, in the examples' order."""
@@ -269,7 +269,7 @@ def _ids(row: Row) -> list[int]:
 
 
 def _labels(row: Row) -> list[int]:
-    return [label for dialogue in row for label in (*[IGNORED] * len(dialogue.prompt), *dialogue.completion)]
+    return [label for dialogue in row for label in (*[IGNORE_INDEX] * len(dialogue.prompt), *dialogue.completion)]
 
 
 def _positions(row: Row, length: int) -> list[int]:

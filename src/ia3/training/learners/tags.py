@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from ia3.inference.classify import batched_logits, padding_token, split_words
 from ia3.inference.predict import pad_rows
 from ia3.inference.rank import likeliest
-from ia3.training.collate import IGNORED
+from ia3.training.collate import IGNORE_INDEX
 from ia3.training.data import Example
 from ia3.training.entities import tag_scores
 from ia3.training.learner import Learner, Measurement
@@ -94,20 +94,20 @@ class TokenClasses(Learner[TagRow]):
         A word's tag stands at its first token, -100 at all others.
         """
         batch = pad_rows([row.input_ids for row in rows], padding_token(self.model), self.settings.pad_to_multiple_of)
-        labels = torch.full_like(batch["input_ids"], IGNORED)
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
         for index, row in enumerate(rows):
             labels[index, row.starts] = torch.tensor(row.tag_ids)
         return batch | {"labels": labels}
 
     def targets(self, batch: dict[str, Tensor]) -> int:
         """The words."""
-        return int((batch["labels"] != IGNORED).sum())
+        return int((batch["labels"] != IGNORE_INDEX).sum())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The cross-entropy a word."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = in_full_precision(self.model(**inputs).logits)
-        return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
 
     def measure(self, rows: Sequence[TagRow], beat: Callable[[int], None]) -> Measurement:
         """The cross-entropy a word, the likeliest tags, and for IOB2 tags the scores of the entities they mark.

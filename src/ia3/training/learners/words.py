@@ -13,7 +13,7 @@ from torch import Tensor
 from ia3.fast.generate import Generate
 from ia3.inference.predict import compile_words, sorted_batches, write_words
 from ia3.inference.rank import LabelScorer, likeliest, tokenise_labels
-from ia3.training.collate import IGNORED, TokenisedExample, collate, tokenise
+from ia3.training.collate import IGNORE_INDEX, TokenisedExample, collate, tokenise
 from ia3.training.data import Example
 from ia3.training.learner import Answered, Writer
 from ia3.training.losses import (
@@ -68,7 +68,7 @@ class Words(Writer[TokenisedExample]):
 
     def targets(self, batch: dict[str, Tensor]) -> int:
         """The label tokens; for T-Few's losses, whose parts are means over different things, the examples."""
-        return len(batch["correct"]) if "correct" in batch else int((batch["labels"] != IGNORED).sum())
+        return len(batch["correct"]) if "correct" in batch else int((batch["labels"] != IGNORE_INDEX).sum())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The cross-entropy a label token, or L_LM + L_UL + L_LN."""
@@ -81,7 +81,7 @@ class Words(Writer[TokenisedExample]):
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """By the model's own forward, summed in fp32 at least."""
         logits = self.model(**batch, use_cache=False).logits
-        return -token_log_probabilities(logits, batch["labels"]), batch["labels"] != IGNORED
+        return -token_log_probabilities(logits, batch["labels"]), batch["labels"] != IGNORE_INDEX
 
     def batches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
         """Smaller than asked for where there are many labels."""
@@ -141,4 +141,4 @@ def _mean_loss(output: Any, labels: Tensor) -> Tensor:
     if output.loss.dtype not in (torch.bfloat16, torch.float16):
         loss: Tensor = output.loss
         return loss
-    return -token_log_probabilities(output.logits, labels).sum() / (labels != IGNORED).sum()
+    return -token_log_probabilities(output.logits, labels).sum() / (labels != IGNORE_INDEX).sum()
