@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
-from twins import DEVICE, DTYPES, compare, draw, inside, masked_dropout, needs_kernels, ragged_of, seed, vector
+from twins import DEVICE, compare, draw, inside, masked_dropout, needs_kernels, ragged_of, seed, vector
 
 from ia3.fast.ops.backend import ACTIVATIONS
 from ia3.fast.ops.gate import gated
