@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import train_step
 from ia3 import AdapterTable, IA3Config, find_sites
-from ia3.fast.decode import Decoder
+from ia3.fast.generate import Decoder
 from register import write_adapters
 
 RESULTS = Path(__file__).parent / "results" / "many_adapters.json"

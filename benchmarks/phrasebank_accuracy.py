@@ -32,7 +32,7 @@ from transformers import (
 
 import ia3
 from ia3.bundled import resolve_model
-from ia3.fast.products import Fp8Product
+from ia3.fast.linear import Fp8Linear
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import guide
@@ -109,7 +109,7 @@ def main() -> None:
     runs = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else []
     runs = [each for each in runs if each["library"] not in arguments.of]
     report["runs"] = runs
-    Fp8Product.many_rows = 1
+    Fp8Linear.many_rows = 1
     for seed in arguments.seeds:
         for name in arguments.of:
             result = run(name, seed, arguments.epochs, arguments.steps)

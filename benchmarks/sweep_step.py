@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 import ia3
 from ia3.adapter import attached, site_vectors
 from ia3.fast.sweep import SweepStep, group_losses
+from ia3.training.losses import token_log_probabilities
 from lengths import shuffled
 from train_step import LARGE, TINY, batch_of, build, guide, milliseconds
 
@@ -63,10 +65,16 @@ def adapted(library: object, dtype: torch.dtype, shape: dict, device: str) -> to
     return library.get_peft_model(build(shape, dtype, device), config).train()  # type: ignore[attr-defined]
 
 
+def token_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """By the model's own forward, with which the first step compares."""
+    logits = model(**batch, use_cache=False).logits
+    return -token_log_probabilities(logits, batch["labels"]), batch["labels"] != -100
+
+
 def together(model: torch.nn.Module, rounds: list[list[dict[str, Tensor]]]) -> Callable[[int], object]:
     adapter = attached(model).adapters["default"]
     vectors = [vector.detach() for _, vector in site_vectors(model, adapter)]
-    losses, reason = group_losses(model, adapter.layout, lambda batch: (_ for _ in ()).throw(AssertionError))
+    losses, reason = group_losses(model, adapter, partial(token_losses, model))
     assert reason is None, reason
     table = adapter.layout.flatten(vectors).expand(RUNS, -1)
     step = SweepStep(model, losses, table, max_gradient_norms=[float("inf")] * RUNS, weight_decays=[0.0] * RUNS)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ia3 import IA3Config, get_peft_model
-from ia3.fast.bypassing import own_forward
+from ia3.fast.guard import own_forward
 
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CAUSAL = {"task_type": "CAUSAL_LM"}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ia3.fast import capture
-from ia3.fast.capture import Captured
+from ia3.fast.capture import GraphedCallable
 
 
 class Tape(TorchDispatchMode):
@@ -41,6 +41,7 @@ class Tape(TorchDispatchMode):
             tensor.copy_(before)
         self.before.clear()
 
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, result in self.calls:
             if func._schema.is_mutable:
@@ -59,24 +60,25 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 @contextmanager
-def recording() -> Iterator[list[Captured]]:
+def recording() -> Iterator[list[GraphedCallable]]:
     """Let all that is captured in here be recorded and replayed; gives what was recorded."""
-    recorded: list[Captured] = []
-    make = Captured.__init__
+    recorded: list[GraphedCallable] = []
+    make = GraphedCallable.__init__
 
-    def init(self: Captured, *args: Any, **kwargs: Any) -> None:
+    def init(self: GraphedCallable, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        self.records = True
+        self.captures = True
 
-    def record(self: Captured, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Any:
-        held = {name: tensor.clone() for name, tensor in inputs.items()}
+    def capture(
+        self: GraphedCallable, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]
+    ) -> tuple[Any, Callable[[], None]]:
         with Tape() as tape:
-            outputs = self.function(*fixed, **held)
+            outputs = self.function(*fixed, **inputs)
         tape.undo()
         recorded.append(self)
-        return capture._Recorded(held, outputs, tape.replay)
+        return outputs, tape.replay
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Captured, "__init__", init)
-        patch.setattr(Captured, "_record", record)
+        patch.setattr(GraphedCallable, "__init__", init)
+        patch.setattr(GraphedCallable, "_capture", capture)
         yield recorded

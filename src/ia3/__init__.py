@@ -40,7 +40,7 @@ _HOME = {
         "inject_adapter_in_model",
     ],
     "bridge": ["as_peft_model"],
-    "fast.decode": ["compile_generate"],
+    "fast.generate": ["compile_generate"],
     "fast.step": ["compile_step"],
     "training.sweep": ["sweep"],
     "training.train": ["resume", "train"],
@@ -151,7 +151,7 @@ if TYPE_CHECKING:
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     )
-    from ia3.fast.decode import compile_generate
+    from ia3.fast.generate import compile_generate
     from ia3.fast.step import compile_step
     from ia3.hotswap import hotswap_adapter
     from ia3.model import (

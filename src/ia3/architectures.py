@@ -45,7 +45,8 @@ class FeedForward:
 
     Args:
         norm: as an attention's.
-        up: the matrix before the activation; of a gated one the gate's and the linear half's, or the one that makes both.
+        up: the matrix before the activation; of a gated one the gate's and the linear half's, or the one that makes
+            both.
         down: the second matrix.
         gated: whether the activation of one half multiplies the other.
         out_norm: as an attention's.
@@ -157,6 +158,11 @@ def architecture_of(model: Any) -> Architecture | None:
     return None if describe is None else describe(config)
 
 
+def is_described(cls: type[Any]) -> bool:
+    """Whether a class of models is one of a family that is described."""
+    return getattr(getattr(cls, "config_class", None), "model_type", "") in _ARCHITECTURES
+
+
 def names_in(part: Attention | FeedForward) -> list[str]:
     """The paths of an attention's or a feed-forward's modules in a block."""
     named = [part.norm, part.out_norm]
@@ -175,6 +181,14 @@ def key_value_intervals(attention: Attention, heads: int, kv_heads: int, dim: in
     return tuple(((3 * head + 1) * dim, (3 * head + 3) * dim) for head in range(heads))
 
 
+def _attention(
+    norm: str | None, module: str, parts: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"), out: str = "o_proj"
+) -> Attention:
+    """One whose projections are its module's, the output's too unless it is elsewhere in the block."""
+    q, k, v = (f"{module}.{part}" for part in parts)
+    return Attention(norm, q, k, v, out if "." in out else f"{module}.{out}", module)
+
+
 # Decoders with rotary positions.
 
 _LLAMA = Architecture(
@@ -183,9 +197,7 @@ _LLAMA = Architecture(
         Stack(
             blocks="model.layers",
             embed="model.embed_tokens",
-            attention=Attention(
-                "input_layernorm", *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")), module="self_attn"
-            ),
+            attention=_attention("input_layernorm", "self_attn"),
             feed_forward=FeedForward(
                 "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", gated=True
             ),
@@ -306,9 +318,7 @@ def _opt(config: Any) -> Architecture:
         blocks="model.decoder.layers",
         embed="model.decoder.embed_tokens",
         positions=("model.decoder.embed_positions", 2),
-        attention=Attention(
-            "self_attn_layer_norm", *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), module="self_attn"
-        ),
+        attention=_attention("self_attn_layer_norm", "self_attn", out="out_proj"),
         feed_forward=FeedForward("final_layer_norm", ("fc1",), "fc2"),
         norm="model.decoder.final_layer_norm" if pre_norm and not config._remove_final_layer_norm else None,
     )
@@ -332,8 +342,7 @@ def _t5(config: Any, *, scales: str = "scale_decoder_outputs") -> Architecture:
 
     def stack(name: str, *, cross: bool) -> Stack:
         def attention(layer: int, kind: str) -> Attention:
-            parts = (f"layer.{layer}.{kind}.{part}" for part in "qkvo")
-            return Attention(f"layer.{layer}.layer_norm", *parts, module=f"layer.{layer}.{kind}")
+            return _attention(f"layer.{layer}.layer_norm", f"layer.{layer}.{kind}", ("q", "k", "v"), "o")
 
         last = 2 if cross else 1
         feed = f"layer.{last}.DenseReluDense"
@@ -356,7 +365,13 @@ def _t5(config: Any, *, scales: str = "scale_decoder_outputs") -> Architecture:
         relative="layer.0.SelfAttention",
         scale=1.0,
         logits_scale=lambda config: config.d_model**-0.5 if getattr(config, scales, False) else 1.0,
-        dropouts=Dropouts(*["dropout_rate"] * 2, activation="dropout_rate", embed="dropout_rate", final="dropout_rate"),
+        dropouts=Dropouts(
+            "dropout_rate",
+            residual="dropout_rate",
+            activation="dropout_rate",
+            embed="dropout_rate",
+            final="dropout_rate",
+        ),
     )
 
 
@@ -365,8 +380,7 @@ def _bart(*, post_norm: bool, embed_norm: bool, offset: int) -> Architecture:
 
     def stack(name: str, *, cross: bool) -> Stack:
         def attention(kind: str) -> Attention:
-            parts = (f"{kind}.{part}_proj" for part in ("q", "k", "v", "out"))
-            return Attention(f"{kind}_layer_norm", *parts, module=kind)
+            return _attention(f"{kind}_layer_norm", kind, out="out_proj")
 
         return Stack(
             blocks=f"model.{name}.layers",
@@ -397,11 +411,8 @@ def _bart(*, post_norm: bool, embed_norm: bool, offset: int) -> Architecture:
 def _bert(front: str, **more: Any) -> Architecture:
     stack = Stack(
         blocks=f"{front}.layer",
-        attention=Attention(
-            "attention.output.LayerNorm",
-            *(f"attention.self.{part}" for part in ("query", "key", "value")),
-            "attention.output.dense",
-            module="attention.self",
+        attention=_attention(
+            "attention.output.LayerNorm", "attention.self", ("query", "key", "value"), "attention.output.dense"
         ),
         feed_forward=FeedForward("output.LayerNorm", ("intermediate.dense",), "output.dense"),
         causal=False,
@@ -422,9 +433,7 @@ _DISTILBERT = Architecture(
     stacks=(
         Stack(
             blocks="distilbert.transformer.layer",
-            attention=Attention(
-                "sa_layer_norm", *(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), module="attention"
-            ),
+            attention=_attention("sa_layer_norm", "attention", ("q_lin", "k_lin", "v_lin"), "out_lin"),
             feed_forward=FeedForward("output_layer_norm", ("ffn.lin1",), "ffn.lin2"),
             causal=False,
         ),

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3 import adapter as adapters
 from ia3 import merging, storage
+from ia3.architectures import is_described
 from ia3.arithmetic import CombinationType, combine
 from ia3.card import add_tags, update_card, write_card
 from ia3.checkpoint import (
@@ -34,8 +35,7 @@ from ia3.checkpoint import (
     write_tensors,
 )
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
-from ia3.fast.families import may_be_by_hand
-from ia3.fast.forward import forget, with_loss_by_hand
+from ia3.fast.output import forget, with_fused_loss
 from ia3.files import HUB_ARGUMENTS
 from ia3.heads import check_brought, with_head, with_whole_head
 from ia3.precision import prepare_model_for_gradient_checkpointing
@@ -178,9 +178,9 @@ class PeftModel(Swapped):
 
     @classmethod
     def members_over(cls, old: type[nn.Module]) -> dict[str, Any]:
-        """The base's forward, which in training gives its loss by hand where that is right, its output head, and
+        """The base's forward, which in training gives its fused loss where that is right, its output head, and
         refusals of its adapter methods that would find nothing."""
-        members = {"forward": with_loss_by_hand(old)} if may_be_by_hand(old) else {}
+        members = {"forward": with_fused_loss(old)} if is_described(old) else {}
         if hasattr(old, "get_output_embeddings"):
             members["get_output_embeddings"] = _with_acting_head(old)
         return members | {name: _refusing(name) for name in _INSTEAD if hasattr(old, name)}

@@ -62,7 +62,7 @@ def _join(weights: Sequence[nn.Parameter]) -> Tensor:
         together = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, torch.split(together, [len(weight) for weight in weights]), strict=True):
             # A view would share its storage, and who saves a model by its storages would leave it out.
-            weight.data = torch.from_dlpack(part)  # type: ignore[attr-defined]
+            weight.data = part if part.is_meta else torch.from_dlpack(part)  # type: ignore[attr-defined]
     return together
 
 

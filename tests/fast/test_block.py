@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from described import FORMS, batch_for, described, is_encoder
-from ia3 import IA3Config, get_peft_model
+from ia3 import IA3Config
 from ia3.adapter import get_adapter, vectors
-from ia3.fast.bypassing import own_forward
 from ia3.fast.fused import FusedLoss, unsupported_reason
+from ia3.fast.guard import own_forward
 
 
 def fused(model: Any, **how: Any) -> tuple[FusedLoss, Tensor]:

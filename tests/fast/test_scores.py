@@ -1,4 +1,4 @@
-"""Choices scored by hand have the model's own log-probabilities, before and after training."""
+"""Choices scored by the fused forward have the model's own log-probabilities, before and after training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_t5 import FORMS, adapted, batch_of
 
-from ia3.fast.scores import ChoiceScores, why_not
+from ia3.fast.scores import ChoiceScores, unsupported_reason
 from ia3.training.losses import choice_log_probabilities
 
 CHOICES = torch.tensor([[5, 1, -100], [7, 9, 1], [4, -100, -100]])
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("form", FORMS)
 def test_the_models_log_probabilities(tiny, randomise, form) -> None:
     model = adapted(tiny, randomise, form).eval().to(DEVICE)
-    assert why_not(model) is None
+    assert unsupported_reason(model) is None
     score = ChoiceScores(model, CHOICES)
     for rows, source in ((5, 19), (3, 19), (4, 30), (5, 19)):
         batch = batch_of(rows, source)
@@ -34,5 +34,5 @@ def test_the_models_log_probabilities(tiny, randomise, form) -> None:
 def test_it_stands_aside(tiny, randomise) -> None:
     model = adapted(tiny, randomise, "t5")
     with model.disable_adapter():
-        assert why_not(model) == "exactly one adapter must act, and none be merged"
-    assert why_not(model.unload()) == "exactly one adapter must act, and none be merged"
+        assert unsupported_reason(model) == "exactly one adapter must act, and none be merged"
+    assert unsupported_reason(model.unload()) == "exactly one adapter must act, and none be merged"

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import get_adapter, vectors
-from ia3.fast.sweep import GroupLosses, HandLosses, MixedLosses, SweepStep, group_losses
+from ia3.fast.sweep import FusedLosses, GroupLosses, MixedLosses, SweepStep, group_losses
 from ia3.training.optimise import decay_vectors, trainable_parameters
 
 RATES = [0.02, 0.005, 0.05]
@@ -37,11 +37,11 @@ def token_losses(model: Any) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tens
 
 
 def losses_by(way: str, model: Any) -> GroupLosses:
-    layout = get_adapter(model, "default").layout
+    adapter = get_adapter(model, "default")
     if way == "mixed":
-        return MixedLosses(model, layout, token_losses(model))
-    losses, reason = group_losses(model, layout, token_losses(model))
-    assert isinstance(losses, HandLosses), reason
+        return MixedLosses(model, adapter.layout, token_losses(model))
+    losses, reason = group_losses(model, adapter, token_losses(model))
+    assert isinstance(losses, FusedLosses), reason
     return losses
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from builders import models_own
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import attached, site_vectors
-from ia3.fast.packing import pack
-from ia3.fast.t5 import T5Loss, why_not
+from ia3.fast.batch import pack_seq2seq as pack
+from ia3.fast.fused import FusedLoss
+from ia3.fast.graphed import unsupported_at
 from ia3.training.losses import choice_log_probabilities
 
 WITHOUT_THE_GATE = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}
@@ -53,7 +54,7 @@ def by_hand(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, t
     adapter = attached(model).adapters["default"]
     vectors = [vector for _, vector in site_vectors(model, adapter)]
     flat = adapter.layout.flatten([vector.detach() for vector in vectors]).requires_grad_()
-    (loss,) = T5Loss(model, adapter.layout)(pack(batch), flat[None])
+    (loss,) = FusedLoss(model, adapter.layout)(pack(batch), flat[None])
     (gradient,) = torch.autograd.grad(loss, flat)
     return loss.detach(), gradient
 
@@ -74,7 +75,7 @@ def test_loss_and_gradients_are_the_models(tiny, randomise, form, target, config
     model = adapted(tiny, randomise, form, **config)
     batch = batch_of(target=target)
     expected = by_the_model(copy.deepcopy(model), batch)
-    assert why_not(model, attached(model).adapters["default"].layout.sites) is None
+    assert unsupported_at(model, attached(model).adapters["default"].layout) is None
     found = by_hand(model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(by_the_model(model, batch), expected, rtol=1e-10, atol=1e-12)
@@ -84,7 +85,7 @@ def test_loss_and_gradients_are_the_models(tiny, randomise, form, target, config
 def test_groups_have_the_losses_and_gradients_of_each_alone(tiny, randomise, form) -> None:
     model = adapted(tiny, randomise, form)
     layout = attached(model).adapters["default"].layout
-    loss_of = T5Loss(model, layout)
+    loss_of = FusedLoss(model, layout)
     batch = batch_of(rows=6)
     batch["labels"][2:4] = -100
     table = (1 + torch.randn(3, layout.size, dtype=torch.float64) / 3).requires_grad_()
@@ -111,7 +112,7 @@ def test_choices_have_the_models_log_probabilities(tiny, randomise, form, groups
     expected = choice_log_probabilities(model, choices.expand(5, -1, -1), **inputs).detach()
     vectors = adapter.layout.flatten([vector.detach() for _, vector in site_vectors(model, adapter)])
     with torch.no_grad():
-        found = T5Loss(model, adapter.layout).log_probabilities(pack(batch), choices, vectors.expand(groups, -1))
+        found = FusedLoss(model, adapter.layout).log_probabilities(pack(batch), choices, vectors.expand(groups, -1))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -164,10 +165,10 @@ def change_weight(model: Any) -> None:
 )
 def test_it_stands_aside(tiny, randomise, change, said) -> None:
     model = adapted(tiny, randomise, "t5 gated")
-    sites = attached(model).adapters["default"].layout.sites
-    assert why_not(model, sites) is None
+    layout = attached(model).adapters["default"].layout
+    assert unsupported_at(model, layout) is None
     change(model)
-    reason = why_not(model, sites)
+    reason = unsupported_at(model, layout)
     assert reason is not None
     assert re.search(said, reason), reason
 
@@ -182,11 +183,6 @@ def test_it_stands_aside(tiny, randomise, change, said) -> None:
 )
 def test_other_sites_are_left_to_the_model(tiny, randomise, form, targets, inputs, said) -> None:
     model = adapted(tiny, randomise, form, target_modules=targets, feedforward_modules=inputs)
-    reason = why_not(model, attached(model).adapters["default"].layout.sites)
+    reason = unsupported_at(model, attached(model).adapters["default"].layout)
     assert reason is not None
     assert re.search(said, reason), reason
-
-
-def test_another_model_is_left_alone(tiny) -> None:
-    model = get_peft_model(tiny("llama"), IA3Config(task_type="CAUSAL_LM"))
-    assert "this is a LlamaForCausalLM" in why_not(model, attached(model).adapters["default"].layout.sites)

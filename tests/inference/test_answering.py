@@ -8,7 +8,7 @@ import torch
 
 import tiny_causal
 import tiny_seq2seq
-from ia3.fast.decode import Decoder
+from ia3.fast.generate import Decoder
 from ia3.inference.answering import Answer, Answerer
 from ia3.inference.complete import _settings, complete
 from ia3.inference.predict import predict

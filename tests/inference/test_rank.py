@@ -101,7 +101,7 @@ def without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_a_reason")
 @pytest.mark.parametrize("reason", [None, "only the model's own forward"], ids=["by hand", "forward"])
 def test_recorded_scores_are_the_same(model: Any, monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
-    monkeypatch.setattr("ia3.fast.scores.why_not", lambda model: reason)
+    monkeypatch.setattr("ia3.fast.scores.unsupported_reason", lambda model: reason)
     plain = score_labels(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
     with recording() as recorded:
         scorer = LabelScorer(model, TOKENIZER, LABELS, batch_size=3)

@@ -110,6 +110,24 @@ def test_the_fast_step_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_the_same(run(tmp_path / "parts", head=False, resume=True), whole)
 
 
+@pytest.mark.parametrize("head", [True, False], ids=["ordinary", "fused"])
+def test_an_evaluation_that_draws_leaves_no_draw_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bool
+) -> None:
+    """As a GPU's evaluations do, whose kernels are given seeds: the one that is interrupted is done again."""
+    measure = Signalling.measure
+
+    def drawing(self: Signalling, rows: Sequence[Any], beat: Callable[[int], None]) -> Measurement:
+        torch.rand(3)
+        return measure(self, rows, beat)
+
+    monkeypatch.setattr(Signalling, "measure", drawing)
+    whole = run(tmp_path / "whole", head=head)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", head=head, at_beat=5)
+    assert_the_same(run(tmp_path / "parts", head=head, resume=True), whole)
+
+
 def test_after_a_crash_it_goes_on_from_the_last_evaluation(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     learner_dies = RuntimeError("the machine is gone")

@@ -21,9 +21,9 @@ class Packed:
     Args:
         tensors: by name. Of every mode `cu_seqlens` and `labels`, see `Ragged`;
 
-            - of causal and seq2seq models `tokens` of all inputs, `[total_tokens]`, and where positions are learned each
-              token's, `positions`;
-            - of causal models `label_at`, the token behind which each of the labels `[labels]` follows, in rising order;
+            - of causal and seq2seq models `tokens` of all inputs, `[total_tokens]`, and where positions are learned
+              each token's, `positions`;
+            - of causal models `label_at`, the token behind which each of the labels `[labels]` follows, rising;
             - of seq2seq models the labels are `[examples, target]`;
             - of encoders what the model's own forward takes, padded, `token_at` `[total_tokens]`, where each token is
               among the padded, and `slot_of`, the token of each padded place.

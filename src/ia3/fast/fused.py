@@ -13,25 +13,17 @@ from torch.nn import functional
 
 from ia3.architectures import Architecture, Stack, architecture_of
 from ia3.fast import batch
-from ia3.fast.bypassing import own_forward
 from ia3.fast.batch import Packed
-from ia3.fast.block import (
-    CrossLayer,
-    FeedLayer,
-    Inputs,
-    Positions,
-    Run,
-    SelfLayer,
-    Weights,
-    missing_part,
-    unexpected_site,
-)
+from ia3.fast.block import Inputs, Run
+from ia3.fast.guard import own_forward
+from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
 from ia3.fast.linear import Precision
 from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
-from ia3.fast.ops.backend import Backend, backend_for, with_partials
+from ia3.fast.ops.backend import Backend, backend_for, scaled, with_partials
 from ia3.fast.ops.cross_entropy import head_losses, token_losses
 from ia3.fast.ops.dropout import dropout
 from ia3.fast.own import Depad, Repad, answered, own_loss
+from ia3.fast.positions import Positions
 from ia3.fast.ragged import IGNORE_INDEX, Ragged
 from ia3.sites import Layout, Site
 
@@ -57,6 +49,20 @@ def unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
         or _other_numbers(model, architecture)
         or unexpected_site(model, architecture, sites)
     )
+
+
+def seq2seq_unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
+    """Why this model has no fused encoder and decoder; None where it has them."""
+    architecture = architecture_of(model)
+    if architecture is not None and architecture.mode != "seq2seq":
+        return f"a {type(model).__name__} is no encoder-decoder"
+    return unsupported_reason(model, sites)
+
+
+def front_of(model: Any) -> str | None:
+    """The path of the encoder whose blocks are fused below the model's own head; None where the head is fused too."""
+    architecture = architecture_of(model)
+    return None if architecture is None else architecture.front or None
 
 
 def _other_head(model: Any, architecture: Architecture) -> str | None:
@@ -187,8 +193,8 @@ class FusedLoss:
         by_seeds = run.backend == "triton" and self.positions.rotary is None
         if run.recompute and run.attention and by_seeds and packed.max_seqlen > MAX_KEYS:
             raise ValueError(
-                f"An input has {packed.max_seqlen} tokens, and with dropout recompute is for at most {MAX_KEYS}: cut the "
-                "inputs there, train without dropout, or without recompute."
+                f"An input has {packed.max_seqlen} tokens, and with dropout recompute is for at most {MAX_KEYS}: cut "
+                "the inputs there, train without dropout, or without recompute."
             )
 
     def _causal(self, run: Run, packed: Packed, ragged: Ragged) -> Tensor:
@@ -213,7 +219,7 @@ class FusedLoss:
         labels = packed["labels"]
         target = Ragged.even(len(labels), labels.shape[1], source.groups, labels.device)
         kv = self._read(run, packed, source)
-        logits = self._write(run, self._decoder_inputs(labels), Inputs(target, target, kv, source))
+        logits = self._write(run, self.decoder_inputs(labels), Inputs(target, target, kv, source))
         losses = token_losses(logits, labels, run.backend).view(source.groups, -1)
         return losses.sum(1) / (labels != IGNORE_INDEX).view(source.groups, -1).sum(1).clamp(min=1)
 
@@ -244,10 +250,10 @@ class FusedLoss:
         alone = Ragged.even(source.examples * count, length, source.groups, choices.device)
         together = Ragged.even(source.examples, count * length, source.groups, choices.device)
         kv, labels = self._read(run, packed, source), choices.repeat(source.examples, 1)
-        logits = self._write(run, self._decoder_inputs(labels), Inputs(alone, together, kv, source))
+        logits = self._write(run, self.decoder_inputs(labels), Inputs(alone, together, kv, source))
         return -token_losses(logits, labels, run.backend).view(source.examples, count, length)
 
-    def _decoder_inputs(self, labels: Tensor) -> Tensor:
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What a decoder reads for labels `[rows, length]`, the same."""
         own, config = getattr(self.model, "prepare_decoder_input_ids_from_labels", None), self.config
         if own is None:
@@ -300,10 +306,22 @@ class FusedLoss:
         bias = getattr(self.model, "final_logits_bias", None)
         return logits if bias is None else logits + bias
 
-    # Generation
+    # Generation: vectors are folded into keys and values as they are written, so that attention reads none.
+
+    @property
+    def cross_width(self) -> int:
+        """Of the keys and values of all attentions across."""
+        assert self.weights.cross_kv is not None
+        return len(self.weights.cross_kv.weight)
+
+    @property
+    def self_widths(self) -> list[int]:
+        """Of the keys and values of each of the decoder's attentions to itself."""
+        layers = self.weights.stacks[-1].layers
+        return [2 * len(layer.project.weight) // 3 for layer in layers if isinstance(layer, SelfLayer)]
 
     def prefill(self, packed: Packed, vectors: Sequence[Tensor], groups: int, into: Tensor) -> None:
-        """Compute the keys and values of all attentions across.
+        """Compute the keys and values of all attentions across, multiplied.
 
         Args:
             packed: the inputs; its labels only say how many examples there are.
@@ -311,8 +329,15 @@ class FusedLoss:
             groups: the examples are divided into so many equal groups in their order.
             into: where they go, `[at least tokens, layers · 2 · inner]`.
         """
-        source = packed.ragged(groups)
-        into[: source.total_tokens].copy_(self._read(self._run(vectors), packed, source))
+        source, run = packed.ragged(groups), self._run(vectors)
+        kv = self._read(run, packed, source)
+        for layer in self.weights.stacks[1].layers:
+            if isinstance(layer, CrossLayer):
+                inner = len(layer.project.weight)
+                places = of_layer(into[: source.total_tokens], layer.index, inner)
+                own = of_layer(kv, layer.index, inner)
+                for place, x, vector in zip(places, own, (layer.k, layer.v), strict=True):
+                    place.copy_(scaled(x, run.at(vector), source))
 
     def decode_step(
         self, token: Tensor, position: Tensor, kv: Tensor, source: Ragged, caches: Sequence[Tensor],
@@ -325,22 +350,24 @@ class FusedLoss:
             position: how many there are before it, `[1]`.
             kv: from `prefill`.
             source: its tokens.
-            caches: a layer's keys and values so far, `[examples, max_cache_len, 2 · inner]`; this token's are put there.
+            caches: a layer's multiplied keys and values so far, `[examples, max_cache_len, 2 · inner]`; this token's
+                are put there.
             vectors: as in `prefill`.
         """
         run, blocks = self._run(vectors), self.weights.stacks[1]
         examples, most = caches[0].shape[:2]
         one, before = (Ragged.even(examples, length, source.groups, token.device) for length in (1, most))
         x, h = self._embed(run, self.architecture.stacks[1], token, position.expand(examples)), None
-        remaining = iter(caches)
+        remaining, biases = iter(caches), self._biases(blocks, position, most, x)
         for layer, norm, rate in zip(blocks.layers, blocks.norms[:-1], blocks.rates[:-1], strict=True):
             x, normed = run.add_norm(x, h, norm, rate)
             if isinstance(layer, SelfLayer):
-                h = self._attend_step(run, layer, normed, position, next(remaining), one, before)
+                h = self._attend_step(
+                    run, layer, normed, position, next(remaining), one, before, biases[layer.relative]
+                )
             elif isinstance(layer, CrossLayer):
                 q = layer.project(normed)
-                k, v = of_layer(kv, layer.index, q.shape[-1])
-                h = self._attended(run, layer, q, one, k, v, source, None)
+                h = self._attended(run, layer, q, one, *of_layer(kv, layer.index, q.shape[-1]), source, None)
             else:
                 assert isinstance(layer, FeedLayer)
                 h = run.feed(layer, normed, one)
@@ -348,27 +375,32 @@ class FusedLoss:
         return self._logits(run.add_norm(x, h, blocks.norms[-1], blocks.rates[-1])[1])
 
     def _attend_step(
-        self, run: Run, layer: SelfLayer, x: Tensor, position: Tensor, cache: Tensor, one: Ragged, before: Ragged
-    ) -> Tensor:
+        self, run: Run, layer: SelfLayer, x: Tensor, position: Tensor, cache: Tensor, one: Ragged, before: Ragged,
+        bias: Tensor,
+    ) -> Tensor:  # fmt: skip
         """One token's attention to itself and to those before, whose keys and values are in the cache."""
-        q, own = layer.project(x).tensor_split([cache.shape[-1] // 2], -1)
-        k, v = cache.index_copy_(1, position, own[:, None]).flatten(0, 1).chunk(2, -1)
-        bias = self.positions.bias(layer, before.max_seqlen)
-        if bias is None:
-            bias = self._later(before.max_seqlen, q)
-        return self._attended(run, layer, q, one, k, v, before, bias.index_select(2, position))
+        inner = cache.shape[-1] // 2
+        q, k, v = torch.split(layer.project(x), inner, -1)
+        both = torch.cat([scaled(k, run.at(layer.k), one), scaled(v, run.at(layer.v), one)], -1)
+        k, v = cache.index_copy_(1, position, both[:, None]).flatten(0, 1).chunk(2, -1)
+        return self._attended(run, layer, q, one, k, v, before, bias)
 
-    def _later(self, length: int, like: Tensor) -> Tensor:
-        """What hides the places that come later, `[1, heads, length, length]`."""
-        later = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu(1)
-        return later.expand(1, self.weights.heads, length, length)
+    def _biases(self, blocks: Blocks, position: Tensor, length: int, like: Tensor) -> dict[Any, Tensor]:
+        """By what makes them, one token's biases, `[1, heads, 1, length]`; each hides the places that come later."""
+        found: dict[Any, Tensor] = {}
+        for layer in blocks.layers:
+            if isinstance(layer, SelfLayer) and layer.relative not in found:
+                bias = self.positions.bias(layer, length)
+                if bias is None:
+                    least = torch.finfo(like.dtype).min
+                    later = torch.full((length, length), least, dtype=like.dtype, device=like.device).triu(1)
+                    bias = later.expand(1, layer.heads, length, length)
+                found[layer.relative] = bias.index_select(2, position)
+        return found
 
     def _attended(
         self, run: Run, layer: SelfLayer | CrossLayer, q: Tensor, of_q: Ragged, k: Tensor, v: Tensor, of_k: Ragged,
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        attended = attention(
-            q, of_q, k, v, of_k, bias, run.at(layer.k), run.at(layer.v), layer.heads, scale=layer.scale,
-            backend=run.backend,
-        )  # fmt: skip
+        attended = attention(q, of_q, k, v, of_k, bias, None, None, layer.heads, scale=layer.scale, backend=run.backend)
         return run.out(layer, attended)

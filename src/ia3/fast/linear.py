@@ -9,7 +9,8 @@ once, for both directions: backward, their scales go to the gradient before it i
 Weights and inputs get an error of about 2⁻⁵ of each number; sums are in fp32.
 
 **fp32.** A number of fp32 is the sum of three of bf16. Of the nine products of two such sums six matter (Henry, Tang
-and Heinecke 2019, arXiv:1904.06376), and a GPU's tensor cores for bf16 are more than six times as fast as those for fp32:
+and Heinecke 2019, arXiv:1904.06376), and a GPU's tensor cores for bf16 are more than six times as fast as its units for
+fp32:
 
     x w = x₁w₁ + (x₂w₁ + x₁w₂) + (x₃w₁ + x₂w₂ + x₁w₃)
 

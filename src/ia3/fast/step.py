@@ -1,7 +1,8 @@
 """One training step, forward to optimizer, over a model whose frozen weights are laid out anew.
 
 On a GPU each shape of batch is captured once as a CUDA graph and replayed; elsewhere the same computation runs as it
-is. Where a model or an optimizer is not one that this is right for, the step is the ordinary one, with the reason.
+is. Where a model or an optimizer is not one that this is right for, or the first batch shows that the model's own
+forward computes something else, the step is the ordinary one, with the reason.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.adapter import acting_alone, attached, vectors
-from ia3.fast import families
-from ia3.fast.capture import Captured, Standing
-from ia3.fast.families import family_of, is_shifted, loss_and_gradient
-from ia3.fast.products import Frozen, why_not_fp8
-from ia3.sites import VECTORS
+from ia3.fast.capture import GraphedCallable
+from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
+from ia3.fast.linear import Precision, fp8_unsupported_reason
+from ia3.sites import VECTORS, logger
 
 
 def compile_step(
@@ -31,7 +31,7 @@ def compile_step(
     max_gradient_norm: float | None = None,
     weight_decay: float = 0.0,
     recompute: bool = False,
-    frozen: Frozen | None = None,
+    frozen: Precision | None = None,
 ) -> Step:
     """Make a function that does a whole training step of a model with one active adapter.
 
@@ -48,7 +48,8 @@ def compile_step(
 
     Returns:
         The step: `loss = step(batch)` with a tensor that need not be looked at; `step.path` says which way it goes
-        and `step.reason` why not the fast one.
+        and `step.reason` why not the fast one. The first batch is also given to the model's own forward: where its
+        loss or gradient is another than the fused one's, the step becomes the ordinary one.
 
     Raises:
         ValueError: recompute or frozen for a model that takes the ordinary step, recompute for one with attention
@@ -61,7 +62,7 @@ def compile_step(
     """
     if frozen not in (None, "fp8"):
         raise ValueError(f"frozen is {frozen!r}: expected 'fp8', or None for the model's own precision.")
-    reason = _why_not(model, optimizer)
+    reason = _unsupported_reason(model, optimizer)
     if reason is not None and (recompute or frozen):
         asked, instead = (
             ("recompute", "use gradient_checkpointing_enable()") if recompute else ("frozen", "leave it out")
@@ -69,7 +70,7 @@ def compile_step(
         raise ValueError(
             f"{asked} is the fast step's, and this takes the ordinary one, since {reason}: {instead} instead."
         )
-    if frozen and (without := why_not_fp8(model)) is not None:
+    if frozen and (without := fp8_unsupported_reason(model)) is not None:
         raise ValueError(f"frozen='fp8' can't be had: {without}.")
     if reason is not None or not isinstance(optimizer, AdamW):
         return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
@@ -94,13 +95,13 @@ class Step:
         raise NotImplementedError
 
 
-def _why_not(model: Any, optimizer: Optimizer) -> str | None:
-    reason = families.why_not(model)
+def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
+    reason = unsupported_reason(model)
     if reason is not None:
         return reason
     if type(optimizer) is not AdamW:
         return f"it is written for torch's AdamW, and this is {type(optimizer).__name__}"
-    trained = {id(vector) for vector in model.parameters() if vector.requires_grad}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     groups = optimizer.param_groups
     if {id(p) for group in groups for p in group["params"]} != trained:
         return "the optimizer's parameters are not the adapter's vectors"
@@ -143,49 +144,46 @@ class _Fast(Step):
         self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
-        adapter, family = acting_alone(model), family_of(model)
+        adapter = acting_alone(model)
         assert adapter is not None
-        assert family is not None
-        self.adapter, self.layout, self.vectors = adapter, adapter.layout, vectors(model, adapter)
-        self.family, self.loss_of = family, family.loss(model, self.layout, **how)
-        self.gradient = torch.zeros(self.layout.size, dtype=self.vectors[0].dtype, device=model.device)
-        slices = self.layout.split(self.gradient)
-        self.views = [view.view_as(vector) for view, vector in zip(slices, self.vectors, strict=True)]
-        self.computation = Captured(self._step, model.device, rehearsal=self._backward)
-        self.path = "captured" if self.computation.records else "laid out"
-        self.examples = 0
-        if self.computation.records:
-            _make_capturable(optimizer, model.device)
-        self.standing = Standing(model, self.loss_of.baked)
+        self.adapter = adapter
+        self.eager: _Eager | None = None
+        loss = self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)), **how)
+        flat = torch.zeros(loss.layout.size, dtype=loss.vectors[0].dtype, device=loss.device)
+        self.gradients = [flat, *map(torch.zeros_like, loss.others)]
+        views = [part.view_as(vector) for part, vector in zip(loss.layout.split(flat), loss.vectors, strict=True)]
+        self.places = list(zip((*loss.vectors, *loss.others), (*views, *self.gradients[1:]), strict=True))
+        self.computation = GraphedCallable(self._step, loss.device, warm_up=self._backward)
+        self.path = "captured" if self.computation.captures else "laid out"
+        if self.computation.captures:
+            _make_capturable(optimizer, loss.device)
         self.settings = _settings(optimizer)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        packed = self.family.pack(self._checked(batch))
+        if self.eager is not None:
+            return self.eager(batch)
+        packed = self.loss.pack(batch)
         self._expect_as_it_was()
-        self._point_gradients()
-        if self.computation.records:
-            self.examples = max(self.examples, len(packed.starts) - 1)
-            packed = self.family.round_up(packed, self.examples, self.model.config.pad_token_id or 0)
-        fixed = (self.model.training, packed.longest, packed.uniform)
-        loss: Tensor = self.computation(*fixed, **packed.tensors)
-        for vector in self.vectors:
-            vector.grad = None
+        reason = self.loss.difference(batch, packed)
+        if reason is not None:
+            return self._step_aside(reason)(batch)
+        for parameter, gradient in self.places:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        (loss,) = self.loss.run(self.computation, packed)
+        for parameter, _ in self.places:
+            parameter.grad = None
         if self.scheduler is not None:
             self.scheduler.step()
-        return loss.clone()
+        return loss
 
-    def _checked(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """With a mask, and without a decoder's inputs, which must be those that the labels make."""
-        batch = dict(batch)
-        if "input_ids" in batch:
-            batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-        given = batch.pop("decoder_input_ids", None)
-        if given is not None and not is_shifted(self.model, given, batch["labels"]):
-            raise ValueError(
-                "The batch's decoder_input_ids are not its labels moved by one, which this step takes: leave them "
-                "out, or train with the model's own forward."
-            )
-        return batch
+    def _step_aside(self, reason: str) -> _Eager:
+        """The ordinary step from now on; what was laid out for the fused one is let go."""
+        logger.warning("The step is the ordinary one from now on: %s.", reason)
+        self.path, self.reason = "eager", reason
+        self.eager = _Eager(self.model, self.optimizer, self.scheduler, self.norm, self.decay, reason)
+        del self.loss, self.computation, self.gradients, self.places
+        return self.eager
 
     def _expect_as_it_was(self) -> None:
         state = attached(self.model)
@@ -194,44 +192,40 @@ class _Fast(Step):
                 f"The step was made for the adapter {self.adapter.name!r} acting alone; now {list(state.active)} are "
                 "active, disabled or merged: make it again by compile_step."
             )
-        if not self.standing.holds():
+        if not self.loss.guard.is_valid():
             raise RuntimeError(
-                "The model was moved, cast, unloaded, hooked or given other weights or vectors after compile_step: "
-                "make the step again."
+                "The model was moved, cast, unloaded, hooked, patched or given other weights or vectors after "
+                "compile_step: make the step again."
             )
-        if not self.standing.in_one_mode:
+        if not self.loss.guard.in_one_mode:
             raise RuntimeError(
                 "Some dropouts are in training and others in evaluation mode, and the step has one mode for all: call "
                 "model.train() or model.eval(), or train with the model's own forward."
             )
-        if self.computation.records and _settings(self.optimizer) != self.settings:
+        if self.computation.captures and _settings(self.optimizer) != self.settings:
             raise RuntimeError(
                 "The optimizer's rates, moments or other settings were replaced after compile_step, and a graph goes "
                 "on with the old ones: change a rate in place (group['lr'].fill_(…)), or make the step again."
             )
 
-    def _point_gradients(self) -> None:
-        """Each vector's gradient is a view of the one flat gradient."""
-        for vector, view in zip(self.vectors, self.views, strict=True):
-            if vector.grad is not view:
-                vector.grad = view
-
-    def _step(self, training: bool, longest: int, uniform: bool, **tensors: Tensor) -> Tensor:
-        loss = self._backward(training, longest, uniform, **tensors)
+    def _step(self, *fixed: Any, **tensors: Tensor) -> tuple[Tensor]:
+        found = self._backward(*fixed, **tensors)
         if self.norm is not None:
-            self.gradient.mul_((self.norm / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
+            norms = [gradient.norm() for gradient in self.gradients]
+            whole = norms[0] if len(norms) == 1 else torch.stack([norm.float() for norm in norms]).norm()
+            for gradient in self.gradients:
+                gradient.mul_((self.norm / (whole + 1e-6)).clamp(max=1.0))
         if self.decay:
-            _decay(self.vectors, self.optimizer, self.decay)
+            _decay(self.loss.vectors, self.optimizer, self.decay)
         self.optimizer.step()
-        return loss
+        return found
 
-    def _backward(self, training: bool, longest: int, uniform: bool, **tensors: Tensor) -> Tensor:
-        """The loss of a batch; its gradient is left in the flat one. The mode is the model's own already."""
-        loss, gradient, _ = loss_and_gradient(
-            self.loss_of, self.family, self.layout, self.vectors, longest, uniform, **tensors
-        )
-        self.gradient.copy_(gradient)
-        return loss
+    def _backward(self, *fixed: Any, **tensors: Tensor) -> tuple[Tensor]:
+        """The loss of a batch; its gradients are left where the optimizer reads them."""
+        loss, _, *gradients = self.loss.compute(*fixed, **tensors)
+        for place, gradient in zip(self.gradients, gradients, strict=True):
+            place.copy_(gradient)
+        return (loss,)
 
 
 def _decay(vectors: Sequence[Parameter], optimizer: Optimizer, decay: float) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ia3.fast.capture import Captured
-from ia3.fast.families import Family, family_of
-from ia3.fast.packing import IGNORED
+from ia3.adapter import Adapter
+from ia3.fast.batch import Packed
+from ia3.fast.capture import GraphedCallable
+from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
+from ia3.fast.graphed import GraphedLoss, moved_by, unsupported_at
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.hooks import SiteVectors
 from ia3.rows import Rows, acting
-from ia3.sites import Layout, Side
+from ia3.sites import Layout, Side, logger
 
 # torch's defaults for AdamW.
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -29,7 +33,7 @@ class GroupLosses(ABC):
     """The losses of a batch whose examples are divided into equal groups, each with a row of vectors of its own."""
 
     captured = False
-    """Whether a GPU may record it as a CUDA graph."""
+    """Whether a GPU may capture it as a CUDA graph."""
 
     @abstractmethod
     def prepare(self, batch: Mapping[str, Tensor]) -> tuple[tuple[Hashable, ...], dict[str, Tensor]]:
@@ -91,56 +95,74 @@ class MixedLosses(GroupLosses):
         return Rows(tuple(f"row {number}" for number in range(len(table))), slices)
 
 
-class HandLosses(GroupLosses):
-    """By hand, over the tokens of all examples without padding.
+class FusedLosses(GroupLosses):
+    """The fused ones, over the tokens of all examples without padding.
 
     Args:
-        model: one of the family.
-        layout: the adapter's.
-        family: what writes its loss.
+        model: one with a fused loss.
+        adapter: its only one, whose own vectors don't act.
+        mixed: the same by the model's own forward.
     """
 
     captured = True
 
-    def __init__(self, model: Any, layout: Layout, family: Family) -> None:
-        self.model, self.family, self.loss_of = model, family, family.loss(model, layout)
+    def __init__(self, model: Any, adapter: Adapter, mixed: MixedLosses) -> None:
+        self.model, self.mixed, self.loss = model, mixed, GraphedLoss(model, adapter)
 
     def prepare(self, batch: Mapping[str, Tensor]) -> tuple[tuple[Hashable, ...], dict[str, Tensor]]:
         """Without padding; on a GPU filled up to one of few shapes."""
-        has_label = (batch["labels"] != IGNORED).any(1, keepdim=True)
-        packed = self.family.pack({**batch, "attention_mask": batch["attention_mask"] * has_label})
-        if self.model.device.type == "cuda":
-            packed = self.family.round_up(packed, len(has_label), self.model.config.pad_token_id or 0)
-        return (packed.longest, packed.uniform), dict(packed.tensors)
+        has_label = (batch["labels"] != IGNORE_INDEX).any(1, keepdim=True)
+        packed = self.loss.pack({**batch, "attention_mask": batch["attention_mask"] * has_label})
+        packed = self.loss.round_up(packed, len(has_label))
+        return packed.fixed, dict(packed.tensors)
 
     def __call__(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> Tensor:
         """See `GroupLosses`."""
-        longest, uniform = fixed
-        losses: Tensor = self.loss_of(self.family.packed(**tensors, longest=longest, uniform=uniform), table)
-        return losses
+        return self.loss.losses(Packed(tensors, *fixed), table)
+
+    def difference(self, batch: Mapping[str, Tensor], vectors: Tensor) -> str | None:
+        """In what the loss of a group is not the model's own; None if in nothing.
+
+        Args:
+            batch: the group's examples.
+            vectors: the group's, `[1, D]`.
+        """
+        examples = telling_examples(batch["attention_mask"].sum(1), (batch["labels"] != IGNORE_INDEX).any(1))
+
+        def numbers(losses: GroupLosses, chosen: Mapping[str, Tensor], moved: float = 0.0) -> Numbers:
+            fixed, tensors = losses.prepare(chosen)
+            table = moved_by(vectors.detach(), moved)
+            loss = losses(table, *fixed, **{name: tensor.to(table.device) for name, tensor in tensors.items()})[0]
+            return loss, torch.autograd.grad(loss, table)[0].flatten()
+
+        def compare(some: Sequence[int]) -> str | None:
+            chosen = {name: tensor[list(some)] for name, tensor in batch.items()}
+            fused, own = partial(numbers, self, chosen), partial(numbers, self.mixed, chosen)
+            return difference(self.model, fused, own, dtype=self.model.dtype)
+
+        return in_less_memory(compare, examples) if examples else None
 
 
 def group_losses(
-    model: Any, layout: Layout, token_losses: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+    model: Any, adapter: Adapter, token_losses: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 ) -> tuple[GroupLosses, str | None]:
-    """The losses by hand, or else by the model's own forward, with the reason.
+    """The fused losses, or else those by the model's own forward, with the reason.
 
     Args:
         model: the model with one adapter.
-        layout: the adapter's.
+        adapter: it.
         token_losses: as in `MixedLosses`.
     """
-    family = family_of(model)
-    if family is None:
-        return MixedLosses(model, layout, token_losses), f"there is none for a {type(model).__name__}"
-    reason = family.why_not(model, layout.sites)
-    if reason is not None:
-        return MixedLosses(model, layout, token_losses), reason
-    return HandLosses(model, layout, family), None
+    mixed = MixedLosses(model, adapter.layout, token_losses)
+    reason = unsupported_at(model, adapter.layout)
+    return (mixed, reason) if reason is not None else (FusedLosses(model, adapter, mixed), None)
 
 
 class SweepStep:
     """A training step of every row of a table at once; see the module.
+
+    The first step compares fused losses with the model's own forward, by the first group that has a label: where they
+    differ, the losses are those of the model's own forward from then on, and `reason` says why.
 
     Args:
         model: the model, on its device.
@@ -160,6 +182,8 @@ class SweepStep:
         weight_decays: Sequence[float],
     ) -> None:
         self.model, self.losses = model, losses
+        self.reason: str | None = None
+        self.compared = False
         self.table = table.detach().clone()
         self.first, self.second = torch.zeros_like(self.table), torch.zeros_like(self.table)
         self.counts = self.table.new_zeros(len(table), 1)
@@ -169,7 +193,7 @@ class SweepStep:
 
     @property
     def records(self) -> bool:
-        """Whether steps are recorded as CUDA graphs and replayed, so that few shapes of batches save time."""
+        """Whether steps are captured as CUDA graphs and replayed, so that few shapes of batches save time."""
         return self.losses.captured and self.table.is_cuda
 
     def __call__(self, batch: Mapping[str, Tensor], rates: Sequence[float]) -> Tensor:
@@ -185,12 +209,41 @@ class SweepStep:
         Returns:
             The losses before the update, `[R]`, on the model's device; NaN where it or its gradient is not finite.
         """
+        self._compare(batch)
         fixed, tensors = self.losses.prepare(batch)
-        has_label = (batch["labels"] != IGNORED).view(len(self.table), -1).any(1, keepdim=True)
+        has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1, keepdim=True)
         tensors["learning"] = has_label.to(self.table.dtype)
         tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype)[:, None]
         losses: Tensor = self.computation(self.model.training, *fixed, **tensors)
         return losses.clone()
+
+    def _compare(self, batch: Mapping[str, Tensor]) -> None:
+        """Once, fused losses with those of the model's own forward.
+
+        Raises:
+            RuntimeError: the model is another than it was when its losses were fused.
+        """
+        if not isinstance(self.losses, FusedLosses):
+            return
+        if not self.losses.loss.guard.is_valid():
+            raise RuntimeError(
+                "The model was moved, cast, hooked, patched or given other weights in the middle of a sweep: leave it "
+                "as it is until the sweep has ended."
+            )
+        group = self._first_with_a_label(batch)
+        if self.compared or group is None:
+            return
+        size = len(batch["labels"]) // len(self.table)
+        part = {name: tensor[group * size : (group + 1) * size] for name, tensor in batch.items()}
+        self.reason, self.compared = self.losses.difference(part, self.table[group : group + 1]), True
+        if self.reason is not None:
+            logger.warning("The sweep's losses are by the model's own forward from now on: %s.", self.reason)
+            self.losses = self.losses.mixed
+            self.computation = self._computation()
+
+    def _first_with_a_label(self, batch: Mapping[str, Tensor]) -> int | None:
+        has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1).tolist()
+        return next((group for group, labelled in enumerate(has_label) if labelled), None)
 
     def diverged(self, batch: Mapping[str, Tensor]) -> list[int]:
         """The rows whose loss or gradient on their part of a batch is not finite when they are alone."""
@@ -213,9 +266,9 @@ class SweepStep:
         self.computation = self._computation()
 
     def _computation(self) -> Callable[..., Any]:
-        """The step; graphs would go on with the tensors that they were recorded with."""
+        """The step; graphs would go on with the tensors that they were captured with."""
         if self.records:
-            return Captured(self._step, self.table.device, rehearsal=self._rehearse)
+            return GraphedCallable(self._step, self.table.device, warm_up=self._warm_up)
         return self._on_device
 
     def _on_device(self, training: bool, *fixed: Any, **tensors: Tensor) -> Tensor:
@@ -231,7 +284,7 @@ class SweepStep:
         self._update(gradients, norms, rates, learning * sound)
         return losses.where(finite, torch.nan)
 
-    def _rehearse(self, training: bool, *fixed: Any, rates: Tensor, learning: Tensor, **tensors: Tensor) -> None:
+    def _warm_up(self, training: bool, *fixed: Any, rates: Tensor, learning: Tensor, **tensors: Tensor) -> None:
         self._gradients(self.table, *fixed, **tensors)
 
     def _gradients(self, table: Tensor, *fixed: Any, **tensors: Tensor) -> tuple[Tensor, Tensor]:

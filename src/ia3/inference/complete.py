@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.fast.decode import Generate, compile_generate
+from ia3.fast.generate import Generate, compile_generate
 from ia3.inference.predict import Beat, answer_in_batches, sorted_batches
 
 _logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ia3.fast.decode import Generate, compile_generate
+from ia3.fast.generate import Generate, compile_generate
 
 AnswerT = TypeVar("AnswerT")
 

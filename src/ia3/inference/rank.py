@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.fast import scores as by_hand
-from ia3.fast.capture import Captured, Standing
-from ia3.fast.decode import BUCKET, as_scores, fill_up, why_not_recorded
+from ia3.fast import scores as fused
+from ia3.fast.cache import additive_mask, fill_up
+from ia3.fast.capture import GraphedCallable
+from ia3.fast.generate import capture_unsupported_reason
+from ia3.fast.guard import Guard
+from ia3.fast.sessions import BUCKET
 from ia3.inference.predict import Beat, pad_rows, sorted_batches, tokenise_inputs
 from ia3.rows import act_here
+from ia3.sites import logger
 from ia3.training.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
 
 # Logits that are held at once: with many labels, batches are smaller.
@@ -121,15 +125,15 @@ class LabelScorer:
         self._record_anew()
 
     def _record_anew(self) -> None:
-        """By hand, where an adapter acts alone on a T5; else by the model's own forward."""
+        """By the fused forward, where an adapter acts alone on a T5; else by the model's own."""
         self.choices, self.reason = self.tokens.to(self.model.device), _why_not(self.model)
         self.path = "captured" if self.reason is None else "eager"
-        self.by_hand = None
-        if self.reason is None and by_hand.why_not(self.model) is None:
-            self.by_hand = by_hand.ChoiceScores(self.model, self.choices)
+        self.fused = None
+        if self.reason is None and fused.unsupported_reason(self.model) is None:
+            self.fused = fused.ChoiceScores(self.model, self.choices)
         score = partial(_under_masks, self.model, self.choices)
-        self.standing = Standing(self.model) if self.by_hand is None else self.by_hand.standing
-        self.recorded = Captured(score, self.model.device)
+        self.guard = Guard(self.model) if self.fused is None else self.fused.guard
+        self.captured = GraphedCallable(score, self.model.device)
 
     def __call__(self, texts: Sequence[str], beat: Beat | None = None) -> Tensor:
         """Scores `[texts, labels]` on the CPU in float64, in the order of `texts`.
@@ -164,7 +168,7 @@ class LabelScorer:
             `[rows, labels, length]` on the model's device, 0 behind a label's end.
         """
         self.model.eval()
-        if not self.standing.holds():
+        if not self.guard.is_valid():
             self._record_anew()
         score = self._at_once if self.reason is not None or act_here() else self._filled_up
         return score(rows)
@@ -183,11 +187,16 @@ class LabelScorer:
 
     def _filled_up(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Of a batch that is filled up to one of few shapes."""
-        if self.by_hand is not None:
-            return self.by_hand(**pad_rows(rows, self.tokenizer.pad_token_id))
+        if self.fused is not None:
+            batch = pad_rows(rows, self.tokenizer.pad_token_id)
+            difference = self.fused.difference(**batch)
+            if difference is None:
+                return self.fused(**batch)
+            logger.warning("Labels are scored by the model's own forward from now on: %s.", difference)
+            self.fused = None
         self.rows = max(self.rows, len(rows))
         batch = pad_rows(rows, self.tokenizer.pad_token_id, BUCKET)
-        found: Tensor = self.recorded(**{name: fill_up(tensor, self.rows) for name, tensor in batch.items()})
+        found: Tensor = self.captured(**{name: fill_up(tensor, self.rows) for name, tensor in batch.items()})
         return found[: len(rows)].clone()
 
 
@@ -197,7 +206,7 @@ def _why_not(model: Any) -> str | None:
         return "there is no GPU"
     if not hides_choices(model):
         return f"it is written for T5 and mT5, and this is a {type(model).__name__}"
-    return why_not_recorded(model)
+    return capture_unsupported_reason(model)
 
 
 def _log_probabilities(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -208,7 +217,7 @@ def _log_probabilities(model: Any, choices: Tensor, input_ids: Tensor, attention
 
 def _under_masks(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The same, with masks whose values the model doesn't look at on the host."""
-    return _log_probabilities(model, choices, input_ids, as_scores(attention_mask[:, None, None] != 0, model.dtype))
+    return _log_probabilities(model, choices, input_ids, additive_mask(attention_mask[:, None, None] != 0, model.dtype))
 
 
 def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -407,8 +407,12 @@ class Training:
             if self.stop_asked:
                 raise _Stop
 
+        # An evaluation that is interrupted is done again, so it must leave no draws behind: a GPU's kernels are given
+        # seeds although nothing is dropped.
+        device = self.accelerator.device
         try:
-            found = self.learner.measure(self.course.test_rows, beat)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                found = self.learner.measure(self.course.test_rows, beat)
         finally:
             bars.remove_task(bar)
         return self.course.judge(found, time.perf_counter() - started)

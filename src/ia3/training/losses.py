@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from ia3.fast.decode import as_scores
+from ia3.fast.cache import additive_mask
 from ia3.training.collate import IGNORED
 
 
@@ -128,7 +128,7 @@ def _side_by_side(choices: Tensor, dtype: torch.dtype) -> Tensor:
     count, length = choices.shape[1:]
     place = torch.arange(count * length, device=choices.device)
     seen = (place[:, None] >= place) & (place[:, None] // length == place // length)
-    return as_scores(seen[None, None], dtype)
+    return additive_mask(seen[None, None], dtype)
 
 
 def choice_log_probabilities(model: Any, choices: Tensor, *, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

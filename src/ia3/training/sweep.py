@@ -348,7 +348,7 @@ class Together:
         self.model = learner.model.to(self.device)
         self.adapter = get_adapter(self.model, attached(self.model).active[0])
         self.mixed = MixedLosses(self.model, self.adapter.layout, learner.token_losses)
-        losses, self.reason = group_losses(self.model, self.adapter.layout, learner.token_losses)
+        losses, self.reason = group_losses(self.model, self.adapter, learner.token_losses)
         start = self.adapter.layout.flatten([vector.detach() for vector in vectors(self.model, self.adapter)])
         self.step = SweepStep(
             self.model,

@@ -54,4 +54,6 @@ def scaled(x: Tensor, vector: Vector, ragged: Ragged) -> Tensor:
     if vector is None:
         return x
     factors = vector[0].to(x.dtype)
+    if len(factors) == len(x) and ragged.uniform:  # a token a group
+        return x * factors
     return x * (factors[0] if len(factors) == 1 else factors.index_select(0, ragged.group_of_token))

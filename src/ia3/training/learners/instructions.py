@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ia3.fast.decode import Generate
+from ia3.fast.generate import Generate
 from ia3.inference.complete import (
     check_positions,
     compile_answers,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.fast.decode import Generate
+from ia3.fast.generate import Generate
 from ia3.inference.predict import compile_words, sorted_batches, write_words
 from ia3.inference.rank import LabelScorer, likeliest, tokenise_labels
 from ia3.training.collate import IGNORED, TokenisedExample, collate, tokenise

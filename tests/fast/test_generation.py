@@ -11,11 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
+from described import batch_for, described
 from ia3 import IA3Config, get_peft_model
 from ia3.adapter import gather_rows
 from ia3.fast.capture import Captured
-from ia3.fast.decode import Decoder, compile_generate, why_not
+from ia3.fast.generate import Decoder, compile_generate, unsupported_reason
+from ia3.fast.sessions import CausalSession, FusedSession, Session, Size
 from ia3.rows import BASE, acting
+from ia3.sites import Layout
 from replayed import recording
 
 ENDS = [1, 5, 9]
@@ -53,14 +56,14 @@ def expected(model: Any, ids: torch.Tensor, mask: torch.Tensor, **settings: Any)
 def test_the_tokens_of_generate(tiny, family) -> None:
     model = lively(tiny(family))
     settings = {"max_new_tokens": NEW, "eos_token_id": ENDS}
-    assert why_not(model, **settings) is None
+    assert unsupported_reason(model, **settings) is None
     decoder = Decoder(model, **settings)
     found = []
     for rows, seed in ((5, 0), (3, 1), (5, 2), (1, 3)):
         ids, mask = prompts(model, rows, seed)
         found.append(decoder(ids, mask))
         assert torch.equal(found[-1], expected(model, ids, mask, **settings))
-    assert len(decoder.ready) == 1  # smaller batches are filled up
+    assert len(decoder.sessions) == 1  # smaller batches are filled up
     assert len({tuple(row[-NEW:].tolist()) for row in found[0]}) > 2
 
 
@@ -95,7 +98,7 @@ def test_settings(tiny, family, settings) -> None:
     model = lively(tiny(family))
     model.generation_config.eos_token_id = settings["eos_token_id"]
     settings = {"max_new_tokens": NEW, **settings}
-    assert why_not(model, **settings) is None
+    assert unsupported_reason(model, **settings) is None
     decoder = Decoder(model, **settings)
     for seed in range(3):
         ids, mask = prompts(model, 4, seed)
@@ -112,7 +115,7 @@ def test_it_stops_where_every_row_has_ended(tiny) -> None:
     found = decoder(ids, mask)
     assert found.shape[1] <= 9 + 3
     assert torch.equal(found, expected(model, ids, mask, **settings))
-    (ready,) = decoder.ready.values()
+    (ready,) = decoder.causal.values()
     assert int(ready.session.count) == found.shape[1] - 9  # no step was made in vain
 
 
@@ -151,24 +154,39 @@ def tiny_task(family: str) -> str:
     return "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM"
 
 
-def test_a_merged_t5_is_written_by_its_own_forward(tiny) -> None:
+def test_a_merged_t5_has_no_vectors_to_read(tiny) -> None:
     model = mixed_model(tiny, "t5")
     ids, mask = prompts(model)
     decoder = Decoder(model, max_new_tokens=3)
-    by_hand = decoder(ids, mask)
-    assert not decoder.ready
-    assert decoder.by_hand
+    found = decoder(ids, mask)
+    assert [size.layout.size > 0 for size in decoder.fused] == [True]
     model.merge_adapter()
-    assert torch.equal(decoder(ids, mask), by_hand)
-    assert decoder.ready
-    assert not decoder.by_hand
+    assert torch.equal(decoder(ids, mask), found)
+    assert [size.layout.size for size in decoder.fused] == [0]
+
+
+@pytest.mark.parametrize("form", ["bart", "mbart", "pegasus", "marian", "umt5"])
+def test_every_described_encoder_decoder_is_written_by_the_block(form) -> None:
+    model = lively(described(form, torch.float32).eval())
+    model.add_adapter("a", IA3Config(task_type="SEQ_2_SEQ_LM"))
+    builders.randomise(model, spread=1.0)
+    settings = {"max_new_tokens": NEW, "eos_token_id": [3], "forced_eos_token_id": None, "min_length": 0}
+    settings |= {"num_beams": 1, "no_repeat_ngram_size": 0, "bos_token_id": 1}
+    decoder = Decoder(model, **settings)
+    for names in (None, ["a", BASE, "default", "a"]):
+        batch = {name: tensor for name, tensor in batch_for(form).items() if name != "labels"}
+        more = {} if names is None else {"adapter_names": names}
+        found = decoder(**batch, **more)
+        assert torch.equal(found, model.generate(**batch, **settings, **more))
+        assert len({tuple(row.tolist()) for row in found}) > 1
+    assert decoder.fused
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "llama", "gpt2"])
 def test_one_session_serves_any_mixture(tiny, family) -> None:
     model = mixed_model(tiny, family)
     settings = {"max_new_tokens": NEW, "eos_token_id": ENDS}
-    assert why_not(model, **settings) is None
+    assert unsupported_reason(model, **settings) is None
     decoder = Decoder(model, **settings)
     mixtures = [["a", "b", BASE, "default", "a"], ["b", "b", "a"], ["default", BASE, "b", "b", "a"], ["b"]]
     for seed, names in enumerate(mixtures):
@@ -212,7 +230,7 @@ def test_one_session_serves_adapters_of_other_sites(tiny) -> None:
         ids, mask = prompts(model, 2)
         wanted = expected(model, ids, mask, adapter_names=names, **settings)
         assert torch.equal(decoder(ids, mask, adapter_names=names), wanted)
-        sessions.append(len(decoder.ready))
+        sessions.append(len(decoder.causal))
     assert sessions == [1, 1, 1, 2, 2, 2]
 
 
@@ -265,7 +283,7 @@ def test_few_sizes_are_kept(tiny) -> None:
         assert torch.equal(
             decoder(ids, torch.ones_like(ids)), expected(model, ids, torch.ones_like(ids), max_new_tokens=2)
         )
-    assert len(decoder.ready) == 4
+    assert len(decoder.causal) == 4
 
 
 def test_long_inputs(tiny) -> None:
@@ -283,7 +301,7 @@ def test_prompts_padded_on_the_right_and_empty_batches_go_to_generate(tiny) -> N
     decoder = Decoder(model, max_new_tokens=3)
     ids, mask = prompts(model)
     assert torch.equal(decoder(ids, mask.flip(1)), expected(model, ids, mask.flip(1), max_new_tokens=3))
-    assert not decoder.ready
+    assert not decoder.causal
 
 
 def test_modules_trained_in_full_go_to_generate_in_a_mixture(tiny) -> None:
@@ -298,9 +316,9 @@ def test_modules_trained_in_full_go_to_generate_in_a_mixture(tiny) -> None:
     assert torch.equal(
         decoder(ids, mask, adapter_names=names), expected(model, ids, mask, adapter_names=names, **settings)
     )
-    assert not decoder.ready
+    assert not decoder.causal
     assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
-    assert decoder.ready
+    assert decoder.causal
 
 
 def test_wrong_names_are_refused_before_any_work(tiny) -> None:
@@ -311,18 +329,23 @@ def test_wrong_names_are_refused_before_any_work(tiny) -> None:
         decoder(ids, mask, adapter_names=["a", "b"])
     with pytest.raises(ValueError, match=r"Unknown adapter_names \['c'\]"):
         decoder(ids, mask, adapter_names=["a", "b", "c", "a", "b"])
-    assert not decoder.ready
+    assert not decoder.causal
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_nothing_is_looked_at_on_the_host(tiny, family) -> None:
     """Tensors without values can't be: what a graph records is then the same for all of them."""
     decoder = Decoder(lively(tiny(family)).to("meta"), max_new_tokens=NEW, eos_token_id=ENDS, min_new_tokens=2)
-    session = decoder.kind(decoder.model, decoder.plan, 3, decoder.kind.room(16, NEW))
-    batch = {name: torch.ones(3, 16, dtype=torch.long, device="meta") for name in ("input_ids", "attention_mask")}
+    names, fixed = ("input_ids", "attention_mask"), ()
+    batch = {name: torch.ones(3, 16, dtype=torch.long, device="meta") for name in names}
+    session: Session = CausalSession(decoder.model, decoder.plan, 3, CausalSession.cache_len(16, NEW))
+    if decoder.is_seq2seq:
+        session, fixed = FusedSession(decoder.model, decoder.plan, Size(3, 64, 16, False, Layout(()))), (16, False)
+        shapes = {"tokens": (64, torch.long), "cu_seqlens": (4, torch.int32), "labels": ((3, 1), torch.long)}
+        batch = {name: torch.ones(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     with torch.inference_mode():
-        assert session.begin(**batch).shape == ()
-        assert session.go_on().shape == ()
+        assert session.prefill(*fixed, **batch).shape == ()
+        assert session.decode_step().shape == ()
 
 
 class Operations(TorchDispatchMode):
@@ -348,15 +371,15 @@ def test_a_mixed_step_adds_one_product_a_site(tiny, dtype) -> None:
     decoder = Decoder(model, max_new_tokens=8, min_new_tokens=8)
     ids, mask = prompts(model)
     decoder(ids, mask, adapter_names=["a", "default", "a", "a", BASE])
-    (ready,) = decoder.ready.values()
+    (ready,) = decoder.causal.values()
     assert ready.vectors is not None
     model.disable_adapters()
     with torch.inference_mode():
-        ready.session.begin(**ready.session.fit(ids, mask))
+        ready.session.prefill(**ready.session.fit(ids, mask))
         with Operations() as bare:
-            ready.session.go_on()
+            ready.session.decode_step()
         with acting(ready.vectors), Operations() as mixed:
-            ready.session.go_on()
+            ready.session.decode_step()
     assert mixed.counts - bare.counts == Counter({"mul": 2 * 3})  # keys, values and feed-forward of two blocks
 
 
@@ -389,7 +412,7 @@ def test_on_a_cpu_the_models_own_generate_stays(tiny, family) -> None:
 )
 def test_settings_that_it_does_not_honour(tiny, settings, reason) -> None:
     model = tiny("t5")
-    found = why_not(model, **{"max_new_tokens": 3, **settings})
+    found = unsupported_reason(model, **{"max_new_tokens": 3, **settings})
     assert found is not None
     assert re.fullmatch(reason, found)
 
@@ -397,30 +420,29 @@ def test_settings_that_it_does_not_honour(tiny, settings, reason) -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("bart", "written for T5 and mT5"),
         ("bloom", "BloomForCausalLM"),
         ("mistral", "not every layer"),
         ("gemma2", "not every layer"),
     ],
 )
 def test_models_that_it_is_not_written_for(tiny, family, reason) -> None:
-    found = why_not(tiny(family), max_new_tokens=3)
+    found = unsupported_reason(tiny(family), max_new_tokens=3)
     assert found is not None
     assert reason in found
 
 
 def test_models_in_a_state_that_it_is_not_right_for(tiny) -> None:
     model = tiny("llama")
-    assert why_not(model, max_new_tokens=3) is None
-    assert why_not(tiny("bert"), max_new_tokens=3) is not None
+    assert unsupported_reason(model, max_new_tokens=3) is None
+    assert unsupported_reason(tiny("bert"), max_new_tokens=3) is not None
     model.config._attn_implementation = "flex_attention"
-    assert "flex_attention" in str(why_not(model, max_new_tokens=3))
+    assert "flex_attention" in str(unsupported_reason(model, max_new_tokens=3))
     model.config._attn_implementation = "sdpa"
     model.lm_head.to("meta")
-    assert why_not(model, max_new_tokens=3) == "the model is spread over several devices"
-    assert why_not(tiny("llama").train(), max_new_tokens=3) == "the model is in training mode"
+    assert unsupported_reason(model, max_new_tokens=3) == "the model is spread over several devices"
+    assert unsupported_reason(tiny("llama").train(), max_new_tokens=3) == "the model is in training mode"
     scaled = tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    assert "depend on the longest" in str(why_not(scaled, max_new_tokens=3))
+    assert "depend on the longest" in str(unsupported_reason(scaled, max_new_tokens=3))
 
 
 def test_a_shape_is_recorded_when_it_comes_again() -> None:
@@ -470,7 +492,7 @@ def test_captured_steps_end_early(tiny) -> None:
     generate = compile_generate(model, max_new_tokens=100, eos_token_id=list(range(64)))
     for _ in range(3):
         assert generate(ids, mask).shape == (5, 10)
-    (ready,) = generate.ready.values()
+    (ready,) = generate.causal.values()
     assert int(ready.session.count) < 10
 
 
@@ -481,7 +503,7 @@ def test_a_batch_of_one_after_a_large_one_is_small(tiny) -> None:
         ids = torch.randint(10, 60, (rows, length), generator=torch.Generator().manual_seed(rows))
         mask = torch.ones_like(ids)
         assert torch.equal(decoder(ids, mask), expected(model, ids, mask, max_new_tokens=2))
-    assert [(size.rows, size.most) for size in decoder.by_hand] == [(1, 128), (64, 512)]
+    assert [(size.examples, size.total_tokens) for size in decoder.fused] == [(1, 128), (64, 512)]
 
 
 def test_a_mask_with_a_hole_goes_through_the_forward(tiny) -> None:
@@ -490,7 +512,7 @@ def test_a_mask_with_a_hole_goes_through_the_forward(tiny) -> None:
     mask[0, 1] = 0
     decoder = Decoder(model, max_new_tokens=3)
     assert torch.equal(decoder(ids, mask), expected(model, ids, mask, max_new_tokens=3))
-    assert not decoder.by_hand
+    assert not decoder.fused
 
 
 def test_modules_trained_in_full_are_written_by_the_model(tiny) -> None:

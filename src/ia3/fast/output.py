@@ -1,40 +1,38 @@
-"""The forward of an adapted model in training: its loss by hand, and the rest of its output when that is read.
+"""The forward of an adapted model in training: its fused loss, and the rest of its output when that is read.
 
 A training loop calls the model, takes the loss and goes backward. So the loss and its gradient are computed as in
-`compile_step`: without padding, over weights laid out anew, on a GPU recorded. Logits and the like are computed by the
+`compile_step`: without padding, over weights laid out anew, on a GPU captured. Logits and the like are computed by the
 model's own forward when somebody reads them, with dropout as another draw. Who reads them reads them again, so the call
 after such a reading goes through the model's own forward from the beginning.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache, partial, wraps
-from typing import Any
+from functools import cache, wraps
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
-from ia3 import rows
 from ia3.adapter import LISTENS, acting_alone, listen, vectors
-from ia3.fast import families
-from ia3.fast.bypassing import OLD_CLASS, own_forward
-from ia3.fast.capture import Captured, Standing
-from ia3.fast.families import family_of, is_shifted, loss_and_gradient
-from ia3.fast.packing import IGNORED
-from ia3.sites import Layout, logger
+from ia3.fast.capture import GraphedCallable
+from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
+from ia3.fast.guard import OLD_CLASS, Guard, own_forward
+from ia3.fast.ragged import IGNORE_INDEX
+from ia3.rows import act_here
+from ia3.sites import logger
 
-_STATE = "_ia3_loss_by_hand"
+_STATE = "_ia3_fused_loss"
 
 
-def with_loss_by_hand(old: type[nn.Module]) -> Callable[..., Any]:
-    """A class's forward behind another that computes the loss by hand where it can."""
+def with_fused_loss(old: type[nn.Module]) -> Callable[..., Any]:
+    """A class's forward behind another that computes the fused loss where it can."""
 
     @wraps(old.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,18 +48,18 @@ def with_loss_by_hand(old: type[nn.Module]) -> Callable[..., Any]:
 
 
 def forget(model: nn.Module) -> None:
-    """Let go of what a model keeps for its loss by hand, the weights laid out anew among it."""
+    """Let go of what a model keeps for its fused loss, the weights laid out anew among it."""
     model.__dict__.pop(_STATE, None)
 
 
 def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The output with its loss by hand; None where the model's own forward must run."""
+    """The output with its fused loss; None where the model's own forward must run."""
     if not (model.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
         return None
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     # A replica of DataParallel shares its original's attributes, and has no parameters.
     hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
-    if traced or hooked or rows.under_way or getattr(model, "_is_replica", False):
+    if traced or hooked or act_here() or getattr(model, "_is_replica", False):
         return None
     # torch.func's tensors can't be asked where they are.
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -69,8 +67,8 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     device = model.device.type
     if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
-    batch = _batch_of(model, kwargs)
-    if batch is None:
+    batch, kind = _batch_of(model, kwargs), _output_class(own_forward(type(model)))
+    if batch is None or kind is None:
         return None
     state: _State = model.__dict__.setdefault(_STATE, _State())
     loss = state.loss_for(model)
@@ -80,31 +78,36 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
         state.was_read = False
         return _watched(own_forward(type(model))(model, **kwargs), state)
     try:
-        packed = loss.family.pack(batch)
+        packed = loss.pack(batch)
     except ValueError as error:  # a batch that only the model's own forward takes
         logger.debug("The model's own forward: %s", error)
         return None
-    count = int((packed.labels != IGNORED).sum())
-    if not count:
+    count = int((packed["labels"] != IGNORE_INDEX).sum())
+    if not count or state.steps_aside(loss.difference(batch, packed)):
         return None
-    found, flat = loss(packed)
+    assert state.computation is not None
+    found, flat, *gradients = loss.run(state.computation, packed)
+    found = _WithGradient.apply(found, gradients, len(loss.vectors), *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
     items = kwargs.get("num_items_in_batch")
-    if items is not None and loss.family.takes_items:
+    if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
-    output = loss.family.output()(loss=found)
-    return _unread(output, _Rest(model, state, loss, kwargs, flat))
+    return _unread(kind(loss=found), _Rest(model, state, loss, kwargs, flat))
 
 
 def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The inputs and labels of a call that asks for no more than its loss; None for others."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     ids, labels = given.pop("input_ids", None), given.pop("labels")
-    if not (isinstance(ids, Tensor) and ids.dim() == labels.dim() == 2):
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
+    batch = {"input_ids": ids, "labels": labels}
+    if "token_type_ids" in given:
+        batch["token_type_ids"] = given.pop("token_type_ids")
     mask = given.pop("attention_mask", None)
-    mask = torch.ones_like(ids) if mask is None else mask
-    if mask.shape != ids.shape or mask.is_floating_point():
-        return None
+    if mask is not None:
+        if mask.shape != ids.shape or mask.is_floating_point():
+            return None
+        batch["attention_mask"] = mask
     config = model.config
     if given.pop("return_dict", config.return_dict) is not True:
         return None
@@ -112,24 +115,35 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None
         return None
     for beside in ("use_cache", "num_items_in_batch"):  # of the rest of the output, and of the loss afterwards
         given.pop(beside, None)
-    shifted = given.pop("decoder_input_ids", None) if config.is_encoder_decoder else None
-    if given or (shifted is not None and not is_shifted(model, shifted, labels)):
-        return None
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if config.is_encoder_decoder and "decoder_input_ids" in given:
+        batch["decoder_input_ids"] = given.pop("decoder_input_ids")
+    return None if given else batch
+
+
+@cache
+def _output_class(forward: Callable[..., Any]) -> type[Any] | None:
+    """The class of what a model's own forward returns, which its signature names; None where it doesn't."""
+    from transformers.utils import ModelOutput
+
+    hint = get_type_hints(inspect.unwrap(forward)).get("return")
+    kinds = (hint, *get_args(hint))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)), None)
 
 
 class _State:
-    """What a model keeps of its loss by hand; a copy of the model begins anew.
+    """What a model keeps of its fused loss; a copy of the model begins anew.
 
     Attributes:
         loss: None where the model's own forward is the right one.
-        standing: how the model stood when that was found.
+        computation: it and its gradients, captured.
+        guard: whether what was found of the model is still so.
         was_read: whether more than the loss of the last output was read.
     """
 
     def __init__(self) -> None:
-        self.loss: _Loss | None = None
-        self.standing: Standing | None = None
+        self.loss: GraphedLoss | None = None
+        self.computation: GraphedCallable | None = None
+        self.guard: Guard | None = None
         self.was_read = False
 
     def __deepcopy__(self, memo: Any) -> _State:
@@ -138,86 +152,49 @@ class _State:
     def __reduce__(self) -> tuple[type[_State], tuple[()]]:
         return _State, ()
 
-    def loss_for(self, model: Any) -> _Loss | None:
-        """The loss by hand; None where the model as it is now has none."""
-        if self.standing is None or not self.standing.holds():
+    def loss_for(self, model: Any) -> GraphedLoss | None:
+        """The fused loss; None where the model as it is now has none."""
+        if self.guard is None or not self.guard.is_valid():
             # Those of torch.func and of sharded or quantised models are others.
             if any(type(parameter) is not Parameter for parameter in model.parameters()):
                 return None
-            reason = families.why_not(model)
-            self.loss = None if reason else _Loss(model)
-            self.standing = Standing(model, self.loss.by_hand.baked if self.loss else ())
-            logger.info("The loss in training: %s", f"the model's own forward, since {reason}" if reason else "by hand")
-        return self.loss if self.standing.in_one_mode else None
+            reason, self.loss, self.computation = unsupported_reason(model), None, None
+            if reason is None:
+                adapter = acting_alone(model)
+                assert adapter is not None
+                self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)))
+                self.computation = self.loss.graphed()
+            self.guard = Guard(model) if self.loss is None else self.loss.guard
+            logger.info("The loss in training: %s", f"the model's own forward, since {reason}" if reason else "fused")
+        return self.loss if self.guard.in_one_mode else None
 
-
-class _Loss:
-    """The loss and its gradient.
-
-    Args:
-        model: one for which `families.why_not` has nothing to say; it is not kept alive.
-    """
-
-    def __init__(self, model: Any) -> None:
-        adapter, family = acting_alone(model), family_of(model)
-        assert adapter is not None
-        assert family is not None
-        self.model: Any = weakref.proxy(model)
-        self.family = family
-        self.layout, self.vectors = adapter.layout, vectors(model, adapter)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.names = [names[id(vector)] for vector in self.vectors]
-        self.by_hand = family.loss(self.model, self.layout)
-        # Not a method, which would keep this alive in a circle until garbage is collected.
-        compute = partial(_in_a_mode, partial(loss_and_gradient, self.by_hand, family, self.layout, self.vectors))
-        self.computation = Captured(compute, model.device, rehearsal=compute)
-        self.examples = 0
-        self.lock = threading.Lock()
-
-    def __call__(self, packed: Any) -> tuple[Tensor, Tensor]:
-        """The loss, from which backward reaches the vectors, and the vectors that it was computed with, `[D]`."""
-        with self.lock:  # a graph has one place for its inputs
-            if self.computation.records:
-                self.examples = max(self.examples, len(packed.starts) - 1)
-                packed = self.family.round_up(packed, self.examples, self.model.config.pad_token_id or 0)
-            fixed = (self.model.training, packed.longest, packed.uniform)
-            loss, gradient, flat = (each.clone() for each in self.computation(*fixed, **packed.tensors))
-        found: Tensor = _WithGradient.apply(loss, gradient, self.layout, *self.vectors)  # type: ignore[no-untyped-call]
-        return found, flat
-
-    def own_output(self, model: Any, kwargs: Mapping[str, Any], flat: Tensor) -> Any:
-        """The model's own output, with vectors `[D]` that may have changed since."""
-        if torch.equal(self.layout.flatten([vector.detach() for vector in self.vectors]), flat):
-            return own_forward(type(model))(model, **kwargs)
-        slices = self.layout.split(flat)
-        views = [part.view(vector.shape) for part, vector in zip(slices, self.vectors, strict=True)]
-        return torch.func.functional_call(model, dict(zip(self.names, views, strict=True)), (), dict(kwargs))
-
-
-def _in_a_mode(compute: Callable[..., Any], training: bool, *fixed: Any, **tensors: Tensor) -> Any:
-    """The mode is the model's own already; it only tells graphs apart."""
-    return compute(*fixed, **tensors)
+    def steps_aside(self, reason: str | None) -> bool:
+        """Whether the model's own forward is the right one, which it then is until the model changes."""
+        if reason is not None:
+            logger.warning("The loss in training is the model's own forward's from now on: %s.", reason)
+            self.loss = self.computation = None
+        return reason is not None
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is known already."""
+    """A loss whose gradients are known already: the vectors', next to each other, and those of other parameters."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradient: Tensor, layout: Layout, *vectors: Tensor) -> Tensor:
-        ctx.layout, ctx.shapes = layout, [vector.shape for vector in vectors]
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], count: int, *trained: Parameter) -> Tensor:
+        ctx.vectors = trained[:count]
+        ctx.save_for_backward(*gradients)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "create_graph asks for a second derivative, which the loss by hand has not: pass input_ids by "
+                "create_graph asks for a second derivative, which the fused loss has not: pass input_ids by "
                 "position, model(input_ids, …), and the model's own forward computes it."
             )
-        (gradient,) = ctx.saved_tensors
-        slices = ctx.layout.split(gradient * grad)
-        return None, None, None, *(part.view(shape) for part, shape in zip(slices, ctx.shapes, strict=True))
+        flat, *others = ctx.saved_tensors
+        parts = torch._C._nn.unflatten_dense_tensors(flat * grad, ctx.vectors)
+        return None, None, None, *parts, *(gradient * grad for gradient in others)
 
 
 class _Rest:
@@ -231,9 +208,9 @@ class _Rest:
         flat: the vectors that the loss was computed with, `[D]`.
     """
 
-    def __init__(self, model: Any, state: _State, loss: _Loss, kwargs: Mapping[str, Any], flat: Tensor) -> None:
+    def __init__(self, model: Any, state: _State, loss: GraphedLoss, kwargs: Mapping[str, Any], flat: Tensor) -> None:
         self.model, self.state, self.loss, self.kwargs, self.flat = model, state, loss, kwargs, flat
-        self.versions = [value._version for value in kwargs.values() if isinstance(value, Tensor)]
+        self.versions = self._versions()
 
     def __call__(self) -> Mapping[str, Any]:
         """The model's own output.
@@ -242,8 +219,7 @@ class _Rest:
             RuntimeError: the model or the inputs are others than when it was called.
         """
         self.state.was_read = True
-        versions = [value._version for value in self.kwargs.values() if isinstance(value, Tensor)]
-        if versions != self.versions or self.state.loss is not self.loss or not self._stands():
+        if self._versions() != self.versions or self.state.loss is not self.loss or not self.loss.guard.is_valid():
             raise RuntimeError(
                 "What an output has besides its loss is computed when it is read, and since this model was called, it "
                 "or its inputs were changed: read logits before, or call the model again."
@@ -251,11 +227,23 @@ class _Rest:
         device = self.model.device
         unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), _training(self.model), unmoved:
-            found: Mapping[str, Any] = self.loss.own_output(self.model, self.kwargs, self.flat)
+            found: Mapping[str, Any] = self._own_output()
         return found
 
-    def _stands(self) -> bool:
-        return self.state.standing is not None and self.state.standing.holds()
+    def _versions(self) -> list[int]:
+        """Of what has changed where one of these has; vectors may change, since theirs were kept."""
+        read = [value for value in self.kwargs.values() if isinstance(value, Tensor)]
+        return [tensor._version for tensor in (*read, *self.loss.others)]
+
+    def _own_output(self) -> Any:
+        """With the vectors of the call, which may have changed since."""
+        loss, kwargs = self.loss, dict(self.kwargs)
+        if torch.equal(loss.layout.flatten([vector.detach() for vector in loss.vectors]), self.flat):
+            return own_forward(type(self.model))(self.model, **kwargs)
+        slices = loss.layout.split(self.flat)
+        views = [part.view(vector.shape) for part, vector in zip(slices, loss.vectors, strict=True)]
+        named = dict(zip(loss.names, views, strict=False))  # the others' names come behind
+        return torch.func.functional_call(self.model, named, (), kwargs)
 
 
 @contextmanager

@@ -7,17 +7,19 @@ import torch
 from test_t5 import FORMS, adapted, batch_of
 
 from ia3.adapter import attached
-from ia3.fast.packing import Spans, pack, round_up
-from ia3.fast.t5 import T5Loss
+from ia3.fast.batch import pack_seq2seq as pack
+from ia3.fast.batch import round_up
+from ia3.fast.fused import FusedLoss
+from ia3.fast.ragged import Ragged
 
 
 def test_tokens_without_padding() -> None:
     batch = batch_of(rows=3, source=9)
     packed = pack(batch)
-    assert packed.starts.tolist() == [0, 9, 15, 18]
-    assert packed.longest == 9
+    assert packed["cu_seqlens"].tolist() == [0, 9, 15, 18]
+    assert packed.max_seqlen == 9
     assert torch.equal(
-        packed.tokens, torch.cat([batch["input_ids"][row, :length] for row, length in enumerate((9, 6, 3))])
+        packed["tokens"], torch.cat([batch["input_ids"][row, :length] for row, length in enumerate((9, 6, 3))])
     )
 
 
@@ -27,18 +29,18 @@ def test_padding_on_the_left_is_left_out_too() -> None:
     right = left | {"input_ids": left["input_ids"].clone(), "attention_mask": batch["attention_mask"]}
     for row, length in enumerate((9, 6, 3)):
         right["input_ids"][row, :length] = left["input_ids"][row, 9 - length :]
-    assert torch.equal(pack(left).tokens, pack(right).tokens)
-    assert torch.equal(pack(left).starts, pack(right).starts)
+    assert torch.equal(pack(left)["tokens"], pack(right)["tokens"])
+    assert torch.equal(pack(left)["cu_seqlens"], pack(right)["cu_seqlens"])
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rounding_up_changes_no_loss_and_no_gradient(tiny, randomise, form) -> None:
     model = adapted(tiny, randomise, form)
     adapter = attached(model).adapters["default"]
-    loss_of = T5Loss(model, adapter.layout)
+    loss_of = FusedLoss(model, adapter.layout)
     packed = pack(batch_of(rows=3, source=19, target=3))
     rounded = round_up(packed, examples=5, filler=0)
-    assert (len(rounded.tokens), rounded.labels.shape, rounded.longest) == (64, (5, 4), 64)
+    assert (rounded.total_tokens, rounded["labels"].shape, rounded.max_seqlen) == (64, (5, 4), 64)
     table = (1 + torch.randn(1, adapter.layout.size, dtype=torch.float64) / 3).requires_grad_()
     found = [
         (loss, *torch.autograd.grad(loss.sum(), table)) for loss in (loss_of(each, table) for each in (packed, rounded))
@@ -50,23 +52,25 @@ def test_rounding_up_changes_no_loss_and_no_gradient(tiny, randomise, form) -> N
 def test_padding_and_back(lengths: list[int]) -> None:
     rows = sum(lengths) + 2
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    spans = Spans(starts, longest=max(lengths) + 1, rows=rows, groups=len(lengths))
+    ragged = Ragged(starts, max_seqlen=max(lengths) + 1, total_tokens=rows, groups=len(lengths))
     x = torch.arange(rows * 2.0).view(rows, 2)
-    padded = spans.pad(x)
+    padded = ragged.pad(x)
     for example, (start, length) in enumerate(zip(starts.tolist(), lengths, strict=False)):
         assert torch.equal(padded[example, :length], x[start : start + length])
-        assert spans.mask[example].tolist() == [place < length for place in range(max(lengths) + 1)]
-    assert torch.equal(spans.unpad(padded)[: sum(lengths)], x[: sum(lengths)])
-    assert spans.group_of_row[: sum(lengths)].tolist() == [e for e, length in enumerate(lengths) for _ in range(length)]
-    assert spans.edges.tolist() == starts.tolist()
+        assert ragged.mask[example].tolist() == [place < length for place in range(max(lengths) + 1)]
+    assert torch.equal(ragged.unpad(padded)[: sum(lengths)], x[: sum(lengths)])
+    assert ragged.group_of_token[: sum(lengths)].tolist() == [
+        e for e, length in enumerate(lengths) for _ in range(length)
+    ]
+    assert ragged.group_edges.tolist() == starts.tolist()
 
 
 def test_few_shapes() -> None:
     sizes = set()
     for rows in range(1, 65):
         batch = batch_of(rows=1, source=rows * 37, target=1)
-        sizes.add(len(round_up(pack(batch), 1, 0).tokens))
-        assert len(round_up(pack(batch), 1, 0).tokens) <= max(64, rows * 37 + 64, rows * 37 * 17 / 16)
+        sizes.add(round_up(pack(batch), 1, 0).total_tokens)
+        assert round_up(pack(batch), 1, 0).total_tokens <= max(64, rows * 37 + 64, rows * 37 * 17 / 16)
     assert len(sizes) < 36
 
 
@@ -83,4 +87,4 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ValueError, match="and no more"):
         pack({**batch, "position_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match="3 examples can't be divided into 2 equal groups"):
-        pack(batch).spans(2)
+        pack(batch).ragged(2)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from builders import models_own
 from ia3 import IA3Config
-from ia3.fast import forward
+from ia3.fast import output as fused_output
 
 CAUSAL = ("llama", "mistral", "qwen2")
 
@@ -474,14 +474,14 @@ def test_checkpoints_by_storages_are_whole(tiny, randomise, tmp_path) -> None:
 def test_nothing_is_kept_alive(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
     assert by_hand(model(**batch))
-    together = weakref.ref(model.__dict__["_ia3_loss_by_hand"].loss.by_hand.encoder[0].attention.project.weight)
+    together = weakref.ref(model.__dict__["_ia3_fused_loss"].loss.losses.encoder[0].attention.project.weight)
     gc.disable()
     try:
         model.float()
         assert together() is None
         assert by_hand(model(**batch))
         base = model.unload()
-        assert "_ia3_loss_by_hand" not in vars(base)
+        assert "_ia3_fused_loss" not in vars(base)
         alive = weakref.ref(base.encoder.block[0].layer[0].SelfAttention.q)
         del model, base
         assert alive() is None
@@ -555,7 +555,6 @@ T5_CHANGES = {
     "a hook before backward": lambda model, patch: model.encoder.register_full_backward_pre_hook(lambda *_: None),
     "a hook of backward": lambda model, patch: model.encoder.register_full_backward_hook(lambda *_: None),
     "attention in evaluation mode": lambda model, patch: model.encoder.block[0].layer[0].SelfAttention.eval(),
-    "another attention": set_config("_attn_implementation_internal", "another"),
 }
 LLAMA_CHANGES = {
     "another loss": lambda model, patch: setattr(model, "loss_function", lambda logits, **_: logits.sum() * 0),
@@ -592,7 +591,7 @@ def test_another_model_is_left_to_itself(tiny, randomise, monkeypatch, form, cha
 
 def _state_of(model: Any, batch: Any) -> Any:
     """The loss by hand for the model as it is."""
-    state = model.__dict__.setdefault(forward._STATE, forward._State())
+    state = model.__dict__.setdefault(fused_output._STATE, fused_output._State())
     return state.loss_for(model)
 
 
@@ -630,7 +629,7 @@ def test_replicas_of_data_parallel(tiny, randomise) -> None:
     assert by_hand(model(**batch))
     replica = model._replicate_for_data_parallel()
     assert replica._is_replica
-    assert forward._output(replica, batch) is None
+    assert fused_output._output(replica, batch) is None
 
 
 def test_no_items_at_all(tiny, randomise) -> None:

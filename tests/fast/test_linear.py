@@ -14,8 +14,8 @@ from torch import Tensor
 
 import ia3
 from ia3 import IA3Config, get_peft_model
-from ia3.fast.operations import LARGEST_FP8, round_rows
-from ia3.fast.products import Fp8Product, Product, SplitProduct, product_of
+from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, frozen_linear
+from ia3.fast.ops.quantise import MAX_FP8, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float64
@@ -24,7 +24,7 @@ GATED = {"feed_forward_proj": "gated-gelu", "d_ff": 32, "dropout_rate": 0.0}
 
 @pytest.fixture(autouse=True)
 def _few_rows_are_many(monkeypatch) -> None:
-    monkeypatch.setattr(Fp8Product, "many_rows", 1)
+    monkeypatch.setattr(Fp8Linear, "many_rows", 1)
 
 
 def draw(*shape: int) -> Tensor:
@@ -33,41 +33,41 @@ def draw(*shape: int) -> Tensor:
 
 def fp8_of(x: Tensor) -> Tensor:
     """What is left of x in fp8."""
-    rounded, scales = round_rows(x)
+    rounded, scales = quantise_rows(x)
     return rounded.to(scales.dtype).double() * scales.double()
 
 
 def test_rows_are_rounded_to_fp8s_steps() -> None:
     torch.manual_seed(0)
     x = draw(7, 48) * torch.logspace(-6, 6, 7, device=DEVICE)[:, None].to(DTYPE)
-    rounded, scales = round_rows(x)
+    rounded, scales = quantise_rows(x)
     assert rounded.dtype is torch.float8_e4m3fn
-    assert torch.equal(rounded.float().abs().amax(1), torch.full((7,), LARGEST_FP8, device=DEVICE))
+    assert torch.equal(rounded.float().abs().amax(1), torch.full((7,), MAX_FP8, device=DEVICE))
     # Three bits behind the leading one, and steps of 2⁻⁹ below 2⁻⁶.
     step = (x.double().abs() * 2**-4).maximum(2**-10 * scales.double())
     assert bool(((fp8_of(x) - x.double()).abs() <= 1.001 * step).all())
 
 
 def test_a_row_of_zeros_stays_one() -> None:
-    rounded, _ = round_rows(torch.zeros(2, 16, device=DEVICE, dtype=DTYPE))
+    rounded, _ = quantise_rows(torch.zeros(2, 16, device=DEVICE, dtype=DTYPE))
     assert not rounded.float().any()
 
 
 def test_what_fp8_holds_is_multiplied_exactly() -> None:
     chance = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-8, 9, (rows, 32), generator=chance).to(DEVICE, DTYPE) for rows in (5, 16))
-    x[:, 0] = weight[:, 1] = LARGEST_FP8  # so that all scales are 1
+    x[:, 0] = weight[:, 1] = MAX_FP8  # so that all scales are 1
     x[:, 1] = weight[:, 0] = 0
     exact = x.double() @ weight.double().t()
     tolerance = 0 if DEVICE == "cpu" else 2**-7  # a GPU's sums are in bfloat16, and shorter inside
-    torch.testing.assert_close(Fp8Product(weight)(x).double(), exact, rtol=tolerance, atol=1000 * tolerance)
+    torch.testing.assert_close(Fp8Linear(weight)(x).double(), exact, rtol=tolerance, atol=1000 * tolerance)
 
 
 def test_few_rows_stay_as_they_are(monkeypatch) -> None:
-    monkeypatch.setattr(Fp8Product, "many_rows", 6)
+    monkeypatch.setattr(Fp8Linear, "many_rows", 6)
     x, weight = draw(6, 32), draw(16, 32)
-    assert torch.equal(Fp8Product(weight)(x[:5]), Product(weight)(x[:5]))
-    assert not torch.equal(Fp8Product(weight)(x), Product(weight)(x))
+    assert torch.equal(Fp8Linear(weight)(x[:5]), FrozenLinear(weight)(x[:5]))
+    assert not torch.equal(Fp8Linear(weight)(x), FrozenLinear(weight)(x))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -75,15 +75,15 @@ def test_the_product_and_its_gradient_are_near(bias) -> None:
     torch.manual_seed(0)
     x, weight, grad = draw(40, 64).requires_grad_(), draw(48, 64), draw(40, 48)
     weight *= torch.logspace(-2, 2, 48, device=DEVICE)[:, None].to(DTYPE)
-    plain, eighth = (product_of(weight, draw(48) if bias else None, frozen=frozen) for frozen in (None, "fp8"))
+    plain, eighth = (frozen_linear(weight, draw(48) if bias else None, frozen=frozen) for frozen in (None, "fp8"))
     eighth.bias = plain.bias
-    assert (type(plain), type(eighth)) == (Product, Fp8Product)
+    assert (type(plain), type(eighth)) == (FrozenLinear, Fp8Linear)
     wanted, found = plain(x), eighth(x)
     assert 1e-3 < float((found - wanted).norm() / wanted.norm()) < 0.05
     (d_wanted,), (d_found,) = (torch.autograd.grad(y, x, grad) for y in (wanted, found))
     assert 1e-3 < float((d_found - d_wanted).norm() / d_wanted.norm()) < 0.05
     # Exactly the closed form.
-    s = round_rows(weight)[1].double()
+    s = quantise_rows(weight)[1].double()
     closed = fp8_of((grad.double() * s.t()).to(torch.float64 if DEVICE == "cpu" else torch.float32))
     closed = closed @ (fp8_of(weight) / s)
     tolerance = 1e-12 if DEVICE == "cpu" else 0.02
@@ -154,8 +154,8 @@ def test_fp32_by_units_for_bf16_is_fp32(out, inner) -> None:
     torch.set_float32_matmul_precision("highest")
     x, weight, grad = (torch.randn(*shape, device="cuda") for shape in ((1024, inner), (out, inner), (1024, out)))
     x.requires_grad_()
-    split, plain = product_of(weight), Product(weight)
-    assert type(split) is SplitProduct
+    split, plain = frozen_linear(weight), FrozenLinear(weight)
+    assert type(split) is Bf16x3Linear
     exact = x.double() @ weight.double().t(), grad.double() @ weight.double()
     errors = []
     for product in (split, plain):

@@ -1,0 +1,471 @@
+"""Greedy generation of few launches: the prompt in one, then one step, recorded as a CUDA graph and replayed a token.
+
+The tokens are those of `model.generate(do_sample=False, num_beams=1)`. Whatever a step needs stays in one place in
+memory: the last tokens, the masks, the keys and values of all positions to come, and for a batch that mixes adapters
+its vectors. So one graph serves every batch of a size, whichever adapters are in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import StaticCache, StaticLayer
+
+from ia3.adapter import Attached, gather_flat, gather_rows, site_vectors
+from ia3.architectures import architecture_of
+from ia3.fast import fused
+from ia3.fast.batch import Packed, pack_seq2seq, packable, round_up
+from ia3.fast.capture import GraphedCallable
+from ia3.fast.guard import Guard, unsupported_modules
+from ia3.fast.ragged import IGNORE_INDEX
+from ia3.fast.sessions import BUCKET, CausalSession, FusedSession, GenerationPlan, Session, Size, start_of
+from ia3.rows import BASE, Rows, act_here, acting
+from ia3.sites import Layout, Side
+from ia3.swap import SavedModule
+
+# The host looks at a step's ends when so many more are under way: the GPU never waits for it.
+_AHEAD = 2
+# Sizes of batches that are kept ready; each has the keys and values of its whole length.
+_KEPT = 4
+# A batch is not filled up to more than so many times its examples.
+_TOO_MANY = 8
+
+
+def compile_generate(model: Any, **settings: Any) -> Generate:
+    """Make a function that generates greedily as `model.generate(**settings)` would, fast where that can be done.
+
+    Args:
+        model: a T5, an mT5 or a causal model, with or without adapters, in evaluation mode on its device.
+        settings: arguments of `generate` that are the same for all batches, `max_new_tokens` among them.
+
+    Returns:
+        The function: `tokens = generate(input_ids, attention_mask)`; `generate.path` says which way it goes and
+        `generate.reason` why not the captured one.
+
+    Example:
+        >>> generate = compile_generate(model, max_new_tokens=16)
+        >>> tokens = generate(input_ids, attention_mask, adapter_names=["weather", "sports"])
+    """
+    settings = {"do_sample": False, "num_beams": 1, **settings}
+    reason = "there is no GPU" if model.device.type != "cuda" else unsupported_reason(model, **settings)
+    return Decoder(model, **settings) if reason is None else OwnGenerate(model, settings, reason)
+
+
+class Generate:
+    """Greedy generation; `compile_generate` makes it. One thread at a time may call it."""
+
+    path: str
+    reason: str | None = None
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
+    ) -> Tensor:
+        """Continue each prompt until its end token.
+
+        Args:
+            input_ids: `[batch, length]`, on any device; a causal model's are padded on the left.
+            attention_mask: `[batch, length]`, 0 at padding.
+            adapter_names: one adapter an example, `"__base__"` for none; the active ones where it is left out.
+
+        Returns:
+            What `model.generate` returns, `[batch, …]` on the model's device: the prompt or the decoder's start, the
+            new tokens, and padding behind the ends.
+
+        Raises:
+            ValueError: what `gather_rows` raises, or another number of names than examples.
+        """
+        raise NotImplementedError
+
+
+class OwnGenerate(Generate):
+    """The model's own `generate`."""
+
+    path = "eager"
+
+    def __init__(self, model: Any, settings: Mapping[str, Any], reason: str | None) -> None:
+        self.model, self.settings, self.reason = model, settings, reason
+
+    @torch.inference_mode()
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
+    ) -> Tensor:
+        names = {} if adapter_names is None else {"adapter_names": adapter_names}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        tokens: Tensor = self.model.generate(**moved, **self.settings, **names)
+        return tokens
+
+
+def unsupported_reason(model: Any, **settings: Any) -> str | None:
+    """Why this model's generation can't be computed here; None where it can.
+
+    Args:
+        model: any model.
+        settings: arguments of `generate`.
+    """
+    if not isinstance(model, GenerationMixin):
+        return f"a {type(model).__name__} generates nothing"
+    reason = capture_unsupported_reason(model) or _unwritten(model)
+    if reason is not None:
+        return reason
+    config = copy.deepcopy(model.generation_config)
+    unknown = config.update(**settings)
+    if unknown:
+        return f"it knows nothing of {', '.join(sorted(unknown))}"
+    if config.max_new_tokens is None:
+        return "max_new_tokens is not given"
+    if model.config.is_encoder_decoder and start_of(config) is None:
+        return "the configuration names no decoder_start_token_id"
+    for name, value in config.to_diff_dict().items():
+        if name not in _UNDERSTOOD and value not in _WITHOUT_EFFECT.get(name, (None,)):
+            return f"{name} is {value!r}"
+    return None
+
+
+# What a greedy search doesn't look at, or is honoured here.
+_UNDERSTOOD = {
+    *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"),
+    *("max_new_tokens", "max_length", "min_length", "min_new_tokens"),
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("length_penalty", "early_stopping", "transformers_version", "_from_model_config", "cache_config"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "disable_compile", "compile_config"),
+}
+# Of the others, the values that change nothing.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "do_sample": (None, False),
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "num_beam_groups": (None, 1),
+    "use_cache": (None, True),
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "diversity_penalty": (None, 0.0),
+    "guidance_scale": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "remove_invalid_values": (None, False),
+    "renormalize_logits": (None, False),
+    "token_healing": (None, False),
+    "is_assistant": (None, False),
+    "low_memory": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "return_dict_in_generate": (None, False),
+}
+
+
+def capture_unsupported_reason(model: Any) -> str | None:
+    """Why a forward of this model can't be recorded with masks of one's own; None where it can."""
+    kind = type(model).__name__
+    if model.training:
+        return "the model is in training mode"
+    if {parameter.device for parameter in model.parameters()} != {model.device}:
+        return "the model is spread over several devices"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return "its weights are quantised"
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return f"transformers does not vouch that a {kind}'s forward is the same for all values"
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {model.config._attn_implementation}, and masks are made for sdpa and eager"
+    return None
+
+
+def _unwritten(model: Any) -> str | None:
+    """Why generation is not written here for this model."""
+    kind, config = type(model).__name__, model.config
+    for name in ("generate", "prepare_inputs_for_generation"):
+        owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__)
+        if owner is not GenerationMixin and not owner.__module__.startswith("ia3."):
+            return f"a {kind} has a {name} of its own"
+    if config.is_encoder_decoder:
+        return fused.unsupported_reason(model, ())
+    takes = inspect.signature(model.forward).parameters
+    if not config.is_encoder_decoder and not {"position_ids", "logits_to_keep"} <= set(takes):
+        return f"a {kind} takes no position_ids or no logits_to_keep"
+    if getattr(config, "alibi", False):
+        return f"the positions of this {kind} come from its mask"
+    rope = str(getattr(config.get_text_config(), "rope_parameters", None))
+    if "dynamic" in rope or "longrope" in rope:
+        return f"the positions of this {kind} depend on the longest of the batch"
+    if any(type(layer) is not StaticLayer for layer in StaticCache(config=config, max_cache_len=BUCKET).layers):
+        return f"not every layer of this {kind} attends to all positions"
+    return None
+
+
+class Decoder(Generate):
+    """Generation by recorded steps; on a CPU the same computation, which is called instead of replayed.
+
+    Args:
+        model: a model for which `unsupported_reason` has nothing to say.
+        settings: arguments of `generate`.
+    """
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        self.model, self.plan = model, GenerationPlan.of(model, settings)
+        self.own = OwnGenerate(model, settings, None)
+        self.guard = Guard(model)
+        self.is_seq2seq: bool = model.config.is_encoder_decoder
+        self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
+        self.fused: dict[Size, FusedSession] = {}
+        self.reasons: dict[Layout, str | None] = {}
+        self.path = "captured" if model.device.type == "cuda" else "static"
+
+    @torch.inference_mode()
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
+    ) -> Tensor:
+        if adapter_names is not None and len(adapter_names) != len(input_ids):
+            raise ValueError(
+                f"There are {len(adapter_names)} adapter_names for {len(input_ids)} examples: pass one an example."
+            )
+        if not self._takes(input_ids, attention_mask):
+            return self.own(input_ids, attention_mask, adapter_names=adapter_names)
+        if not self.guard.is_valid():
+            self.causal.clear()
+            self.fused.clear()
+            self.reasons.clear()
+            self.guard = Guard(self.model)
+        write = self._seq2seq if self.is_seq2seq else self._causal
+        tokens = write(input_ids, attention_mask, adapter_names)
+        if tokens is None:
+            return self.own(input_ids, attention_mask, adapter_names=adapter_names)
+        tokens = tokens[: len(input_ids)].clone()
+        return torch.cat([self._head(input_ids), tokens[:, : self._longest(tokens)]], dim=1)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Those that are kept ready."""
+        return [*(ready.session for ready in self.causal.values()), *self.fused.values()]
+
+    def _takes(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether a batch is one for sessions, and not for the model's own `generate`."""
+        if not len(ids) or self.model.training or act_here():  # rows that act are the model's to hear
+            return False
+        if self.is_seq2seq:
+            return packable(mask)
+        # Padded on the right, a prompt is not followed by what is written.
+        return bool(mask[:, -1].all())
+
+    # Encoder-decoders
+
+    def _seq2seq(self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
+        """What the block writes, `[at least examples, …]`; None where it can't have these vectors."""
+        found = self._flat(adapter_names)
+        if found is None:
+            return None
+        (layout, flat), count = found, len(input_ids)
+        nothing = torch.full((count, 1), IGNORE_INDEX)
+        packed = pack_seq2seq(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing},
+            positions=self._has_positions,
+        )
+        size = self._fitting(count, round_up(packed, count, self.plan.pad), layout, adapter_names is not None)
+        packed = round_up(packed, size.examples, self.plan.pad)
+        session = self._session(size)
+        session.hold(flat)
+        written = self._until_ended(
+            session, lambda: session.prefilling(*packed.fixed, **packed.tensors), session.decoding
+        )
+        return session.tokens[:, :written]
+
+    @property
+    def _has_positions(self) -> bool:
+        architecture = architecture_of(self.model)
+        return architecture is not None and architecture.stacks[0].positions is not None
+
+    def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
+        """The vectors of each example, or those of the adapter that acts, where the block can have them."""
+        state: Attached | None = self.model.__dict__.get("_ia3")
+        if state is not None and adapter_names is not None:
+            layout, flat = gather_flat(self.model, adapter_names)
+        elif state is None or not state.active or not state.enabled or state.originals is not None:
+            layout, flat = Layout(()), torch.ones(1, 0, device=self.model.device)
+        elif len(state.active) > 1:
+            return None
+        else:
+            adapter = state.adapters[state.active[0]]
+            layout = adapter.layout
+            flat = layout.flatten([vector for _, vector in site_vectors(self.model, adapter)])[None]
+        if layout not in self.reasons:
+            reason = fused.unsupported_reason(self.model, layout.sites)
+            self.reasons[layout] = reason or unsupported_modules(self.model)
+        return (layout, flat) if self.reasons[layout] is None else None
+
+    def _fitting(self, count: int, packed: Packed, layout: Layout, mixed: bool) -> Size:
+        """The size of the smallest session that is kept and not many times too large, or else of a new one."""
+        fits = [
+            size
+            for size in self.fused
+            if (size.max_seqlen, size.mixed, size.layout) == (packed.max_seqlen, mixed, layout)
+            and count <= size.examples <= _TOO_MANY * count
+            and size.total_tokens >= packed.total_tokens
+        ]
+        new = Size(_power_of_two(count), _power_of_two(packed.total_tokens), packed.max_seqlen, mixed, layout)
+        return min(fits, key=lambda size: (size.examples, size.total_tokens), default=new)
+
+    def _session(self, size: Size) -> FusedSession:
+        """The session for batches of a size, the latest used of those that are kept."""
+        session = self.fused.pop(size, None)
+        if session is None:
+            while len(self.fused) >= _KEPT:
+                del self.fused[next(iter(self.fused))]
+            session = FusedSession(self.model, self.plan, size)
+            self.guard = Guard(self.model, session.fused.folded)  # its weights were laid out anew
+        self.fused[size] = session
+        return session
+
+    # Causal models
+
+    def _causal(self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
+        """What the model's own forward writes; None where it takes its examples apart."""
+        examples, length = self._room(*input_ids.shape)
+        vectors = None
+        if adapter_names is not None:
+            names = [*adapter_names, *list(adapter_names[:1]) * (examples - len(input_ids))]
+            vectors = gather_rows(self.model, names)
+            if any(isinstance(site, SavedModule) for site in vectors.slices):
+                return None
+        ready = self._ready_for(examples, length, vectors)
+        session, batch = ready.session, ready.session.fit(input_ids, attention_mask)
+        with nullcontext() if ready.vectors is None else acting(ready.vectors):
+            written = self._until_ended(
+                session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1]
+            )
+        return session.tokens[:, :written]
+
+    def _room(self, count: int, prompt: int) -> tuple[int, int]:
+        """The examples and the cache of a batch's session: it is filled up to the examples of a larger one."""
+        length = CausalSession.cache_len(prompt, self.plan.max_new_tokens)
+        larger = (key[0] for key in self.causal if key[0] >= count and key[1] == length)
+        return min(larger, default=count), length
+
+    def _ready_for(self, examples: int, length: int, vectors: Rows | None) -> _Ready:
+        """The session for batches of a size, the latest used of those that are kept; the vectors are copied into it."""
+        key = self._key(examples, length, vectors)
+        found = self.causal.pop(key, None)
+        if found is None:
+            while len(self.causal) >= _KEPT:
+                del self.causal[next(iter(self.causal))]
+            session, device = CausalSession(self.model, self.plan, examples, length), self.model.device
+            held = None if vectors is None else _hold(vectors, self.model.dtype)
+            found = _Ready(
+                session, GraphedCallable(session.prefill, device), GraphedCallable(session.decode_step, device), held
+            )
+        self.causal[key] = found
+        if found.vectors is not None and vectors is not None:
+            _refill(found.vectors, vectors)
+        return found
+
+    def _key(self, examples: int, length: int, vectors: Rows | None) -> tuple[int, int, frozenset[Any] | None]:
+        """Of a session with room for the vectors: one that holds more sites has ones there."""
+        if vectors is None:
+            return examples, length, None
+        wanted = _places(vectors)
+        fit = (key for key in self.causal if key[:2] == (examples, length) and key[2] is not None and wanted <= key[2])
+        return next(fit, (examples, length, wanted))
+
+    # Both
+
+    def _until_ended(
+        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int = 1
+    ) -> int:
+        """Go on until every example has ended; the number of tokens each."""
+        plan, watch = self.plan, _Watch(self.model.device)
+        session.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
+        all_ended, written = prefill(), 1
+        while written < plan.max_new_tokens and not (plan.ends and watch.sees(all_ended)):
+            all_ended, written = decode_step(), written + 1
+        return written
+
+    def _head(self, input_ids: Tensor) -> Tensor:
+        """What `generate` puts before the new tokens."""
+        device = self.model.device
+        if self.is_seq2seq:
+            return torch.full((len(input_ids), 1), self.plan.start, device=device)
+        return input_ids.to(device)
+
+    def _longest(self, tokens: Tensor) -> int:
+        """The tokens of the longest example, its end included."""
+        if not self.plan.ends:
+            return tokens.shape[1]
+        is_end = torch.isin(tokens, torch.tensor(self.plan.ends, device=tokens.device))
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+        return int(lengths.max())
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A causal session, its two computations, and the vectors that a mixed batch's are copied into."""
+
+    session: CausalSession
+    prefill: GraphedCallable
+    decode_step: GraphedCallable
+    vectors: Rows | None
+
+
+class _Watch:
+    """Whether every row has ended, seen a few steps late so that neither side waits for the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = device.type == "cuda"
+        self.pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def sees(self, all_ended: Tensor) -> bool:
+        """Note this step's flag, and look at that of an earlier one."""
+        if not self.waits:
+            return bool(all_ended)
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(all_ended, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self.pending.append((flag, event))
+        if len(self.pending) <= _AHEAD:
+            return False
+        flag, event = self.pending.popleft()
+        event.synchronize()
+        return bool(flag)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _places(rows: Rows) -> frozenset[tuple[int, Side]]:
+    """Where the rows have vectors."""
+    return frozenset((id(site), side) for site, sides in rows.slices.items() for side in sides)
+
+
+def _hold(rows: Rows, dtype: torch.dtype) -> Rows:
+    """Room for such rows, each site's vectors next to each other and in the activations' dtype."""
+    slices = {
+        site: {side: torch.empty(part.shape, dtype=dtype, device=part.device) for side, part in sides.items()}
+        for site, sides in rows.slices.items()
+    }
+    return Rows((BASE,) * len(rows.names), slices)
+
+
+def _refill(held: Rows, rows: Rows) -> None:
+    """Copy a batch's vectors to where a session reads them; an absent vector is one."""
+    places, vectors = [], []
+    for site, sides in held.slices.items():
+        for side, place in sides.items():
+            vector = rows.slices[site].get(side)
+            if vector is None:
+                place.fill_(1)
+            else:
+                places.append(place)
+                vectors.append(vector)
+    if places:
+        torch._foreach_copy_(places, vectors)

@@ -1,0 +1,64 @@
+"""What a model's own modules make of positions: the bias of relative ones, the angles of rotary ones."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ia3.architectures import Architecture
+from ia3.fast.layers import SelfLayer
+
+# A CPU meets every length, and each bias takes heads × length².
+_MANY_LENGTHS = 16
+
+
+class Positions:
+    """What a model's own modules make of positions, computed once a length, since they are frozen.
+
+    Args:
+        model: the model.
+        architecture: its description.
+
+    Attributes:
+        folded: the weights that it is made of, so that a change in place would go unnoticed.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self.rotary: Any = None if architecture.rotary is None else model.get_submodule(architecture.rotary)
+        self.weight: Tensor = model.get_input_embeddings().weight
+        self.folded: list[Tensor] = [] if self.rotary is None else list(self.rotary.buffers())
+        if architecture.relative is not None:
+            self.folded += [
+                own.weight for name, own in model.named_modules() if name.endswith(".relative_attention_bias")
+            ]
+        self.by_kind = self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
+        self.known: dict[Any, Any] = {}
+
+    def bias(self, layer: SelfLayer, length: int) -> Tensor | None:
+        """Added to a layer's scores, `[1, heads, length, length]`; a decoder's hides what comes later."""
+        attention: Any = layer.relative
+        if attention is None:
+            return None
+        if (attention, length) not in self.known:
+            bias = attention.compute_bias(length, length).to(self.weight.dtype)
+            if layer.causal:
+                bias = bias + torch.full_like(bias, torch.finfo(bias.dtype).min).triu(1)
+            if not bias.is_cuda and len(self.known) >= _MANY_LENGTHS:  # a graph reads those on a GPU
+                self.known.clear()
+            self.known[attention, length] = bias.contiguous()
+        found: Tensor = self.known[attention, length]
+        return found
+
+    def angles(self, layer: SelfLayer, length: int) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of the first positions, `[length, rotated / 2]`."""
+        kind = layer.kind if self.by_kind else None
+        if (kind, length) not in self.known:
+            at = torch.arange(length, device=self.weight.device)[None]
+            both = self.rotary(self.weight, at) if kind is None else self.rotary(self.weight, at, kind)
+            # The second half is the first again.
+            self.known[kind, length] = tuple(each[0].chunk(2, -1)[0].contiguous() for each in both)
+        cos, sin = self.known[kind, length]
+        return cos, sin
