@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from twins import (
+from twins import (  # fmt: skip
     DEVICE,
+    NARROW,
     compare,
     draw,
     inside,
@@ -17,7 +18,7 @@ from twins import (
     ragged_of,
     seed,
     vector,
-)  # fmt: skip
+)
 
 from ia3.fast.ops.attention import MAX_KEYS, attention, causal_attention, cross_attention, self_attention
 from ia3.fast.ragged import Ragged
@@ -104,7 +105,7 @@ def lengths(longest: int) -> list[int]:
 @needs_kernels
 @pytest.mark.parametrize(
     ("dtype", "longest", "heads", "dim"),
-    [(torch.float32, 5, 2, 8), (torch.float32, 21, 2, 12), (torch.bfloat16, 5, 2, 16), (torch.bfloat16, 21, 1, 16)],
+    [(torch.float32, 5, 2, 8), (torch.float32, 21, 2, 12), (NARROW, 5, 2, 16), (NARROW, 21, 1, 16)],
 )
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
@@ -160,7 +161,7 @@ def test_the_longest_examples(longest: int) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 3), (torch.float32, 20), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 3), (torch.float32, 20), (NARROW, 3)])
 @pytest.mark.parametrize(("which", "partials", "groups"), [("kv", 2, 3), ("k", 2, 1), ("v", 2, 2), ("", 1, 1)])
 def test_cross_attention_of_two_layers(dtype: torch.dtype, length: int, which: str, partials: int, groups: int) -> None:
     """Both fill one gradient of keys and values."""

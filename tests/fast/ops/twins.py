@@ -20,7 +20,14 @@ needs_kernels = pytest.mark.skipif(not _RUNS, reason="no GPU with Triton, nor Tr
 needs_gpu = pytest.mark.skipif(not (_RUNS and CUDA), reason="no GPU with Triton")
 
 DTYPES = [torch.float32, torch.bfloat16]
-_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # interpreted, a cast to bfloat16 cuts off
+"""Interpreted, a cast to bfloat16 cuts off."""
+NARROW = torch.bfloat16 if CUDA else torch.float16
+"""For products: Triton's interpreter multiplies matrices of bfloat16 as if they were integers."""
+_TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}  # interpreted, a cast to bfloat16 cuts off
 SEED = 0x1234567_89ABCDEF
 """Both halves of a seed count."""
 

@@ -225,7 +225,7 @@ def _load_factor(vector, offs, mask_d, dtype):
 #   cu_seqlens_q, _k  [examples + 1], int32; each group has group_examples
 #   l_k, l_v          [groups, HEADS · DIM], fp32, a group every stride_k or stride_v numbers; None without
 #   seed              one int64; None without dropout
-#   p, scale          of dropout and of the scores, floats; scale None for 1: a bias goes into the product's sums
+#   p, scale          of dropout and of the scores, floats; scale is None for 1, so that a product's sums start at bias
 #   lse               [query tokens, HEADS], fp32: the logarithm of the sum of exponentials of a query's scores
 #   delta             [query tokens, HEADS], fp32: the sum over the keys of weights times their gradients
 #   do                [query tokens, HEADS · DIM], contiguous: the gradient of out
