@@ -87,7 +87,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("write_atomically", Instead("temporary.replace(path)", "path.write_bytes(content)"),
                "a save is not atomic and leaves its temporary file"),
     ],
-    ("test_hub.py", "test_compile.py", "test_checkpoint.py"): [
+    ("test_public_names.py", "test_bridge.py"): [
         Mutant("hotswap_adapter", Instead("with_names_of_today(model, tensors)", "tensors"),
                "an adapter with a model's former names is not swapped in"),
         Mutant("hotswap_adapter", Skip("from_pretrained"), "another method's adapter is swapped in"),
@@ -117,13 +117,13 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_Bridge.load_adapter", Never("is_trainers"), "a Trainer's checkpoint gives another adapter"),
         Mutant("_Bridge.load_state_dict", Never("startswith"), "a Trainer's best model is not loaded"),
     ],
-    ("test_card.py", "test_hub.py"): [
+    ("test_card.py",): [
         Mutant("_is_on_hub", Instead("not Path(name).exists()", "True"), "a card names a folder as a model of the hub"),
         Mutant("_text", Instead("Path(base).name", "base"), "a card publishes a path of its author's machine"),
         Mutant("add_results", Instead("data if on_hub else Path(data).name", "data"),
                "a card publishes the path of the data"),
     ],
-    ("test_auto.py", "test_hub.py", "test_heads.py"): [
+    ("test_auto.py", "test_heads.py"): [
         Mutant("AutoPeftModel._base_class", Never("package"), "an adapter may import any package"),
         Mutant("_load_base", Never("revision"), "another revision of the base is loaded than was trained"),
         Mutant("_grow_vocabulary", Never("tokenizer"), "tokens that were added have no embedding"),
@@ -235,7 +235,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("group_repeats", Never("finished"), "finished runs are not grouped"),
         Mutant("spread", Instead("(0.25, 0.5, 0.75)", "(0.0, 0.5, 1.0)"), "quartiles are the extremes"),
     ],
-    ("cli/test_combine.py", "cli/test_targets.py", "cli/test_push.py"): [
+    ("cli/test_combine.py", "cli/test_targets.py", "cli/test_push.py", "cli/test_wrong_input.py"): [
         Mutant("combine", Never("exists"), "a combination writes over a folder"),
         Mutant("_expect_one_base", Never("bases"), "adapters of different bases are combined"),
         Mutant("_write", Never("contents"), "a combination answers one of two tasks"),

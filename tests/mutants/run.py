@@ -3,8 +3,8 @@
     python tests/mutants/run.py [--only WORD] [--list]
 
 A mutation is made in a temporary copy of the package, never in the working tree. Printed are each mutation with its
-fate and the test that killed it, and how many of each room were killed: a room is a folder of the package or a module in
-its top level.
+fate and the test that killed it, and how many of each room were killed: a room is a folder of the package or a module
+in its top level.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def run(mutated: Mutated | None, tests: tuple[str, ...]) -> tuple[bool, str]:
         if mutated is not None:
             (package / mutated.file).write_text(mutated.source, encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", _CHECK, folder], env=environment, check=mutated is None)
+        imported = subprocess.run(
+            [sys.executable, "-c", _CHECK, folder], env=environment, capture_output=True, text=True
+        )
+        if imported.returncode:
+            return False, f"import ia3: {imported.stderr.strip().splitlines()[-1:]}"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         command += ["--hypothesis-profile=no-shrinking", f"--timeout={_SECONDS}"]
         done = subprocess.run(
@@ -52,7 +56,7 @@ def run(mutated: Mutated | None, tests: tuple[str, ...]) -> tuple[bool, str]:
             capture_output=True,
             text=True,
         )
-    if done.returncode not in (0, 1, 2):
+    if done.returncode not in (0, 1, 2):  # 2: a file of tests could not be imported
         raise SystemExit(f"pytest could not run ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     failed = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
     return done.returncode == 0, failed.partition(" ")[2].removeprefix("tests/").split(" - ")[0]
