@@ -87,7 +87,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("write_atomically", Instead("temporary.replace(path)", "path.write_bytes(content)"),
                "a save is not atomic and leaves its temporary file"),
     ],
-    ("test_public_names.py", "test_bridge.py"): [
+    ("test_hotswap.py",): [
         Mutant("hotswap_adapter", Instead("with_names_of_today(model, tensors)", "tensors"),
                "an adapter with a model's former names is not swapped in"),
         Mutant("hotswap_adapter", Skip("from_pretrained"), "another method's adapter is swapped in"),
