@@ -66,6 +66,7 @@ def test_a_change_of_each_kind(
     (tmp_path / "room" / "holder.py").write_text(SOURCE)
     monkeypatch.setattr(changes, "PACKAGE", tmp_path)
     changes._functions.cache_clear()
+    changes.mutate.cache_clear()
     try:
         mutated = changes.mutate(changes.Mutant("Holder.scale", change, ""))
         assert expected in mutated.source
@@ -77,3 +78,4 @@ def test_a_change_of_each_kind(
             changes.mutate(changes.Mutant("Holder.gone", change, ""))
     finally:
         changes._functions.cache_clear()
+        changes.mutate.cache_clear()

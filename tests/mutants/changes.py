@@ -163,6 +163,7 @@ def _functions() -> dict[str, list[tuple[str, ast.AST]]]:
     return found
 
 
+@cache
 def mutate(mutant: Mutant) -> Mutated:
     """The file of a mutation with it.
 
@@ -179,7 +180,7 @@ def mutate(mutant: Mutant) -> Mutated:
     file, node, new = places[0]
     source = (PACKAGE / file).read_text(encoding="utf-8")
     changed = _replaced(source, node, new)
-    if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source)):
+    if ast.unparse(node) == new.removeprefix("(").removesuffix(")"):
         raise LookupError(f"{mutant.function}: {mutant.change} changes nothing.")
     return Mutated(file, changed)
 
