@@ -243,7 +243,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_runs", Instead("runs[-1][1].shape() == child.shape()", "True"), "layers that differ are shown as one"),
         Mutant("module_names", Never("all"), "an empty name between two commas is ignored"),
     ],
-    ("cli/test_predict_command.py", "cli/test_evaluate.py", "cli/test_tasks.py"): [
+    ("cli/test_labelling.py", "cli/test_predict_command.py", "cli/test_evaluate.py", "cli/test_tasks.py"): [
         Mutant("_on_one_line", Never("cell"), "a text with a tab has more columns than the header"),
         Mutant("_expect_known", Never("unknown"), "labels that the adapter can't answer count as its mistakes"),
         Mutant("_read_lines", Always("line"), "blank lines are labelled"),
