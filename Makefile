@@ -6,13 +6,26 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-vllm lint docs mutants install clean
+.PHONY: quickstart test test-quick test-kernels test-vllm lint docs mutants benchmarks hooks install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
 
-test: lint docs
+test: lint docs test-kernels
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+# The core's files of tests that take least, in at most 90 seconds on one core: for while you write.
+test-quick: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q @tests/quick.txt
+
+# The Triton kernels in its interpreter, on a CPU. It must be told before Triton is imported, so this is a run of its own.
+KERNELS := tests/fast/ops tests/fast/test_block_by_kernels.py
+test-kernels: install
+ifeq ($(shell uname -sm),Linux x86_64)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(KERNELS)
+else
+	@echo "Triton has no wheel for this machine, so its kernels are not tested here."
+endif
 
 # Not part of `test`: an environment of its own, 3.5 GB, for tests that start vLLM on the CPU.
 VLLM := .venv-vllm
@@ -36,6 +49,12 @@ docs: install
 
 mutants: install
 	$(BIN)/python tests/mutants/run.py
+
+benchmarks:
+	@$(PYTHON) benchmarks/catalogue.py
+
+hooks: install
+	$(BIN)/pre-commit install
 
 install: $(VENV)/.installed
 

@@ -4,10 +4,13 @@
 
 mt0-large's real shape with random weights (192 sites): attaching to a fresh model, the n-th adapter, switching;
 importing in fresh processes.
+
+Needs: CPU; peft, 10 GB of memory; about 3 minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import statistics
 import subprocess
@@ -68,6 +71,7 @@ def importing(statement: str) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     report = {
         "attaching to mt0-large": {"ia3": attaching("ia3", 1000), "peft": attaching("peft", 31)},
         "importing, s (median of 5, less a bare interpreter)": {n: importing(s) for n, s in IMPORTS.items()},

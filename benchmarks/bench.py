@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+
+import ia3
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,28 +47,47 @@ def summary(seconds: dict[str, list[float]], against: str) -> dict[str, dict[str
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    """Where and with what something is measured, in the one shape that every result has; None for what is not there."""
+    cuda = torch.cuda.is_available()
     return {
-        "processor": model or platform.processor(),
+        "card": torch.cuda.get_device_name() if cuda else None,
+        "driver": _driver() if cuda else None,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **({"peft": _peft()} if _peft() else {}),
+        **{package: _version(package) for package in ("torch", "transformers", "peft")},
+        "ia3": ia3.__version__,
     }
 
 
-def _peft() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def say_machine() -> dict[str, Any]:
+    """Print `machine()` on one line, and give it."""
+    found = machine()
+    print("#", ", ".join(f"{name} {value}" for name, value in found.items() if value is not None), flush=True)
+    return found
 
+
+def _driver() -> str | None:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return version("peft")
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
     except PackageNotFoundError:
-        return ""
+        return None
 
 
 def write(name: str, report: dict[str, Any]) -> None:

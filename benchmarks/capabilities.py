@@ -3,10 +3,13 @@
     python benchmarks/capabilities.py
 
 A probe that raises, or whose comparison fails, is a no. The table is the one in docs/from-peft.md.
+
+Needs: CPU; peft; about a minute.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import logging
 import sys
@@ -420,6 +423,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     import peft
 
     import ia3

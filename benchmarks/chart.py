@@ -1,10 +1,13 @@
 """The GPU's figures in one picture, `docs/images/speed.png`, from train_step.json and guide_gpu.json.
 
 python benchmarks/chart.py
+
+Needs: CPU; results of train_step and guide_gpu; seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -34,10 +37,12 @@ def bars(axes: Axes, title: str, unit: str, rows: list[tuple[str, float, str]]) 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     found = json.loads((RESULTS / "train_step.json").read_text())
     rows = {(r["name"], r["batch"], r["length"], r["dtype"]): r for r in found["rows"]}
     guide = json.loads((RESULTS / "guide_gpu.json").read_text())["rows"]
     half = "bfloat16"
+    card = found["machine"]["card"] if "machine" in found else found["card"]  # results of before one shape
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(15, 4.2), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
@@ -79,7 +84,7 @@ def main() -> None:
                 ("ia3, from then on", guide["ia3, warm"]["s"], OURS),
             ],
         )
-        figure.suptitle(f"mt0-large's shape on an {found['card']}", x=0.005, ha="left", fontsize=13)
+        figure.suptitle(f"mt0-large's shape on an {card}", x=0.005, ha="left", fontsize=13)
         figure.savefig(ROOT / "docs" / "images" / "speed.png")
 
 

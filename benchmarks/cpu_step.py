@@ -4,6 +4,8 @@
 
 flan-t5-small-titler in fp32, batch 8, 3 label tokens, forward + backward + AdamW: padded to 64 tokens, to the
 guide's 128, and (ia3 alone) to the longest of each batch, in the same order as PEFT pads to 128.
+
+Needs: CPU; peft; about 3 minutes.
 """
 
 from __future__ import annotations

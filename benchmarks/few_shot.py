@@ -6,6 +6,8 @@ Model `bundled:flan-t5-small-titler`. For each seed 500 sentences are held out, 
 as many of each sentiment as of the next (the held-out ones are 61 % neutral). All settings are those of the recipe
 (Adafactor 3e-3, batch 8, the likeliest label as the answer) but for the number of steps, of which 6 % warm up, as
 there. Prints the median and the quartiles over the seeds.
+
+Needs: CPU; PhraseBank; 75 minutes with --steps 250.
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 
 import ia3
+from bench import say_machine
 from ia3.bundled import TITLER
 from ia3.training.comparison import spread
 from ia3.training.data import Examples, load_examples, split_examples
@@ -77,10 +78,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
     examples = load_examples(os.environ["IA3_PHRASEBANK"])
-    machine = (
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-    print(f"# {machine}; {arguments.steps} steps; {HELD_OUT} held out; median (quartiles) over {arguments.seeds}")
+    where = say_machine()
+    print(f"# {arguments.steps} steps; {HELD_OUT} held out; median (quartiles) over {arguments.seeds}")
     print(f"# {'examples':<9}{'losses':<22}{'accuracy':<24}{'macro-F1':<24}s", flush=True)
     runs = []
     for count, objective in itertools.product(arguments.counts, OBJECTIVES):
@@ -91,7 +90,7 @@ def main() -> None:
         print(f"  {count:<9}{OBJECTIVES[objective]:<22}{cells}{sum(each['seconds'] for each in found):.0f}", flush=True)
     majority, before = (spread([each[name] for each in runs]).median for name in ("majority", "before"))
     print(f"# majority class {majority:.3f}; before training {before:.3f}")
-    RESULTS.write_text(json.dumps({"machine": machine, "runs": runs, "steps": arguments.steps}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"machine": where, "runs": runs, "steps": arguments.steps}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

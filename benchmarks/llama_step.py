@@ -9,6 +9,8 @@ it; it gets no attention mask, which it needs not, and transformers is kept from
 so that its attention is the fused one. ia3's step is `ia3.compile_step`, also on texts of four lengths, which it
 doesn't pad. Columns are as in `train_step.py`; `loss` is the first step's, alike for all that start at the base.
 `--tiny` tries the script on a CPU.
+
+Needs: one GPU, --tiny a CPU; peft; a few minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,11 +26,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ia3
+from bench import say_machine
 from train_step import captured, guide, launches, ours, timed
 
 RESULTS = Path(__file__).parent / "results" / "llama_step.json"
@@ -120,9 +121,7 @@ def main() -> None:
 
     cuda = torch.cuda.is_available()
     device, shape = "cuda" if cuda else "cpu", TINY if arguments.tiny or not cuda else THREE_B
-    card = torch.cuda.get_device_name() if cuda else platform.processor() or "CPU"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"# {card}, {versions}", flush=True)
+    where = say_machine()
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
     cases: list[tuple[str, Any, Any, Any, tuple[int, ...]]] = [
         ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, FULL),
@@ -148,7 +147,7 @@ def main() -> None:
         rows.append(row)
         print({key: value for key, value in row.items() if key != "longest"}, flush=True)
         if shape is THREE_B or arguments.output != RESULTS:
-            arguments.output.write_text(json.dumps({"card": card, "rows": rows, "versions": versions}, indent=1) + "\n")
+            arguments.output.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
         del model
         gc.collect()
         if cuda:

@@ -3,6 +3,8 @@
     python benchmarks/make_tweets.py FOLDER [--output src/ia3/training/tweets]
 
 FOLDER holds the data set's `sent_train.csv` and `sent_valid.csv`. The same input gives the same bytes.
+
+Needs: CPU; the data set as CSV files; seconds.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ PEFT's IA3 switches between 64 adapters, 4 examples each, one group after the ot
 64. PEFT's LoRA of rank 8 takes `adapter_names`; 3 and 7 new tokens are timed, and the difference scaled to 32.
 `same_alone` counts rows of the mixed batch whose tokens are those of the row alone under its adapter, filled up with
 copies of itself to a batch of the same size, so that the kernels are the same. `--tiny` tries the script on a CPU.
+
+Needs: one GPU, --tiny a CPU; peft; a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
 import statistics
 import tempfile
@@ -28,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import train_step
+from bench import say_machine
 from ia3 import AdapterTable, IA3Config, find_sites
 from ia3.fast.generate import Decoder
 from register import write_adapters
@@ -253,17 +254,14 @@ def main() -> None:
     parser.add_argument("--ours", action="store_true", help="ia3's cases alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    import peft
 
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"# {card}, {versions}", flush=True)
+    where = say_machine()
     rows: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any]) -> None:
         rows.append(row)
         print(row, flush=True)
-        arguments.output.write_text(json.dumps({"card": card, "versions": versions, "rows": rows}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
 
     for name in [arguments.shape] if arguments.shape else ["mt0-large", "llama-3-8b"]:
         usual = 20 if arguments.tiny else 10_000 if name == "mt0-large" else 2_000

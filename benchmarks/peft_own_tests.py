@@ -9,6 +9,8 @@ the hub are small random ones (`tiny_hub.py`).
 Selected is a test whose parameters or whose own code name IA3, and one whose code names no method and no internal of
 PEFT. Left out are the few that read a certain repository of the hub. `--library peft` runs the same selection unchanged
 against PEFT itself, which shows that it is sound.
+
+Needs: CPU; peft and its source distribution; an hour.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import ia3
-from bench import machine, write
+from bench import write
 
 HERE = Path(__file__).parent
 FILES = (
@@ -284,7 +286,7 @@ def main() -> None:
     print(json.dumps(found, indent=2, ensure_ascii=False))
     if not arguments.no_result:
         name = "peft_own_tests" if arguments.library == "ia3" else "peft_own_tests_by_peft"
-        write(name, {"machine": machine(), **found})
+        write(name, found)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Model `bundled:flan-t5-small-titler` in fp32, 10 % held out, 3 epochs, AdamW 8e-
 batch. Runs of a seed share split and order; ia3 and PEFT draw other dropouts. `ia3` is the guide's loop with the import
 changed. `ia3 fp8` is `compile_step(…, frozen="fp8")` with every product of the layers in fp8, also those of few rows,
 which it would leave as they are. Runs that were not asked for stay in the results.
+
+Needs: CPU; peft, PhraseBank; an hour.
 """
 
 from __future__ import annotations
@@ -14,14 +16,12 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import sys
 import time
 from itertools import islice
 from pathlib import Path
 
 import torch
-import transformers
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import ia3
+from bench import say_machine
 from ia3.bundled import resolve_model
 from ia3.fast.linear import Fp8Linear
 
@@ -103,9 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps an epoch, to try the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    versions["peft"] = importlib.import_module("peft").__version__
-    report = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **versions}
+    report = {"machine": say_machine()}
     runs = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else []
     runs = [each for each in runs if each["library"] not in arguments.of]
     report["runs"] = runs

@@ -8,6 +8,8 @@ random vectors. `--distinct` of them are written, the other folders are hard lin
 written, so the system's cache serves them: a cold disk's own time is not in the figures. Nor is what a virtual machine
 takes to back memory that it never used before, which can be more than all the rest: as much memory is touched and given
 back before, and that time reported by itself.
+
+Needs: CPU; 12 GB of memory, 0.3 GB of disk; 2 minutes.
 """
 
 from __future__ import annotations

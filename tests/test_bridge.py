@@ -195,6 +195,21 @@ def test_files_go_both_ways(model, tmp_path):
     assert same(vectors(loaded), vectors(bridge))
 
 
+@pytest.mark.parametrize(("name", "own", "is_copy"), [("ref", True, True), ("ref", False, False), ("b", True, False)])
+def test_a_reference_that_does_not_begin_as_what_is_trained(model, name, own, is_copy):
+    """TRL's way of asking for one: "ref", under the very configuration of "default"."""
+    config = model.peft_config["default"]
+    as_peft_model(model).add_adapter(name, config if own else copy.deepcopy(config))
+    held = vectors(model)
+    trained = {key: value for key, value in held.items() if key.endswith("default")}
+    added = {key.removesuffix("default"): held[key.removesuffix("default") + name] for key in trained}
+    assert added
+    expected = {
+        key.removesuffix("default"): value if is_copy else torch.ones_like(value) for key, value in trained.items()
+    }
+    assert same(added, expected)
+
+
 def test_a_state_dict_with_and_without_the_prefix(model):
     bridge = as_peft_model(model)
     expected = vectors(model)

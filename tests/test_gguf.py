@@ -128,3 +128,10 @@ def test_what_is_no_gguf_model_says_so(tmp_path: Path) -> None:
     (tmp_path / "torn.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(ValueError, match=r"torn.gguf cannot be read as a GGUF model: copy or download it again"):
         model_from_gguf(AutoModelForCausalLM, str(tmp_path / "torn.gguf"))
+
+
+@pytest.mark.parametrize("absent", ["gguf", "accelerate"])
+def test_a_package_that_is_not_installed(stored, monkeypatch, absent) -> None:
+    monkeypatch.setattr("ia3.gguf.find_spec", lambda name: None if name == absent else object())
+    with pytest.raises(ImportError, match=rf"needs {absent}: pip install {absent}$"):
+        from_gguf(AutoConfig, str(stored[0]))

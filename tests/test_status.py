@@ -76,6 +76,8 @@ def test_disabled(pair):
     with ours.disable_adapter(), theirs.disable_adapter():
         assert ours.get_model_status().enabled is False
         assert theirs.get_model_status().enabled is False
+        for model in pair:
+            assert {status.enabled for status in model.get_layer_status()} == {False}
     assert ours.get_model_status().enabled is True
 
 

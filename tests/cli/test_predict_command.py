@@ -199,3 +199,11 @@ def test_lines_of_a_text_file_are_the_templates_column(base: Path, data: Path, t
     lines.write_text("the share falls\na company rises\n")
     answered = json.loads(succeed("predict", run / "adapter", "--file", lines, "--json").stdout)["predictions"]
     assert [each["text"] for each in answered] == ["the share falls", "a company rises"]
+
+
+def test_a_text_with_tabs_and_line_breaks_stays_on_its_line(adapter: Path) -> None:
+    (line,) = succeed("predict", adapter, "the share\tfalls\nfar \\").stdout.splitlines()
+    label, probability, text = line.split("\t")
+    assert label in LABELS
+    assert 0 < float(probability) <= 1
+    assert text == r"the share\tfalls\nfar \\"

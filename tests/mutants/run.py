@@ -1,8 +1,10 @@
 """Run tests against each mutation of the code; every one must fail a test.
 
-    python tests/mutants/run.py [--only WORD]
+    python tests/mutants/run.py [--only WORD] [--list]
 
-A mutation is made in a temporary copy of the package, never in the working tree.
+A mutation is made in a temporary copy of the package, never in the working tree. Printed are each mutation with its
+fate and the test that killed it, and how many of each room were killed: a room is a folder of the package or a module
+in its top level.
 """
 
 from __future__ import annotations
@@ -14,76 +16,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from changes import PACKAGE, Mutant, Mutated, mutate
+
+from mutants import MUTANTS
 
 ROOT = Path(__file__).parents[2]
-# Quick tests first, those most likely to notice: pytest stops at the first failure.
-TESTS = [
-    "test_config.py",
-    "test_files.py",
-    "test_sites.py",
-    "test_families.py",
-    "test_merging.py",
-    "test_arithmetic.py",
-    "test_checkpoint.py",
-    "test_adapter.py",
-    "test_parity.py",
-    "test_contexts.py",
-]
-# Mutations in these folders and files are for these tests instead.
-TESTS_OF = {
-    "training/": [
-        "training/test_collate.py",
-        "training/test_optimise.py",
-        "training/test_losses.py",
-        "training/test_instructions.py",
-        "training/test_loop.py",
-        "training/test_resume.py",
-    ],
-    "fast/output.py": ["fast/test_output.py"],
-    "fast/guard.py": ["fast/test_output.py", "fast/test_guard.py"],
-    "fast/products.py": ["fast/test_products.py"],
-    "fast/sweep.py": ["fast/test_sweep_step.py"],
-    "fast/llama.py": ["fast/test_llama.py"],
-    "fast/": ["fast/test_t5.py", "fast/test_step.py", "fast/test_packing.py", "fast/test_decode.py"],
-    "table.py": ["test_table.py"],
-    "storage.py": ["fast/test_step.py"],
-    "rows.py": ["test_mixed.py"],
-}
 _CHECK = "import ia3, sys; sys.exit(0 if ia3.__file__.startswith(sys.argv[1]) else 3)"
+_SECONDS = 120  # of one test: a mutation may make it wait for ever
 
 
-def copy_with(mutant: Mutant | None, folder: Path) -> None:
-    """A copy of the package with the mutation.
-
-    Raises:
-        SystemExit: its old text does not occur exactly once.
-    """
-    package = folder / "ia3"
-    shutil.copytree(ROOT / "src" / "ia3", package, ignore=shutil.ignore_patterns("__pycache__"))
-    if mutant is None:
-        return
-    path = package / mutant.file
-    source = path.read_text(encoding="utf-8")
-    if source.count(mutant.old) != 1:
-        raise SystemExit(f"{mutant.file}: found {source.count(mutant.old)} times, expected once: {mutant.old!r}")
-    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+def rooms() -> list[str]:
+    """The package's folders with code, and the modules in its top level."""
+    folders = [path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))]
+    return sorted([*folders, *(path.stem for path in PACKAGE.glob("*.py"))])
 
 
-def tests_for(mutant: Mutant) -> list[str]:
-    return next((tests for start, tests in TESTS_OF.items() if mutant.file.startswith(start)), TESTS)
-
-
-def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
+def run(mutated: Mutated | None, tests: tuple[str, ...]) -> tuple[bool, str]:
     """Whether all tests passed, and the first that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        copy_with(mutant, Path(folder))
+        package = Path(folder) / "ia3"
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutated is not None:
+            (package / mutated.file).write_text(mutated.source, encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", _CHECK, folder], env=environment, check=True)
+        imported = subprocess.run(
+            [sys.executable, "-c", _CHECK, folder], env=environment, capture_output=True, text=True
+        )
+        if imported.returncode:
+            return False, f"import ia3: {imported.stderr.strip().splitlines()[-1:]}"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-        command.append("--hypothesis-profile=no-shrinking")
+        command += ["--hypothesis-profile=no-shrinking", f"--timeout={_SECONDS}"]
         done = subprocess.run(
             [*command, *(str(ROOT / "tests" / name) for name in tests)],
             env=environment,
@@ -91,30 +56,52 @@ def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
             capture_output=True,
             text=True,
         )
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1, 2):  # 2: a file of tests could not be imported
         raise SystemExit(f"pytest could not run ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    failed = next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), "")
-    return done.returncode == 0, failed.removeprefix("FAILED tests/").split(" - ")[0]
+    failed = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    return done.returncode == 0, failed.partition(" ")[2].removeprefix("tests/").split(" - ")[0]
+
+
+def report(killed: Counter[str], survived: Counter[str]) -> None:
+    """A line a room."""
+    print("\nroom          killed  survived")
+    for room in sorted(killed | survived):
+        print(f"{room:13} {killed[room]:6} {survived[room]:9}")
+    print(f"{killed.total()} of {killed.total() + survived.total()} killed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="mutations whose description has this word")
-    chosen = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant.breaks]
-    for tests in {tuple(tests_for(mutant)) for mutant in chosen}:
-        passed, failed = run(None, list(tests))
+    parser.add_argument("--only", default="", help="mutations whose description, function or room has this word")
+    parser.add_argument("--list", action="store_true", help="name the mutations and the rooms without any; run nothing")
+    arguments = parser.parse_args()
+    every = [(mutant, mutate(mutant), tests) for tests, mutants in MUTANTS.items() for mutant in mutants]
+
+    def is_asked_for(mutant: Mutant, mutated: Mutated) -> bool:
+        return arguments.only in mutant.breaks or arguments.only in mutant.function or arguments.only == mutated.room
+
+    chosen = [each for each in every if is_asked_for(*each[:2])]
+    without = [room for room in rooms() if room not in {mutated.room for _, mutated, _ in every}]
+    if arguments.list:
+        for mutant, mutated, _ in chosen:
+            print(f"{mutated.file:24} {mutant.function:34} {mutant.breaks}")
+        print(f"{len(chosen)} mutations; rooms without any: {', '.join(without) or 'none'}")
+        return
+    for tests in dict.fromkeys(tests for *_, tests in chosen):
+        passed, failed = run(None, tests)
         if not passed:
             raise SystemExit(f"The tests fail without a mutation: {failed}")
-    survivors = []
-    for number, mutant in enumerate(chosen, 1):
+    killed: Counter[str] = Counter()
+    survived: Counter[str] = Counter()
+    for number, (mutant, mutated, tests) in enumerate(chosen, 1):
         start = time.perf_counter()
-        survived, failed = run(mutant, tests_for(mutant))
-        survivors += [mutant] * survived
-        state = "SURVIVED" if survived else "killed"
-        seconds = time.perf_counter() - start
-        print(f"{number:2} {state:8} {seconds:4.0f} s  {mutant.file:21} {mutant.breaks}  [{failed}]", flush=True)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
-    sys.exit(bool(survivors))
+        lives, failed = run(mutated, tests)
+        (survived if lives else killed)[mutated.room] += 1
+        fate, seconds = "SURVIVED" if lives else "killed", time.perf_counter() - start
+        print(f"{number:3} {fate:8} {seconds:4.0f} s  {mutant.function:34} {mutant.breaks}  [{failed}]", flush=True)
+    report(killed, survived)
+    print(f"Rooms without a mutation: {', '.join(without) or 'none'}")
+    sys.exit(bool(survived))
 
 
 if __name__ == "__main__":

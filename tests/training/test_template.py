@@ -15,6 +15,12 @@ def test_a_template_fills_its_fields() -> None:
     assert template.render({"a b": "", "c:d": float("nan")}) == ""
 
 
+def test_an_empty_column_in_the_middle_leaves_no_line_breaks() -> None:
+    template = Template("{a}{\n\nb} Answer:")
+    assert template.render({"a": "x", "b": "y"}) == "x\n\ny Answer:"
+    assert template.render({"a": "x", "b": ""}) == template.render({"a": "x"}) == "x Answer:"
+
+
 def test_one_column_as_it_is() -> None:
     assert Template.of_column("text").render({"text": " a\n{b}\\1 "}) == "a\n{b}\\1"
 
