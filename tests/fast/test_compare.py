@@ -67,6 +67,12 @@ def other_attention(patch: Any, model: Any) -> None:
     patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", halved)
 
 
+def attention_of_ones_own(patch: Any, model: Any) -> None:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", lambda *a, **k: before(*a, **{**k, "scaling": 2.0}))
+    patch.setattr(model.config, "_attn_implementation_internal", "mine")
+
+
 def other_rotation(patch: Any, model: Any) -> None:
     patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
 
@@ -99,6 +105,7 @@ def in_training_alone(patch: Any, model: Any) -> None:
 
 PATCHES: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
     "an attention registered under the name of another": ("llama", other_attention),
+    "an attention of one's own": ("llama", attention_of_ones_own),
     "T5's attention": ("t5 gated", other_attention),
     "rotary positions": ("llama", other_rotation),
     "masks": ("t5 gated", other_masks),

@@ -77,7 +77,10 @@ def expect_the_same(run: Run, alone: Run, tolerance: float = 1e-8) -> None:
 @pytest.mark.parametrize("way", ["by hand", "mixed"])
 def test_each_run_is_as_if_it_were_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     if way == "mixed":
-        make = lambda *given: (MixedLosses(*given), "the test says so")  # noqa: E731
+
+        def make(model: Any, adapter: Any, token_losses: Any) -> tuple[MixedLosses, str]:
+            return MixedLosses(model, adapter.layout, token_losses), "the test says so"
+
         monkeypatch.setattr(ia3.training.sweep, "group_losses", make)
     few, many, test = tiny_seq2seq.examples(13), tiny_seq2seq.examples(60), tiny_seq2seq.examples(12, 60)
     other = dict(zip(tiny_seq2seq.LABELS, ("neutral", "positive", "negative"), strict=True))

@@ -202,7 +202,7 @@ class Guard:
     def in_one_mode(self) -> bool:
         """Whether all that drops is in the model's own mode."""
         model = self.root()
-        return model is not None and all(each["training"] is model.training for each in self.dropping)
+        return model is not None and set(map(itemgetter("training"), self.dropping)) <= {model.training}
 
     def _has_its_hooks(self) -> bool:
         """Whether the dictionaries of hooks are those that were there, and no hook came to a module without any."""
