@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 import ia3
-from ia3.fast.generate import Decoder
 from bench import say_machine
+from ia3.fast.generate import Decoder
 from ia3.inference.predict import sorted_batches
 from ia3.inference.rank import LabelScorer
 from train_step import LARGE, TINY, build

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 import ia3
-from ia3.adapter import site_vectors
 from bench import say_machine
+from ia3.adapter import site_vectors
 from ia3.fast.sweep import SweepStep, group_losses
 from ia3.state import attached
 from ia3.training.losses import token_log_probabilities

@@ -252,7 +252,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("fast/test_block.py", "fast/test_step.py", "fast/test_batch.py", "fast/test_generation.py"): [
         Mutant("self_attention", Instead("scaled(q, l_k, ragged)", "q"), "the fused loss forgets the keys' vectors"),
-        Mutant("FusedLoss._logits", Instead("self.architecture.logits_scale(self.config)", "1.0"), "a tied head isn't scaled"),
+        Mutant("FusedLoss._logits", Instead("self.architecture.logits_scale(self.config)", "1.0"),
+               "a tied head isn't scaled"),
         Mutant("_Fast._expect_as_it_was", Never("is_valid"), "a model that was cast trains on its old weights"),
         Mutant("restore", Drop("weight.data"), "unloading leaves the weights next to each other"),
         Mutant("_checked", Never("pieces"), "a mask with holes is packed as if it had none"),
