@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import builders
 from described import batch_for, described
 from ia3 import IA3Config, get_peft_model
-from ia3.fast.capture import Captured
+from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import Decoder, compile_generate, unsupported_reason
 from ia3.fast.sessions import CausalSession, FusedSession, Session, Size
 from ia3.mixing import gather_rows
@@ -455,7 +455,7 @@ def test_a_shape_is_recorded_when_it_comes_again() -> None:
         return x * times
 
     with recording() as recorded:
-        computation = Captured(function, torch.device("cpu"))
+        computation = GraphedCallable(function, torch.device("cpu"))
         for factor in range(1, 5):
             x = factor * torch.arange(3.0)
             assert torch.equal(computation(2, x=x), 2 * x)
