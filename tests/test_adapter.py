@@ -12,6 +12,7 @@ from torch import nn
 
 from ia3 import (
     IA3Config,
+    PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -783,3 +784,35 @@ def test_an_fp8_weight_gets_an_fp32_vector():
     linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     model = get_peft_model(nn.Sequential(linear), IA3Config(target_modules=["0"]), autocast_adapter_dtype=False)
     assert model[0].ia3_l.default.dtype == torch.float32
+
+
+def test_configurations_follow_the_adapters(tiny, tmp_path):
+    model = get_peft_model(tiny("t5"), IA3Config(task_type="SEQ_2_SEQ_LM"))
+    config = IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["k"], feedforward_modules=[], revision="r")
+    model.peft_config["default"] = config
+    assert model.active_peft_config is model._state.adapters["default"].config is config
+    model.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).revision == "r"
+    assert type(copy.deepcopy(model.peft_config)) is dict
+    with pytest.raises(ValueError, match=r"no adapter 'other' here: add_adapter\('other', config\)"):
+        model.peft_config["other"] = config
+    for change in (
+        lambda held: held.pop("default"),
+        lambda held: held.update(default=config),
+        lambda held: held.clear(),
+        lambda held: held.__delitem__("default"),
+    ):
+        with pytest.raises(TypeError, match="follows the adapters"):
+            change(model.peft_config)
+    with pytest.raises(ValueError, match=r"one configuration for each of \['default'\], got \['other'\]"):
+        model.peft_config = {"other": config}
+    assert list(model.peft_config) == ["default"]
+
+
+def test_injected_adapters_are_among_those_of_the_model_that_takes_more(tiny):
+    base = tiny("t5")
+    inject_adapter_in_model(IA3Config(task_type="SEQ_2_SEQ_LM"), base, "first")
+    model = get_peft_model(base, IA3Config(task_type="SEQ_2_SEQ_LM"), "second")
+    assert list(model.peft_config) == ["first", "second"]
+    assert "peft_config" not in vars(model)
+    assert not hasattr(model.unload(), "peft_config")
