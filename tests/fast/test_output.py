@@ -33,7 +33,7 @@ def start(tiny: Any, randomise: Any, form: str, dtype: torch.dtype = torch.float
     return without_dropout(adapted(tiny, randomise, form, dtype)).train(), batch_of()
 
 
-def by_hand(output: Any) -> bool:
+def is_fused(output: Any) -> bool:
     nodes = [output.loss.grad_fn]
     for _ in range(3):  # what divides it by a number of items
         nodes += [before for node in nodes if node is not None for before, _ in node.next_functions[:1]]
@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_the_models_own(tiny, randomise, form) -> None:
     (4 * own.loss).backward()
     wanted = gradients(model)
     output = model(**batch)
-    assert by_hand(output)
+    assert is_fused(output)
     # The own loss of a causal model is in fp32.
     torch.testing.assert_close(output.loss, own.loss, rtol=1e-10 if form in FORMS else 1e-6, atol=0, check_dtype=False)
     (4 * output.loss).backward()
@@ -95,7 +95,7 @@ def test_the_number_of_items_as_the_models_own(tiny, randomise, form) -> None:
     model, batch = start(tiny, randomise, form, torch.float32)
     for items in (7, torch.tensor(7)):
         output = model(**batch, num_items_in_batch=items)
-        assert by_hand(output)
+        assert is_fused(output)
         torch.testing.assert_close(output.loss, models_own(model, **batch, num_items_in_batch=items).loss)
 
 
@@ -118,11 +118,11 @@ def test_what_is_read_is_the_models_own(tiny, randomise, form) -> None:
     for read in readings:
         model(**batch)  # after a reading by the model itself
         output = model(**batch)
-        assert by_hand(output)
+        assert is_fused(output)
         assert torch.equal(read(output), own.logits)
         assert type(output) is type(own)
         assert list(output.keys()) == list(own.keys())
-        assert by_hand(output)
+        assert is_fused(output)
     for again in range(2):  # by hand, and by the model itself since the last output was read
         assert "logits" in model(**batch)
         assert len(model(**batch)) == len(own)
@@ -172,7 +172,7 @@ def test_dropout_is_as_the_models_own(tiny, randomise) -> None:
     model, batch = adapted(tiny, randomise, "t5 gated").train(), batch_of()
     torch.manual_seed(0)
     output = model(**batch)
-    assert by_hand(output)
+    assert is_fused(output)
     found = torch.stack([output.loss.detach(), *(model(**batch).loss.detach() for _ in range(199))])
     torch.manual_seed(0)
     assert float(model(**batch).loss.detach()) == float(output.loss.detach())
@@ -268,7 +268,7 @@ def test_what_the_model_itself_must_do(tiny, randomise, change, before) -> None:
     """Changed before the first call or behind it."""
     model, batch = start(tiny, randomise, "t5 gated", torch.float32)
     if not before:
-        assert by_hand(model(**batch))
+        assert is_fused(model(**batch))
     batch = change(model, batch)
     torch.manual_seed(0)
     output = model(**batch)
@@ -284,30 +284,30 @@ def test_the_mode_and_the_gradient_decide(tiny, randomise) -> None:
     with torch.no_grad():
         assert model(**batch).loss.grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert not by_hand(model(**batch))
-    assert not by_hand(model.eval()(**batch))
+        assert not is_fused(model(**batch))
+    assert not is_fused(model.eval()(**batch))
     ids = batch.pop("input_ids")
     model.train()
-    assert not by_hand(model(ids, **batch))
+    assert not is_fused(model(ids, **batch))
     assert model(input_ids=ids, decoder_input_ids=batch["labels"].clamp(min=0)).loss is None
 
 
 def test_batches_as_collators_make_them(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
     given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
-    assert by_hand(model(**given, use_cache=False))
+    assert is_fused(model(**given, use_cache=False))
     torch.testing.assert_close(model(**given).loss, models_own(model, **batch).loss)
     del batch["attention_mask"]
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     torch.testing.assert_close(model(**batch).loss, models_own(model, **batch).loss)
 
 
 def test_what_changes_is_heard(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     model.add_adapter("more", IA3Config(task_type="SEQ_2_SEQ_LM"))
     model.set_adapter("more")
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     torch.testing.assert_close(model(**batch).loss, models_own(model, **batch).loss)
     model(**batch).loss.backward()
     assert all(".more" in name for name in gradients(model))
@@ -316,13 +316,13 @@ def test_what_changes_is_heard(tiny, randomise) -> None:
         model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(2)
     torch.testing.assert_close(model(**batch).loss, models_own(model, **batch).loss)
     with model.disable_adapter():
-        assert not by_hand(model(**batch, adapter_names=None))
+        assert not is_fused(model(**batch, adapter_names=None))
     names = ["default", "more"] * 2 + ["default"]
-    assert not by_hand(model(**batch, adapter_names=names))
-    assert by_hand(model(**batch))
+    assert not is_fused(model(**batch, adapter_names=names))
+    assert is_fused(model(**batch))
     base = model.unload().train()
     assert "forward" not in vars(type(base)) or not hasattr(type(base).forward, "_ia3_own")
-    assert not by_hand(base(**batch))
+    assert not is_fused(base(**batch))
 
 
 def test_copies_begin_anew(tiny, randomise) -> None:
@@ -333,7 +333,7 @@ def test_copies_begin_anew(tiny, randomise) -> None:
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         output = other(**batch)
-        assert by_hand(output)
+        assert is_fused(output)
         torch.testing.assert_close(output.loss, wanted)
         output.loss.backward()
         assert gradients(other)
@@ -343,14 +343,14 @@ def test_copies_begin_anew(tiny, randomise) -> None:
 def test_torch_func_sees_its_own_tensors(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
     wanted = model(**batch)
-    assert by_hand(wanted)
+    assert is_fused(wanted)
     vectors = {name: each for name, each in model.named_parameters() if each.requires_grad}
     doubled = {name: 2 * each.detach() for name, each in vectors.items()}
     assert not torch.allclose(torch.func.functional_call(model, doubled, (), batch).loss, wanted.loss)
     found = torch.func.grad(lambda these: torch.func.functional_call(model, these, (), batch).loss)(
         {name: each.detach() for name, each in vectors.items()}
     )
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     wanted.loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(found[name], gradient)
@@ -359,17 +359,17 @@ def test_torch_func_sees_its_own_tensors(tiny, randomise) -> None:
 def test_who_reads_the_rest_gets_the_models_own_from_then_on(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
     outputs = [model(**batch) for _ in range(2)]
-    assert all(map(by_hand, outputs))
+    assert all(map(is_fused, outputs))
     assert outputs[1].logits.grad_fn is not None
     for _ in range(2):
         output = model(**batch)
-        assert not by_hand(output)
+        assert not is_fused(output)
         assert isinstance(output, Seq2SeqLMOutput)
         output.logits.retain_grad()
         output.loss.backward()
         assert output.logits.grad is not None
-    assert not by_hand(model(**batch))  # nothing of it is read
-    assert by_hand(model(**batch))
+    assert not is_fused(model(**batch))  # nothing of it is read
+    assert is_fused(model(**batch))
 
 
 def test_reading_leaves_no_trace(tiny, randomise) -> None:
@@ -437,7 +437,7 @@ def test_others_of_its_class_are_ordinary(tiny, randomise) -> None:
     for make in kinds:
         for _ in range(2):
             output = model(**batch)
-        assert by_hand(output)
+        assert is_fused(output)
         assert set(make(output)) == {"loss", "logits", "past_key_values", "encoder_last_hidden_state"}
     assert model(**batch)
     output = model(**batch)
@@ -458,7 +458,7 @@ def test_checkpoints_by_storages_are_whole(tiny, randomise, tmp_path) -> None:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(model)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     accelerator.save_state(tmp_path / "state")
     saved = load_file(tmp_path / "state" / "model.safetensors")
     lost = set(tensors) - set(saved)
@@ -467,19 +467,19 @@ def test_checkpoints_by_storages_are_whole(tiny, randomise, tmp_path) -> None:
     save_model(model, str(tmp_path / "model.safetensors"))
     weight = model.encoder.block[0].layer[0].SelfAttention.k.weight
     assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     torch.testing.assert_close(model(**batch).loss, models_own(model, **batch).loss)
 
 
 def test_nothing_is_kept_alive(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
-    assert by_hand(model(**batch))
-    together = weakref.ref(model.__dict__["_ia3_fused_loss"].loss.losses.encoder[0].attention.project.weight)
+    assert is_fused(model(**batch))
+    together = weakref.ref(model.__dict__["_ia3_fused_loss"].loss.losses.weights.stacks[0].layers[0].project.weight)
     gc.disable()
     try:
         model.float()
         assert together() is None
-        assert by_hand(model(**batch))
+        assert is_fused(model(**batch))
         base = model.unload()
         assert "_ia3_fused_loss" not in vars(base)
         alive = weakref.ref(base.encoder.block[0].layer[0].SelfAttention.q)
@@ -546,10 +546,7 @@ T5_CHANGES = {
     "the model's class is patched": patch_class(""),
     "attention is patched": patch_class("encoder.block.0.layer.0.SelfAttention"),
     "a forward of its own": set_attribute("encoder.block.0.layer.1", "forward", lambda *args: None),
-    "another activation": set_attribute("encoder.block.0.layer.1.DenseReluDense", "act", nn.SiLU()),
     "another norm": set_attribute("decoder.block.0.layer.0", "layer_norm", nn.RMSNorm(16, 1e-6)),
-    "epsilon": set_attribute("decoder.block.0.layer.0.layer_norm", "variance_epsilon", 0.1),
-    "epsilon in the configuration": set_config("layer_norm_epsilon", 0.1),
     "dropout of an attention": set_attribute("encoder.block.0.layer.0.SelfAttention", "dropout", 0.5),
     "LoRA": lora("o"),
     "a hook before backward": lambda model, patch: model.encoder.register_full_backward_pre_hook(lambda *_: None),
@@ -558,17 +555,23 @@ T5_CHANGES = {
 }
 LLAMA_CHANGES = {
     "another loss": lambda model, patch: setattr(model, "loss_function", lambda logits, **_: logits.sum() * 0),
-    "the head's bias": set_attribute("lm_head", "bias", nn.Parameter(torch.ones(64), requires_grad=False)),
-    "half a bias": set_attribute(
-        "model.layers.0.self_attn.v_proj", "bias", nn.Parameter(torch.ones(8), requires_grad=False)
-    ),
-    "epsilon": set_attribute("model.norm", "variance_epsilon", 0.1),
-    "epsilon in the configuration": set_config("rms_norm_eps", 0.1),
-    "scaling": set_attribute("model.layers.0.self_attn", "scaling", 1.0),
     "fewer layers": lambda model, patch: setattr(model.model, "layers", model.model.layers[:1]),
-    "fewer layers by the configuration": set_config("num_hidden_layers", 1),
     "dropout in the configuration": set_config("attention_dropout", 0.5),
     "LoRA": lora("o_proj"),
+}
+# What the block reads from the model, or what a comparison with the model's own forward shows.
+FOLLOWED = {
+    "t5 gated: another activation": set_attribute("encoder.block.0.layer.1.DenseReluDense", "act", nn.SiLU()),
+    "t5 gated: epsilon": set_attribute("decoder.block.0.layer.0.layer_norm", "variance_epsilon", 0.1),
+    "t5 gated: epsilon in the configuration": set_config("layer_norm_epsilon", 0.1),
+    "llama: the head's bias": set_attribute("lm_head", "bias", nn.Parameter(torch.ones(64), requires_grad=False)),
+    "llama: half a bias": set_attribute(
+        "model.layers.0.self_attn.v_proj", "bias", nn.Parameter(torch.ones(8), requires_grad=False)
+    ),
+    "llama: epsilon": set_attribute("model.norm", "variance_epsilon", 0.1),
+    "llama: epsilon in the configuration": set_config("rms_norm_eps", 0.1),
+    "llama: scaling": set_attribute("model.layers.0.self_attn", "scaling", 1.0),
+    "llama: fewer layers by the configuration": set_config("num_hidden_layers", 1),
 }
 ALL_CHANGES = [("t5 gated", *each) for each in T5_CHANGES.items()] + [
     ("llama", *each) for each in LLAMA_CHANGES.items()
@@ -581,7 +584,7 @@ ALL_CHANGES = [("t5 gated", *each) for each in T5_CHANGES.items()] + [
 def test_another_model_is_left_to_itself(tiny, randomise, monkeypatch, form, change, before) -> None:
     model, batch = start(tiny, randomise, form, torch.float32)
     if not before:
-        assert by_hand(model(**batch))
+        assert is_fused(model(**batch))
     change(model, monkeypatch)
     try:
         assert _state_of(model, batch) is None
@@ -589,23 +592,39 @@ def test_another_model_is_left_to_itself(tiny, randomise, monkeypatch, form, cha
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_loss_is_that_of_the_model_as_it_is_now(tiny, randomise, name, before) -> None:
+    model, batch = start(tiny, randomise, name.partition(":")[0], torch.float32)
+    if not before:
+        assert is_fused(model(**batch))
+    FOLLOWED[name](model, None)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    expected = models_own(model, **batch).loss
+    found = model(**batch).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(expected, trained, materialize_grads=True)
+    for gradient, other in zip(torch.autograd.grad(found, trained, materialize_grads=True), wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
 def _state_of(model: Any, batch: Any) -> Any:
-    """The loss by hand for the model as it is."""
+    """The fused loss for the model as it is."""
     state = model.__dict__.setdefault(fused_output._STATE, fused_output._State())
     return state.loss_for(model)
 
 
 def test_global_hooks_are_called(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     seen = []
     handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
-        assert not by_hand(model(**batch))
+        assert not is_fused(model(**batch))
     finally:
         handle.remove()
     assert model.encoder in seen
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
 
 
 def test_a_class_patched_later_is_called(tiny, randomise, monkeypatch) -> None:
@@ -626,7 +645,7 @@ def test_a_class_patched_later_is_called(tiny, randomise, monkeypatch) -> None:
 
 def test_replicas_of_data_parallel(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "t5 gated")
-    assert by_hand(model(**batch))
+    assert is_fused(model(**batch))
     replica = model._replicate_for_data_parallel()
     assert replica._is_replica
     assert fused_output._output(replica, batch) is None

@@ -106,7 +106,7 @@ def _other_numbers(model: Any, architecture: Architecture) -> str | None:
         own = vars(module)
         found = [module.p] if isinstance(module, nn.Dropout) else [own.get("dropout"), own.get("attention_dropout")]
         for rate in found:
-            if isinstance(rate, float) and rate not in rates and rate:
+            if isinstance(rate, float) and rate not in rates:
                 return f"dropout of {path} is {rate}, and the configuration says {' or '.join(map(str, sorted(rates)))}"
     return None
 
