@@ -110,7 +110,9 @@ def _in_few_bytes(own: Callable[[float], Numbers], moved: float = 0.0) -> Number
         return isinstance(base, nn.Parameter)
 
     def put_away(tensor: Tensor) -> Any:
-        return tensor if is_weight(tensor) or not tensor.is_cuda else (tensor.device, tensor.cpu())
+        # On its way a mask would lose strides that a kernel is particular about.
+        stays = is_weight(tensor) or not tensor.is_cuda or not tensor.is_contiguous()
+        return tensor if stays else (tensor.device, tensor.cpu())
 
     def fetch(held: Any) -> Tensor:
         found: Tensor = held if isinstance(held, Tensor) else held[1].to(held[0])

@@ -18,8 +18,9 @@ from ia3.fast.block import Inputs, Run
 from ia3.fast.guard import own_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
 from ia3.fast.linear import Precision
+from ia3.fast.ops.append import append
 from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
-from ia3.fast.ops.backend import Backend, backend_for, scaled, with_partials
+from ia3.fast.ops.backend import Backend, backend_for, with_partials
 from ia3.fast.ops.cross_entropy import head_losses, token_losses
 from ia3.fast.ops.dropout import dropout
 from ia3.fast.own import Depad, Repad, answered, own_loss
@@ -331,13 +332,14 @@ class FusedLoss:
         """
         source, run = packed.ragged(groups), self._run(vectors)
         kv = self._read(run, packed, source)
-        for layer in self.weights.stacks[1].layers:
-            if isinstance(layer, CrossLayer):
-                inner = len(layer.project.weight)
-                places = of_layer(into[: source.total_tokens], layer.index, inner)
-                own = of_layer(kv, layer.index, inner)
-                for place, x, vector in zip(places, own, (layer.k, layer.v), strict=True):
-                    place.copy_(scaled(x, run.at(vector), source))
+        layers = [layer for layer in self.weights.stacks[1].layers if isinstance(layer, CrossLayer)]
+        if all(layer.k is None and layer.v is None for layer in layers):
+            into[: len(kv)].copy_(kv)
+            return
+        width = self.cross_width // len(layers)
+        for layer in layers:
+            own = slice(layer.index * width, (layer.index + 1) * width)
+            append(kv[:, own], run.at(layer.k), run.at(layer.v), source, into[:, own], None, run.backend)
 
     def decode_step(
         self, token: Tensor, position: Tensor, kv: Tensor, source: Ragged, caches: Sequence[Tensor],
@@ -379,10 +381,9 @@ class FusedLoss:
         bias: Tensor,
     ) -> Tensor:  # fmt: skip
         """One token's attention to itself and to those before, whose keys and values are in the cache."""
-        inner = cache.shape[-1] // 2
-        q, k, v = torch.split(layer.project(x), inner, -1)
-        both = torch.cat([scaled(k, run.at(layer.k), one), scaled(v, run.at(layer.v), one)], -1)
-        k, v = cache.index_copy_(1, position, both[:, None]).flatten(0, 1).chunk(2, -1)
+        q, own = layer.project(x).tensor_split([cache.shape[-1] // 2], -1)
+        append(own, run.at(layer.k), run.at(layer.v), one, cache, position, run.backend)
+        k, v = cache.flatten(0, 1).chunk(2, -1)
         return self._attended(run, layer, q, one, k, v, before, bias)
 
     def _biases(self, blocks: Blocks, position: Tensor, length: int, like: Tensor) -> dict[Any, Tensor]:
