@@ -66,7 +66,7 @@ def adapted(library: Any, kind: str, arguments: argparse.Namespace, device: str,
 def ours(model: Any, batch: dict[str, Tensor], cuda: bool) -> Callable[[], object]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     step = ia3.compile_step(model, optimizer)
-    assert step.path == ("captured" if cuda else "laid out"), step.reason
+    assert step.path == ("captured" if cuda else "fused"), step.reason
     packed = {name: tensor.cpu() for name, tensor in batch.items()}
     step(packed)
     assert step.reason is None, step.reason

@@ -164,7 +164,7 @@ def frozen_base(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool) ->
 def ours(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool, **how: Any) -> Callable[[], object]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-3, weight_decay=0.0)
     step = ia3.compile_step(model, optimizer, **how)
-    assert step.path == ("captured" if cuda else "laid out"), step.reason
+    assert step.path == ("captured" if cuda else "fused"), step.reason
     return lambda: step(batch)
 
 

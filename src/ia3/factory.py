@@ -128,7 +128,7 @@ def become_base(model: nn.Module, *, input_gradients: bool) -> None:
 def members_over(old: type[nn.Module]) -> dict[str, Any]:
     """What an adapted model's class has besides, by its base's.
 
-    The base's forward, which in training gives its loss by hand where that is right, its output head, and refusals of
+    The base's forward, which in training computes the fused loss where that is right, its output head, and refusals of
     its adapter methods that would find nothing.
     """
     members: dict[str, Any] = {"forward": with_fused_loss(old)} if is_described(old) else {}

@@ -189,7 +189,7 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
     for site in sites:
         module = attached(model).placement.site_module(site.path)
         weight = module._parameters.get("weight")
-        reason = _why_not_mergeable(module, site, weight)
+        reason = _unmergeable_reason(module, site, weight)
         if reason is not None:
             raise ValueError(
                 f"{site.path} has no floating-point weight of its own to merge into ({reason}): merge into a plain "
@@ -216,7 +216,7 @@ _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LINEAR = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _why_not_mergeable(module: nn.Module, site: Site, weight: nn.Parameter | None) -> str | None:
+def _unmergeable_reason(module: nn.Module, site: Site, weight: nn.Parameter | None) -> str | None:
     """Why a scaled weight would not do what the vector does; None where it would."""
     if weight is None:
         return f"a {type(module).__name__} is quantised, or its weight is computed"

@@ -1,4 +1,4 @@
-"""Frozen weights laid out anew: several linear layers' next to each other in memory, so that one product does."""
+"""Frozen fused weights: several linear layers' next to each other in memory, so that one product does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_STATE = "_ia3_laid_out"
+_STATE = "_ia3_fused_weights"
 
 
-class _LaidOut:
+class _FusedWeights:
     """What of a model was laid out: the layers' paths, and the weights together as long as somebody needs them.
 
     A copy of the model has nothing of it: its weights are copied one by one.
@@ -22,14 +22,14 @@ class _LaidOut:
         self.paths: dict[str, None] = {}
         self.together: dict[tuple[str, ...], weakref.ref[Tensor]] = {}
 
-    def __deepcopy__(self, memo: Any) -> _LaidOut:
-        return _LaidOut()
+    def __deepcopy__(self, memo: Any) -> _FusedWeights:
+        return _FusedWeights()
 
-    def __reduce__(self) -> tuple[type[_LaidOut], tuple[()]]:
-        return _LaidOut, ()
+    def __reduce__(self) -> tuple[type[_FusedWeights], tuple[()]]:
+        return _FusedWeights, ()
 
 
-def lay_out(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
+def fuse_weights(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     """Put each group's weights next to each other; the layers' own weights are parts of that memory from then on.
 
     Parameters stay the same objects with the same values under the same names, each with a storage of its own, so that
@@ -42,7 +42,7 @@ def lay_out(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[Tensor]:
     Returns:
         One tensor a group, `[sum of outputs, in]`; it stops being the layers' where the model is moved or cast.
     """
-    state: _LaidOut = model.__dict__.setdefault(_STATE, _LaidOut())
+    state: _FusedWeights = model.__dict__.setdefault(_STATE, _FusedWeights())
     found = []
     for group in groups:
         paths = tuple(group)
@@ -77,8 +77,8 @@ def _are_parts(weights: Sequence[Tensor], together: Tensor) -> bool:
 
 
 def restore(model: nn.Module) -> None:
-    """Give each weight that `lay_out` moved memory of its own again, with the same bits."""
-    state: _LaidOut | None = model.__dict__.get(_STATE)
+    """Give each weight that `fuse_weights` moved memory of its own again, with the same bits."""
+    state: _FusedWeights | None = model.__dict__.get(_STATE)
     for path in state.paths if state is not None else ():
         weight = model.get_parameter(f"{path}.weight")
         weight.data = weight.data.clone()

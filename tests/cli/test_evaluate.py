@@ -34,8 +34,8 @@ def test_generated_answers_may_be_no_label(adapter: Path, data: Path) -> None:
 
 
 def test_macro_f1_by_hand() -> None:
-    truth, predictions = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "x"]
-    result = Result(labels=["a", "b", "c"], truth=truth, predictions=predictions, method="")
+    references, predictions = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "x"]
+    result = Result(labels=["a", "b", "c"], references=references, predictions=predictions, method="")
     assert result.summary()["f1"] == {"a": pytest.approx(4 / 5), "b": pytest.approx(1 / 2)}
     assert result.summary()["macro_f1"] == pytest.approx((4 / 5 + 1 / 2) / 2)
     assert result.summary()["confusion"] == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
@@ -43,7 +43,7 @@ def test_macro_f1_by_hand() -> None:
 
 def test_the_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    _print(Result(labels=["a", "b", "c"], truth=["a", "a", "b"], predictions=["a", "b", "b"], method="how"))
+    _print(Result(labels=["a", "b", "c"], references=["a", "a", "b"], predictions=["a", "b", "b"], method="how"))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "1", "1", "0", "0.667"] in lines
     assert ["c", "0", "0", "0", "–"] in lines

@@ -66,7 +66,7 @@ def test_a_step_trains_a_head_too(norm) -> None:
     compiled = copy.deepcopy(usual)
     expected = train_as_usual(usual, HEADED, norm=norm)
     step = ia3.compile_step(compiled, *optimiser_of(compiled), max_gradient_norm=norm)
-    assert (step.path, step.reason) == ("laid out", None)
+    assert (step.path, step.reason) == ("fused", None)
     before = vectors_of(compiled)
     assert [float(step(batch)) for batch in HEADED] == pytest.approx(expected, rel=1e-4)
     for name, trained in vectors_of(usual).items():

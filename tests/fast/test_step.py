@@ -89,7 +89,7 @@ def test_twenty_steps(tiny, randomise, form, more) -> None:
         max_gradient_norm=more.get("norm"),
         weight_decay=more.get("decay", 0.0),
     )
-    assert (step.path, step.reason) == ("laid out", None)
+    assert (step.path, step.reason) == ("fused", None)
     losses = [float(step(batch)) for batch in data]
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, vector in vectors_of(usual).items():
@@ -182,9 +182,9 @@ def test_laying_out_shows_in_no_file_and_unloading_ends_it(tiny, randomise, tmp_
     keys = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     assert model.state_dict().keys() == keys.keys()
     assert all(torch.equal(tensor, keys[name]) for name, tensor in model.state_dict().items())
-    for each, folder in ((model, "laid out"), (plain, "plain")):
+    for each, folder in ((model, "fused"), (plain, "plain")):
         each.save_pretrained(tmp_path / folder)
-    files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("laid out", "plain")]
+    files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("fused", "plain")]
     assert files[0] == files[1]
     q, k = (model.encoder.block[0].layer[0].SelfAttention.get_submodule(part).weight for part in "qk")
     assert q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()

@@ -67,7 +67,7 @@ def test_the_measurement_is_that_of_each_text_alone(learner, size):
     assert found.predictions == answers
     assert len(set(answers)) > 1
     assert found.shown == [row.text for row in examples]
-    assert found.truth == [row.label for row in examples]
+    assert found.references == [row.label for row in examples]
 
 
 def test_a_long_text_is_cut(learner):
@@ -89,7 +89,7 @@ def test_it_learns(learner):
         own.loss(batch).backward()
         optimiser.step()
     after = own.measure(rows, lambda count: None)
-    assert after.predictions == after.truth != before.predictions
+    assert after.predictions == after.references != before.predictions
     assert after.loss < 0.1 < before.loss
 
 

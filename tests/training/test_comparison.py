@@ -17,8 +17,8 @@ from ia3.training.comparison import (
     draw_runs,
     group_repeats,
     name_runs,
+    quartiles_of,
     read_runs,
-    spread,
 )
 from ia3.training.metrics import wilson_interval
 from ia3.training.recipe import make_recipe
@@ -170,7 +170,7 @@ def test_repeats_differ_in_template_and_seed_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [[0.5], [0.2, 0.8], [0.9, 0.1, 0.4], [3.0, 1.0, 2.0, 10.0], [1.0, 2, 3, 4, 8, 7, 6]])
 def test_spread_against_the_standard_library(values: list[float]) -> None:
-    found = spread(values)
+    found = quartiles_of(values)
     quartiles = statistics.quantiles(values * (2 if len(values) == 1 else 1), n=4, method="inclusive")
     assert [found.lower, found.median, found.upper] == pytest.approx(quartiles, abs=1e-12)
     assert (found.lowest, found.highest) == (min(values), max(values))
@@ -180,7 +180,7 @@ def test_spread_against_the_standard_library(values: list[float]) -> None:
 @pytest.mark.parametrize("values", [[], [0.5, math.nan], [math.inf]])
 def test_no_spread_without_finite_values(values: list[float]) -> None:
     with pytest.raises(ValueError, match="expected at least one, and finite"):
-        spread(values)
+        quartiles_of(values)
 
 
 DAMAGED = {

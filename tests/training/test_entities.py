@@ -33,11 +33,11 @@ def spans(tags: list[str]) -> set[tuple[str, int, int]]:
 
 @given(PAIRS)
 def test_scores_count_the_spans_that_both_have(texts):
-    truth, predictions = ([[pair[side] for pair in text] for text in texts] for side in (0, 1))
-    expected = {(number, *span) for number, tags in enumerate(truth) for span in spans(tags)}
+    references, predictions = ([[pair[side] for pair in text] for text in texts] for side in (0, 1))
+    expected = {(number, *span) for number, tags in enumerate(references) for span in spans(tags)}
     answered = {(number, *span) for number, tags in enumerate(predictions) for span in spans(tags)}
     hits = len(expected & answered)
-    scores = entity_scores(truth, predictions)
+    scores = entity_scores(references, predictions)
     assert scores.precision == (hits / len(answered) if answered else 0)
     assert scores.recall == (hits / len(expected) if expected else 0)
     total = scores.precision + scores.recall
@@ -62,10 +62,10 @@ def test_entities_by_hand(tags, entities):
 
 
 def test_an_entity_counts_whole_or_not_at_all():
-    truth = [["B-PER", "I-PER", "O", "B-LOC", "B-LOC"], ["O", "B-PER"]]
+    references = [["B-PER", "I-PER", "O", "B-LOC", "B-LOC"], ["O", "B-PER"]]
     answers = [["B-PER", "O", "O", "B-LOC", "I-LOC"], ["O", "B-PER"]]
     # 4 entities, 3 answered, 1 of them right: of the others none ends where it should.
-    assert entity_scores(truth, answers) == EntityScores(1 / 3, 1 / 4, 2 / 7)
+    assert entity_scores(references, answers) == EntityScores(1 / 3, 1 / 4, 2 / 7)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_measuring_answers_in_order_as_complete_does(learner, packing: bool) -> 
     found = made.measure(rows, beats.append)
     assert sum(beats) == len(rows)
     assert found.shown == [row.text for row in examples]
-    assert found.truth == [row.label for row in examples]
+    assert found.references == [row.label for row in examples]
     task = made.task
     assert found.predictions == complete(
         made.model, made.tokenizer, found.shown, max_length=task.max_length, max_new_tokens=task.max_new_tokens
@@ -217,5 +217,5 @@ def test_a_model_learns_to_answer_and_to_end(tiny) -> None:
         optimizer.step()
         optimizer.zero_grad()
     after = made.measure(rows, lambda rows: None)
-    assert before.predictions != after.predictions == after.truth
+    assert before.predictions != after.predictions == after.references
     assert after.loss < 0.1 < before.loss

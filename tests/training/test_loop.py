@@ -66,7 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
 def test_it_learns(finished: tuple[Run, Any]) -> None:
     run, model = finished
     assert run.final.accuracy == 1.0
-    assert run.final.predictions == run.truth
+    assert run.final.predictions == run.references
     assert run.final.interval == pytest.approx((0.7575, 1.0), abs=1e-4)
     assert run.majority == pytest.approx(1 / 3)
     assert run.losses[-1] < 0.2 * run.losses[0]
@@ -185,7 +185,7 @@ def test_evaluation_is_what_each_example_gives_alone(finished: tuple[Run, Any], 
     assert together.predictions == (written if answer_by == "generation" else ranked)
     right = sum(row.label == label for row, label in zip(rows, ranked, strict=True))
     assert together.scores == ({"accuracy_by_rank": right / 10} if answer_by == "generation" else {})
-    assert together.truth == [row.label for row in rows]
+    assert together.references == [row.label for row in rows]
     assert together.shown[-1] == "the share rises"
     assert beats == [5, 5]
 

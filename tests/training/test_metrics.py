@@ -52,9 +52,9 @@ def test_counts() -> None:
 
 
 def test_confusion_has_a_column_for_answers_that_are_no_label() -> None:
-    truth = ["a", "a", "b", "b", "b"]
+    references = ["a", "a", "b", "b", "b"]
     predictions = ["a", "b", "b", "B", ""]
-    assert confusion_matrix(truth, predictions, ("a", "b")) == [[1, 1, 0], [0, 1, 2]]
+    assert confusion_matrix(references, predictions, ("a", "b")) == [[1, 1, 0], [0, 1, 2]]
 
 
 def test_confusion_refuses_a_label_it_has_no_row_for() -> None:

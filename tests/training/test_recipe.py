@@ -318,7 +318,7 @@ def test_the_report(base: str, tmp_path: Path) -> None:
     assert report.startswith("# tiny-base on sentences.csv\n")
     assert f"| accuracy | {run.final.accuracy:.1%} of 3 held out" in report
     assert "](report.png)" in report
-    answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+    answers = zip(run.shown, run.references, run.final.predictions, strict=True)
     wrong = [text for text, right, found in answers if right != found]
     assert f"## Wrong answers: {len(wrong)} of {len(wrong)}" in report
     assert all(f"| {text} |" in report for text in wrong)

@@ -11,27 +11,27 @@ from rich.console import Console
 import tiny_seq2seq
 from ia3 import IA3Config, get_peft_model
 from ia3.training.report import draw_report, result_table, vector_maps, write_report
-from ia3.training.run import Progress, Run, judge
+from ia3.training.run import Progress, Run, compute_metrics
 from ia3.training.settings import TrainSettings
 from ia3.training.task import Task, TaskKind
 from ia3.training.template import Template
 
 
 def finished(folder: Path, predictions: list[str], kind: TaskKind = TaskKind.LABEL_WORDS) -> Run:
-    truth = ["negative", "neutral", "positive", "positive"]
+    references = ["negative", "neutral", "positive", "positive"]
     labels = tiny_seq2seq.LABELS if kind.has_labels else ()
     return Run(
         output_dir=folder,
         settings=TrainSettings(),
         task=Task(kind=kind, template=Template("{text}"), labels=labels, max_length=9),
         shown=["text | 1\n", "text 2", "text 3", "long " * 99],
-        truth=truth,
+        references=references,
         progress=Progress(
             steps=[{"learning_rate": 1.0, "loss": 2.0 / step, "step": step} for step in range(1, 61)],
             evaluations=[
-                judge(0, 3.0, truth, ["a title"] * 4, labels, seconds=0.1),
-                judge(30, 0.25, truth, truth, labels, seconds=0.1),
-                judge(60, 0.5, truth, predictions, labels, seconds=0.1),
+                compute_metrics(0, 3.0, references, ["a title"] * 4, labels, seconds=0.1),
+                compute_metrics(30, 0.25, references, references, labels, seconds=0.1),
+                compute_metrics(60, 0.5, references, predictions, labels, seconds=0.1),
             ],
             best=1,
             seconds=12.3,
@@ -138,8 +138,8 @@ def test_the_report_of_labels(tmp_path: Path) -> None:
 
 
 def test_the_report_of_free_text_without_mistakes(tmp_path: Path) -> None:
-    truth = ["negative", "neutral", "positive", "positive"]
-    run = finished(tmp_path, truth, TaskKind.GENERATION)
+    references = ["negative", "neutral", "positive", "positive"]
+    run = finished(tmp_path, references, TaskKind.GENERATION)
     report = write_report(run, "a title").read_text()
     assert "majority" not in report
     assert "Wrong answers" not in report

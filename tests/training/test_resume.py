@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tiny_seq2seq
 from ia3.tensors import load_peft_weights
-from ia3.training.learner import Measurement
+from ia3.training.learner import EvalOutput
 from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted, fit
 from ia3.training.run import Run
@@ -47,7 +47,7 @@ class Signalling(Words):
         self._count("batch", self.at_batch)
         return super().collate(rows)
 
-    def measure(self, rows: Sequence[Any], beat: Callable[[int], None]) -> Measurement:
+    def measure(self, rows: Sequence[Any], beat: Callable[[int], None]) -> EvalOutput:
         def counted(count: int) -> None:
             self._count("beat", self.at_beat)
             beat(count)
@@ -117,7 +117,7 @@ def test_an_evaluation_that_draws_leaves_no_draw_behind(
     """As a GPU's evaluations do, whose kernels are given seeds: the one that is interrupted is done again."""
     measure = Signalling.measure
 
-    def drawing(self: Signalling, rows: Sequence[Any], beat: Callable[[int], None]) -> Measurement:
+    def drawing(self: Signalling, rows: Sequence[Any], beat: Callable[[int], None]) -> EvalOutput:
         torch.rand(3)
         return measure(self, rows, beat)
 

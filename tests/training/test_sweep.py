@@ -23,7 +23,7 @@ from ia3.training.data import Examples
 from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
-from ia3.training.loop import Course, fit
+from ia3.training.loop import RunPlan, fit
 from ia3.training.run import Run
 from ia3.training.settings import TrainSettings
 from ia3.training.sweep import Together, combinations, names_of, ranking_table, sweep
@@ -48,7 +48,7 @@ def run_together(
     learners: Sequence[Learner[Any]], training: Sequence[Examples], test: Examples, folder: Path
 ) -> Together:
     courses = [
-        Course(learner, examples, test, learner.tokenise(examples), learner.tokenise(test))
+        RunPlan(learner, examples, test, learner.tokenise(examples), learner.tokenise(test))
         for learner, examples in zip(learners, training, strict=True)
     ]
     folders = [folder / f"run-{number}" for number in range(len(courses))]
@@ -185,7 +185,7 @@ def test_short_groups_are_filled_up_with_what_is_not_learned() -> None:
     examples = tiny_seq2seq.examples(10)
     learner = Words(seq2seq(), TOKENIZER, TASK, COMMON)
     rows = learner.tokenise(examples)
-    together = Together([Course(learner, examples, examples, rows, rows)] * 2, [Path("nowhere")] * 2)
+    together = Together([RunPlan(learner, examples, examples, rows, rows)] * 2, [Path("nowhere")] * 2)
     batch = together._batch([rows[:1], rows[2:5]])
     assert (batch["labels"] != -100).any(1).tolist() == [True, False, False, True, True, True]
     assert batch["attention_mask"].any(1).all()

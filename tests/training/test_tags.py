@@ -73,7 +73,7 @@ def test_the_measurement_is_that_of_each_text_alone(learner, size):
         answers.append([TAGS[index] for index in logits.argmax(dim=-1).tolist()])
     assert found.loss == pytest.approx(sum(losses) / 15, abs=1e-12)
     assert found.shown == " ".join(row.text for row in EXAMPLES).split()
-    assert found.truth == " ".join(row.label for row in EXAMPLES).split()
+    assert found.references == " ".join(row.label for row in EXAMPLES).split()
     assert found.predictions == [name for text in answers for name in text]
     scores = entity_scores([row.label.split() for row in EXAMPLES], answers)
     assert found.scores == {
@@ -90,7 +90,7 @@ def test_words_behind_the_cut_are_counted_and_in_no_figure(learner, caplog):
     assert "5 of 15 words have no token within the first 8" in caplog.text
     found = own.measure(rows, lambda count: None)
     assert found.shown == ["the", "share", "of", "nokia", "ann", "lee", "stays", "in", "new", "york"]
-    assert found.truth == ["O", "O", "O", "B-LOC", "B-PER", "I-PER", "O", "O", "B-LOC", "I-LOC"]
+    assert found.references == ["O", "O", "O", "B-LOC", "B-PER", "I-PER", "O", "O", "B-LOC", "I-LOC"]
     assert found.scores["words_left_out"] == 5
     assert own.targets(own.collate(rows)) == 10
 
@@ -105,7 +105,7 @@ def test_it_learns_whole_entities(learner):
         own.loss(batch).backward()
         optimiser.step()
     found = own.measure(rows, lambda count: None)
-    assert found.predictions == found.truth
+    assert found.predictions == found.references
     assert found.scores["entity_f1"] == 1
 
 

@@ -77,20 +77,20 @@ def _judge(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:
     from ia3.training.entities import tag_scores
     from ia3.training.task import TaskKind
 
-    truth = [example.label for example in examples]
+    references = [example.label for example in examples]
     if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
         predictions = [each.label for each in answers]
-        return Result(labels=task.labels, truth=truth, predictions=predictions, method=task.method)
+        return Result(labels=task.labels, references=references, predictions=predictions, method=task.method)
     # A word that was cut off has no tag and is left out, as while training.
     pairs = [
         [(right, found) for right, found in zip(tags.split(" "), answer.tags or (), strict=True) if found is not None]
-        for tags, answer in zip(truth, answers, strict=True)
+        for tags, answer in zip(references, answers, strict=True)
     ]
     rights, founds = ([[pair[side] for pair in text] for text in pairs] for side in (0, 1))
     left_out = sum(found is None for answer in answers for found in answer.tags or ())
     scores = tag_scores(rights, founds, task.labels, words_left_out=left_out)
     flat = [[tag for text in texts for tag in text] for texts in (rights, founds)]
-    return Result(labels=task.labels, truth=flat[0], predictions=flat[1], method=task.method, scores=scores)
+    return Result(labels=task.labels, references=flat[0], predictions=flat[1], method=task.method, scores=scores)
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
@@ -115,7 +115,7 @@ class Result:
     """What an adapter answered, and `method`, how it was asked; without labels the answers are free text."""
 
     labels: Sequence[str]
-    truth: Sequence[str]
+    references: Sequence[str]
     predictions: Sequence[str]
     method: str
     scores: dict[str, float] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Result:
             wilson_interval,
         )
 
-        correct, total = count_correct(self.truth, self.predictions), len(self.truth)
+        correct, total = count_correct(self.references, self.predictions), len(self.references)
         figures = {
             "accuracy": correct / total,
             "accuracy_interval_95": list(wilson_interval(correct, total)),
@@ -142,14 +142,14 @@ class Result:
         }
         if not self.labels:
             return figures
-        confusion = confusion_matrix(self.truth, self.predictions, self.labels)
+        confusion = confusion_matrix(self.references, self.predictions, self.labels)
         f1 = f1_scores(confusion, self.labels)
         return figures | {
             "confusion": confusion,  # a row a true label, a column a prediction, the last for no label
             "f1": f1,
             "labels": list(self.labels),
             "macro_f1": macro_f1(f1),
-            "majority_baseline": majority_baseline(self.truth),
+            "majority_baseline": majority_baseline(self.references),
         }
 
 

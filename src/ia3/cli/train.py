@@ -305,7 +305,7 @@ def _train_each(recipes: list[Recipe], progress: Console, *, as_json: bool) -> N
 
     from rich.console import Console
 
-    from ia3.training.comparison import spread
+    from ia3.training.comparison import quartiles_of
 
     results, failed = [], []
     for number, recipe in enumerate(recipes, start=1):
@@ -318,7 +318,7 @@ def _train_each(recipes: list[Recipe], progress: Console, *, as_json: bool) -> N
     if not results:
         raise FloatingPointError(f"None of the {len(recipes)} runs came to an end: lower the learning rate.")
     folder = str(recipes[0].output.parent) if recipes[0].output is not None else ""
-    found = spread([result["accuracy"] for result in results])
+    found = quartiles_of([result["accuracy"] for result in results])
     if as_json:
         content = {"folder": folder, "accuracy": found.summary(), "failed": failed, "runs": results}
         typer.echo(json.dumps(content, ensure_ascii=False))

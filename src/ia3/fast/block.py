@@ -1,4 +1,4 @@
-"""One block for every family: the layers that a description names, over frozen weights that were laid out anew.
+"""One block for every family: the layers that a description names, over frozen weights that were fused.
 
 A layer is an attention, an attention across, a feed-forward, or two of them beside each other. L layers have L + 1
 norms: before each and behind the last. That of a pre-norm block is its own, and the residual stream is what it norms;

@@ -116,7 +116,7 @@ class FusedLoss:
     """The losses of a batch as a function of the batch and a table of vectors.
 
     Args:
-        model: one for which `unsupported_reason` has nothing to say; its weights are laid out anew.
+        model: one for which `unsupported_reason` has nothing to say; its weights are fused.
         layout: the active adapter's.
         recompute: keep the residual stream alone for the backward, and compute what is inside a layer again.
         frozen: what the blocks' frozen weights are multiplied in; the head's stay as they are.

@@ -324,7 +324,7 @@ class Decoder(Generate):
             while len(self.fused) >= _KEPT:
                 del self.fused[next(iter(self.fused))]
             session = FusedSession(self.model, self.plan, size)
-            self.guard = Guard(self.model, session.fused.folded)  # its weights were laid out anew
+            self.guard = Guard(self.model, session.fused.folded)  # its weights were fused
         self.fused[size] = session
         return session
 

@@ -61,7 +61,7 @@ class GraphedLoss:
     """The fused loss of a model with one adapter, and its gradient; on a GPU captured once a shape and replayed.
 
     Args:
-        model: one for which `unsupported_reason` has nothing to say; its weights are laid out anew. It is not kept
+        model: one for which `unsupported_reason` has nothing to say; its weights are fused. It is not kept
             alive.
         adapter: None for the one that acts.
         others: what the loss trains besides the adapter's vectors.

@@ -1,4 +1,4 @@
-"""A model's layers as its description names them: frozen weights laid out anew, and where their vectors are."""
+"""A model's layers as its description names them: frozen fused weights, and where their vectors are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ia3.architectures import Architecture, Attention, FeedForward, Stack, key_v
 from ia3.fast.linear import FrozenLinear, Precision, frozen_linear
 from ia3.fast.ops.norm import Norm
 from ia3.sites import Layout, Site
-from ia3.storage import lay_out
+from ia3.storage import fuse_weights
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Weights:
     """The frozen weights of a model's blocks, joined where their inputs are equal.
 
     Args:
-        model: one of the family, whose weights are laid out anew.
+        model: one of the family, whose weights are fused.
         architecture: its description.
         layout: the adapter's.
         frozen: what the blocks' weights are multiplied in.
@@ -286,7 +286,7 @@ class Weights:
             (module,) = modules
             weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()  # a Conv1D's is [in, out]
             return frozen_linear(weight, module.bias, frozen=self.frozen)
-        (together,) = lay_out(self.model, [list(paths)])
+        (together,) = fuse_weights(self.model, [list(paths)])
         biases = [module.bias for module in modules]
         if all(bias is None for bias in biases):
             return frozen_linear(together, frozen=self.frozen)

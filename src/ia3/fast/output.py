@@ -1,7 +1,7 @@
 """The forward of an adapted model in training: its fused loss, and the rest of its output when that is read.
 
 A training loop calls the model, takes the loss and goes backward. So the loss and its gradient are computed as in
-`compile_step`: without padding, over weights laid out anew, on a GPU captured. Logits and the like are computed by the
+`compile_step`: without padding, over fused weights, on a GPU captured. Logits and the like are computed by the
 model's own forward when somebody reads them, with dropout as another draw. Who reads them reads them again, so the call
 after such a reading goes through the model's own forward from the beginning.
 """
@@ -50,7 +50,7 @@ def with_fused_loss(old: type[nn.Module]) -> Callable[..., Any]:
 
 
 def forget(model: nn.Module) -> None:
-    """Let go of what a model keeps for its fused loss, the weights laid out anew among it."""
+    """Let go of what a model keeps for its fused loss, the fused weights among it."""
     model.__dict__.pop(_STATE, None)
 
 

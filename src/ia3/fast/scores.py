@@ -29,7 +29,7 @@ class ChoiceScores:
     """The log-probability of each token of each choice after each input, without padding.
 
     Args:
-        model: one for which `unsupported_reason` has nothing to say; its weights are laid out anew.
+        model: one for which `unsupported_reason` has nothing to say; its weights are fused.
         choices: tokens `[choices, length]`, -100 after a choice's end.
 
     What is found is right as long as `guard.is_valid()` and where `difference` has nothing to say.

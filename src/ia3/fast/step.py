@@ -1,4 +1,4 @@
-"""One training step, forward to optimizer, over a model whose frozen weights are laid out anew.
+"""One training step, forward to optimizer, over a model whose frozen weights are fused.
 
 On a GPU each shape of batch is captured once as a CUDA graph and replayed; elsewhere the same computation runs as it
 is. Where a model or an optimizer is not one that this is right for, or the first batch shows that the model's own
@@ -139,7 +139,7 @@ class _Eager(Step):
 
 
 class _Fast(Step):
-    """The step over weights laid out anew, captured on a GPU."""
+    """The step over fused weights, captured on a GPU."""
 
     def __init__(
         self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
@@ -155,7 +155,7 @@ class _Fast(Step):
         views = [part.view_as(vector) for part, vector in zip(loss.layout.split(flat), loss.vectors, strict=True)]
         self.places = list(zip((*loss.vectors, *loss.others), (*views, *self.gradients[1:]), strict=True))
         self.computation = GraphedCallable(self._step, loss.device, warm_up=self._backward)
-        self.path = "captured" if self.computation.captures else "laid out"
+        self.path = "captured" if self.computation.captures else "fused"
         if self.computation.captures:
             _make_capturable(optimizer, loss.device)
         self.settings = _settings(optimizer)

@@ -98,7 +98,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quartiles:
     """How values lie: their median, quartiles and extremes."""
 
     median: float
@@ -125,8 +125,8 @@ class Repeats:
 
     records: list[RunRecord] = field(repr=False)
     varied: dict[str, int]
-    accuracy: Spread
-    loss: Spread
+    accuracy: Quartiles
+    loss: Quartiles
 
     @property
     def kind(self) -> TaskKind:
@@ -330,12 +330,12 @@ def _repeats(records: list[RunRecord]) -> Repeats:
     return Repeats(
         records,
         varied,
-        accuracy=spread([record.last["accuracy"] for record in records]),
-        loss=spread([record.last["loss"] for record in records]),
+        accuracy=quartiles_of([record.last["accuracy"] for record in records]),
+        loss=quartiles_of([record.last["loss"] for record in records]),
     )
 
 
-def spread(values: Sequence[float]) -> Spread:
+def quartiles_of(values: Sequence[float]) -> Quartiles:
     """The median, the quartiles and the extremes.
 
     Quartiles are interpolated linearly between the two nearest values (numpy's method `linear`).
@@ -349,7 +349,7 @@ def spread(values: Sequence[float]) -> Spread:
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"The values are {list(values)}: expected at least one, and finite numbers only.")
     lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75), method=QUARTILE_METHOD).tolist()
-    return Spread(median, lower, upper, min(values), max(values))
+    return Quartiles(median, lower, upper, min(values), max(values))
 
 
 @dataclass(frozen=True)

@@ -43,42 +43,46 @@ def find_entities(tags: Sequence[str]) -> list[Entity]:
     return entities
 
 
-def entity_scores(truth: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> EntityScores:
+def entity_scores(references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> EntityScores:
     """Compare the entities of texts.
 
     Args:
-        truth: the right IOB2 tags, one sequence a text.
+        references: the right IOB2 tags, one sequence a text.
         predictions: the model's, one a word as well.
 
     Raises:
         ValueError: texts or words without a counterpart, or tags that are not IOB2.
     """
-    if [len(tags) for tags in truth] != [len(tags) for tags in predictions]:
+    if [len(tags) for tags in references] != [len(tags) for tags in predictions]:
         raise ValueError("The predictions don't match the words: expected one tag for each word of each text.")
-    other = sorted({tag for text in (*truth, *predictions) for tag in text if not (tag == "O" or are_iob2([tag]))})
+    other = sorted({tag for text in (*references, *predictions) for tag in text if not (tag == "O" or are_iob2([tag]))})
     if other:
         raise ValueError(f"The tags {other[:5]} mark no entities: expected O, B-type and I-type.")
     right = found = hits = 0
-    for expected, answered in zip(truth, predictions, strict=True):
+    for expected, answered in zip(references, predictions, strict=True):
         entities, guesses = set(find_entities(expected)), set(find_entities(answered))
         right, found, hits = right + len(entities), found + len(guesses), hits + len(entities & guesses)
     return EntityScores(_share(hits, found), _share(hits, right), _share(2 * hits, right + found))
 
 
 def tag_scores(
-    truth: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], tags: Iterable[str], *, words_left_out: int
+    references: Sequence[Sequence[str]],
+    predictions: Sequence[Sequence[str]],
+    tags: Iterable[str],
+    *,
+    words_left_out: int,
 ) -> dict[str, float]:
     """What tags of words are judged by besides their accuracy, by name.
 
     Args:
-        truth: the right tags of the words that were read, one sequence a text.
+        references: the right tags of the words that were read, one sequence a text.
         predictions: the model's.
         tags: all of the task's; of entities where they are IOB2.
         words_left_out: how many words had no token within the longest length allowed: these are in no other figure.
     """
     scores = {}
     if are_iob2(tags):
-        found = entity_scores(truth, predictions)
+        found = entity_scores(references, predictions)
         scores = {"entity_f1": found.f1, "entity_precision": found.precision, "entity_recall": found.recall}
     if words_left_out:
         scores["words_left_out"] = float(words_left_out)

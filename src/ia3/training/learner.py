@@ -20,20 +20,20 @@ RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EvalOutput:
     """Held-out rows, as the model answers them.
 
     Args:
         loss: the mean over all targets: label tokens, completion tokens, texts or words.
         shown: the units that were answered: the texts, or the words of a token classification.
-        truth: the right answer of each unit.
+        references: the right answer of each unit.
         predictions: the model's answer to each.
         scores: further figures by name, such as `entity_f1`.
     """
 
     loss: float
     shown: list[str] = field(repr=False)
-    truth: list[str] = field(repr=False)
+    references: list[str] = field(repr=False)
     predictions: list[str] = field(repr=False)
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ class Answered:
 
     Args:
         text: what was read.
-        truth: the right answer.
+        reference: the right answer.
         prediction: the model's.
         loss: of the right answer, summed over its targets.
         targets: how many these are.
@@ -52,7 +52,7 @@ class Answered:
     """
 
     text: str
-    truth: str
+    reference: str
     prediction: str
     loss: float
     targets: int
@@ -105,7 +105,7 @@ class Learner(ABC, Generic[RowT]):
         """The mean loss of a batch on the model's device, with its graph."""
 
     @abstractmethod
-    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> Measurement:
+    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> EvalOutput:
         """Answer held-out rows; the model is left in evaluation mode.
 
         Args:
@@ -138,17 +138,20 @@ class Writer(Learner[RowT]):
         return sorted_batches(lengths, self.settings.evaluation_batch_size)
 
     @torch.inference_mode()
-    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> Measurement:
+    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> EvalOutput:
         """The loss of the right answers, and the model's own."""
         self.model.eval()
         batches = self.batches([self.asked(row) for row in rows])
         return measurement(answer_in_batches(batches, lambda indices: self.answer([rows[i] for i in indices]), beat))
 
 
-def measurement(answers: Sequence[Answered]) -> Measurement:
+def measurement(answers: Sequence[Answered]) -> EvalOutput:
     """What the answers to all held-out examples come to; where some were ranked too, `accuracy_by_rank`."""
     loss, targets = sum(each.loss for each in answers), sum(each.targets for each in answers)
-    truth, ranked = [each.truth for each in answers], [each.ranked for each in answers if each.ranked is not None]
-    scores = {"accuracy_by_rank": count_correct(truth, ranked) / len(truth)} if ranked else {}
+    references, ranked = (
+        [each.reference for each in answers],
+        [each.ranked for each in answers if each.ranked is not None],
+    )
+    scores = {"accuracy_by_rank": count_correct(references, ranked) / len(references)} if ranked else {}
     shown, predictions = [each.text for each in answers], [each.prediction for each in answers]
-    return Measurement(loss / targets, shown, truth, predictions, scores)
+    return EvalOutput(loss / targets, shown, references, predictions, scores)

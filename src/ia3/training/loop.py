@@ -39,7 +39,7 @@ from ia3.fast.step import Step, compile_step
 from ia3.files import write_atomically
 from ia3.training.collate import shuffled_batches
 from ia3.training.data import Examples
-from ia3.training.learner import Learner, Measurement
+from ia3.training.learner import EvalOutput, Learner
 from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
 from ia3.training.run import (
     ADAPTER_FOLDER,
@@ -48,10 +48,10 @@ from ia3.training.run import (
     RESULT_NAME,
     STATE_NAME,
     Evaluation,
-    Progress,
     Run,
+    TrainerState,
     check_output,
-    judge,
+    compute_metrics,
     load_state,
     save_state,
     write_json,
@@ -102,7 +102,7 @@ def fit(
     return Training(learner, train_examples, test_examples, Path(output_dir), resume=resume).run(console)
 
 
-class Course:
+class RunPlan:
     """One run: its batches step by step, when it is evaluated, which evaluation is the best, and how far it has come.
 
     Args:
@@ -129,9 +129,9 @@ class Course:
         self.steps_an_epoch = self.settings.steps_an_epoch(batches)
         self.total_steps = self.settings.total_steps(batches)
         self.interval = self.settings.evaluation_interval(batches)
-        self.progress = Progress()
+        self.progress = TrainerState()
         self.shown: list[str] | None = None
-        self.truth: list[str] = []
+        self.references: list[str] = []
 
     @property
     def finished(self) -> bool:
@@ -168,13 +168,13 @@ class Course:
             return False
         return step % self.interval == 0 or step >= self.total_steps
 
-    def judge(self, found: Measurement, seconds: float) -> Evaluation:
+    def compute_metrics(self, found: EvalOutput, seconds: float) -> Evaluation:
         """The evaluation of the step that the run is at."""
-        self.shown, self.truth = found.shown, found.truth
-        return judge(
+        self.shown, self.references = found.shown, found.references
+        return compute_metrics(
             self.progress.step,
             found.loss,
-            found.truth,
+            found.references,
             found.predictions,
             self.learner.task.labels,
             seconds=seconds,
@@ -234,13 +234,13 @@ class Course:
             settings=self.settings,
             task=self.learner.task,
             shown=self.shown or [],
-            truth=self.truth,
+            references=self.references,
             progress=self.progress,
             train_examples=self.train_count,
             trainable_parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
             all_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
-        answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+        answers = zip(run.shown, run.references, run.final.predictions, strict=True)
         predictions = [{"label": right, "prediction": found, "text": text} for text, right, found in answers]
         write_json(folder / RESULT_NAME, run.summary() | {"predictions": predictions})
         return run
@@ -263,25 +263,25 @@ class Training:
         self.learner, self.settings, self.folder = learner, settings, folder
         self.accelerator = make_accelerator(settings, folder)
         self.trainable = trainable_parameters(learner.model)
-        self.course = Course(learner, training, test, learner.tokenise(training), learner.tokenise(test))
+        self.plan = RunPlan(learner, training, test, learner.tokenise(training), learner.tokenise(test))
         torch.manual_seed(settings.seed)
         optimizer = make_optimizer(self.trainable, settings)
         self.model, self.optimizer = self.accelerator.prepare(learner.model, optimizer)
-        self.schedule = make_schedule(optimizer, settings, self.course.total_steps)
+        self.schedule = make_schedule(optimizer, settings, self.plan.total_steps)
         self.saved_at = time.monotonic()
         self.stop_asked = False
         self.advice = "fit(…, resume=True)"
         if resume:
-            self.course.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
+            self.plan.progress = load_state(folder / STATE_NAME, self.trainable, optimizer, self.schedule)
         self.fast = self._fast_step(optimizer)
         # Losses are looked at so many steps at a time: to look at each would let a GPU wait for the host.
         self.ahead = _AHEAD if self.fast is not None and self.fast.path == "captured" else 1
         self.waiting: list[dict[str, Any]] = []
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainerState:
         """How far it has come."""
-        return self.course.progress
+        return self.plan.progress
 
     def _fast_step(self, optimizer: Optimizer) -> Step | None:
         """The step that leaves padding out and on a GPU is captured; where it isn't right, it is the ordinary one."""
@@ -311,11 +311,11 @@ class Training:
             return self._run(bars)
 
     def _run(self, bars: ProgressBars) -> Run:
-        bar = bars.add_task("training", total=self.course.total_steps, completed=self.progress.step, note="")
+        bar = bars.add_task("training", total=self.plan.total_steps, completed=self.progress.step, note="")
         try:
             self._evaluate_if_due(bars)
             self._begin_logs()
-            while not self.course.finished:
+            while not self.plan.finished:
                 self._train_until_due(bars, bar)
                 self._evaluate_if_due(bars)
                 self._save_state()
@@ -333,19 +333,19 @@ class Training:
     def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
         """Steps up to the next evaluation."""
         self.learner.model.train(self.settings.dropout)
-        for parts in self.course.steps_from(self.progress.step):
+        for parts in self.plan.steps_from(self.progress.step):
             batches = [self.learner.collate(rows) for rows in parts]
             started = time.perf_counter()
             record = self._step(batches)
             self.progress.steps.append(record)
             self.waiting.append(record)
             is_time = time.monotonic() - self.saved_at > _SAVE_SECONDS
-            if self.stop_asked or is_time or self.course.evaluation_is_due() or len(self.waiting) >= self.ahead:
+            if self.stop_asked or is_time or self.plan.evaluation_is_due() or len(self.waiting) >= self.ahead:
                 self._look_at_losses(bars, bar)
             self.progress.seconds += time.perf_counter() - started
             if self.stop_asked:
                 raise _Stop
-            if self.course.evaluation_is_due():
+            if self.plan.evaluation_is_due():
                 return
             if is_time:
                 self._save_state()
@@ -354,7 +354,7 @@ class Training:
         """Check and log those of the last steps, which a GPU may still have been at."""
         for record in self.waiting:
             record["loss"] = float(record["loss"])
-            self.course.check_finite(record["loss"], "training loss", int(record["step"]))
+            self.plan.check_finite(record["loss"], "training loss", int(record["step"]))
             self._log(record)
         bars.update(bar, advance=len(self.waiting), note=f"loss {self.waiting[-1]['loss']:.3f}")
         self.waiting.clear()
@@ -373,7 +373,7 @@ class Training:
                 part = part * (count / sum(targets))
             self.accelerator.backward(part)
             loss += part.item()
-        self.course.check_finite(loss, "training loss", self.progress.step + 1)
+        self.plan.check_finite(loss, "training loss", self.progress.step + 1)
         if self.settings.max_gradient_norm is not None:
             self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.settings.max_gradient_norm)
         decay_vectors(self.trainable, rate, self.settings.weight_decay)
@@ -388,10 +388,10 @@ class Training:
         return float(schedule.base_lrs[0]) * float(schedule.lr_lambdas[0](schedule.last_epoch))
 
     def _evaluate_if_due(self, bars: ProgressBars) -> None:
-        if not self.course.evaluation_is_due():
+        if not self.plan.evaluation_is_due():
             return
         evaluation = self._evaluate(bars)
-        best = self.course.add(evaluation)
+        best = self.plan.add(evaluation)
         if self.progress.step:
             method = self.learner.task.method
             self._log({"evaluation": evaluation.summary(), "method": method, "step": evaluation.step})
@@ -400,7 +400,7 @@ class Training:
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
-        bar = bars.add_task("evaluating", total=len(self.course.test_rows), note="")
+        bar = bars.add_task("evaluating", total=len(self.plan.test_rows), note="")
 
         def beat(rows: int) -> None:
             bars.update(bar, advance=rows)
@@ -412,10 +412,10 @@ class Training:
         device = self.accelerator.device
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                found = self.learner.measure(self.course.test_rows, beat)
+                found = self.learner.measure(self.plan.test_rows, beat)
         finally:
             bars.remove_task(bar)
-        return self.course.judge(found, time.perf_counter() - started)
+        return self.plan.compute_metrics(found, time.perf_counter() - started)
 
     def _begin_logs(self) -> None:
         """`metrics.jsonl` as far as the progress goes, and the trackers."""
@@ -445,15 +445,15 @@ class Training:
         self._save_state()
         adapter = save_adapter(self.learner, self.folder / ADAPTER_FOLDER)
         return Interrupted(
-            f"Interrupted at step {self.progress.step} of {self.course.total_steps}. Go on: {self.advice}\n"
+            f"Interrupted at step {self.progress.step} of {self.plan.total_steps}. Go on: {self.advice}\n"
             f"The adapter as it is now: {adapter}"
         )
 
     def _finish(self, bars: ProgressBars) -> Run:
         save_adapter(self.learner, self.folder / ADAPTER_FOLDER)
-        if self.course.shown is None:  # resumed when all but these files was done
+        if self.plan.shown is None:  # resumed when all but these files was done
             self._evaluate(bars)
-        return self.course.result(self.folder)
+        return self.plan.result(self.folder)
 
 
 def save_adapter(learner: Learner[Any], folder: Path) -> Path:

@@ -10,17 +10,17 @@ from math import sqrt
 _Z_95 = 1.959963984540054
 
 
-def count_correct(truth: Sequence[str], predictions: Sequence[str]) -> int:
-    """How many predictions equal the truth, letter for letter.
+def count_correct(references: Sequence[str], predictions: Sequence[str]) -> int:
+    """How many predictions equal the references, letter for letter.
 
     Raises:
         ValueError: the two differ in length.
     """
-    if len(truth) != len(predictions):
+    if len(references) != len(predictions):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(truth)} examples: expected one prediction an example."
+            f"{len(predictions)} predictions for {len(references)} examples: expected one prediction an example."
         )
-    return sum(right == predicted for right, predicted in zip(truth, predictions, strict=True))
+    return sum(right == predicted for right, predicted in zip(references, predictions, strict=True))
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -49,21 +49,21 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half
 
 
-def majority_baseline(truth: Sequence[str]) -> float:
+def majority_baseline(references: Sequence[str]) -> float:
     """The accuracy of always answering the most frequent label.
 
     Raises:
         ValueError: there are no examples.
     """
-    _expect_some(len(truth))
-    return max(Counter(truth).values()) / len(truth)
+    _expect_some(len(references))
+    return max(Counter(references).values()) / len(references)
 
 
-def confusion_matrix(truth: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
+def confusion_matrix(references: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
     """Count how often each label was answered by each label.
 
     Args:
-        truth: the right labels.
+        references: the right labels.
         predictions: what the model generated; anything may come.
         labels: the label words, the order of rows and columns.
 
@@ -74,19 +74,19 @@ def confusion_matrix(truth: Sequence[str], predictions: Sequence[str], labels: S
     Raises:
         ValueError: a true label is not among `labels`, or the two sequences differ in length.
     """
-    count_correct(truth, predictions)
+    count_correct(references, predictions)
     position = {label: index for index, label in enumerate(labels)}
-    unknown = sorted(set(truth) - set(labels))
+    unknown = sorted(set(references) - set(labels))
     if unknown:
         raise ValueError(f"Labels {unknown} are not among {list(labels)}.")
     matrix = [[0] * (len(labels) + 1) for _ in labels]
-    for right, predicted in zip(truth, predictions, strict=True):
+    for right, predicted in zip(references, predictions, strict=True):
         matrix[position[right]][position.get(predicted, len(labels))] += 1
     return matrix
 
 
 def f1_scores(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, float]:
-    """2 hits / (2 hits + misses + false alarms) of each label that occurs as truth or prediction.
+    """2 hits / (2 hits + misses + false alarms) of each label that occurs as references or prediction.
 
     Args:
         counts: as `confusion_matrix` gives them.

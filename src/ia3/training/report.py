@@ -202,7 +202,7 @@ def _draw_majority(axes: Any, majority: float) -> None:
 
 
 def _draw_confusion(axes: Any, run: Run) -> None:
-    counts = np.array(confusion_matrix(run.truth, run.final.predictions, run.labels))
+    counts = np.array(confusion_matrix(run.references, run.final.predictions, run.labels))
     columns = [*run.labels, "other"]
     if not counts[:, -1].any():
         counts, columns = counts[:, :-1], columns[:-1]
@@ -365,7 +365,7 @@ _FILES = f"""## Files
 
 def _mistakes(run: Run) -> list[str]:
     """The first wrong answers, as a table."""
-    answers = zip(run.shown, run.truth, run.final.predictions, strict=True)
+    answers = zip(run.shown, run.references, run.final.predictions, strict=True)
     wrong = [answer for answer in answers if answer[1] != answer[2]]
     if not wrong:
         return []

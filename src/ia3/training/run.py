@@ -51,7 +51,7 @@ class Evaluation:
     Args:
         step: how many steps the model had been trained for.
         loss: the mean a target (a label token, a text, a word).
-        correct: how many answers equal the truth.
+        correct: how many answers equal the references.
         total: out of how many.
         macro_f1: the mean F1 of the labels; None where answers are free text.
         seconds: how long it took.
@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The share of answers that equal the truth."""
+        """The share of answers that equal the references."""
         return self.correct / self.total
 
     @property
@@ -91,17 +91,17 @@ class Evaluation:
         return figures | self.scores
 
 
-def judge(
-    step: int, loss: float, truth: list[str], predictions: list[str], labels: tuple[str, ...], **more: Any
+def compute_metrics(
+    step: int, loss: float, references: list[str], predictions: list[str], labels: tuple[str, ...], **more: Any
 ) -> Evaluation:
     """An evaluation from its answers; `more` are its further fields."""
-    mean = macro_f1(f1_scores(confusion_matrix(truth, predictions, labels), labels)) if labels else None
-    correct = count_correct(truth, predictions)
-    return Evaluation(step, loss, correct, len(truth), mean, predictions=predictions, **more)
+    mean = macro_f1(f1_scores(confusion_matrix(references, predictions, labels), labels)) if labels else None
+    correct = count_correct(references, predictions)
+    return Evaluation(step, loss, correct, len(references), mean, predictions=predictions, **more)
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """How far a training has come.
 
     Args:
@@ -143,8 +143,8 @@ class Run:
     settings: TrainSettings
     task: Task
     shown: list[str] = field(repr=False)
-    truth: list[str] = field(repr=False)
-    progress: Progress = field(repr=False)
+    references: list[str] = field(repr=False)
+    progress: TrainerState = field(repr=False)
     train_examples: int
     trainable_parameters: int
     all_parameters: int
@@ -198,7 +198,7 @@ class Run:
     @property
     def majority(self) -> float | None:
         """The accuracy of always answering the held-out set's most frequent label; None for free text."""
-        return majority_baseline(self.truth) if self.labels else None
+        return majority_baseline(self.references) if self.labels else None
 
     def summary(self) -> dict[str, Any]:
         """The run's numbers as JSON writes them."""
@@ -283,7 +283,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_state(
-    path: Path, progress: Progress, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
+    path: Path, progress: TrainerState, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
 ) -> None:
     """Write all that the next step depends on, atomically; a pickle without code, read by `load_state`."""
     evaluations = [asdict(each) for each in _without_old_predictions(progress)]
@@ -299,7 +299,9 @@ def save_state(
     write_atomically(path, file.getvalue())
 
 
-def load_state(path: Path, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler) -> Progress:
+def load_state(
+    path: Path, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
+) -> TrainerState:
     """Put back what `save_state` wrote, the random state too.
 
     Raises:
@@ -315,7 +317,7 @@ def load_state(path: Path, trainable: Mapping[str, Parameter], optimizer: Optimi
     optimizer.load_state_dict(content["optimizer"])
     schedule.load_state_dict(content["schedule"])
     _restore_random_state(content["random"])
-    return Progress(**progress, evaluations=evaluations)
+    return TrainerState(**progress, evaluations=evaluations)
 
 
 @torch.no_grad()
@@ -330,7 +332,7 @@ def _restore_parameters(saved: Mapping[str, Tensor], trainable: Mapping[str, Par
         parameter.copy_(saved[name])
 
 
-def _without_old_predictions(progress: Progress) -> list[Evaluation]:
+def _without_old_predictions(progress: TrainerState) -> list[Evaluation]:
     """The evaluations, with predictions of the best and the last alone, which are all that is asked for later."""
     kept = {progress.best, len(progress.evaluations) - 1}
     return [each if index in kept else replace(each, predictions=[]) for index, each in enumerate(progress.evaluations)]

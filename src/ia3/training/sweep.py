@@ -28,9 +28,9 @@ from ia3.inference.predict import answer_in_batches
 from ia3.rows import acting
 from ia3.state import attached, get_adapter
 from ia3.training.data import Examples
-from ia3.training.learner import Answered, Measurement, Writer, measurement
+from ia3.training.learner import Answered, EvalOutput, Writer, measurement
 from ia3.training.learners.making import make_learner, settings_of
-from ia3.training.loop import Course, check_examples, make_accelerator, progress_bars, save_adapter
+from ia3.training.loop import RunPlan, check_examples, make_accelerator, progress_bars, save_adapter
 from ia3.training.optimise import make_schedule
 from ia3.training.picture import draw_curves
 from ia3.training.recipe import Recipe, make_recipe
@@ -309,7 +309,7 @@ def _read_all(recipes: Sequence[Recipe], kind: TaskKind, console: Console) -> li
 
 def _courses(
     recipes: Sequence[Recipe], kind: TaskKind, data: Sequence[tuple[Examples, Examples]], console: Console
-) -> list[Course]:
+) -> list[RunPlan]:
     """The runs, over one model; examples that several have are tokenised once."""
     common = recipes[0]
     with console.status(f"Loading {common.model}"):
@@ -323,7 +323,7 @@ def _courses(
         for examples in parts:
             if id(examples) not in rows:
                 rows[id(examples)] = learner.tokenise(examples)
-        courses.append(Course(learner, *parts, *(rows[id(examples)] for examples in parts)))
+        courses.append(RunPlan(learner, *parts, *(rows[id(examples)] for examples in parts)))
     return courses
 
 
@@ -340,11 +340,11 @@ class Together:
         ValueError: a warm-up that is as long as its training, several processes.
     """
 
-    def __init__(self, courses: Sequence[Course], folders: Sequence[Path]) -> None:
+    def __init__(self, courses: Sequence[RunPlan], folders: Sequence[Path]) -> None:
         learner = courses[0].learner
         assert isinstance(learner, Writer)
         self.courses, self.folders, self.learner = courses, folders, learner
-        self.rates = [_rates(course.settings, course.total_steps) for course in courses]
+        self.rates = [_rates(plan.settings, plan.total_steps) for plan in courses]
         self.device = make_accelerator(learner.settings, folders[0]).device
         self.model = learner.model.to(self.device)
         self.adapter = get_adapter(self.model, attached(self.model).active[0])
@@ -355,10 +355,10 @@ class Together:
             self.model,
             losses,
             start.expand(len(courses), -1),
-            max_gradient_norms=[course.settings.max_gradient_norm or math.inf for course in courses],
-            weight_decays=[course.settings.weight_decay for course in courses],
+            max_gradient_norms=[plan.settings.max_gradient_norm or math.inf for plan in courses],
+            weight_decays=[plan.settings.weight_decay for plan in courses],
         )
-        self.batches = [course.steps_from(0) for course in courses]
+        self.batches = [plan.steps_from(0) for plan in courses]
         # The runs in the batch; run `running[r]` has row r.
         self.running = list(range(len(courses)))
         self.best: dict[int, Tensor] = {}
@@ -370,14 +370,14 @@ class Together:
         """Which way a step goes, and why, in a line."""
         count = f"{len(self.courses)} runs in one batch"
         if self.reason is not None:
-            return f"{count}, through the model's own forward (by hand: {self.reason})."
+            return f"{count}, through the model's own forward (fused: {self.reason})."
         return f"{count}, without padding{', captured as CUDA graphs' if self.step.records else ''}."
 
     def run(self, console: Console | None = None) -> None:
         """Train until every run is finished or has failed: `runs` and `failures`, by the runs' numbers."""
         torch.manual_seed(self.learner.settings.seed)
         with progress_bars(console) as bars:
-            total = max(course.total_steps for course in self.courses)
+            total = max(plan.total_steps for plan in self.courses)
             bar = bars.add_task("training", total=total, note="")
             self._evaluate_due(bars)
             while self.running:
@@ -434,9 +434,9 @@ class Together:
         return batch
 
     def _fail(self, row: int, what: str) -> None:
-        course = self.courses[self.running[row]]
+        plan = self.courses[self.running[row]]
         try:
-            course.check_finite(math.nan, what, course.progress.step + 1)
+            plan.check_finite(math.nan, what, plan.progress.step + 1)
         except FloatingPointError as error:
             self.failures[self.running[row]] = str(error)
 
@@ -456,41 +456,41 @@ class Together:
         leaving = []
         for row in due:
             run = self.running[row]
-            course = self.courses[run]
+            plan = self.courses[run]
             try:
-                if course.add(course.judge(found[row], seconds)):
+                if plan.add(plan.compute_metrics(found[row], seconds)):
                     self.best[run] = self.step.table[row].clone()
             except FloatingPointError as error:
                 self.failures[run] = str(error)
                 leaving.append(row)
                 continue
             lines = "".join(
-                f"{json.dumps(line, sort_keys=True)}\n" for line in course.progress.lines(course.learner.task.method)
+                f"{json.dumps(line, sort_keys=True)}\n" for line in plan.progress.lines(plan.learner.task.method)
             )
             write_atomically(self.folders[run] / METRICS_NAME, lines.encode())
-            if course.finished:
+            if plan.finished:
                 self._finish(row)
                 leaving.append(row)
         self._leave(leaving)
 
-    def _measure(self, due: Sequence[int], bars: ProgressBars) -> dict[int, Measurement]:
+    def _measure(self, due: Sequence[int], bars: ProgressBars) -> dict[int, EvalOutput]:
         """What each row's vectors answer, all in batches that mix them; the model is left in evaluation mode."""
         self.model.eval()
         alike: dict[Any, list[int]] = {}
         for row in due:
-            course = self.courses[self.running[row]]
+            plan = self.courses[self.running[row]]
             # Before the first step all are the base, so that those with the same held-out rows answer alike.
-            key = row if course.progress.step else (course.learner.task, id(course.test_rows))
+            key = row if plan.progress.step else (plan.learner.task, id(plan.test_rows))
             alike.setdefault(key, []).append(row)
         by_task: dict[Task, list[int]] = {}
         for row, *_ in alike.values():
             by_task.setdefault(self.courses[self.running[row]].learner.task, []).append(row)
-        measured: dict[int, Measurement] = {}
+        measured: dict[int, EvalOutput] = {}
         for rows in by_task.values():
             measured |= self._answers(rows, bars)
         return {row: measured[rows[0]] for rows in alike.values() for row in rows}
 
-    def _answers(self, rows: Sequence[int], bars: ProgressBars) -> dict[int, Measurement]:
+    def _answers(self, rows: Sequence[int], bars: ProgressBars) -> dict[int, EvalOutput]:
         """What the vectors of rows with the same task answer."""
         courses = {row: self.courses[self.running[row]] for row in rows}
         learner: Any = courses[rows[0]].learner
@@ -514,11 +514,11 @@ class Together:
     def _finish(self, row: int) -> None:
         """Save a finished run's adapters, after its last step and at its best evaluation, and its result."""
         run = self.running[row]
-        course, folder = self.courses[run], self.folders[run]
+        plan, folder = self.courses[run], self.folders[run]
         for name, flat in ((BEST_FOLDER, self.best[run]), (ADAPTER_FOLDER, self.step.table[row])):
             self._put(flat)
-            save_adapter(course.learner, folder / name)
-        self.runs[run] = course.result(folder)
+            save_adapter(plan.learner, folder / name)
+        self.runs[run] = plan.result(folder)
 
     @torch.no_grad()
     def _put(self, flat: Tensor) -> None:

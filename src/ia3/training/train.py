@@ -37,7 +37,7 @@ from ia3.training.data import (
 from ia3.training.labels import why_no_classes
 from ia3.training.learners.instructions import Instructions, count_cut
 from ia3.training.learners.making import make_learner, settings_of
-from ia3.training.loop import Course, Training, check_examples
+from ia3.training.loop import RunPlan, Training, check_examples
 from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe, without_a_heads_way
 from ia3.training.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
 from ia3.training.run import (
@@ -179,7 +179,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> R
         if not resuming:
             begin_folder(output, recipe, environment)
     prepared.advice = _how_to_resume(recipe, output)
-    warn_of_truncation(prepared.course, [*training.texts, *test.texts], console)
+    warn_of_truncation(prepared.plan, [*training.texts, *test.texts], console)
     console.print(prepared.describe_path(), highlight=False)
     run = prepared.run(console)
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
@@ -484,11 +484,11 @@ def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ..
     return found
 
 
-def warn_of_truncation(course: Course, texts: list[str], console: Console) -> None:
+def warn_of_truncation(plan: RunPlan, texts: list[str], console: Console) -> None:
     """Say how many texts are cut."""
-    learner = course.learner
+    learner = plan.learner
     if isinstance(learner, Instructions):
-        cut = count_cut([*course.rows, *course.test_rows])
+        cut = count_cut([*plan.rows, *plan.test_rows])
     else:
         cut = count_truncated(texts, learner.tokenizer, learner.task.max_length)
     if cut:

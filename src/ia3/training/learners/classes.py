@@ -14,7 +14,7 @@ from ia3.inference.classify import batched_logits, class_labels, padding_token, 
 from ia3.inference.predict import pad_rows
 from ia3.inference.rank import likeliest
 from ia3.training.data import Example
-from ia3.training.learner import Learner, Measurement
+from ia3.training.learner import EvalOutput, Learner
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class SequenceClasses(Learner[ClassRow]):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return cross_entropy(in_full_precision(self.model(**inputs).logits), batch["labels"])
 
-    def measure(self, rows: Sequence[ClassRow], beat: Callable[[int], None]) -> Measurement:
+    def measure(self, rows: Sequence[ClassRow], beat: Callable[[int], None]) -> EvalOutput:
         """The cross-entropy a text, and the likeliest labels."""
         labels = self.task.labels
-        truth = torch.tensor([row.class_id for row in rows])
-        answers, loss = torch.empty_like(truth), 0.0
+        references = torch.tensor([row.class_id for row in rows])
+        answers, loss = torch.empty_like(references), 0.0
         tokens = [row.input_ids for row in rows]
         for indices, logits in batched_logits(self.model, tokens, self.settings.evaluation_batch_size, beat):
-            loss += float(cross_entropy(logits, truth[indices], reduction="sum"))
+            loss += float(cross_entropy(logits, references[indices], reduction="sum"))
             answers[indices] = torch.tensor(likeliest(logits))
-        return Measurement(
+        return EvalOutput(
             loss / len(rows),
             [row.text for row in rows],
-            [labels[index] for index in truth.tolist()],
+            [labels[index] for index in references.tolist()],
             [labels[index] for index in answers.tolist()],
         )
 

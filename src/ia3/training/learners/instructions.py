@@ -28,7 +28,7 @@ from ia3.inference.complete import (
 )
 from ia3.training.collate import IGNORE_INDEX
 from ia3.training.data import Example
-from ia3.training.learner import Answered, Measurement, Writer
+from ia3.training.learner import Answered, EvalOutput, Writer
 from ia3.training.losses import token_log_probabilities
 
 
@@ -135,7 +135,7 @@ class Instructions(Writer[Row]):
         following = following[:, places]
         return -token_log_probabilities(self._logits(places, batch), following), following != IGNORE_INDEX
 
-    def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> Measurement:
+    def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> EvalOutput:
         """The loss of the right completions, and the answers, written greedily, in the examples' order."""
         dialogues = sorted((dialogue for row in rows for dialogue in row), key=lambda dialogue: dialogue.place)
         per_row = len(rows) / len(dialogues)

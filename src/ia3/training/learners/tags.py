@@ -15,7 +15,7 @@ from ia3.inference.rank import likeliest
 from ia3.training.collate import IGNORE_INDEX
 from ia3.training.data import Example
 from ia3.training.entities import tag_scores
-from ia3.training.learner import Learner, Measurement
+from ia3.training.learner import EvalOutput, Learner
 from ia3.training.learners.classes import check_head, class_of, in_full_precision
 
 
@@ -109,7 +109,7 @@ class TokenClasses(Learner[TagRow]):
         logits = in_full_precision(self.model(**inputs).logits)
         return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
 
-    def measure(self, rows: Sequence[TagRow], beat: Callable[[int], None]) -> Measurement:
+    def measure(self, rows: Sequence[TagRow], beat: Callable[[int], None]) -> EvalOutput:
         """The cross-entropy a word, the likeliest tags, and for IOB2 tags the scores of the entities they mark.
 
         The scores are `entity_precision`, `entity_recall` and `entity_f1`, and `words_left_out` where words had no
@@ -123,11 +123,11 @@ class TokenClasses(Learner[TagRow]):
                 at_words = own[rows[index].starts]
                 loss += float(cross_entropy(at_words, torch.tensor(rows[index].tag_ids), reduction="sum"))
                 answers[index] = likeliest(at_words)
-        truth = [self._names(row.tag_ids) for row in rows]
+        references = [self._names(row.tag_ids) for row in rows]
         predictions = [self._names(tags) for tags in answers]
         words = [word for row in rows for word in row.words]
-        scores = tag_scores(truth, predictions, self.task.labels, words_left_out=sum(row.unread for row in rows))
-        return Measurement(loss / len(words), words, _flat(truth), _flat(predictions), scores)
+        scores = tag_scores(references, predictions, self.task.labels, words_left_out=sum(row.unread for row in rows))
+        return EvalOutput(loss / len(words), words, _flat(references), _flat(predictions), scores)
 
     def _names(self, tag_ids: Sequence[int]) -> list[str]:
         return [self.task.labels[index] for index in tag_ids]
