@@ -7,6 +7,8 @@ on one core of a CPU. `guard` is the look at whether the model still is what its
 padding of a typical shuffled batch of PhraseBank's sentences out, and `round up` fills it up as for a GPU; `forward` is
 `model(**batch).loss` whole and `backward` what hands the gradient on to 192 vectors. Best tenths and medians of the
 thread's own time in milliseconds, the parts taking turns, which finds caches as cold as a loop's.
+
+Needs: CPU; nothing more; half a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from transformers import MT5Config, MT5ForConditionalGeneration
 
 import ia3
-from bench import write
+from bench import say_machine, write
 from ia3.fast.output import _STATE
 from lengths import typical_batch
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    say_machine()
     model, batch = build(), typical(8)
     loss = without_computing(model, batch)
     packed = loss.pack(batch)

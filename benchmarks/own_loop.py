@@ -9,6 +9,8 @@ up on the host each step, as PEFT's guide does. `compile_step` takes the same ba
 take turns, 10 steps each, over the same batches; medians and quartiles of milliseconds a step, and the ratio to
 `compile_step`, pair by pair. `host` is the thread's own time of the loop's parts. `--tiny` is 2 + 2 narrow blocks, for
 a CPU.
+
+Needs: one GPU, --tiny a CPU; nothing more; a few minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 import ia3
-from bench import write
+from bench import say_machine, write
 from lengths import shuffled
 from train_step import LARGE, TINY, build
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
+    say_machine()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, dtype = (TINY if arguments.tiny else LARGE), (torch.float32 if arguments.float32 else torch.bfloat16)
 
@@ -124,9 +127,8 @@ def main() -> None:
     for name, loop in loops.items():
         seen = {part: times[3 * STEPS :] for part, times in loop.host.items()}
         rows[name]["host_ms"] = {part: round(1e3 * statistics.median(times), 3) for part, times in seen.items()}
-    card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     name = "own_loop" + ("_tiny" if arguments.tiny else "") + ("_float32" if arguments.float32 else "")
-    write(name, {"card": card, "dtype": str(dtype), "rows": rows})
+    write(name, {"dtype": str(dtype), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The defaults of every family: which channels are scaled, checked where the modelling code uses them."""
 
+import re
 from collections import Counter
 from functools import partial, partialmethod
 
@@ -24,9 +25,12 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfA
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.phi3 import modeling_phi3
 
+from described import FORMS, described
 from ia3 import IA3Config, find_sites, get_peft_model
 from ia3.families import FAMILIES, FEEDFORWARD_NAMES
+from ia3.sites import matching
 
 # family: {(end of the path, side, width, trained width): how many}
 _DECODER = {
@@ -35,19 +39,24 @@ _DECODER = {
     ("down_proj", "input", 24, 24): 2,
 }
 _T5 = {("k", "output", 16, 16): 6, ("v", "output", 16, 16): 6, ("wo", "input", 24, 24): 4}
+_BART = {("k_proj", "output", 16, 16): 6, ("v_proj", "output", 16, 16): 6, ("fc2", "input", 24, 24): 4}
 _BERT = {("key", "output", 16, 16): 2, ("value", "output", 16, 16): 2, ("output.dense", "input", 24, 24): 2}
 EXPECTED = {
     "t5": _T5,
     "t5-gated": _T5,
     "mt5": {("k", "output", 16, 16): 6, ("v", "output", 16, 16): 6, ("wi_1", "output", 24, 24): 4},
-    "bart": {("k_proj", "output", 16, 16): 6, ("v_proj", "output", 16, 16): 6, ("fc2", "input", 24, 24): 4},
+    "umt5": _T5,
+    **dict.fromkeys(["bart", "mbart", "plbart", "pegasus", "marian", "blenderbot"], _BART),
     "gpt2": {("c_attn", "output", 48, 32): 2, ("mlp.c_proj", "input", 64, 64): 2},
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], _DECODER),
+    **dict.fromkeys(["olmo2", "ministral", "seed_oss"], _DECODER),
+    "starcoder2": {("k_proj", "output", 8, 8): 2, ("v_proj", "output", 8, 8): 2, ("mlp.c_proj", "input", 24, 24): 2},
+    "phi3": {("qkv_proj", "output", 32, 16): 2, ("down_proj", "input", 24, 24): 2},
     "phi": {("k_proj", "output", 8, 8): 2, ("v_proj", "output", 8, 8): 2, ("fc2", "input", 24, 24): 2},
     "gptj": {("k_proj", "output", 16, 16): 2, ("v_proj", "output", 16, 16): 2, ("fc_out", "input", 24, 24): 2},
     "gpt_neo": {("k_proj", "output", 16, 16): 2, ("v_proj", "output", 16, 16): 2, ("mlp.c_proj", "input", 24, 24): 2},
-    "bert": _BERT,
-    "roberta": _BERT,
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "camembert", "electra"], _BERT),
+    "distilbert": {("k_lin", "output", 16, 16): 2, ("v_lin", "output", 16, 16): 2, ("ffn.lin2", "input", 24, 24): 2},
     "deberta-v2": {
         ("key_proj", "output", 16, 16): 2,
         ("value_proj", "output", 16, 16): 2,
@@ -60,7 +69,31 @@ EXPECTED = {
     "falcon-multi-query": {("query_key_value", "output", 24, 8): 2, ("dense_4h_to_h", "input", 64, 64): 2},
     "falcon-plain": {("query_key_value", "output", 48, 32): 2, ("dense_4h_to_h", "input", 64, 64): 2},
 }
-FUSED = ["gpt2", "gpt_neox", "bloom", "falcon-grouped", "falcon-multi-query", "falcon-plain"]
+FUSED = ["gpt2", "phi3", "gpt_neox", "bloom", "falcon-grouped", "falcon-multi-query", "falcon-plain"]
+
+
+DESCRIBED = [
+    *("umt5", "mbart", "plbart", "pegasus", "marian", "blenderbot", "olmo2", "ministral", "seed_oss", "starcoder2"),
+    *("phi3", "xlm-roberta", "camembert", "electra", "distilbert"),
+]
+
+
+@pytest.fixture(scope="session")
+def families(families):
+    """The usual ones, and those that are described alone."""
+    return {**families, **{name: FORMS[name][:2] for name in DESCRIBED}}
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny):
+    """The usual one, which makes those that are described alone too."""
+
+    def make(name, *, dtype=torch.float32, **more):
+        if name not in DESCRIBED:
+            return tiny(name, dtype=dtype, **more)
+        return described(name, dtype, **more).unload().eval()
+
+    return make
 
 
 def test_every_family_is_tested(families):
@@ -78,6 +111,23 @@ def test_the_default_sites(tiny, name):
     )
     assert found == EXPECTED[name]
     assert not any("attention.output" in site.path for site in sites)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_no_block_lacks_a_site(tiny, name):
+    """One for the feed-forward, and of each other kind one an attention: two where a decoder attends across."""
+    model = tiny(name)
+    *others, last = [end for end, *_ in EXPECTED[name]]
+    blocks = {}
+    for site in find_sites(model, IA3Config()).layout.sites:
+        block = re.match(r".*?\.\d+\.", site.path).group()
+        blocks.setdefault(block, Counter())[next(end for end in (*others, last) if site.path.endswith(f".{end}"))] += 1
+    across = [block for block in blocks if model.config.is_encoder_decoder and "decoder." in block]
+    assert len(blocks) == (4 if model.config.is_encoder_decoder else 2)
+    assert len(across) == (2 if model.config.is_encoder_decoder else 0)
+    assert blocks == {
+        block: Counter({last: 1, **dict.fromkeys(others, 2 if block in across else 1)}) for block in blocks
+    }
 
 
 @pytest.fixture
@@ -127,9 +177,17 @@ def test_keys_and_values_are_scaled_and_queries_are_not(tiny, randomise, feed, p
     assert (value != new_value).all()
 
 
-def _parts_of_fused(name, model, width):
+def _parts_of_fused(name, model, width, projections, feed):
     """The channels of the fused projection that make queries, keys and values, by the modelling code itself."""
     channels = torch.arange(width, dtype=torch.float32).view(1, 1, width)
+    if name == "phi3":  # which cuts in the middle of its forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(modeling_phi3, "apply_rotary_pos_emb", lambda q, k, *_: (q, k))
+            cuts = model.model.layers[0].self_attn.qkv_proj
+            hook = cuts.register_forward_hook(lambda module, args, output: channels.expand(output.shape))
+            found = projections(model, feed(model))
+            hook.remove()
+        return found
     attention = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
     if name == "gpt2":
         return channels.split(attention.split_size, dim=2)
@@ -139,10 +197,11 @@ def _parts_of_fused(name, model, width):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_trained_channels_are_those_that_make_keys_and_values(tiny, name):
+def test_trained_channels_are_those_that_make_keys_and_values(tiny, feed, projections, name):
     model = tiny(name)
     site = next(site for site in find_sites(model, IA3Config()).layout.sites if site.intervals is not None)
-    query, key, value = (set(part.flatten().int().tolist()) for part in _parts_of_fused(name, model, site.width))
+    parts = _parts_of_fused(name, model, site.width, projections, feed)
+    query, key, value = (set(part.flatten().int().tolist()) for part in parts)
     assert not query & (key | value)
     assert set(site.channels().tolist()) == key | value
     assert len(query) + len(key) + len(value) == site.width
@@ -197,6 +256,15 @@ def test_cross_attention(name):
 
 def test_feedforward_names_are_known_outside_the_table():
     assert {"wo", "down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "output.dense"} <= FEEDFORWARD_NAMES
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_name_of_another_familys_feedforward_means_an_attention(tiny, name):
+    """For a model outside the table every family's names count, so none may mean another's keys or its output."""
+    named = matching(FEEDFORWARD_NAMES, dict(tiny(name).named_modules()))
+    inside = {path for path in named if re.search(r"(?i)(attn|attention)\.", path)}
+    # BERT's is left out by name.
+    assert {path for path in inside if not path.endswith("attention.output.dense")} == set()
 
 
 # Real shapes, without memory

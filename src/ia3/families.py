@@ -104,7 +104,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _DECODER_WITHOUT_Q,
     "gemma3_text": _DECODER_WITHOUT_Q,
     **dict.fromkeys(("olmo2", "ministral", "seed_oss"), _DECODER),
-    "starcoder2": Family(("k_proj", "v_proj", "c_proj"), ("c_proj",)),
+    "starcoder2": Family(("k_proj", "v_proj", "mlp.c_proj"), ("mlp.c_proj",)),
     "phi3": Family(("qkv_proj", "down_proj"), ("down_proj",), fused={"qkv_proj": _keys_and_values}),
     "phi": Family(("k_proj", "v_proj", "fc2"), ("fc2",), differs=_SCALES_Q_FOR_K),
     "bert": _ENCODER,
