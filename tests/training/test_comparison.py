@@ -28,8 +28,8 @@ from ia3.training.run import (
     RECIPE_NAME,
     RESULT_NAME,
     Evaluation,
-    Progress,
     Run,
+    TrainerState,
     write_json,
 )
 from ia3.training.task import Task, TaskKind
@@ -48,12 +48,12 @@ def begin(folder: Path, **recipe: Any) -> Any:
     return made
 
 
-def log(folder: Path, progress: Progress) -> None:
+def log(folder: Path, progress: TrainerState) -> None:
     lines = "".join(f"{json.dumps(line, sort_keys=True)}\n" for line in progress.lines("the likeliest label"))
     (folder / METRICS_NAME).write_text(lines)
 
 
-def progress_of(*correct: int, losses: tuple[float, ...] | None = None, labels: bool = True) -> Progress:
+def progress_of(*correct: int, losses: tuple[float, ...] | None = None, labels: bool = True) -> TrainerState:
     """Evaluations of 50 texts, each 20 steps after the one before."""
     steps = [{"learning_rate": 0.1, "loss": 1.0, "step": step + 1} for step in range(STEPS * (len(correct) - 1))]
     losses = losses or tuple(2 - each / 50 for each in correct)
@@ -62,7 +62,7 @@ def progress_of(*correct: int, losses: tuple[float, ...] | None = None, labels: 
         for index, (right, loss) in enumerate(zip(correct, losses, strict=True))
     ]
     best = max(range(1, len(correct)), key=lambda index: correct[index], default=None)
-    return Progress(steps, evaluations, best, seconds=12.5)
+    return TrainerState(steps, evaluations, best, seconds=12.5)
 
 
 def finish(folder: Path, *correct: int, losses: tuple[float, ...] | None = None, **recipe: Any) -> Path:

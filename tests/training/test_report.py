@@ -11,7 +11,7 @@ from rich.console import Console
 import tiny_seq2seq
 from ia3 import IA3Config, get_peft_model
 from ia3.training.report import draw_report, result_table, vector_maps, write_report
-from ia3.training.run import Progress, Run, compute_metrics
+from ia3.training.run import Run, TrainerState, compute_metrics
 from ia3.training.settings import TrainSettings
 from ia3.training.task import Task, TaskKind
 from ia3.training.template import Template
@@ -26,7 +26,7 @@ def finished(folder: Path, predictions: list[str], kind: TaskKind = TaskKind.LAB
         task=Task(kind=kind, template=Template("{text}"), labels=labels, max_length=9),
         shown=["text | 1\n", "text 2", "text 3", "long " * 99],
         references=references,
-        progress=Progress(
+        progress=TrainerState(
             steps=[{"learning_rate": 1.0, "loss": 2.0 / step, "step": step} for step in range(1, 61)],
             evaluations=[
                 compute_metrics(0, 3.0, references, ["a title"] * 4, labels, seconds=0.1),
