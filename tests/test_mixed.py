@@ -225,6 +225,10 @@ def test_what_a_mixed_batch_cannot_be(tiny, randomise):
     model.train()
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(**batch, adapter_names=names)
+    model.gradient_checkpointing_disable()
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"without torch\.compile"):
+        model(**batch, adapter_names=names)
 
 
 def test_an_error_inside_leaves_nothing_behind(tiny, randomise):

@@ -315,6 +315,22 @@ def test_a_module_trained_in_full_that_nothing_calls_is_said(tiny, feed, caplog)
     assert "model.shared), although the BartModel around" in caplog.text
 
 
+def test_a_training_step_that_ctrl_c_left_is_not_heard(adapted, feed):
+    """torch calls no hook after it, so the next forward must not take its place."""
+    model = adapted("bloom").train()
+    batch = feed(model)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = model.transformer.h[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    handle.remove()
+    model.eval()(**batch)
+    assert model._ia3.heard == {("default", False)}
+
+
 def test_a_forward_that_fails_is_listened_to_again(adapted, feed):
     model = adapted("bloom").train()
     with pytest.raises(ValueError, match="exactly one of input_ids"):

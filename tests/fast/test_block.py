@@ -14,6 +14,7 @@ from ia3 import IA3Config
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss, unsupported_reason
 from ia3.fast.guard import own_forward
+from ia3.fast.own import Depad, Repad
 from ia3.state import get_adapter
 
 
@@ -145,6 +146,12 @@ def test_an_encoders_head_gets_its_gradient_too(form: str) -> None:
         assert torch.allclose(one, other, rtol=1e-9)
 
 
+def test_an_encoders_batch_with_padding_on_the_left_is_for_its_own_forward() -> None:
+    loss, _ = fused(described("bert"))
+    with pytest.raises(ValueError, match="more than padding behind its tokens"):
+        loss.pack(batch_for("bert", left=True))
+
+
 def test_every_projection_that_is_fused_gives_keys_and_values_their_own_part() -> None:
     """Of a vector over both, a change of the keys' part moves nothing that the values' part does."""
     for form in ("gpt2", "gpt_neox", "phi3"):
@@ -175,6 +182,27 @@ def test_every_projection_that_is_fused_gives_keys_and_values_their_own_part() -
 def test_what_is_not_described_is_a_reason(form: str, more: dict[str, Any], reason: str) -> None:
     model = described(form, **more)
     assert reason in str(unsupported_reason(model, get_adapter(model, "default").layout.sites))
+
+
+@pytest.mark.parametrize(("form", "name"), [("opt", "layerdrop"), ("bart", "encoder_layerdrop")])
+def test_a_model_that_drops_whole_layers_is_a_reason(form: str, name: str) -> None:
+    model = described(form)
+    setattr(model.config, name, 0.1)
+    assert "drops whole layers" in str(unsupported_reason(model, get_adapter(model, "default").layout.sites))
+
+
+def test_a_gradient_that_padding_gets_between_padded_places_and_tokens() -> None:
+    """Two examples of 3 and 1 tokens, padded to 3, and one token of filler behind them."""
+    token_at, slot_of = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 1, 2, 3, 0, 0])
+    padded, tokens = (torch.randn(count, 2, dtype=torch.float64, requires_grad=True) for count in (6, 5))
+    for function, x, at, real in ((Depad, padded, token_at, 4), (Repad, tokens, slot_of, 4)):
+        grad = torch.randn(len(at), 2, dtype=torch.float64)
+        found = function.apply(x, token_at, slot_of)
+        assert torch.equal(found, x[at])
+        wanted = torch.zeros_like(x)
+        wanted[:real] = grad[:real]
+        (gradient,) = torch.autograd.grad(found, x, grad)
+        assert torch.equal(gradient, wanted)
 
 
 def test_a_site_that_the_block_does_not_have_is_a_reason() -> None:
