@@ -132,6 +132,8 @@ def members_over(old: type[nn.Module]) -> dict[str, Any]:
     its adapter methods that would find nothing.
     """
     members: dict[str, Any] = {"forward": with_fused_loss(old)} if is_described(old) else {}
+    if not members:
+        logger.info("The loss in training: the model's own forward, since %s is not described.", old.__name__)
     if hasattr(old, "get_output_embeddings"):
         members["get_output_embeddings"] = _with_acting_head(old)
     return members | {name: _refusing(name) for name in _INSTEAD if hasattr(old, name)}

@@ -120,7 +120,10 @@ def pack_encoder(batch: Mapping[str, Tensor]) -> Packed:
     own = {name: tensor.cpu() for name, tensor in batch.items() if name != "attention_mask"}
     mask = batch["attention_mask"].cpu() != 0
     if not (packable(mask) and bool(mask[:, 0].all())):
-        raise ValueError("An example has no token, or its attention_mask hides more than padding behind its tokens.")
+        raise ValueError(
+            "An example has no token, or its attention_mask hides more than padding behind its tokens: pad on the right "
+            "(tokenizer.padding_side = 'right')."
+        )
     return _padded_too(own, mask)
 
 

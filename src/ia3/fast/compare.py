@@ -25,10 +25,11 @@ Numbers = tuple[Tensor, Tensor]
 # in float32 (more where products are allowed TF32), 1e-7 and 5e-3 in float16, 4e-3 and 4e-2 in bfloat16.
 _TOLERANCES = {
     torch.float64: (1e-5, 1e-4),
-    torch.float32: (1e-3, 1e-2),
+    torch.float32: (1e-4, 1e-3),
     torch.float16: (1e-2, 5e-2),
     torch.bfloat16: (3e-2, 1e-1),
 }
+_IN_TF32 = (1e-3, 1e-2)
 # Eight bits are other numbers, with an error of 2⁻⁵ each: only what is plainly another loss shows beside them.
 _IN_FP8 = (1e-1, 5e-1)
 # Vectors that are moved by one rounding moved the model's own numbers 1 to 8 times as far as those. So where rounding
@@ -62,6 +63,8 @@ def difference(
         torch.OutOfMemoryError: there is not enough for one of them.
     """
     limits = list(_IN_FP8 if fp8 else _TOLERANCES[dtype])
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        limits = list(_IN_TF32)
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with _one_at_a_time, torch.random.fork_rng(devices), _without_dropout(model):

@@ -107,9 +107,10 @@ def _sources() -> tuple[str, ...]:
 
 
 def _of(path: str, module: nn.Module) -> str | None:
-    hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values()]
-    if any(getattr(hook, "__name__", "") not in _OWN_HOOKS for hook in hooks):
-        return f"{path or 'the model'} carries another's hook"
+    names = [getattr(hook, "__name__", type(hook).__name__) for kind in HOOKS for hook in vars(module)[kind].values()]
+    other = next((name for name in names if name not in _OWN_HOOKS), None)
+    if other is not None:
+        return f"{path or 'the model'} carries another's hook, {other}"
     if "forward" in module.__dict__:
         return f"the forward of {path or 'the model'} was replaced"
     if hasattr(module, "parametrizations"):
@@ -117,7 +118,7 @@ def _of(path: str, module: nn.Module) -> str | None:
     if isinstance(module, SavedModule):
         return f"{path} is trained in full"
     if getattr(module, "gradient_checkpointing", False):
-        return f"{path or 'the model'} checkpoints its gradients"
+        return f"{path or 'the model'} checkpoints its gradients: compile_step(…, recompute=True) saves memory, too"
     if not isinstance(module, nn.Linear):
         return None
     kind = type(module.weight).__name__

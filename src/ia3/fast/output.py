@@ -58,31 +58,25 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     """The output with its fused loss; None where the model's own forward must run."""
     if not (model.training and torch.is_grad_enabled()) or kwargs.get("labels") is None:
         return None
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    # A replica of DataParallel shares its original's attributes, and has no parameters.
-    hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
-    if traced or hooked or act_here() or getattr(model, "_is_replica", False):
-        return None
-    # torch.func's tensors can't be asked where they are.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    device = model.device.type
-    if torch.is_autocast_enabled(device) or (device == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return None
-    batch, kind = _batch_of(model, kwargs), _output_class(own_forward(type(model)))
-    if batch is None or kind is None:
-        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return None  # where nothing may be noted
     state: _State = model.__dict__.setdefault(_STATE, _State())
+    batch, kind = _batch_of(model, kwargs), _output_class(own_forward(type(model)))
+    reason = _surroundings(model) or (batch if isinstance(batch, str) else None)
+    if reason is not None or kind is None or isinstance(batch, str):
+        state.say(reason or "its forward doesn't say what it returns")
+        return None
     loss = state.loss_for(model)
     if loss is None:
         return None
     if state.was_read:
         state.was_read = False
+        state.say("more than the loss was read of the last output")
         return _watched(own_forward(type(model))(model, **kwargs), state)
     try:
         packed = loss.pack(batch)
     except ValueError as error:  # a batch that only the model's own forward takes
-        logger.debug("The model's own forward: %s", error)
+        state.say(str(error))
         return None
     count = int((packed["labels"] != IGNORE_INDEX).sum())
     if not count or state.steps_aside(loss.difference(batch, packed)):
@@ -96,30 +90,50 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     return _unread(kind(loss=found), _Rest(model, state, loss, kwargs, flat))
 
 
-def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The inputs and labels of a call that asks for no more than its loss; None for others."""
+def _surroundings(model: Any) -> str | None:
+    """Why the model's own forward must run as things stand around the call; None where it need not."""
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "hooks are registered for all modules"
+    if act_here():
+        return "it is called inside a batch that mixes adapters"
+    # A replica of DataParallel shares its original's attributes, and has no parameters.
+    if getattr(model, "_is_replica", False):
+        return "it is a replica of DataParallel"
+    # torch.func's tensors can't be asked where they are.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms it"
+    device = model.device.type
+    if torch.is_autocast_enabled(device):
+        return "autocast is on: load the model in half precision (dtype=torch.bfloat16) instead"
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "it is being captured"
+    return None
+
+
+def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | str:
+    """The inputs and labels of a call that asks for no more than its loss; why it is another."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     ids, labels = given.pop("input_ids", None), given.pop("labels")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        return None
+        return "it has no input_ids [batch, length]"
     batch = {"input_ids": ids, "labels": labels}
     if "token_type_ids" in given:
         batch["token_type_ids"] = given.pop("token_type_ids")
     mask = given.pop("attention_mask", None)
     if mask is not None:
         if mask.shape != ids.shape or mask.is_floating_point():
-            return None
+            return "its attention_mask is not one of whole numbers, [batch, length]"
         batch["attention_mask"] = mask
     config = model.config
     if given.pop("return_dict", config.return_dict) is not True:
-        return None
+        return "it asks for a tuple"
     if config.output_attentions or config.output_hidden_states:
-        return None
+        return "it asks for attentions or hidden states"
     for beside in ("use_cache", "num_items_in_batch"):  # of the rest of the output, and of the loss afterwards
         given.pop(beside, None)
     if config.is_encoder_decoder and "decoder_input_ids" in given:
         batch["decoder_input_ids"] = given.pop("decoder_input_ids")
-    return None if given else batch
+    return f"it is given {', '.join(sorted(given))}" if given else batch
 
 
 @cache
@@ -140,6 +154,7 @@ class _State:
         computation: it and its gradients, captured.
         guard: whether what was found of the model is still so.
         was_read: whether more than the loss of the last output was read.
+        said: the reasons of single calls that were said.
     """
 
     def __init__(self) -> None:
@@ -147,6 +162,13 @@ class _State:
         self.computation: GraphedCallable | None = None
         self.guard: Guard | None = None
         self.was_read = False
+        self.said: set[str] = set()
+
+    def say(self, reason: str) -> None:
+        """Say once why calls like this one go through the model's own forward."""
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.info("The loss of a call in training: the model's own forward, since %s", reason)
 
     def __deepcopy__(self, memo: Any) -> _State:
         return _State()

@@ -74,6 +74,7 @@ def compile_step(
     if frozen and (without := fp8_unsupported_reason(model)) is not None:
         raise ValueError(f"frozen='fp8' can't be had: {without}.")
     if reason is not None or not isinstance(optimizer, AdamW):
+        logger.info("The step: the ordinary one, since %s.", reason)
         return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
     return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, recompute=recompute, frozen=frozen)
 
