@@ -18,6 +18,8 @@ from described import batch_for, described
 from ia3.fast.capture import GraphedCallable, StaticInputs
 from ia3.fast.fused import FusedLoss
 from ia3.fast.graphed import GraphedLoss, fetched, unsupported_reason
+from ia3.fast.guard import NOT_ALONE
+from ia3.state import sole_active_adapter
 from replayed import recording
 
 HEADED = [batch_for("bert", seed=seed) for seed in range(6)]
@@ -98,6 +100,17 @@ def test_what_else_is_trained_is_named() -> None:
     assert unsupported_reason(model) is None
     model.bert.encoder.layer[0].output.LayerNorm.weight.requires_grad_()
     assert "trained" in (unsupported_reason(model) or "")
+
+
+def test_two_that_act_are_not_one() -> None:
+    """The second, which is frozen, is no parameter that would be trained besides."""
+    model = with_head()
+    model.add_adapter("other", ia3.IA3Config())
+    model.set_adapter("other", inference_mode=True)
+    assert sole_active_adapter(model).name == "other"
+    model.set_adapter(["other", "default"])
+    assert sole_active_adapter(model) is None
+    assert unsupported_reason(model) == NOT_ALONE
 
 
 # Batches
