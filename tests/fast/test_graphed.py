@@ -145,6 +145,9 @@ def test_one_transfer_for_all_of_a_batch(monkeypatch) -> None:
     for name, tensor in batch.items():
         assert found[name].shape == tensor.shape
         assert torch.equal(found[name], tensor.long())
+    batch["weights"] = torch.tensor([0.5, 1.5])
+    found = fetched({name: tensor.as_subclass(Elsewhere) for name, tensor in batch.items()})
+    assert found["weights"].tolist() == [0.5, 1.5]
 
 
 def test_inputs_of_a_graph_lie_in_one_piece() -> None:
