@@ -285,8 +285,8 @@ def test_each_kind_of_batch_is_compared_once(tiny, randomise, monkeypatch) -> No
 
 
 def test_the_longest_and_the_shortest_are_among_the_examples() -> None:
-    lengths = torch.tensor([5, 6, 9, 2, 7, 1])
-    assert telling_examples(lengths, torch.tensor([False, True, True, True, True, False])) == [1, 2, 3]
+    lengths = torch.tensor([5, 6, 7, 8, 2, 9, 1])
+    assert telling_examples(lengths, torch.tensor([False, True, True, True, True, True, False])) == [1, 2, 4, 5]
     assert telling_examples(lengths, torch.zeros(6, dtype=torch.bool)) == []
 
 

@@ -18,6 +18,8 @@ from described import batch_for, described
 from ia3.fast.capture import GraphedCallable, StaticInputs
 from ia3.fast.fused import FusedLoss
 from ia3.fast.graphed import GraphedLoss, fetched, unsupported_reason
+from ia3.fast.guard import NOT_ALONE
+from ia3.state import sole_active_adapter
 from replayed import recording
 
 HEADED = [batch_for("bert", seed=seed) for seed in range(6)]
@@ -100,6 +102,17 @@ def test_what_else_is_trained_is_named() -> None:
     assert "trained" in (unsupported_reason(model) or "")
 
 
+def test_two_that_act_are_not_one() -> None:
+    """The second, which is frozen, is no parameter that would be trained besides."""
+    model = with_head()
+    model.add_adapter("other", ia3.IA3Config())
+    model.set_adapter("other", inference_mode=True)
+    assert sole_active_adapter(model).name == "other"
+    model.set_adapter(["other", "default"])
+    assert sole_active_adapter(model) is None
+    assert unsupported_reason(model) == NOT_ALONE
+
+
 # Batches
 
 
@@ -132,6 +145,9 @@ def test_one_transfer_for_all_of_a_batch(monkeypatch) -> None:
     for name, tensor in batch.items():
         assert found[name].shape == tensor.shape
         assert torch.equal(found[name], tensor.long())
+    batch["weights"] = torch.tensor([0.5, 1.5])
+    found = fetched({name: tensor.as_subclass(Elsewhere) for name, tensor in batch.items()})
+    assert found["weights"].tolist() == [0.5, 1.5]
 
 
 def test_inputs_of_a_graph_lie_in_one_piece() -> None:
