@@ -44,7 +44,7 @@ class FeedForward:
     """The feed-forward of a block.
 
     Args:
-        norm: as an attention's.
+        norm: as an attention's; None in a parallel block for the attention's normed input.
         up: the matrix before the activation; of a gated one the gate's and the linear half's, or the one that makes
             both.
         down: the second matrix.
@@ -95,7 +95,7 @@ class Dropouts:
     Args:
         attention: on its weights.
         residual: on what a layer made, before the sum.
-        attention_residual: where the attention's is another than `residual`; None for none.
+        attention_residual: `"residual"` where the attention's is the same, else its own; None where it drops nothing.
         activation: on the feed-forward's intermediate.
         embed: on the embeddings.
         final: on the last norm's output.
@@ -112,6 +112,9 @@ class Dropouts:
 @dataclass(frozen=True)
 class Architecture:
     """A family of models.
+
+    Not described are interleaved rotations (Helium), layers without a rotation among others (SmolLM3) and norms with a
+    weight a head: say these in `unsupported`, or leave the family out.
 
     Args:
         mode: what follows the blocks: `causal` a head where a label follows, `seq2seq` the same behind an encoder and a

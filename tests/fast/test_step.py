@@ -10,10 +10,11 @@ import torch
 from test_llama import adapted_causal, texts_of
 from test_t5 import adapted, batch_of
 from torch import Tensor
-from transformers import T5ForConditionalGeneration, get_linear_schedule_with_warmup
+from transformers import BertForQuestionAnswering, T5ForConditionalGeneration, get_linear_schedule_with_warmup
 
 import ia3
 from builders import models_own
+from described import batch_for, described
 from ia3 import IA3Config, get_peft_model
 from ia3.fast import scores
 from ia3.fast.batch import pack_seq2seq as pack
@@ -382,3 +383,23 @@ def test_a_rate_moves_to_the_device_of_its_graph(tiny, randomise) -> None:
     assert _settings(optimizer) == before
     optimizer.param_groups[0]["betas"] = (0.8, 0.99)
     assert _settings(optimizer) != before
+
+
+def test_a_batch_that_only_an_encoders_own_forward_takes_is_an_ordinary_step(caplog) -> None:
+    """Padded on the left, or of questions and answers."""
+    usual, compiled = described("bert", torch.float32), described("bert", torch.float32)
+    data = [batch_for("bert"), batch_for("bert", left=True), batch_for("bert", seed=2)]
+    expected = train_as_usual(usual, data)
+    step = ia3.compile_step(compiled, *optimiser_of(compiled))
+    with caplog.at_level("INFO", logger="ia3"):
+        assert [float(step(batch)) for batch in data] == pytest.approx(expected, rel=1e-4)
+    assert "pad on the right" in caplog.text
+    assert (step.path, step.reason) == ("fused", None)
+    answers = get_peft_model(
+        BertForQuestionAnswering(compiled.config), IA3Config(target_modules=["key"], feedforward_modules=[])
+    ).train()
+    step = ia3.compile_step(answers, torch.optim.AdamW([p for p in answers.parameters() if p.requires_grad], lr=0.1))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    places = torch.tensor([1])
+    found = [step({"input_ids": ids, "start_positions": places, "end_positions": places}) for _ in range(3)]
+    assert found[2] < found[0]

@@ -117,12 +117,15 @@ def pack_encoder(batch: Mapping[str, Tensor]) -> Packed:
     Raises:
         ValueError: a mask that hides more than padding behind the tokens, since a head looks at the first place.
     """
+    missing = {"input_ids", "labels"} - set(batch)
+    if missing:
+        raise ValueError(f"The batch holds {sorted(batch)}, and no {' and no '.join(sorted(missing))}.")
     own = {name: tensor.cpu() for name, tensor in batch.items() if name != "attention_mask"}
     mask = batch["attention_mask"].cpu() != 0
     if not (packable(mask) and bool(mask[:, 0].all())):
         raise ValueError(
-            "An example has no token, or its attention_mask hides more than padding behind its tokens: pad on the right "
-            "(tokenizer.padding_side = 'right')."
+            "An example has no token, or its attention_mask hides more than padding behind its tokens: pad on the "
+            "right (tokenizer.padding_side = 'right')."
         )
     return _padded_too(own, mask)
 

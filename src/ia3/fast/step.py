@@ -150,6 +150,7 @@ class _Fast(Step):
         assert adapter is not None
         self.adapter = adapter
         self.eager: _Eager | None = None
+        self.said: set[str] = set()
         loss = self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)), **how)
         flat = torch.zeros(loss.layout.size, dtype=loss.vectors[0].dtype, device=loss.device)
         self.gradients = [flat, *map(torch.zeros_like, loss.others)]
@@ -164,7 +165,12 @@ class _Fast(Step):
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if self.eager is not None:
             return self.eager(batch)
-        packed = self.loss.pack(batch)
+        try:
+            packed = self.loss.pack(batch)
+        except ValueError as error:
+            if not self.loss.losses.architecture.front:
+                raise
+            return self._by_own_forward(batch, str(error))
         self._expect_as_it_was()
         reason = self.loss.difference(batch, packed)
         if reason is not None:
@@ -178,6 +184,14 @@ class _Fast(Step):
         if self.scheduler is not None:
             self.scheduler.step()
         return loss
+
+    def _by_own_forward(self, batch: Mapping[str, Tensor], reason: str) -> Tensor:
+        """A step with a batch that only an encoder's own forward takes, such as one of questions and answers."""
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.info("The step of such a batch: the ordinary one, since %s", reason)
+        usual = (self.model, self.optimizer, self.scheduler, self.norm, self.decay, reason)
+        return _Eager(*usual)(batch)
 
     def _step_aside(self, reason: str) -> _Eager:
         """The ordinary step from now on; what was laid out for the fused one is let go."""
