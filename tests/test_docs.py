@@ -356,13 +356,13 @@ def test_the_gpus_other_tables_are_measured() -> None:
 
 
 def test_the_few_shot_table_is_measured() -> None:
-    from ia3.training.comparison import spread
+    from ia3.training.comparison import quartiles_of
 
     runs = json.loads((RESULTS / "few_shot.json").read_text())["runs"]
     expected = []
     for count in (16, 32, 64):
         found = [
-            spread([run["accuracy"] for run in runs if (run["examples"], run["objective"]) == (count, objective)])
+            quartiles_of([run["accuracy"] for run in runs if (run["examples"], run["objective"]) == (count, objective)])
             for objective in ("lm", "t-few")
         ]
         cells = [f"{100 * s.median:.1f} ({100 * s.lower:.1f} to {100 * s.upper:.1f})" for s in found]

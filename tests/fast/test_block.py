@@ -129,6 +129,16 @@ def test_each_group_has_the_loss_and_the_gradient_that_it_has_alone(form: str) -
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_half_precision_is_near(form: str) -> None:
+    """Whatever the precision of angles and of norms' weights is then."""
+    batch = batch_for(form)
+    loss, gradient = by_own_forward(described(form, torch.bfloat16).double(), batch)
+    found, own = by_block(described(form, torch.bfloat16), batch)
+    assert abs(found - loss) < 0.05 * loss
+    assert (own - gradient).norm() < 0.1 * gradient.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_what_is_computed_again_is_the_same(form: str) -> None:
     model, batch = described(form), batch_for(form)
     close(by_block(model, batch, recompute=True), by_block(model, batch))

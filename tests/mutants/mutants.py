@@ -230,7 +230,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ("training/test_loop.py", "training/test_resume.py"): [
         Mutant("Training._step", Instead("part * (count / sum(targets))", "part / len(batches)"),
                "accumulated batches count equally, whatever they hold"),
-        Mutant("Course.add", Instead("self.rank(evaluation) > self.rank(progress.evaluations[progress.best])",
+        Mutant("RunPlan.add", Instead("self.rank(evaluation) > self.rank(progress.evaluations[progress.best])",
                                      "self.rank(evaluation) < self.rank(progress.evaluations[progress.best])"),
                "the worst adapter is kept as the best"),
         Mutant("load_state", Skip("_restore_random_state"), "a resumed run draws other dropout"),
@@ -257,7 +257,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ("training/test_comparison.py", "training/test_report.py"): [
         Mutant("group_repeats", Instead("len(group) > 1", "True"), "a single run has quartiles"),
         Mutant("group_repeats", Never("finished"), "finished runs are not grouped"),
-        Mutant("spread", Instead("(0.25, 0.5, 0.75)", "(0.0, 0.5, 1.0)"), "quartiles are the extremes"),
+        Mutant("quartiles_of", Instead("(0.25, 0.5, 0.75)", "(0.0, 0.5, 1.0)"), "quartiles are the extremes"),
     ],
     ("cli/test_combine.py", "cli/test_targets.py", "cli/test_push.py", "cli/test_wrong_input.py"): [
         Mutant("combine", Never("exists"), "a combination writes over a folder"),

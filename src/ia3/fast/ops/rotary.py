@@ -64,7 +64,8 @@ def rotary_heads(
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], -1)
-    halves = [first * cos - second * sin, second * cos + first * sin]
+    # Angles may be in fp32 beside activations in half precision.
+    halves = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
     return torch.cat([*halves, rest] if rest.shape[-1] else halves, -1)
 
 
