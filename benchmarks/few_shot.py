@@ -26,7 +26,7 @@ from rich.console import Console
 import ia3
 from bench import say_machine
 from ia3.bundled import TITLER
-from ia3.training.comparison import spread
+from ia3.training.comparison import quartiles_of
 from ia3.training.data import Examples, load_examples, split_examples
 
 RESULTS = Path(__file__).parent / "results" / "few_shot.json"
@@ -85,10 +85,10 @@ def main() -> None:
     for count, objective in itertools.product(arguments.counts, OBJECTIVES):
         found = [run(examples, count, objective, seed, arguments.steps) for seed in arguments.seeds]
         runs += found
-        columns = [spread([each[name] for each in found]) for name in ("accuracy", "macro_f1")]
+        columns = [quartiles_of([each[name] for each in found]) for name in ("accuracy", "macro_f1")]
         cells = "".join(f"{f'{c.median:.3f} ({c.lower:.3f} to {c.upper:.3f})':<24}" for c in columns)
         print(f"  {count:<9}{OBJECTIVES[objective]:<22}{cells}{sum(each['seconds'] for each in found):.0f}", flush=True)
-    majority, before = (spread([each[name] for each in runs]).median for name in ("majority", "before"))
+    majority, before = (quartiles_of([each[name] for each in runs]).median for name in ("majority", "before"))
     print(f"# majority class {majority:.3f}; before training {before:.3f}")
     RESULTS.write_text(json.dumps({"machine": where, "runs": runs, "steps": arguments.steps}, indent=1) + "\n")
 
