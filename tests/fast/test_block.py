@@ -14,7 +14,7 @@ from ia3 import IA3Config
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss, unsupported_reason
 from ia3.fast.guard import own_forward
-from ia3.fast.own import Depad, Repad
+from ia3.fast.own import Gather
 from ia3.state import get_adapter
 
 
@@ -205,9 +205,9 @@ def test_a_gradient_that_padding_gets_between_padded_places_and_tokens() -> None
     """Two examples of 3 and 1 tokens, padded to 3, and one token of filler behind them."""
     token_at, slot_of = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 1, 2, 3, 0, 0])
     padded, tokens = (torch.randn(count, 2, dtype=torch.float64, requires_grad=True) for count in (6, 5))
-    for function, x, at, real in ((Depad, padded, token_at, 4), (Repad, tokens, slot_of, 4)):
+    for x, at, back, real in ((padded, token_at, slot_of, 4), (tokens, slot_of, token_at, 4)):
         grad = torch.randn(len(at), 2, dtype=torch.float64)
-        found = function.apply(x, token_at, slot_of)
+        found = Gather.apply(x, at, back)
         assert torch.equal(found, x[at])
         wanted = torch.zeros_like(x)
         wanted[:real] = grad[:real]

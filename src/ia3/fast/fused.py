@@ -23,7 +23,7 @@ from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
 from ia3.fast.ops.cross_entropy import head_losses, token_losses
 from ia3.fast.ops.dropout import dropout
-from ia3.fast.own import Depad, Repad, answered, own_loss
+from ia3.fast.own import Gather, answered, own_loss
 from ia3.fast.positions import Positions
 from ia3.fast.ragged import IGNORE_INDEX, Ragged
 from ia3.sites import Layout, Site
@@ -228,10 +228,10 @@ class FusedLoss:
         (blocks,) = self.weights.stacks
 
         def encode(hidden: Tensor) -> Tensor:
-            between = packed["token_at"], packed["slot_of"]
-            x: Tensor = Depad.apply(hidden.flatten(0, 1), *between)  # type: ignore[no-untyped-call]
+            token_at, slot_of = packed["token_at"], packed["slot_of"]
+            x: Tensor = Gather.apply(hidden.flatten(0, 1), token_at, slot_of)  # type: ignore[no-untyped-call]
             y = run.through(blocks, x, Inputs(ragged, ragged))
-            padded: Tensor = Repad.apply(y, *between)  # type: ignore[no-untyped-call]
+            padded: Tensor = Gather.apply(y, slot_of, token_at)  # type: ignore[no-untyped-call]
             return padded.view_as(hidden)
 
         return own_loss(answered(self.model, self.architecture.front, encode), packed.tensors)[None]

@@ -58,33 +58,21 @@ def own_loss(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     return loss
 
 
-class Depad(torch.autograd.Function):
-    """Padded places to tokens; both ways gather, where autograd would add atomically."""
+class Gather(torch.autograd.Function):
+    """Rows by an index, whose backward gathers by the way back, where autograd would add atomically.
+
+    What the way back doesn't come from gets no gradient: padded places on the way to tokens, padding tokens on the way
+    to places.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token_at: Tensor, slot_of: Tensor) -> Tensor:
-        ctx.save_for_backward(token_at, slot_of)
-        return x.index_select(0, token_at)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        token_at, slot_of = ctx.saved_tensors
-        is_token = token_at[slot_of] == torch.arange(len(slot_of), device=grad.device)
-        return grad.index_select(0, slot_of).masked_fill(~is_token[:, None], 0), None, None
-
-
-class Repad(torch.autograd.Function):
-    """The inverse; a padding token gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, token_at: Tensor, slot_of: Tensor) -> Tensor:
-        ctx.save_for_backward(token_at, slot_of)
-        return y.index_select(0, slot_of)
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(there, back)
+        return x.index_select(0, there)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        token_at, slot_of = ctx.saved_tensors
-        is_token = slot_of[token_at] == torch.arange(len(token_at), device=grad.device)
-        return grad.index_select(0, token_at).masked_fill(~is_token[:, None], 0), None, None
+        there, back = ctx.saved_tensors
+        came = there[back] == torch.arange(len(back), device=grad.device)
+        return grad.index_select(0, back).masked_fill(~came[:, None], 0), None, None
