@@ -165,6 +165,19 @@ def test_a_merged_t5_has_no_vectors_to_read(tiny) -> None:
     assert [size.layout.size for size in decoder.fused] == [0]
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+@pytest.mark.parametrize("ends", [[], [3], ENDS])
+def test_an_end_is_forced_at_the_last_token(tiny, family, ends) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model)
+    for length in (1, 2, NEW):
+        settings = {"max_new_tokens": length, "eos_token_id": ends or None, "forced_eos_token_id": 3, "pad_token_id": 0}
+        assert unsupported_reason(model, **settings) is None
+        found = Decoder(model, **settings)(ids, mask)
+        assert torch.equal(found, expected(model, ids, mask, **settings))
+        assert (found[:, -1] == 3).any()
+
+
 @pytest.mark.parametrize("form", ["bart", "mbart", "pegasus", "marian", "umt5"])
 def test_every_described_encoder_decoder_is_written_by_the_block(form) -> None:
     model = lively(described(form, torch.float32).eval())
@@ -398,7 +411,7 @@ def test_on_a_cpu_the_models_own_generate_stays(tiny, family) -> None:
         ({"num_beams": 2}, "num_beams is 2"),
         ({"do_sample": True}, "do_sample is True"),
         ({"forced_bos_token_id": 3}, "forced_bos_token_id is 3"),
-        ({"forced_eos_token_id": 3}, "forced_eos_token_id is 3"),
+        ({"forced_eos_token_id": [3, 4]}, r"forced_eos_token_id is \[3, 4\]"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size is 2"),
         ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2"),
         ({"suppress_tokens": [3]}, r"suppress_tokens is \[3\]"),

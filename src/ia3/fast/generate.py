@@ -127,6 +127,8 @@ def unsupported_reason(model: Any, **settings: Any) -> str | None:
         return "max_new_tokens is not given"
     if model.config.is_encoder_decoder and start_of(config) is None:
         return "the configuration names no decoder_start_token_id"
+    if not isinstance(config.forced_eos_token_id, int | None):
+        return f"forced_eos_token_id is {config.forced_eos_token_id!r}"
     for name, value in config.to_diff_dict().items():
         if name not in _UNDERSTOOD and value not in _WITHOUT_EFFECT.get(name, (None,)):
             return f"{name} is {value!r}"
@@ -136,7 +138,7 @@ def unsupported_reason(model: Any, **settings: Any) -> str | None:
 # What a greedy search doesn't look at, or is honoured here.
 _UNDERSTOOD = {
     *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"),
-    *("max_new_tokens", "max_length", "min_length", "min_new_tokens"),
+    *("max_new_tokens", "max_length", "min_length", "min_new_tokens", "forced_eos_token_id"),
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("length_penalty", "early_stopping", "transformers_version", "_from_model_config", "cache_config"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
@@ -243,7 +245,7 @@ class Decoder(Generate):
         tokens = write(input_ids, attention_mask, adapter_names)
         if tokens is None:
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
-        tokens = tokens[: len(input_ids)].clone()
+        tokens = self._with_last(tokens[: len(input_ids)].clone())
         return torch.cat([self._head(input_ids), tokens[:, : self._longest(tokens)]], dim=1)
 
     @property
@@ -397,6 +399,14 @@ class Decoder(Generate):
         if self.is_seq2seq:
             return torch.full((len(input_ids), 1), self.plan.start, device=device)
         return input_ids.to(device)
+
+    def _with_last(self, tokens: Tensor) -> Tensor:
+        """With the end that is forced on the examples that have not ended before the last token."""
+        if self.plan.last is not None and tokens.shape[1] == self.plan.max_new_tokens:
+            ends = torch.tensor(self.plan.ends, device=tokens.device)
+            goes_on = ~torch.isin(tokens[:, :-1], ends).any(1)
+            tokens[goes_on, -1] = self.plan.last
+        return tokens
 
     def _longest(self, tokens: Tensor) -> int:
         """The tokens of the longest example, its end included."""

@@ -31,6 +31,7 @@ class GenerationPlan:
         max_new_tokens: the most new tokens.
         ends: the end tokens.
         pad: what stands behind them.
+        last: what the last of all tokens is, where an example has not ended before; None for its likeliest.
         start: the decoder's first token.
         min_length: the fewest tokens, the prompt or the decoder's start included.
         min_new_tokens: the fewest new ones.
@@ -39,6 +40,7 @@ class GenerationPlan:
     max_new_tokens: int
     ends: tuple[int, ...]
     pad: int
+    last: int | None
     start: int
     min_length: int
     min_new_tokens: int
@@ -52,7 +54,8 @@ class GenerationPlan:
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
         start = start_of(config) if model.config.is_encoder_decoder else None
         least, least_new = config.min_length or 0, config.min_new_tokens or 0
-        return GenerationPlan(config.max_new_tokens, ends, pad, 0 if start is None else start, least, least_new)
+        last = config.forced_eos_token_id
+        return GenerationPlan(config.max_new_tokens, ends, pad, last, 0 if start is None else start, least, least_new)
 
 
 def start_of(config: Any) -> int | None:
