@@ -48,17 +48,17 @@ KIND = TaskKind.SEQUENCE_CLASSIFICATION
 
 @dataclass(frozen=True)
 class Outcome:
-    truth: list[str]
+    references: list[str]
     predictions: list[str]
     trained: int
     seconds: float
 
     @property
     def correct(self) -> int:
-        return count_correct(self.truth, self.predictions)
+        return count_correct(self.references, self.predictions)
 
     def macro_f1(self, labels: tuple[str, ...]) -> float:
-        scores = f1_scores(confusion_matrix(self.truth, self.predictions, labels), labels)
+        scores = f1_scores(confusion_matrix(self.references, self.predictions, labels), labels)
         return sum(scores.values()) / len(scores)
 
 
@@ -103,7 +103,7 @@ def adapted(in_full: str, epochs: int) -> Candidate:
         descend(trained, rate, len(batches), lambda step: own.loss(own.collate([rows[i] for i in batches[step]])))
         found = own.measure(own.tokenise(test.rows), lambda count: None)
         seconds = time.perf_counter() - started
-        return Outcome(found.truth, found.predictions, sum(p.numel() for p in trained), seconds)
+        return Outcome(found.references, found.predictions, sum(p.numel() for p in trained), seconds)
 
     return run
 
@@ -137,8 +137,8 @@ def frozen(pooling: str, epochs: int) -> Candidate:
         with torch.inference_mode():
             answers = head.eval()(torch.stack([kept[text][column] for text in test.texts])).argmax(dim=-1).tolist()
         seconds = time.perf_counter() - started
-        truth, predictions = [row.label for row in test], [train.labels[index] for index in answers]
-        return Outcome(truth, predictions, sum(p.numel() for p in trained), seconds)
+        references, predictions = [row.label for row in test], [train.labels[index] for index in answers]
+        return Outcome(references, predictions, sum(p.numel() for p in trained), seconds)
 
     return run
 
@@ -174,10 +174,10 @@ def best_rate(candidate: Candidate, train: Examples, seed: int, say: Callable[[s
 
 
 def report(outcomes: list[Outcome], labels: tuple[str, ...], say: Callable[[str], None]) -> None:
-    correct, total = sum(each.correct for each in outcomes), sum(len(each.truth) for each in outcomes)
+    correct, total = sum(each.correct for each in outcomes), sum(len(each.references) for each in outcomes)
     low, high = wilson_interval(correct, total)
     macro = sum(each.macro_f1(labels) for each in outcomes) / len(outcomes)
-    each = ", ".join(f"{one.correct / len(one.truth):.1%}" for one in outcomes)
+    each = ", ".join(f"{one.correct / len(one.references):.1%}" for one in outcomes)
     seconds = sum(one.seconds for one in outcomes) / len(outcomes)
     say(
         f"  accuracy {correct / total:.1%} [{low:.1%}, {high:.1%}] of {total} answers ({each}), macro-F1 {macro:.3f}, "
@@ -210,10 +210,10 @@ def main() -> None:
 
     started = time.perf_counter()
     splits = {seed: split_examples(examples, 0.1, seed) for seed in seeds}
-    truth = [row.label for _, test in splits.values() for row in test]
+    references = [row.label for _, test in splits.values() for row in test]
     say(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None))
     say(f"{len(examples):,} texts, 10 % held out, {epochs} epochs with vectors, {head_epochs} on frozen features")
-    say(f"always the most frequent label: {majority_baseline(truth):.1%}")
+    say(f"always the most frequent label: {majority_baseline(references):.1%}")
     for name, candidate in candidates.items():
         say(name)
         rate = best_rate(candidate, splits[seeds[0]][0], seeds[0], say)

@@ -145,7 +145,7 @@ def main() -> None:
     print(f"  wrote {run.evaluations[0].predictions[0]!r}")
     print(f"trained on each order once, in {run.train_seconds:.0f} s, {train_count / run.train_seconds:.1f} orders/s")
     show("after", run.final)
-    answers = zip(run.truth, run.final.predictions, strict=True)
+    answers = zip(run.references, run.final.predictions, strict=True)
     for right, written in [answer for answer in answers if answer[0] != answer[1]][:3]:
         print(f"  wrong: {written!r} instead of {right!r}")
 

@@ -61,10 +61,10 @@ def evaluate(
         _expect_known(examples, task)
     task = answer_by(task, way)
     labeller = replace(labeller, task=task)
-    result = _judge(task, examples, answer(labeller, examples, progress, batch_size=batch_size))
+    result = _result(task, examples, answer(labeller, examples, progress, batch_size=batch_size))
     if kind is TaskKind.LABEL_WORDS and not task.ranks:
         ranking = replace(labeller, task=task.answered_by("rank"))
-        ranked = _judge(ranking.task, examples, answer(ranking, examples, progress, batch_size=batch_size))
+        ranked = _result(ranking.task, examples, answer(ranking, examples, progress, batch_size=batch_size))
         result = replace(result, scores={"accuracy_by_rank": ranked.summary()["accuracy"]})
     if as_json:
         typer.echo(json.dumps({"adapter": adapter, "data": examples.source, **result.summary()}, ensure_ascii=False))
@@ -72,7 +72,7 @@ def evaluate(
         _print(result)
 
 
-def _judge(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:
+def _result(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:
     """Compare texts with texts, or word by word where the answers are tags."""
     from ia3.training.entities import tag_scores
     from ia3.training.task import TaskKind
