@@ -154,6 +154,11 @@ class Architecture:
     unsupported: Callable[[Any], str | None] = lambda config: None
 
 
+def has_learned_positions(architecture: Architecture) -> bool:
+    """Whether a batch has to say where its tokens stand."""
+    return architecture.stacks[0].positions is not None
+
+
 def architecture_of(model: Any) -> Architecture | None:
     """The description of a model's family; None where there is none."""
     config = getattr(model, "config", None)

@@ -66,7 +66,9 @@ class Run:
         self.attention, self.activation = self.rate(dropouts.attention), self.rate(dropouts.activation)
         layers = [layer for blocks in weights.stacks for layer in blocks.layers]
         drops = self.attention or self.activation or any(layer.residual for layer in layers)
-        count = 2 * len(layers) + len(weights.stacks) if self.training and drops else 0
+        # Each layer's sum and inside, of which a parallel one has two, and each stack's last norm.
+        dropouts_of = [3 if isinstance(layer, ParallelLayer) else 2 for layer in layers]
+        count = sum(dropouts_of) + len(weights.stacks) if self.training and drops else 0
         self.seeds = DropoutSeeds(model.device, count, backend)
 
     def rate(self, name: str | None) -> float:
@@ -157,7 +159,7 @@ class Run:
         return h if layer.out_norm is None else self._norm(layer.out_norm, h)
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:
-        return add_norm(x, None, norm, 0.0, self.seeds.unused, self.backend)[1]
+        return add_norm(x, None, norm, 0.0, None, self.backend)[1]
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:

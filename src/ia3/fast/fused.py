@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ia3.architectures import Architecture, Stack, architecture_of
+from ia3.architectures import Architecture, Stack, architecture_of, has_learned_positions
 from ia3.fast import batch
 from ia3.fast.batch import Packed
 from ia3.fast.block import Inputs, Run
@@ -150,7 +150,7 @@ class FusedLoss:
         Raises:
             ValueError: a batch that only the model's own forward takes.
         """
-        positions = self.architecture.stacks[0].positions is not None
+        positions = has_learned_positions(self.architecture)
         if self.architecture.mode == "causal":
             return batch.pack_causal(tensors, positions=positions, left_padded=self.architecture.left_padded)
         if self.architecture.mode == "seq2seq":

@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import StaticCache, StaticLayer
 
 from ia3.adapter import site_vectors
-from ia3.architectures import architecture_of
+from ia3.architectures import architecture_of, has_learned_positions
 from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_seq2seq, packable, round_up
 from ia3.fast.capture import GraphedCallable
@@ -221,6 +221,8 @@ class Decoder(Generate):
         self.own = OwnGenerate(model, settings, None)
         self.guard = Guard(model)
         self.is_seq2seq: bool = model.config.is_encoder_decoder
+        architecture = architecture_of(model)
+        self.has_positions = architecture is not None and has_learned_positions(architecture)
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
@@ -273,7 +275,7 @@ class Decoder(Generate):
         nothing = torch.full((count, 1), IGNORE_INDEX)
         packed = pack_seq2seq(
             {"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing},
-            positions=self._has_positions,
+            positions=self.has_positions,
         )
         size = self._fitting(count, round_up(packed, count, self.plan.pad), layout, adapter_names is not None)
         packed = round_up(packed, size.examples, self.plan.pad)
@@ -283,11 +285,6 @@ class Decoder(Generate):
             session, lambda: session.prefilling(*packed.fixed, **packed.tensors), session.decoding
         )
         return session.tokens[:, :written]
-
-    @property
-    def _has_positions(self) -> bool:
-        architecture = architecture_of(self.model)
-        return architecture is not None and architecture.stacks[0].positions is not None
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""

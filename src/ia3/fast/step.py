@@ -190,14 +190,16 @@ class _Fast(Step):
         if reason not in self.said:
             self.said.add(reason)
             logger.info("The step of such a batch: the ordinary one, since %s", reason)
-        usual = (self.model, self.optimizer, self.scheduler, self.norm, self.decay, reason)
-        return _Eager(*usual)(batch)
+        return self._ordinary(reason)(batch)
+
+    def _ordinary(self, reason: str) -> _Eager:
+        return _Eager(self.model, self.optimizer, self.scheduler, self.norm, self.decay, reason)
 
     def _step_aside(self, reason: str) -> _Eager:
-        """The ordinary step from now on; what was laid out for the fused one is let go."""
+        """The ordinary step from now on; what the fused one held is let go."""
         logger.warning("The step is the ordinary one from now on: %s.", reason)
         self.path, self.reason = "eager", reason
-        self.eager = _Eager(self.model, self.optimizer, self.scheduler, self.norm, self.decay, reason)
+        self.eager = self._ordinary(reason)
         del self.loss, self.computation, self.gradients, self.places
         return self.eager
 

@@ -51,32 +51,20 @@ class DropoutSeeds:
 
     Args:
         device: the model's.
-        count: how many dropouts a step has; none where nothing is dropped, and every seed is the same.
+        count: how many dropouts a step has; none where nothing is dropped.
         backend: PyTorch's dropout draws for itself.
     """
 
     def __init__(self, device: torch.device, count: int, backend: Backend) -> None:
         self.backend = backend
-        self.seeds: tuple[Tensor, ...] | None = None
-        """One a dropout; None where PyTorch draws."""
-        if backend == "triton":
-            drawn = (
-                torch.randint(0, 2**62, (count,), device=device)
-                if count
-                else torch.zeros(1, dtype=torch.int64, device=device)
-            )
-            self.seeds = drawn.unbind()
+        draws = backend == "triton" and count > 0
+        self.seeds = torch.randint(0, 2**62, (count,), device=device).unbind() if draws else None
         self.place = 0
 
-    @property
-    def unused(self) -> Tensor | None:
-        """A seed for a kernel that drops nothing."""
-        return None if self.seeds is None else self.seeds[0]
-
     def next(self) -> Tensor | None:
-        """A seed for one dropout; None where PyTorch draws."""
+        """A seed for one dropout; None where PyTorch draws, or nothing is dropped."""
         self.place += 1
-        return None if self.seeds is None else self.seeds[min(self.place, len(self.seeds)) - 1]
+        return None if self.seeds is None else self.seeds[self.place - 1]
 
     def recompute(self, part: Callable[..., Any], *arguments: Any) -> Any:
         """Run a part now, keep nothing of its inside, and run it again with the same seeds in the backward."""
