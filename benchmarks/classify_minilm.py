@@ -32,14 +32,15 @@ from transformers import AutoTokenizer
 
 from bench import machine
 from ia3 import IA3Config, get_peft_model
+from ia3.data.loading import load_examples
 from ia3.inference.classify import head_modules, load_classifier, pad_rows, padding_token
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Examples, split_examples
+from ia3.tasks.metrics import confusion_matrix, count_correct, f1_scores, majority_baseline, wilson_interval
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
 from ia3.training.collate import shuffled_batches
-from ia3.training.data import Examples, load_examples, split_examples
 from ia3.training.learners.classes import SequenceClasses
-from ia3.training.metrics import confusion_matrix, count_correct, f1_scores, majority_baseline, wilson_interval
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
-from ia3.training.template import Template
 
 RESULTS = Path(__file__).parent / "results" / "classify_minilm.txt"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

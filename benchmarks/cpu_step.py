@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from bench import interleaved, summary, write
 from ia3.bundled import resolve_model
-from ia3.training.data import bundled_tweets, load_examples
+from ia3.data.loading import bundled_tweets, load_examples
 
 
 def stepper(library_name: str, folder: str, batches: list[dict[str, torch.Tensor]]):

@@ -26,8 +26,9 @@ from rich.console import Console
 import ia3
 from bench import say_machine
 from ia3.bundled import TITLER
-from ia3.training.comparison import quartiles_of
-from ia3.training.data import Examples, load_examples, split_examples
+from ia3.data.loading import load_examples
+from ia3.runs.comparison import quartiles_of
+from ia3.tasks.examples import Examples, split_examples
 
 RESULTS = Path(__file__).parent / "results" / "few_shot.json"
 HELD_OUT = 500

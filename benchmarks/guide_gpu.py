@@ -35,12 +35,12 @@ from transformers import PreTrainedTokenizerFast
 
 import ia3
 from bench import say_machine
-from ia3.training.data import Example, Examples
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Example, Examples
+from ia3.tasks.task import Task
+from ia3.tasks.template import Template
 from ia3.training.learners.words import Words
 from ia3.training.loop import Training
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task
-from ia3.training.template import Template
 from lengths import shuffled
 from train_step import LARGE, TINY, batch_of, build, guide, milliseconds
 

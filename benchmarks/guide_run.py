@@ -28,13 +28,14 @@ from transformers import AutoModelForSeq2SeqLM
 import ia3
 from bench import machine
 from ia3.bundled import TITLER, load_model
+from ia3.data.loading import load_examples
 from ia3.inference.loading import load_tokenizer
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import split_examples
+from ia3.tasks.task import Task
+from ia3.tasks.template import Template
 from ia3.training.collate import shuffled_batches
-from ia3.training.data import load_examples, split_examples
 from ia3.training.learners.words import Words
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task
-from ia3.training.template import Template
 
 RESULTS = Path(__file__).parent / "results" / "guide_run.json"
 EPOCHS, BATCH, LENGTH, TURN = 3, 8, 128, 3

@@ -23,9 +23,9 @@ from rich.console import Console
 
 import ia3
 from bench import say_machine
-from ia3.training.data import Example, Examples
-from ia3.training.run import Evaluation
-from ia3.training.task import TaskKind
+from ia3.runs.run import Evaluation
+from ia3.tasks.examples import Example, Examples
+from ia3.tasks.task import TaskKind
 
 INSTRUCTION = "Write the order as one line: NAME | TOWN | NUMBER x THING (COLOUR)."
 WORDINGS = (

@@ -1,6 +1,6 @@
 """Make the tweets that come with ia3 from zeroshot/twitter-financial-news-sentiment 1.0.0.
 
-    python benchmarks/make_tweets.py FOLDER [--output src/ia3/training/tweets]
+    python benchmarks/make_tweets.py FOLDER [--output src/ia3/data/tweets]
 
 FOLDER holds the data set's `sent_train.csv` and `sent_valid.csv`. The same input gives the same bytes.
 

@@ -22,8 +22,9 @@ from rich.console import Console
 import ia3
 from bench import say_machine
 from ia3.bundled import TITLER
-from ia3.training.data import Examples, bundled_tweets
-from ia3.training.run import Run
+from ia3.data.loading import bundled_tweets
+from ia3.runs.run import Run
+from ia3.tasks.examples import Examples
 
 VALIDATION = 600
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import bench
 import ia3
 from ia3.bundled import TITLER
-from ia3.training.run import Run
+from ia3.runs.run import Run
 from ia3.training.sweep import Sweep
 
 QUIET = Console(quiet=True)

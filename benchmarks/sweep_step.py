@@ -29,7 +29,7 @@ from bench import say_machine
 from ia3.adapter import site_vectors
 from ia3.fast.sweep import SweepStep, group_losses
 from ia3.state import attached
-from ia3.training.losses import token_log_probabilities
+from ia3.tasks.losses import token_log_probabilities
 from lengths import shuffled
 from train_step import LARGE, TINY, batch_of, build, guide, milliseconds
 

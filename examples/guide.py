@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from ia3.bundled import resolve_model
-from ia3.training.data import count_truncated, load_examples
+from ia3.data.loading import load_examples
+from ia3.training.collate import count_truncated
 
 LABEL_LENGTH = 3
 

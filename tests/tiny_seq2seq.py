@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from ia3 import IA3Config, get_peft_model
-from ia3.training.data import Example, Examples
+from ia3.tasks.examples import Example, Examples
 
 LABELS = ("negative", "neutral", "positive")
 _TELLING = {"negative": "falls", "neutral": "stays", "positive": "rises"}

@@ -15,7 +15,7 @@ from running import call, message, succeed
 import ia3
 import tiny_seq2seq
 from ia3.cli import main as command
-from ia3.training.data import bundled_tweets
+from ia3.data.loading import bundled_tweets
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:

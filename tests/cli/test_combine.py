@@ -10,9 +10,9 @@ from running import call, message, succeed
 
 import tiny_seq2seq
 from ia3 import AutoPeftModelForSeq2SeqLM, PeftModel
+from ia3.runs.likeness import likeness
+from ia3.tasks.task import load_task
 from ia3.tensors import load_peft_weights
-from ia3.training.likeness import likeness
-from ia3.training.task import load_task
 
 
 @pytest.fixture(scope="module")

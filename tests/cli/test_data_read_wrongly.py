@@ -17,9 +17,9 @@ import ia3
 import tiny_causal
 import tiny_classifier
 import tiny_seq2seq
-from ia3.training.data import Example, Examples
-from ia3.training.task import load_task
-from ia3.training.template import Template
+from ia3.tasks.examples import Example, Examples
+from ia3.tasks.task import load_task
+from ia3.tasks.template import Template
 
 SPELLINGS = {
     "negative": ("negative", "Negative"),
@@ -212,7 +212,7 @@ class TestColumnsThatBelongToTheText:
             ia3.sweep(str(base), str(tmp_path / "a.csv"), text_column=named[1], steps=1, console=quiet())
 
     def test_of_examples_in_memory_they_are_said(self, base: Path, tmp_path: Path) -> None:
-        from ia3.training.data import load_examples
+        from ia3.data.loading import load_examples
 
         path = write(tmp_path / "a.csv", [("the share", *row) for row in [("x", "positive"), ("y", "negative")] * 9],
                      "premise,hypothesis,label")  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from running import succeed
 
 from ia3.cli.evaluate import Result, _print
-from ia3.training.metrics import wilson_interval
+from ia3.tasks.metrics import wilson_interval
 
 LABELS = ["negative", "neutral", "positive"]
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner, Result
 
 from ia3.cli import main
 from ia3.cli.runs import print_runs
-from ia3.training.comparison import RunRecord, group_repeats, read_runs
-from ia3.training.metrics import wilson_interval
-from ia3.training.recipe import make_recipe
-from ia3.training.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Evaluation, write_json
+from ia3.runs.comparison import RunRecord, group_repeats, read_runs
+from ia3.runs.recipe import make_recipe
+from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Evaluation, write_json
+from ia3.tasks.metrics import wilson_interval
 
 LONG = "{text}\nIs this review of the film positive or negative? Answer with one word: "
 

@@ -17,8 +17,8 @@ import tiny_causal
 import tiny_classifier
 import tiny_seq2seq
 from ia3.cli.labelling import load_labeller
-from ia3.training.data import Example
-from ia3.training.task import load_task
+from ia3.tasks.examples import Example
+from ia3.tasks.task import load_task
 
 # Of different lengths in tokens, so that their order hangs on how scores are normalised.
 _LABELS = {"negative": "negative", "neutral": "much of the neutral", "positive": "very positive"}

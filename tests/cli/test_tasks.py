@@ -16,8 +16,8 @@ import tiny_causal
 import tiny_classifier
 from ia3 import IA3Config, PeftModel
 from ia3.inference.loading import load_adapter
-from ia3.training.data import Example
-from ia3.training.task import TaskKind, load_task
+from ia3.tasks.examples import Example
+from ia3.tasks.task import TaskKind, load_task
 from tiny_heads import load_base, save_base
 
 

@@ -7,7 +7,7 @@ import torch
 from test_t5 import FORMS, adapted, batch_of
 
 from ia3.fast.scores import ChoiceScores, unsupported_reason
-from ia3.training.losses import choice_log_probabilities
+from ia3.tasks.losses import choice_log_probabilities
 
 CHOICES = torch.tensor([[5, 1, -100], [7, 9, 1], [4, -100, -100]])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

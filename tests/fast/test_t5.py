@@ -17,7 +17,7 @@ from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
 from ia3.fast.graphed import unsupported_at
 from ia3.state import attached
-from ia3.training.losses import choice_log_probabilities
+from ia3.tasks.losses import choice_log_probabilities
 
 WITHOUT_THE_GATE = {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}
 FORMS = {

@@ -13,8 +13,8 @@ from ia3.inference.answering import Answer, Answerer
 from ia3.inference.complete import _settings, complete
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
-from ia3.training.task import AnswerBy, Task, TaskKind
-from ia3.training.template import Template
+from ia3.tasks.task import AnswerBy, Task, TaskKind
+from ia3.tasks.template import Template
 from replayed import recording
 
 EXAMPLES = tiny_seq2seq.examples(7)

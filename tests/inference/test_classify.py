@@ -11,7 +11,7 @@ from torch import nn
 import tiny_classifier
 from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.inference.classify import Tagged, classify, head_modules, load_classifier, tag
-from ia3.training.task import TaskKind
+from ia3.tasks.task import TaskKind
 from tiny_classifier import LABELS, TAGS, TEXTS, names
 
 TEXT_CLASSES, WORD_CLASSES = TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.TOKEN_CLASSIFICATION

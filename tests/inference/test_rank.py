@@ -9,7 +9,7 @@ import torch
 import builders
 import tiny_seq2seq
 from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings, score_labels
-from ia3.training.losses import pad_choices
+from ia3.tasks.losses import pad_choices
 from replayed import recording
 
 TOKENIZER = tiny_seq2seq.tokenizer()

@@ -218,7 +218,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "a word's tag is its last token's"),
         Mutant("_check_labels", Never("twice"), "a head has one label twice"),
     ],
-    ("training/test_collate.py", "training/test_optimise.py", "training/test_losses.py"): [
+    ("training/test_collate.py", "training/test_optimise.py", "tasks/test_losses.py"): [
         Mutant("decay_vectors", Instead("vector.add_(1 - vector, alpha=rate * weight_decay)",
                                         "vector.mul_(1 - rate * weight_decay)"), "vectors decay to zero"),
         Mutant("make_optimizer", Instead("((vectors, 0.0), (full, settings.weight_decay))",
@@ -237,7 +237,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("load_state", Instead('optimizer.load_state_dict(content["optimizer"])', "None"),
                "a resumed run forgets the optimizer"),
     ],
-    ("training/test_metrics.py", "training/test_entities.py", "training/test_labels.py", "training/test_template.py"): [
+    ("tasks/test_metrics.py", "tasks/test_entities.py", "tasks/test_labels.py", "tasks/test_template.py"): [
         Mutant("wilson_interval", Instead("4 * total**2", "4 * total"), "intervals are too wide"),
         Mutant("confusion_matrix", Instead("position.get(predicted, len(labels))", "position.get(predicted, 0)"),
                "an answer that is no label counts as the first label"),
@@ -248,13 +248,13 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Template.render", Instead('piece["breaks"] + cell if cell else ""', 'piece["breaks"] + cell'),
                "an empty column leaves its line breaks"),
     ],
-    ("training/test_data.py", "training/test_records.py"): [
+    ("data/test_data.py", "data/test_records.py"): [
         Mutant("split_examples", Never("SEQUENCE_CLASSIFICATION"), "all rows of a rare label are held out"),
         Mutant("split_examples", Skip("shuffle"), "held out are the first rows of a sorted file"),
         Mutant("_normalised", Skip("casefold"), "a text is trained on and held out, in another case"),
         Mutant("count_truncated", Flip("max_length"), "texts that fit are said to be cut"),
     ],
-    ("training/test_comparison.py", "training/test_report.py"): [
+    ("runs/test_comparison.py", "runs/test_report.py"): [
         Mutant("group_repeats", Instead("len(group) > 1", "True"), "a single run has quartiles"),
         Mutant("group_repeats", Never("finished"), "finished runs are not grouped"),
         Mutant("quartiles_of", Instead("(0.25, 0.5, 0.75)", "(0.0, 0.5, 1.0)"), "quartiles are the extremes"),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_seq2seq
+from ia3.tasks.examples import Example
 from ia3.training.collate import TokenisedExample, collate, shuffled_batches, tokenise
-from ia3.training.data import Example
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 import tiny_causal
 from builders import vector_gradients
 from ia3 import IA3Config, get_peft_model
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.complete import complete
-from ia3.training.collate import IGNORE_INDEX
-from ia3.training.data import Example
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Example
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
 from ia3.training.learners.instructions import Instructions, count_cut, find_separation, pack
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
-from ia3.training.template import Template
 
 TURNS = (("user", "say one"), ("assistant", "two"))
 

@@ -17,15 +17,15 @@ from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
 from ia3.peft_model import PeftModel
+from ia3.runs.run import Run
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Example, Examples
+from ia3.tasks.losses import choice_logits, pad_choices, tfew_losses
+from ia3.tasks.task import Task, TaskKind, load_task
+from ia3.tasks.template import Template
 from ia3.training.collate import collate, shuffled_batches, tokenise
-from ia3.training.data import Example, Examples
 from ia3.training.learners.words import Words
 from ia3.training.loop import Training, fit
-from ia3.training.losses import choice_logits, pad_choices, tfew_losses
-from ia3.training.run import Run
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind, load_task
-from ia3.training.template import Template
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 QUIET = Console(quiet=True)
@@ -237,7 +237,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_training(tmp_path: 
 def test_an_output_that_cannot_be_written_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ia3.training.run.os.access", lambda path, mode: False)
+    monkeypatch.setattr("ia3.runs.run.os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="is read-only: name another"):
         run_on(tiny_seq2seq.adapted(), tmp_path / "run")
 

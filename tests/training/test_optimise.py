@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from ia3.runs.settings import TrainSettings
 from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
-from ia3.training.settings import TrainSettings
 
 STEPS = 20
 

@@ -15,14 +15,14 @@ from rich.console import Console
 from torch import Tensor
 
 import tiny_seq2seq
+from ia3.runs.run import Run
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.task import Task, load_task
+from ia3.tasks.template import Template
 from ia3.tensors import load_peft_weights
 from ia3.training.learner import EvalOutput
 from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted, fit
-from ia3.training.run import Run
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, load_task
-from ia3.training.template import Template
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 TASK = Task(template=Template.of_column("text"), labels=tiny_seq2seq.LABELS, max_length=128, max_new_tokens=5)

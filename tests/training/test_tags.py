@@ -7,12 +7,12 @@ import torch
 
 import tiny_classifier
 from ia3 import IA3Config, get_peft_model
-from ia3.training.data import Example
-from ia3.training.entities import entity_scores
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.entities import entity_scores
+from ia3.tasks.examples import Example
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
 from ia3.training.learners.tags import TokenClasses
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
-from ia3.training.template import Template
 from tiny_classifier import TAGS, names
 
 KIND = TaskKind.TOKEN_CLASSIFICATION

@@ -110,8 +110,8 @@ def _write(output: Path, contents: list[Content], values: dict[Site, Tensor]) ->
     from dataclasses import replace
 
     from ia3.card import write_card
+    from ia3.tasks.task import save_task
     from ia3.tensors import PREFIX, SAFETENSORS_NAME, write_tensors
-    from ia3.training.task import save_task
 
     with_modules = next((content for content in contents if content.others), contents[0])
     config: Any = deepcopy(with_modules.config)

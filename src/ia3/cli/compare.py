@@ -28,7 +28,7 @@ def compare(
     """Compare adapters by the cosine and the distance of what they add to the base, in all and block by block."""
     from rich.console import Console
 
-    from ia3.training.likeness import draw_likeness, likeness
+    from ia3.runs.likeness import draw_likeness, likeness
 
     if len(adapters) < 2:
         raise ValueError("There is one adapter, and nothing to compare it with: name at least two.")

@@ -15,8 +15,8 @@ from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
     from ia3.inference.answering import Answer
-    from ia3.training.data import Examples
-    from ia3.training.task import Task
+    from ia3.tasks.examples import Examples
+    from ia3.tasks.task import Task
 
 
 def evaluate(
@@ -37,8 +37,9 @@ def evaluate(
 
     from rich.console import Console
 
-    from ia3.training.data import load_examples, match_labels
-    from ia3.training.task import TaskKind
+    from ia3.data.loading import load_examples
+    from ia3.tasks.examples import match_labels
+    from ia3.tasks.task import TaskKind
 
     progress = Console(stderr=True)
     labeller = load_labeller(adapter, progress, text_column=text_column)
@@ -74,8 +75,8 @@ def evaluate(
 
 def _result(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:
     """Compare texts with texts, or word by word where the answers are tags."""
-    from ia3.training.entities import tag_scores
-    from ia3.training.task import TaskKind
+    from ia3.tasks.entities import tag_scores
+    from ia3.tasks.task import TaskKind
 
     references = [example.label for example in examples]
     if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
@@ -94,8 +95,8 @@ def _result(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
-    from ia3.training.labels import match_spellings
-    from ia3.training.task import TaskKind
+    from ia3.tasks.labels import match_spellings
+    from ia3.tasks.task import TaskKind
 
     words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     occurring = {label for row in examples for label in (row.label.split() if words else [row.label])}
@@ -122,7 +123,7 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """The figures as JSON writes them."""
-        from ia3.training.metrics import (
+        from ia3.tasks.metrics import (
             confusion_matrix,
             count_correct,
             f1_scores,
@@ -157,7 +158,7 @@ def _print(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ia3.training.metrics import write_score
+    from ia3.tasks.metrics import write_score
 
     found = result.summary()
     low, high = found["accuracy_interval_95"]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ia3.config import PeftConfig
-    from ia3.training.report import VectorMap
-    from ia3.training.task import Task
+    from ia3.runs.report import VectorMap
+    from ia3.tasks.task import Task
 
 
 def inspect(
@@ -55,7 +55,7 @@ class Content:
 
     def maps(self) -> list[VectorMap]:
         """The mean |l − 1| by stack, block and kind."""
-        from ia3.training.report import vector_maps
+        from ia3.runs.report import vector_maps
 
         return vector_maps(_NamedVectors(self.vectors))
 
@@ -109,8 +109,8 @@ def read_content(adapter: str) -> Content:
         ValueError: a damaged file, no vectors in it, a vector with NaN or infinity.
     """
     from ia3.config import PeftConfig
+    from ia3.tasks.task import load_task
     from ia3.tensors import PREFIX, load_peft_weights
-    from ia3.training.task import load_task
 
     expect_adapter(adapter)
     config = PeftConfig.from_pretrained(adapter)

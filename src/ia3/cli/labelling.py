@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ia3.inference.answering import Answer
-    from ia3.training.data import Example
-    from ia3.training.task import Task
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def load_labeller(
         from transformers.utils.logging import disable_progress_bar
 
         from ia3.inference.loading import DTYPES, load_adapter
-        from ia3.training.task import load_task
+        from ia3.tasks.task import load_task
 
         disable_progress_bar()
         saved = load_task(adapter)
@@ -77,8 +77,8 @@ def load_labeller(
 def _task_without_file(model: Any, text_column: str) -> Task:
     """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
     from ia3.inference.classify import class_labels
-    from ia3.training.task import Task, TaskKind
-    from ia3.training.template import Template
+    from ia3.tasks.task import Task, TaskKind
+    from ia3.tasks.template import Template
 
     task_type = model.peft_config[model.active_adapter].task_type
     kinds = {kind.task_type: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
@@ -120,8 +120,8 @@ def answer(labeller: Labeller, examples: Sequence[Example], console: Console, *,
 
     from ia3.inference.answering import Answerer
     from ia3.inference.complete import encode, prompt_text
-    from ia3.training.data import count_truncated
-    from ia3.training.task import TaskKind
+    from ia3.tasks.task import TaskKind
+    from ia3.training.collate import count_truncated
 
     task = labeller.task
     if task.kind is TaskKind.INSTRUCTIONS:

@@ -16,10 +16,10 @@ from ia3.cli.names import ANSWER_BY_HELP
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ia3.data.records import Records
     from ia3.inference.answering import Answer
-    from ia3.training.data import Example
-    from ia3.training.records import Records
-    from ia3.training.task import Task
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import Task
 
 _OUTPUTS = (".csv", ".jsonl")
 
@@ -92,14 +92,14 @@ def _read_lines() -> list[str]:
 
 
 def _read_file(path: Path, text_column: str | None) -> Records:
-    from ia3.training.records import read_records
+    from ia3.data.records import read_records
 
     return read_records(path, line_column=text_column or "text")
 
 
 def _as_records(lines: list[str], labeller: Labeller) -> Records:
     """Sentences as rows of the one column that the template reads."""
-    from ia3.training.records import Records
+    from ia3.data.records import Records
 
     fields = labeller.task.template.fields
     if len(labeller.task.template.required) > 1:
@@ -112,9 +112,10 @@ def _as_records(lines: list[str], labeller: Labeller) -> Records:
 
 def _examples(records: Records, labeller: Labeller) -> list[Example]:
     """What the model reads of each row; of a text whose words get tags the cell may be a list."""
-    from ia3.training.data import Example, conversation_to_answer, words_of
-    from ia3.training.records import require_columns
-    from ia3.training.task import TaskKind
+    from ia3.data.loading import conversation_to_answer, words_of
+    from ia3.tasks.columns import require_columns
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import TaskKind
 
     template = labeller.task.template
     places = [(f"{records.source}, {place}", record) for place, record in records]
@@ -128,8 +129,8 @@ def _examples(records: Records, labeller: Labeller) -> list[Example]:
 
 
 def _holds_conversations(records: Records, labeller: Labeller) -> bool:
-    from ia3.training.reading import MESSAGES_COLUMN
-    from ia3.training.task import TaskKind
+    from ia3.tasks.examples import MESSAGES_COLUMN
+    from ia3.tasks.task import TaskKind
 
     reads = labeller.task.template.fields
     is_chat = labeller.task.kind is TaskKind.INSTRUCTIONS and MESSAGES_COLUMN in records.columns
@@ -235,7 +236,7 @@ def _print(
 
 def _count(task: Task, answers: list[str]) -> Counter[str]:
     """How often each label or tag was given; of free text there is nothing to count."""
-    from ia3.training.task import TaskKind
+    from ia3.tasks.task import TaskKind
 
     if task.kind is TaskKind.TOKEN_CLASSIFICATION:
         return Counter(tag for answer in answers for tag in answer.split())

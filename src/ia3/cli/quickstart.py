@@ -26,9 +26,9 @@ def quickstart(
     from ia3.bundled import TITLER
     from ia3.cli.labelling import answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
-    from ia3.training.data import Example
-    from ia3.training.recipe import Recipe
-    from ia3.training.settings import TrainSettings
+    from ia3.runs.recipe import Recipe
+    from ia3.runs.settings import TrainSettings
+    from ia3.tasks.examples import Example
     from ia3.training.train import run_recipe
 
     progress = Console(stderr=True)

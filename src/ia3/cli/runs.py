@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.training.comparison import Repeats, RunRecord
+    from ia3.runs.comparison import Repeats, RunRecord
 
 _FIRST = ("model", "data", "task")
 # Further keys of the recipes get a column each up to this many; a line below names the rest.
@@ -38,7 +38,7 @@ def runs(
 
     given = folders or [Path("runs")]
     with Console(stderr=True).status("Reading runs"):
-        from ia3.training.comparison import PICTURE_NAME, draw_runs, group_repeats, read_runs
+        from ia3.runs.comparison import PICTURE_NAME, draw_runs, group_repeats, read_runs
 
         records = read_runs(given)
         groups = group_repeats(records)
@@ -72,7 +72,7 @@ def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[
         records: the runs, in the order of the rows.
         groups: the repeated runs among them.
     """
-    from ia3.training.comparison import differences, name_runs
+    from ia3.runs.comparison import differences, name_runs
 
     folder, names = name_runs(records)
     differing = differences(records)
@@ -118,7 +118,7 @@ class _Column:
 
 def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: dict[str, list[Any]]) -> list[_Column]:
     """The columns in their order from left to right, without empty ones."""
-    from ia3.training.comparison import FINISHED
+    from ia3.runs.comparison import FINISHED
 
     last = [record.last for record in records]
     scores = list(dict.fromkeys(name for figures in last for name in figures if name not in _OF_EVERY_RUN))
@@ -149,7 +149,7 @@ def _numbers(figures: Sequence[dict[str, float]], name: str, pattern: str) -> li
 
 
 def _scores(figures: Sequence[dict[str, float]], name: str) -> list[str]:
-    from ia3.training.metrics import write_score
+    from ia3.tasks.metrics import write_score
 
     return [write_score(name, each[name]) if name in each else _NONE for each in figures]
 
@@ -215,7 +215,7 @@ def _fitting(columns: Sequence[_Column], width: int) -> list[_Column]:
 
 def _print_repeats(console: Console, figure: str, groups: Sequence[Repeats]) -> None:
     """The median, the quartiles and the extremes of one figure, a row a group."""
-    from ia3.training.comparison import QUARTILE_METHOD, REPEATED, differences
+    from ia3.runs.comparison import QUARTILE_METHOD, REPEATED, differences
 
     firsts = [group.records[0] for group in groups]
     differing = {key: values for key, values in differences(firsts).items() if key not in REPEATED}

@@ -13,8 +13,8 @@ from ia3.cli.names import ANSWER_BY_HELP, module_names
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ia3.training.recipe import Recipe
-    from ia3.training.run import Run
+    from ia3.runs.recipe import Recipe
+    from ia3.runs.run import Run
 
 _INTERRUPTED = 130
 # The groups of `--help`.
@@ -262,7 +262,7 @@ def _recipes(path: str | None, flags: dict[str, Any], templates: list[str], seed
     """The recipe with the flags over it; one for each of several templates and seeds, in folders of one folder."""
     from dataclasses import replace
 
-    from ia3.training.recipe import make_recipe, override, read_recipe
+    from ia3.runs.recipe import make_recipe, override, read_recipe
     from ia3.training.train import new_folder
 
     content = read_recipe(path) if path is not None else {}
@@ -305,7 +305,7 @@ def _train_each(recipes: list[Recipe], progress: Console, *, as_json: bool) -> N
 
     from rich.console import Console
 
-    from ia3.training.comparison import quartiles_of
+    from ia3.runs.comparison import quartiles_of
 
     results, failed = [], []
     for number, recipe in enumerate(recipes, start=1):
@@ -373,7 +373,7 @@ def print_result(run: Run, *, as_json: bool, **more: Any) -> None:
 
     from rich.console import Console
 
-    from ia3.training.report import PICTURE_NAME, result_table
+    from ia3.runs.report import PICTURE_NAME, result_table
 
     picture = run.output_dir / PICTURE_NAME
     if as_json:

@@ -10,8 +10,8 @@ from ia3.inference.classify import classify, tag
 from ia3.inference.complete import compile_answers, complete
 from ia3.inference.predict import Beat, compile_words, predict
 from ia3.inference.rank import LabelScorer, rankings
-from ia3.training.data import Example
-from ia3.training.task import Task, TaskKind
+from ia3.tasks.examples import Example
+from ia3.tasks.task import Task, TaskKind
 
 # Stands for the tag of a word that the model did not read, since its text was cut before.
 _UNREAD = "?"

@@ -17,7 +17,7 @@ from ia3.bundled import resolve_model
 from ia3.heads import head_parts
 from ia3.inference.predict import Beat, pad_rows, sorted_batches
 from ia3.inference.rank import Ranking, likeliest, rankings
-from ia3.training.task import TaskKind
+from ia3.tasks.task import TaskKind
 
 _logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
-from ia3.training.task import TaskKind
+from ia3.tasks.task import TaskKind
 
 # The precisions of recipes and task files.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

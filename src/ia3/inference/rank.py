@@ -19,7 +19,7 @@ from ia3.fast.sessions import BUCKET
 from ia3.inference.predict import Beat, pad_rows, sorted_batches, tokenise_inputs
 from ia3.rows import act_here
 from ia3.sites import logger
-from ia3.training.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
+from ia3.tasks.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
 
 # Logits that are held at once: with many labels, batches are smaller.
 _MOST_LOGITS = 2**28

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ia3.inference.predict import answer_in_batches, sorted_batches
-from ia3.training.data import Example
-from ia3.training.metrics import count_correct
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Example
+from ia3.tasks.metrics import count_correct
+from ia3.tasks.task import Task
 
 RowT = TypeVar("RowT")
 

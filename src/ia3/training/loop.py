@@ -37,11 +37,7 @@ from torch.optim import Optimizer
 
 from ia3.fast.step import Step, compile_step
 from ia3.files import write_atomically
-from ia3.training.collate import shuffled_batches
-from ia3.training.data import Examples
-from ia3.training.learner import EvalOutput, Learner
-from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
-from ia3.training.run import (
+from ia3.runs.run import (
     ADAPTER_FOLDER,
     BEST_FOLDER,
     METRICS_NAME,
@@ -52,12 +48,15 @@ from ia3.training.run import (
     TrainerState,
     check_output,
     compute_metrics,
-    load_state,
-    save_state,
     write_json,
 )
-from ia3.training.settings import TrainSettings
-from ia3.training.task import TaskKind, save_task
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Examples
+from ia3.tasks.task import TaskKind, save_task
+from ia3.training.collate import shuffled_batches
+from ia3.training.learner import EvalOutput, Learner
+from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
+from ia3.training.state import load_state, save_state
 
 _AHEAD = 16
 # A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_linear_schedule_with_warmup
 from transformers.optimization import Adafactor
 
-from ia3.training.settings import TrainSettings
+from ia3.runs.settings import TrainSettings
 
 
 def trainable_parameters(model: Any) -> dict[str, Parameter]:

@@ -26,32 +26,25 @@ from ia3.files import write_atomically
 from ia3.inference.loading import default_kind, load_config, load_tokenizer
 from ia3.inference.predict import answer_in_batches
 from ia3.rows import acting
+from ia3.runs.picture import draw_curves
+from ia3.runs.recipe import Recipe, make_recipe
+from ia3.runs.report import complete_cards
+from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, RECIPE_NAME, Run, write_json
+from ia3.runs.settings import TrainSettings
 from ia3.state import attached, get_adapter
-from ia3.training.data import Examples
+from ia3.tasks.examples import Examples
+from ia3.tasks.task import Task, TaskKind
+from ia3.training.data import read_data
 from ia3.training.learner import Answered, EvalOutput, Writer, measurement
 from ia3.training.learners.making import make_learner, settings_of
 from ia3.training.loop import RunPlan, check_examples, make_accelerator, progress_bars, save_adapter
 from ia3.training.optimise import make_schedule
-from ia3.training.picture import draw_curves
-from ia3.training.recipe import Recipe, make_recipe
-from ia3.training.report import complete_cards
-from ia3.training.run import (
-    ADAPTER_FOLDER,
-    BEST_FOLDER,
-    METRICS_NAME,
-    RECIPE_NAME,
-    Run,
-    describe_environment,
-    write_json,
-)
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
+from ia3.training.state import describe_environment
 from ia3.training.train import (
     begin_folder,
     folder_of,
     load_adapted,
     make_task,
-    read_data,
     recipe_content,
     warn_of_truncation,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 import time
@@ -22,25 +21,9 @@ from ia3.files import write_atomically
 from ia3.inference.classify import head_modules
 from ia3.inference.loading import DTYPES, default_kind, load_base, load_config, load_tokenizer
 from ia3.peft_model import get_peft_model
-from ia3.training.collate import measure_labels
-from ia3.training.data import (
-    ONE_LABEL_A_TEXT,
-    Examples,
-    answers_to_texts,
-    conflicts_of,
-    count_truncated,
-    load_examples,
-    match_labels,
-    merge_labels_of,
-    split_examples,
-)
-from ia3.training.labels import why_no_classes
-from ia3.training.learners.instructions import Instructions, count_cut
-from ia3.training.learners.making import make_learner, settings_of
-from ia3.training.loop import RunPlan, Training, check_examples
-from ia3.training.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe, without_a_heads_way
-from ia3.training.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
-from ia3.training.run import (
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe, without_a_heads_way
+from ia3.runs.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
+from ia3.runs.run import (
     ADAPTER_FOLDER,
     BEST_FOLDER,
     ENVIRONMENT_NAME,
@@ -50,12 +33,18 @@ from ia3.training.run import (
     STATE_NAME,
     Run,
     check_output,
-    describe_environment,
     write_json,
 )
-from ia3.training.settings import TrainSettings
-from ia3.training.task import TASK_NAME, Task, TaskKind
-from ia3.training.template import Template
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Examples
+from ia3.tasks.task import TASK_NAME, Task, TaskKind
+from ia3.tasks.template import Template
+from ia3.training.collate import count_truncated, measure_labels
+from ia3.training.data import read_data
+from ia3.training.learners.instructions import Instructions, count_cut
+from ia3.training.learners.making import make_learner, settings_of
+from ia3.training.loop import RunPlan, Training, check_examples
+from ia3.training.state import describe_environment
 
 
 def train(model: str | Path, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
@@ -356,116 +345,6 @@ def _check_environment(output: Path, environment: Mapping[str, Any], console: Co
     others = [name for name in ("device", "threads", "versions") if environment[name] != began[name]]
     if others:
         console.print(f"Other {', '.join(others)} than when the run began: its numbers may differ.", style="yellow")
-
-
-def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool = False) -> tuple[Examples, Examples]:
-    """The training and the held-out examples; what is odd about them is printed.
-
-    Args:
-        recipe: what to read, and how.
-        kind: what the examples are for.
-        console: where the oddities go.
-        resuming: for a run that began with these data, so that their reading is past doubt.
-
-    Raises:
-        FileNotFoundError, ValueError: what `load_examples` and `split_examples` raise.
-        ValueError: answers that are no classes where no task is named, texts that tell their answers by a column alone
-            that isn't read, or merge_labels for a task without one label a text.
-    """
-    examples = _examples(recipe.data, recipe, kind)
-    held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind)
-    if recipe.merge_labels:
-        examples = merge_labels_of(examples)
-        held_out = None if held_out is None else match_labels(held_out, examples.labels, "the training data's")
-    if not resuming:
-        _refuse_ignored_merging(recipe, kind)
-        _refuse_what_is_half_read(examples, recipe)
-        _refuse_no_classes(examples, held_out, recipe)
-    training, test = (
-        split_examples(examples, recipe.test_size, recipe.split_seed) if held_out is None else (examples, held_out)
-    )
-    training, test = _draw(training, recipe.limit, recipe.settings.seed), test[: recipe.test_limit]
-    for each in [examples] if held_out is None else [examples, held_out]:
-        console.print(each.describe(), markup=False, highlight=False)
-    overlap = len(set(training.texts) & set(test.texts))
-    if overlap:
-        console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
-    return training, test
-
-
-def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
-    """The examples with all spellings of their labels."""
-    if isinstance(data, str):
-        return load_examples(
-            data,
-            template=None if recipe.template is None else recipe.wording,
-            text_column=recipe.text_column,
-            label_column=recipe.label_column,
-            kind=kind,
-            merge_labels=False,
-        )
-    if data.kind is not kind and not (data.kind in ONE_LABEL_A_TEXT and kind in ONE_LABEL_A_TEXT):
-        raise ValueError(
-            f"The examples in memory are for {data.kind}, and the task is {kind}: name the task that they are for, or "
-            "read them by load_examples(…, kind=…)."
-        )
-    field, *more = recipe.wording.fields
-    if more:
-        raise ValueError(
-            f"The template {recipe.template!r} reads the columns {[field, *more]}, and examples in memory have one "
-            "text each: give a file as data, or examples whose texts are whole."
-        )
-    rows = tuple(replace(row, text=recipe.wording.render({field: row.text})) for row in data)
-    return replace(data, rows=rows, kind=kind)
-
-
-def _refuse_ignored_merging(recipe: Recipe, kind: TaskKind) -> None:
-    if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
-        raise ValueError(
-            f"merge_labels is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is merged: "
-            "leave it out."
-        )
-
-
-def _refuse_what_is_half_read(examples: Examples, recipe: Recipe) -> None:
-    """Refuse texts that mostly have several answers, where a column that isn't read would tell which one."""
-    reading, found = examples.reading, conflicts_of(examples)
-    asked_for = recipe.template is not None or isinstance(recipe.data, Examples)
-    if asked_for or reading is None or not reading.unread or reading.of_conversations or 2 * found.rows < len(examples):
-        return
-    names = " and ".join(repr(name) for name, _ in reading.unread)
-    raise ValueError(
-        f"{examples.source}: without {names}, which would not be read, {found.rows:,} of {len(examples):,} rows have a "
-        f"text that also has other answers, such as {found.text[:60]!r} with {found.answers:,}. {reading.remedy} To "
-        f'learn without, say so: --template "{reading.template.pattern}".'
-    )
-
-
-def _refuse_no_classes(examples: Examples, held_out: Examples | None, recipe: Recipe) -> None:
-    """Refuse free text and measured numbers as classes, unless the task is named or the classes are."""
-    named = examples.reading is not None and examples.reading.class_names
-    if examples.kind not in ONE_LABEL_A_TEXT or recipe.task is not None or named:
-        return
-    reason = why_no_classes(answers_to_texts(examples, held_out or ()))
-    if reason is None:
-        return
-    writer = "" if examples.kind.writes else " with a model that writes, such as a T5,"
-    raise ValueError(
-        f"{examples.source}: {reason}, and each would be a class of its own. Answers to write, not to choose, are "
-        f'--task generation{writer} (in Python task="generation"); --task {examples.kind} takes them as classes.'
-    )
-
-
-def _draw(examples: Examples, limit: int | None, seed: int) -> Examples:
-    if limit is None or limit >= len(examples):
-        return examples
-    drawn = random.Random(seed).sample(examples.rows, len(examples))
-    if examples.kind not in ONE_LABEL_A_TEXT:
-        return replace(examples, rows=tuple(drawn[:limit]))
-    # One of each label comes first, so that none is missing by chance where there is room for all.
-    firsts = {row.label: place for place, row in reversed(list(enumerate(drawn)))}
-    order = sorted(range(len(drawn)), key=lambda place: (firsts[drawn[place].label] != place, place))
-    return replace(examples, rows=tuple(drawn[place] for place in order[:limit]))
 
 
 def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ...]:

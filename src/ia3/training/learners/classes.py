@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from ia3.inference.classify import batched_logits, class_labels, padding_token, tokenise_texts
 from ia3.inference.predict import pad_rows
 from ia3.inference.rank import likeliest
-from ia3.training.data import Example
+from ia3.tasks.examples import Example
 from ia3.training.learner import EvalOutput, Learner
 
 

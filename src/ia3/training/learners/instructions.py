@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ia3.fast.generate import Generate
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.complete import (
     check_positions,
     compile_answers,
@@ -26,10 +27,9 @@ from ia3.inference.complete import (
     render,
     write,
 )
-from ia3.training.collate import IGNORE_INDEX
-from ia3.training.data import Example
+from ia3.tasks.examples import Example
+from ia3.tasks.losses import token_log_probabilities
 from ia3.training.learner import Answered, EvalOutput, Writer
-from ia3.training.losses import token_log_probabilities
 
 
 @dataclass(frozen=True)

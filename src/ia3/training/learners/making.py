@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.task import Task, TaskKind
 from ia3.training.learner import Learner
 from ia3.training.learners.classes import SequenceClasses
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.tags import TokenClasses
 from ia3.training.learners.words import Words
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
 
 _LEARNERS: dict[TaskKind, type[Learner[Any]]] = {
     TaskKind.LABEL_WORDS: Words,

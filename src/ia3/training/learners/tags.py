@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.classify import batched_logits, padding_token, split_words
 from ia3.inference.predict import pad_rows
 from ia3.inference.rank import likeliest
-from ia3.training.collate import IGNORE_INDEX
-from ia3.training.data import Example
-from ia3.training.entities import tag_scores
+from ia3.tasks.entities import tag_scores
+from ia3.tasks.examples import Example
 from ia3.training.learner import EvalOutput, Learner
 from ia3.training.learners.classes import check_head, class_of, in_full_precision
 

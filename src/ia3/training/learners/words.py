@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from ia3.fast.generate import Generate
+from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.predict import compile_words, sorted_batches, write_words
 from ia3.inference.rank import LabelScorer, likeliest, tokenise_labels
-from ia3.training.collate import IGNORE_INDEX, TokenisedExample, collate, tokenise
-from ia3.training.data import Example
-from ia3.training.learner import Answered, Writer
-from ia3.training.losses import (
+from ia3.tasks.examples import Example
+from ia3.tasks.losses import (
     choice_logits,
     pad_choices,
     tfew_losses,
     token_log_probabilities,
 )
+from ia3.training.collate import TokenisedExample, collate, tokenise
+from ia3.training.learner import Answered, Writer
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from ia3.training.run import Run
-from ia3.training.task import TaskKind
+from ia3.runs.run import Run
+from ia3.tasks.task import TaskKind
 
 # Okabe and Ito's palette: told apart with any kind of colour blindness, and in grey.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9AA0A6"

@@ -17,18 +17,13 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer
 
 from ia3.bundled import TITLER, resolve_model
-from ia3.training import data, records
-from ia3.training.data import (
-    Example,
-    Examples,
-    bundled_tweets,
-    count_truncated,
-    load_examples,
-    split_examples,
-)
-from ia3.training.records import SENTIMENTS
-from ia3.training.task import TaskKind
-from ia3.training.template import Template
+from ia3.data import records
+from ia3.data.loading import bundled_tweets, load_examples
+from ia3.data.records import SENTIMENTS
+from ia3.tasks.examples import Example, Examples, _normalised, split_examples
+from ia3.tasks.task import TaskKind
+from ia3.tasks.template import Template
+from ia3.training.collate import count_truncated
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,7 +182,7 @@ class TestPhraseBank:
         assert "2,264 rows (303 negative, 1,391 neutral, 570 positive); 5 duplicates kept" in found.describe()
         train, test = split_examples(found)
         assert (len(train), len(test)) == (2037, 227)
-        assert not {data._normalised(text) for text in train.texts} & {data._normalised(text) for text in test.texts}
+        assert not {_normalised(text) for text in train.texts} & {_normalised(text) for text in test.texts}
 
 
 class TestCsv:
@@ -679,7 +674,7 @@ class TestSplit:
         rows = [(f"Text {i % 20}" if i % 2 else f"text   {i % 20}", "neutral") for i in range(50)]
         train, test = split_examples(examples(*rows), 0.3, seed=seed)
         assert len(train) + len(test) == 50
-        assert not {data._normalised(text) for text in train.texts} & {data._normalised(text) for text in test.texts}
+        assert not {_normalised(text) for text in train.texts} & {_normalised(text) for text in test.texts}
         assert len(test) <= 15
 
     def test_rows_are_shuffled(self):
@@ -709,7 +704,7 @@ class TestTweets:
 
     def test_no_text_on_both_sides_and_no_link(self):
         train, test = bundled_tweets()
-        texts = [data._normalised(row.text) for row in (*train, *test)]
+        texts = [_normalised(row.text) for row in (*train, *test)]
         assert len(set(texts)) == 3900
         assert not any("http" in text for text in texts)
         assert all(row.text == " ".join(row.text.split()) for row in (*train, *test))

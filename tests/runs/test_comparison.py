@@ -11,7 +11,7 @@ import pytest
 import yaml
 from matplotlib.colors import to_rgb
 
-from ia3.training.comparison import (
+from ia3.runs.comparison import (
     RunRecord,
     differences,
     draw_runs,
@@ -20,9 +20,8 @@ from ia3.training.comparison import (
     quartiles_of,
     read_runs,
 )
-from ia3.training.metrics import wilson_interval
-from ia3.training.recipe import make_recipe
-from ia3.training.run import (
+from ia3.runs.recipe import make_recipe
+from ia3.runs.run import (
     ENVIRONMENT_NAME,
     METRICS_NAME,
     RECIPE_NAME,
@@ -32,8 +31,9 @@ from ia3.training.run import (
     TrainerState,
     write_json,
 )
-from ia3.training.task import Task, TaskKind
-from ia3.training.template import Template
+from ia3.tasks.metrics import wilson_interval
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
 
 STEPS = 20
 

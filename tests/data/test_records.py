@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ia3.training.records import SENTIMENTS, TWEETS_FOLDER, Records, as_text, read_records, require_columns
+from ia3.data.records import SENTIMENTS, TWEETS_FOLDER, Records, read_records
+from ia3.tasks.columns import as_text, require_columns
 
 ROWS: list[dict[str, Any]] = [{"a": "one", "b": "two, three"}, {"a": 'a "b"\nc', "b": ""}]
 

@@ -11,11 +11,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import InstanceOf, TypeAdapter, ValidationError
 
-from ia3.training.data import Examples
-from ia3.training.records import decode_text
-from ia3.training.settings import TrainSettings
-from ia3.training.task import TaskKind
-from ia3.training.template import Template
+from ia3.data.records import decode_text
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Examples
+from ia3.tasks.task import TaskKind
+from ia3.tasks.template import Template
 
 # Recipes that a name stands for; what is given beside the name overrides them.
 RECIPES: dict[str, dict[str, Any]] = {

@@ -10,11 +10,11 @@ from rich.console import Console
 
 import tiny_seq2seq
 from ia3 import IA3Config, get_peft_model
-from ia3.training.report import draw_report, result_table, vector_maps, write_report
-from ia3.training.run import Run, TrainerState, compute_metrics
-from ia3.training.settings import TrainSettings
-from ia3.training.task import Task, TaskKind
-from ia3.training.template import Template
+from ia3.runs.report import draw_report, result_table, vector_maps, write_report
+from ia3.runs.run import Run, TrainerState, compute_metrics
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
 
 
 def finished(folder: Path, predictions: list[str], kind: TaskKind = TaskKind.LABEL_WORDS) -> Run:

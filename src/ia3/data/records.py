@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-
-from ia3.training.columns import likely_columns
 
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -95,29 +92,6 @@ def _name_and_split(source: str, split: str | None) -> tuple[str, str | None]:
     return source, split
 
 
-def as_text(value: Any, what: str) -> str:
-    """A cell as text: None and NaN are empty, a number is its digits.
-
-    Args:
-        value: the cell.
-        what: its name and place, for the error.
-
-    Returns:
-        The text without white space around it.
-
-    Raises:
-        ValueError: it holds anything else.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        # A column of integers with a gap in it comes as floats.
-        return str(int(value))
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{what} is a {type(value).__name__}, expected a text or a number.")
-    return str(value).strip()
-
-
 def decode_text(content: bytes, source: str) -> str:
     """The text of a file in UTF-8, with or without a byte order mark.
 
@@ -130,23 +104,6 @@ def decode_text(content: bytes, source: str) -> str:
         raise ValueError(
             f"{source} is not UTF-8 (byte {content[error.start]:#04x} at position {error.start}); save it as UTF-8."
         ) from error
-
-
-def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
-    """Refuse a source that lacks a wanted column.
-
-    Raises:
-        ValueError: a column is missing; the message names those that are there, and the likely ones among them.
-    """
-    found = list(found)
-    for column in wanted:
-        if column not in found:
-            likely = likely_columns(found)
-            how = "template" if likely.startswith("template") else "text_column"
-            raise ValueError(
-                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
-                f"Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
-            )
 
 
 class _LineColumns(NamedTuple):

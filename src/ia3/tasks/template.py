@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ia3.training.records import as_text, require_columns
+from ia3.tasks.columns import as_text, require_columns
 
 _PIECES = re.compile(r"\{\{|\}\}|\{(?P<breaks>\n*)(?P<column>[^{}\n][^{}]*)\}|[{}]")
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ia3.training.data import Examples, load_examples
-from ia3.training.task import TaskKind
-from ia3.training.template import Template
+from ia3.data.loading import load_examples
+from ia3.tasks.examples import Examples
+from ia3.tasks.task import TaskKind
+from ia3.tasks.template import Template
 
 FREE = [TaskKind.GENERATION, TaskKind.INSTRUCTIONS]
 SUMS = [{"instruction": "Add", "input": f"{n} and {n}", "output": str(2 * n)} for n in range(20)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3.training.entities import EntityScores, are_iob2, entity_scores, find_entities
+from ia3.tasks.entities import EntityScores, are_iob2, entity_scores, find_entities
 
 TAG = st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"])
 PAIRS = st.lists(st.lists(st.tuples(TAG, TAG), max_size=9), max_size=4)

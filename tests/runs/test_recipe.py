@@ -20,13 +20,13 @@ import tiny_classifier
 import tiny_seq2seq
 from ia3.bundled import TITLER
 from ia3.cli.main import app
+from ia3.runs.recipe import RECIPES, Recipe, make_recipe, override, read_recipe
+from ia3.runs.settings import TrainSettings
+from ia3.tasks.examples import Example, Examples
+from ia3.tasks.task import load_task
+from ia3.tasks.template import Template
 from ia3.tensors import load_peft_weights
-from ia3.training.data import Example, Examples
 from ia3.training.loop import Interrupted
-from ia3.training.recipe import RECIPES, Recipe, make_recipe, override, read_recipe
-from ia3.training.settings import TrainSettings
-from ia3.training.task import load_task
-from ia3.training.template import Template
 from ia3.training.train import finished_result, resume, train
 
 

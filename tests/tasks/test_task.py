@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ia3.config import TaskType
-from ia3.training.task import Task, TaskKind, load_task, save_task
-from ia3.training.template import Template
+from ia3.tasks.task import Task, TaskKind, load_task, save_task
+from ia3.tasks.template import Template
 
 TASK = Task(
     template=Template("Review: {text} {{ok}}"),

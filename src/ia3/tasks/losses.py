@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ia3.fast.cache import additive_mask
-from ia3.training.collate import IGNORE_INDEX
+from ia3.fast.ragged import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

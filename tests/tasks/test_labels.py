@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from ia3.training.data import Example, Examples, load_examples, match_labels, merge_labels_of
-from ia3.training.labels import (
+from ia3.data.loading import load_examples
+from ia3.tasks.examples import Example, Examples, match_labels, merge_labels_of
+from ia3.tasks.labels import (
     describe_spellings,
     doubt_classes,
     label_key,
@@ -19,7 +20,7 @@ from ia3.training.labels import (
     merge_spellings,
     why_no_classes,
 )
-from ia3.training.task import TaskKind
+from ia3.tasks.task import TaskKind
 
 CAFE = "café"
 INTENTS = [f"{verb}_{what}" for verb in ("block", "order", "top_up", "find") for what in ("card", "pin", "cash")]

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ia3.arithmetic import cosine, distance
+from ia3.runs.picture import STYLE
 from ia3.sites import Site
-from ia3.training.picture import STYLE
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ia3.training.task import AnswerBy, Precision
+from ia3.tasks.task import AnswerBy, Precision
 
 
 @dataclass(frozen=True, kw_only=True)

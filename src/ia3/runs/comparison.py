@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from ia3.training.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
-from ia3.training.recipe import read_recipe
-from ia3.training.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
-from ia3.training.task import TaskKind, method_of
-from ia3.training.template import Template
+from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
+from ia3.runs.recipe import read_recipe
+from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
+from ia3.tasks.task import TaskKind, method_of
+from ia3.tasks.template import Template
 
 PICTURE_NAME = "runs.png"
 QUARTILE_METHOD: Final = "linear"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ia3.training.metrics import confusion_matrix, count_correct, majority_baseline, wilson_interval
+from ia3.tasks.metrics import confusion_matrix, count_correct, majority_baseline, wilson_interval
 
 Z = 1.959963984540054
 

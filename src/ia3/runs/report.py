@@ -17,10 +17,10 @@ from rich.table import Table
 
 from ia3.card import add_results
 from ia3.files import write_atomically
-from ia3.training.metrics import confusion_matrix, write_score
-from ia3.training.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
-from ia3.training.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Run
-from ia3.training.task import TaskKind
+from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
+from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Run
+from ia3.tasks.metrics import confusion_matrix, write_score
+from ia3.tasks.task import TaskKind
 
 PICTURE_NAME = "report.png"
 REPORT_NAME = "report.md"

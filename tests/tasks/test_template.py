@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ia3.training.template import Template
+from ia3.tasks.template import Template
 
 
 def test_a_template_fills_its_fields() -> None:

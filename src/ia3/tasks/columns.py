@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 # What the model usually has to read: parts of a text, what comes beside it, and what is one by itself.
 _TEXTS = ("instruction", "input", "context", "passage", "premise", "hypothesis", "question", "query", "prompt", "claim")
@@ -57,3 +59,43 @@ def likely_columns(found: Sequence[str]) -> str:
     elif texts != ["text"]:
         given.insert(0, f"text_column={texts[0]!r}")
     return " and ".join(given)
+
+
+def as_text(value: Any, what: str) -> str:
+    """A cell as text: None and NaN are empty, a number is its digits.
+
+    Args:
+        value: the cell.
+        what: its name and place, for the error.
+
+    Returns:
+        The text without white space around it.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        # A column of integers with a gap in it comes as floats.
+        return str(int(value))
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{what} is a {type(value).__name__}, expected a text or a number.")
+    return str(value).strip()
+
+
+def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
+    """Refuse a source that lacks a wanted column.
+
+    Raises:
+        ValueError: a column is missing; the message names those that are there, and the likely ones among them.
+    """
+    found = list(found)
+    for column in wanted:
+        if column not in found:
+            likely = likely_columns(found)
+            how = "template" if likely.startswith("template") else "text_column"
+            raise ValueError(
+                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
+                f"Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
+            )

@@ -3,64 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ia3.training.columns import belongs_to_text, template_of
-from ia3.training.records import Records
-from ia3.training.template import Template
-
-MESSAGES_COLUMN = "messages"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which columns examples were read from.
-
-    Args:
-        template: what the model reads of a record.
-        label_column: the column with the answer.
-        columns: all that were read.
-        class_names: whether the answers are names of a `ClassLabel`.
-        unread: filled columns that were not read and usually belong to the text, and how many rows have them.
-        others: the other columns that were not read.
-        suggested: the template that reads those in `unread`, too; None where none can.
-    """
-
-    template: Template
-    label_column: str
-    columns: tuple[str, ...]
-    class_names: bool = False
-    unread: tuple[tuple[str, int], ...] = ()
-    others: tuple[str, ...] = ()
-    suggested: Template | None = None
-
-    def describe_unread(self, rows: int) -> str:
-        """A line on the columns that may belong to the text, and what reads them; empty where there are none.
-
-        Args:
-            rows: how many there are.
-        """
-        if not self.unread:
-            return ""
-        columns = " and ".join(f"{name!r} ({count:,} of {rows:,} rows)" for name, count in self.unread)
-        are = "Columns are" if len(self.unread) > 1 else "A column is"
-        return f"{are} not read that may belong to the text: {columns}. {self.remedy}"
-
-    @property
-    def of_conversations(self) -> bool:
-        """Whether the answers are the last messages of conversations."""
-        return self.columns == (MESSAGES_COLUMN,)
-
-    @property
-    def remedy(self) -> str:
-        """What reads the unread columns, too."""
-        if self.suggested is not None:
-            which = "both" if len(self.suggested.fields) == 2 else "all"
-            return f'--template "{self.suggested.pattern}" (in Python template=…) reads {which}.'
-        if self.of_conversations:
-            return f"Of {MESSAGES_COLUMN!r} the messages alone are read: write into them what belongs there."
-        return "No template shows lists: write what they hold into a column of text."
+from ia3.data.records import Records
+from ia3.tasks.columns import belongs_to_text, template_of
+from ia3.tasks.examples import Reading
+from ia3.tasks.template import Template
 
 
 class _Format(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import builders
-from ia3.training.losses import (
+from ia3.tasks.losses import (
     choice_log_probabilities,
     choice_logits,
     choice_scores,

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from ia3.config import TaskType
 from ia3.files import fetch, write_atomically
-from ia3.training.template import Template
+from ia3.tasks.template import Template
 
 TASK_NAME = "ia3_task.json"
 

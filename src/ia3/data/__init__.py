@@ -1,0 +1,1 @@
+"""From files and data sets to examples: rows of a table, then texts with their answers."""

@@ -1,0 +1,1 @@
+"""What training and inference share: the task, its template, examples, their labels, and how answers are judged."""

@@ -1,0 +1,363 @@
+"""Texts with their answers: what they were read from, spellings of labels made one, what is held out.
+
+Duplicates are counted and kept, since published row counts include them, and `split_examples` never puts one text on
+both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
+
+from ia3.tasks.labels import (
+    describe_spellings,
+    doubt_classes,
+    label_key,
+    match_spellings,
+    merge_spellings,
+    quote_labels,
+    spellings_apart,
+)
+from ia3.tasks.task import TaskKind
+from ia3.tasks.template import Template
+
+# How many times as frequent as the rarest class the most frequent one may be without a remark.
+_IMBALANCE = 5
+
+# So many different answers to one text are said, where answers are free text and two may be as right.
+_MANY_ANSWERS = 3
+
+MESSAGES_COLUMN = "messages"
+
+ONE_LABEL_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text and its label, or the last message of a conversation and the answer to it.
+
+    Args:
+        text: what is read, or the user's last message.
+        label: the label; the answer; or for the words of a text, one tag each with a blank between.
+        turns: the messages before the text as (role, content), the system's among them.
+    """
+
+    text: str
+    label: str
+    turns: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which columns examples were read from.
+
+    Args:
+        template: what the model reads of a record.
+        label_column: the column with the answer.
+        columns: all that were read.
+        class_names: whether the answers are names of a `ClassLabel`.
+        unread: filled columns that were not read and usually belong to the text, and how many rows have them.
+        others: the other columns that were not read.
+        suggested: the template that reads those in `unread`, too; None where none can.
+    """
+
+    template: Template
+    label_column: str
+    columns: tuple[str, ...]
+    class_names: bool = False
+    unread: tuple[tuple[str, int], ...] = ()
+    others: tuple[str, ...] = ()
+    suggested: Template | None = None
+
+    def describe_unread(self, rows: int) -> str:
+        """A line on the columns that may belong to the text, and what reads them; empty where there are none.
+
+        Args:
+            rows: how many there are.
+        """
+        if not self.unread:
+            return ""
+        columns = " and ".join(f"{name!r} ({count:,} of {rows:,} rows)" for name, count in self.unread)
+        are = "Columns are" if len(self.unread) > 1 else "A column is"
+        return f"{are} not read that may belong to the text: {columns}. {self.remedy}"
+
+    @property
+    def of_conversations(self) -> bool:
+        """Whether the answers are the last messages of conversations."""
+        return self.columns == (MESSAGES_COLUMN,)
+
+    @property
+    def remedy(self) -> str:
+        """What reads the unread columns, too."""
+        if self.suggested is not None:
+            which = "both" if len(self.suggested.fields) == 2 else "all"
+            return f'--template "{self.suggested.pattern}" (in Python template=…) reads {which}.'
+        if self.of_conversations:
+            return f"Of {MESSAGES_COLUMN!r} the messages alone are read: write into them what belongs there."
+        return "No template shows lists: write what they hold into a column of text."
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """Texts with their answers and where they come from.
+
+    Args:
+        rows: the examples in order.
+        labels: the classes or tags in their source's order, those without a row too; empty where the answers are
+            free text.
+        source: where the rows were read.
+        duplicates: rows whose text, case and white space aside, stood in an earlier row. They are kept.
+        empty: rows without a text, dropped.
+        kind: what kind of task they are for.
+        reading: which columns they were read from; None of examples made in memory.
+        remarks: how they were read, a line each.
+    """
+
+    rows: tuple[Example, ...]
+    labels: tuple[str, ...]
+    source: str
+    duplicates: int
+    empty: int
+    kind: TaskKind = TaskKind.LABEL_WORDS
+    reading: Reading | None = None
+    remarks: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return _part(self, self.rows[index])
+        return self.rows[index]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts in order."""
+        return [row.text for row in self.rows]
+
+    def describe(self) -> str:
+        """A line on rows, rows of each class or words of each tag, and what was odd; then a line a remark."""
+        parts = [f"{self.source}: {len(self.rows):,} rows{self._counts()}"]
+        if self.kind in ONE_LABEL_A_TEXT and (remark := _imbalance(self.rows)):
+            parts.append(remark)
+        if self.duplicates:
+            parts.append(f"{self.duplicates:,} duplicate{'s' * (self.duplicates > 1)} kept")
+        if self.kind.has_labels and (conflicts := conflicts_of(self.rows).texts):
+            parts.append(f"{conflicts:,} text{'s' * (conflicts > 1)} with different labels")
+        if self.empty:
+            parts.append(f"{self.empty:,} empty row{'s' * (self.empty > 1)} dropped")
+        return "\n".join(["; ".join(parts), *self.remarks, *self._doubts()])
+
+    def _doubts(self) -> list[str]:
+        """What the answers themselves tell: labels that may be one or none, texts with many answers."""
+        doubts = []
+        if self.kind.has_labels and (apart := spellings_apart(self._answers())):
+            groups = ", ".join(quote_labels(group) for group in apart)
+            doubts.append(f"These differ in case, blanks or Unicode form alone, and stay apart: {groups}.")
+        if self.kind in ONE_LABEL_A_TEXT and not self._named_classes and (doubt := doubt_classes(self._answers())):
+            doubts.append(f"Are these labels? {doubt[:1].upper()}{doubt[1:]}.")
+        if not self.kind.has_labels and (most := conflicts_of(self)).answers >= _MANY_ANSWERS:
+            doubts.append(f"{most.answers:,} different answers to the same text, {most.text[:60]!r}{self._left_out()}.")
+        if self.reading is not None and (unread := self.reading.describe_unread(len(self.rows))):
+            doubts.append(unread)
+        return doubts
+
+    def _answers(self) -> list[str]:
+        tagged = self.kind is TaskKind.TOKEN_CLASSIFICATION
+        return [label for row in self.rows for label in (row.label.split() if tagged else [row.label])]
+
+    @property
+    def _named_classes(self) -> bool:
+        return self.reading is not None and self.reading.class_names
+
+    def _left_out(self) -> str:
+        others = self.reading.others if self.reading is not None else ()
+        return f"; not read: {', '.join(map(repr, others))}" if others else ""
+
+    def _counts(self) -> str:
+        if not self.kind.has_labels:
+            return ""
+        tagged = self.kind is TaskKind.TOKEN_CLASSIFICATION
+        counts = Counter(self._answers())
+        classes = ", ".join(f"{counts[label]:,} {label}" for label in self.labels)
+        return f" of {counts.total():,} words ({classes})" if tagged else f" ({classes})"
+
+    def digest(self) -> str:
+        """The SHA-256 of the rows in order, in hexadecimal: equal for equal texts, labels and turns alone."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            # Escaped to ASCII, so that no text, lone surrogates among them, is without bytes.
+            digest.update(json.dumps([row.text, row.label, row.turns], separators=(",", ":")).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def merge_labels_of(examples: Examples) -> Examples:
+    """The examples with one spelling of each label, the most frequent one or among equals the first.
+
+    Nothing changes where labels are the names of a `ClassLabel`, tags, whose case may mean something, or free text.
+    """
+    if examples.kind not in ONE_LABEL_A_TEXT or examples._named_classes:
+        return examples
+    merged = merge_spellings(row.label for row in examples)
+    said = (
+        f"Spellings of one label are merged: {describe_spellings(merged)} (--no-merge-labels, or merge_labels: false "
+        "in a recipe, keeps them apart)."
+    )
+    return _respelled(examples, merged, said)
+
+
+def match_labels(examples: Examples, known: Sequence[str], whose: str) -> Examples:
+    """The examples with the known labels in place of other spellings of them.
+
+    Args:
+        examples: of texts with one label each; others stay as they are.
+        known: the labels to compare with.
+        whose: whose these are, for the remark, as in `"the adapter's"`.
+    """
+    if examples.kind not in ONE_LABEL_A_TEXT:
+        return examples
+    labels = {row.label for row in examples}
+    matched = match_spellings((row.label for row in examples), known)
+    if examples._named_classes:  # of which no two become one
+        shared = Counter([*matched.values(), *labels])
+        matched = {label: other for label, other in matched.items() if shared[other] == 1}
+    return _respelled(examples, matched, f"Other spellings are read as {whose} labels: {describe_spellings(matched)}.")
+
+
+def _respelled(examples: Examples, labels: Mapping[str, str], said: str) -> Examples:
+    """The examples with other labels in place of some, and a remark; the order of labels is kept."""
+    if not labels:
+        return examples
+    rows = tuple(replace(row, label=labels.get(row.label, row.label)) for row in examples)
+    by_order = examples.labels == ordered_labels(examples.rows, None, examples.kind)
+    names = tuple(dict.fromkeys(labels.get(label, label) for label in examples.labels))
+    ordered = ordered_labels(rows, None, examples.kind) if by_order else names
+    return replace(examples, rows=rows, labels=ordered, remarks=(*examples.remarks, said))
+
+
+def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -> tuple[Examples, Examples]:
+    """Split at random; rows with the same text, case and white space aside, stay together.
+
+    Where each text has one label, every label stays in training, so that a rare one may be missing among the held-out.
+
+    Args:
+        examples: what to split.
+        test_size: the held-out part, between 0 and 1; rounded up to whole rows.
+        seed: the same seed gives the same split.
+
+    Returns:
+        The training and the held-out examples, each in shuffled order.
+
+    Raises:
+        ValueError: `test_size` is not between 0 and 1, or a part would be empty.
+    """
+    if not 0 < test_size < 1:
+        raise ValueError(f"test_size is {test_size}; expected a fraction between 0 and 1, such as 0.1.")
+    rows = list(examples.rows)
+    random.Random(seed).shuffle(rows)
+    groups = Counter(_what_is_read(row) for row in rows)
+    room = math.ceil(len(rows) * test_size)
+    held_out = set()
+    for text, size in groups.items():
+        if size <= room:
+            held_out.add(text)
+            room -= size
+    if examples.kind in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION):
+        held_out -= _only_rows(rows, held_out)
+    if not 0 < len(held_out) < len(groups):
+        raise ValueError(
+            f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
+            f"{len(groups)} different texts. Give more rows, or another test_size."
+        )
+    train = [row for row in rows if _what_is_read(row) not in held_out]
+    test = [row for row in rows if _what_is_read(row) in held_out]
+    return _part(examples, train), _part(examples, test)
+
+
+def _only_rows(rows: Sequence[Example], held_out: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The held-out texts of labels that no other text has."""
+    learned = {row.label for row in rows if _what_is_read(row) not in held_out}
+    return {_what_is_read(row) for row in rows if row.label not in learned}
+
+
+def answers_to_texts(*parts: Sequence[Example]) -> list[str]:
+    """The answers, one for each different text and answer: what was held out again tells nothing about classes."""
+    return [label for _, label in dict.fromkeys((_what_is_read(row), row.label) for part in parts for row in part)]
+
+
+def ordered_labels(rows: Sequence[Example], classes: tuple[str, ...] | None, kind: TaskKind) -> tuple[str, ...]:
+    if not kind.has_labels:
+        return ()
+    if classes is not None:
+        return classes
+    if kind is TaskKind.TOKEN_CLASSIFICATION:
+        tags = {tag for row in rows for tag in row.label.split()}
+        return tuple(sorted(tags, key=lambda tag: (tag != "O", _label_order(tag))))
+    return tuple(sorted({row.label for row in rows}, key=_label_order))
+
+
+def _label_order(label: str) -> tuple[int, str]:
+    """Sort "2" before "10", and words by the alphabet."""
+    return (int(label), "") if label.isdecimal() else (-1, label)
+
+
+def _part(whole: Examples, rows: Sequence[Example]) -> Examples:
+    return replace(whole, rows=tuple(rows), duplicates=count_duplicates(rows), empty=0, remarks=())
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _what_is_read(row: Example) -> tuple[str, ...]:
+    """What makes two rows the same to the model: the text and the messages before it, case and white space aside."""
+    return (*(_normalised(content) for _, content in row.turns), _normalised(row.text))
+
+
+def count_duplicates(rows: Sequence[Example]) -> int:
+    return len(rows) - len({_what_is_read(row) for row in rows})
+
+
+class Conflicts(NamedTuple):
+    """Texts that stand in several rows with different answers: how many, their rows, and the one with most answers."""
+
+    texts: int
+    rows: int
+    text: str
+    answers: int
+
+
+def conflicts_of(rows: Sequence[Example]) -> Conflicts:
+    """Count the texts with several answers."""
+    of_text = defaultdict(list)
+    for row in rows:
+        of_text[_what_is_read(row)].append(row)
+    answers = {text: len({row.label for row in found}) for text, found in of_text.items()}
+    several = [text for text, count in answers.items() if count > 1]
+    if not several:
+        return Conflicts(0, 0, "", 0)
+    most = max(several, key=answers.__getitem__)
+    return Conflicts(len(several), sum(len(of_text[text]) for text in several), of_text[most][0].text, answers[most])
+
+
+def _imbalance(rows: Sequence[Example]) -> str:
+    """A remark where one class is far more frequent than another; classes without a row can't be drawn."""
+    labels = {label_key(row.label): row.label for row in rows}  # spellings of one label are no rare classes
+    counts = Counter(labels[label_key(row.label)] for row in rows).most_common()
+    if not counts or counts[0][1] < _IMBALANCE * counts[-1][1]:
+        return ""
+    (most, often), (least, seldom) = counts[0], counts[-1]
+    return f"{most} is {often / seldom:.3g} times as frequent as {least} (`balance` draws each label equally often)"
