@@ -8,7 +8,7 @@ import torch
 
 import builders
 import tiny_seq2seq
-from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings, score_labels
+from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings
 from ia3.tasks.losses import pad_choices
 from replayed import recording
 
@@ -23,6 +23,10 @@ def model() -> Any:
     model = tiny_seq2seq.adapted(dropout=0.3).double()
     builders.randomise(model, spread=2.0)
     return model
+
+
+def score_labels(model: Any, tokenizer: Any, texts: list[str], labels: tuple[str, ...], **how: Any) -> torch.Tensor:
+    return LabelScorer(model, tokenizer, labels, **how)(texts)
 
 
 def alone(model: Any, text: str, label: str, *, length_normalised: bool = True) -> float:

@@ -271,7 +271,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_on_one_line", Never("cell"), "a text with a tab has more columns than the header"),
         Mutant("_expect_known", Never("unknown"), "labels that the adapter can't answer count as its mistakes"),
         Mutant("_read_lines", Always("line"), "blank lines are labelled"),
-        Mutant("load_labeller", Instead("DTYPES[precision] if precision is not None else None", "None"),
+        Mutant("load_labeller", Instead("None if precision is None else DTYPES[precision]", "None"),
                "an adapter answers in another precision than it was measured in"),
     ],
     ("fast/test_block.py", "fast/test_step.py", "fast/test_batch.py", "fast/test_generation.py"): [

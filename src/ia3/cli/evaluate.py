@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.labelling import answer, answer_by, load_labeller
+from ia3.cli.labelling import Overrides, answer, answer_by, load_labeller
 from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def evaluate(
     from ia3.tasks.task import TaskKind
 
     progress = Console(stderr=True)
-    labeller = load_labeller(adapter, progress, text_column=text_column)
+    labeller = load_labeller(adapter, progress, Overrides(text_column=text_column))
     task = labeller.task
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,38 @@ if TYPE_CHECKING:
     from ia3.inference.answering import Answer
     from ia3.tasks.examples import Example
     from ia3.tasks.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """What flags ask for instead of what an adapter's task says; None is not asked for."""
+
+    text_column: str | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    way: str | None = None
+
+    def over(self, task: Task) -> Task:
+        """The task with what is asked for.
+
+        Raises:
+            ValueError: something that this task has no use for.
+        """
+        if self.text_column is not None:
+            task = replace(task, template=task.template.with_column(self.text_column))
+        if self.max_length is not None:
+            task = replace(task, max_length=self.max_length)
+        task = answer_by(task, self.way)
+        if self.max_new_tokens is None:
+            return task
+        if not task.kind.writes:
+            raise ValueError(f"This adapter's task is {task.kind}, which writes nothing: leave --max-new-tokens out.")
+        if task.ranks:
+            raise ValueError(
+                "The labels are ranked here and nothing is written: leave --max-new-tokens out, or add "
+                "--answer-by generation."
+            )
+        return replace(task, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,62 +64,42 @@ class Labeller:
     task: Task
 
 
-def load_labeller(
-    adapter: str,
-    console: Console,
-    *,
-    text_column: str | None = None,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    way: str | None = None,
-) -> Labeller:
+def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Labeller:
     """Load an adapter with its base model, in the precision of its training, and its task; what is given overrides it.
 
     Raises:
-        FileNotFoundError, ValueError: what `load_adapter` and `load_task` raise.
+        FileNotFoundError, ValueError: what `load_adapter`, `load_task` and `Overrides.over` raise.
     """
     expect_adapter(adapter)
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 
+        from ia3.inference.classify import class_labels
         from ia3.inference.loading import DTYPES, load_adapter
         from ia3.tasks.task import load_task
 
         disable_progress_bar()
         saved = load_task(adapter)
-        if saved is not None and text_column is not None:
-            saved = replace(saved, template=saved.template.with_column(text_column))
-        precision = saved.precision if saved is not None else None
-        model, tokenizer = load_adapter(adapter, dtype=DTYPES[precision] if precision is not None else None)
-    task = saved if saved is not None else _task_without_file(model, text_column or "text")
-    if max_length is not None:
-        task = replace(task, max_length=max_length)
-    task = answer_by(task, way)
-    if max_new_tokens is not None:
-        if not task.kind.writes:
-            raise ValueError(f"This adapter's task is {task.kind}, which writes nothing: leave --max-new-tokens out.")
-        if task.ranks:
-            raise ValueError(
-                "The labels are ranked here and nothing is written: leave --max-new-tokens out, or add "
-                "--answer-by generation."
-            )
-        task = replace(task, max_new_tokens=max_new_tokens)
+        task = None if saved is None else overrides.over(saved)
+        precision = None if task is None else task.precision
+        model, tokenizer = load_adapter(adapter, dtype=None if precision is None else DTYPES[precision])
+        if task is None:
+            task_type = model.peft_config[model.active_adapter].task_type
+            task = overrides.over(task_without_file(task_type, lambda: class_labels(model)))
     return Labeller(model=model, tokenizer=tokenizer, task=task)
 
 
-def _task_without_file(model: Any, text_column: str) -> Task:
+def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> Task:
     """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
-    from ia3.inference.classify import class_labels
     from ia3.tasks.task import Task, TaskKind
     from ia3.tasks.template import Template
 
-    task_type = model.peft_config[model.active_adapter].task_type
-    kinds = {kind.task_type: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
+    kinds = {kind.task_type.value: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
     kind = kinds[task_type]
     return Task(
         kind=kind,
-        template=Template.of_column(text_column),
-        labels=class_labels(model) if kind.has_labels else (),
+        template=Template.of_column("text"),
+        labels=labels() if kind.has_labels else (),
         max_length=128,
         max_new_tokens=16 if kind.writes else None,
     )
@@ -116,24 +129,23 @@ def answer(labeller: Labeller, examples: Sequence[Example], console: Console, *,
     Returns:
         One answer an example, in order.
     """
-    from rich.progress import Progress
-
     from ia3.inference.answering import Answerer
-    from ia3.inference.complete import encode, prompt_text
-    from ia3.tasks.task import TaskKind
-    from ia3.training.collate import count_truncated
 
-    task = labeller.task
-    if task.kind is TaskKind.INSTRUCTIONS:
-        whole = [prompt_text(labeller.tokenizer, each.text, each.turns, task.system) for each in examples]
-        cut = sum(len(prompt) > task.max_length for prompt in encode(labeller.tokenizer, whole))
-    else:
-        cut = count_truncated([example.text for example in examples], labeller.tokenizer, task.max_length)
-    if cut:
-        console.print(f"Cut at {task.max_length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
-    answerer = Answerer(labeller.model, labeller.tokenizer, task, batch_size=batch_size)
+    answerer = Answerer(labeller.model, labeller.tokenizer, labeller.task, batch_size=batch_size)
+    if cut := answerer.count_cut(examples):
+        length = labeller.task.max_length
+        console.print(f"Cut at {length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
     if (path := answerer.describe_path()) is not None:
         console.print(path, markup=False, highlight=False)
-    with Progress(console=console, transient=True, disable=len(examples) <= batch_size) as bars:
-        bar = bars.add_task("answering", total=len(examples))
-        return answerer(examples, lambda count: bars.advance(bar, count))
+    with answering_bar(console, len(examples), batch_size) as beat:
+        return answerer(examples, beat)
+
+
+@contextmanager
+def answering_bar(console: Console, total: int, batch_size: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar where there are several batches; it is told of each batch's number of texts."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=total <= batch_size) as bars:
+        bar = bars.add_task("answering", total=total)
+        yield lambda count: bars.advance(bar, count)

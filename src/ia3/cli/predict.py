@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ia3.cli.labelling import Labeller, answer, load_labeller
+from ia3.cli.labelling import Overrides, answer, answering_bar, load_labeller, task_without_file
 from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ def predict(
     text_column: Annotated[
         str | None, typer.Option(help="The file's column with the text, if not as in training.")
     ] = None,
+    adapter_column: Annotated[
+        str | None,
+        typer.Option(help="The file's column with each row's adapter; ADAPTER is then a folder of many."),
+    ] = None,
     way: Annotated[str | None, typer.Option("--answer-by", help=ANSWER_BY_HELP, show_default="as in training")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Where longer texts are cut, in tokens.", show_default="as in training")
@@ -56,23 +62,97 @@ def predict(
         _check_output(file, output)
     if sentences and file is not None:
         raise ValueError(f"There are both sentences and --file {file}: give one of them.")
+    overrides = Overrides(text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=way)
     records = _read_file(file, text_column) if file is not None else None
-    lines = None if records is not None else sentences or _read_lines()
-    labeller = load_labeller(
-        adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=way
-    )
-    if records is None:
-        assert lines is not None
-        records = _as_records(lines, labeller)
-    elif file is not None and file.suffix.lower() == ".txt" and text_column is None:
-        records = _as_records([record["text"] for _, record in records], labeller)
-    examples = _examples(records, labeller)
-    _check_columns(records, labeller, output)
-    answers = _answer_filled(labeller, examples, progress, batch_size=batch_size)
+    if adapter_column is None:
+        work = _by_one(adapter, sentences, records, overrides, progress, batch_size)
+    elif records is None:
+        raise ValueError("--adapter-column names a column of a --file: give the file.")
+    else:
+        work = _by_many(Path(adapter), adapter_column, records, overrides, progress, batch_size)
+    records, tasks = work.records, work.tasks
+    examples = [_example(records, row, task) for row, task in zip(records, tasks, strict=True)]
+    _check_columns(records, tasks, output)
+    answers = _answer_filled(work, examples)
     if output is not None:
         _write(output, records, answers)
-    texts = _as_given(records, [example.text for example in examples], labeller)
-    _print(labeller.task, adapter, texts, answers, output, as_json=as_json)
+    texts = [_as_given(records, *each) for each in zip(records, examples, tasks, strict=True)]
+    _print(work, adapter, texts, answers, output, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Rows to answer, each by its task.
+
+    Args:
+        records: the rows.
+        tasks: what reads and answers each.
+        answer: answers some of the rows, given their places and what is read of them.
+        adapters: the name of each row's adapter, where they have adapters of their own.
+    """
+
+    records: Records
+    tasks: list[Task]
+    answer: Callable[[list[int], list[Example]], list[Answer]]
+    adapters: list[str] | None = None
+
+
+def _by_one(
+    adapter: str,
+    sentences: list[str] | None,
+    records: Records | None,
+    overrides: Overrides,
+    progress: Console,
+    batch_size: int,
+) -> _Work:
+    """The rows of a file, sentences or standard input, all by one adapter."""
+    lines = None if records is not None else sentences or _read_lines()
+    labeller = load_labeller(adapter, progress, overrides)
+    if records is None or (records.source.lower().endswith(".txt") and overrides.text_column is None):
+        records = _as_records(lines or [record["text"] for _, record in records or ()], labeller.task)
+    return _Work(
+        records,
+        [labeller.task] * len(records),
+        lambda _, examples: answer(labeller, examples, progress, batch_size=batch_size),
+    )
+
+
+def _by_many(
+    folder: Path, column: str, records: Records, overrides: Overrides, progress: Console, batch_size: int
+) -> _Work:
+    """The rows of a file, each by the adapter that it names, out of a folder of adapters."""
+    from ia3.tasks.columns import as_text, require_columns
+
+    require_columns(records.source, records.columns, column)
+    names = [as_text(record.get(column), f"{records.source}, {place}: {column!r}") for place, record in records]
+    if "" in names:
+        place = records.rows[names.index("")][0]
+        raise ValueError(
+            f"{records.source}, {place} names no adapter in {column!r}, as {names.count(''):,} of {len(names):,} rows: "
+            "name one in each row, or take these rows out."
+        )
+    with progress.status(f"Reading {folder}"):
+        from ia3.inference.many import answer_each, find_adapters
+
+        folders = find_adapters(folder, names)
+        tasks = {name: overrides.over(_saved_task(path)) for name, path in folders.items()}
+
+    def answer_some(places: list[int], examples: list[Example]) -> list[Answer]:
+        own = [names[place] for place in places]
+        with answering_bar(progress, len(examples), batch_size) as beat:
+            return answer_each(folders, tasks, examples, own, batch_size=batch_size, beat=beat)
+
+    return _Work(records, [tasks[name] for name in names], answer_some, names)
+
+
+def _saved_task(folder: Path) -> Task:
+    from ia3.config import PeftConfig
+    from ia3.tasks.task import load_task
+
+    def no_labels() -> NoReturn:
+        raise ValueError(f"{folder} has no ia3_task.json, so its head's labels aren't known: ask it alone.")
+
+    return load_task(folder) or task_without_file(str(PeftConfig.from_pretrained(folder).task_type), no_labels)
 
 
 def _read_lines() -> list[str]:
@@ -97,12 +177,12 @@ def _read_file(path: Path, text_column: str | None) -> Records:
     return read_records(path, line_column=text_column or "text")
 
 
-def _as_records(lines: list[str], labeller: Labeller) -> Records:
+def _as_records(lines: list[str], task: Task) -> Records:
     """Sentences as rows of the one column that the template reads."""
     from ia3.data.records import Records
 
-    fields = labeller.task.template.fields
-    if len(labeller.task.template.required) > 1:
+    fields = task.template.fields
+    if len(task.template.required) > 1:
         raise ValueError(
             f"This adapter reads the columns {list(fields)}, so a sentence is not enough: give a --file with them."
         )
@@ -110,39 +190,36 @@ def _as_records(lines: list[str], labeller: Labeller) -> Records:
     return Records("the sentences", fields, rows)
 
 
-def _examples(records: Records, labeller: Labeller) -> list[Example]:
-    """What the model reads of each row; of a text whose words get tags the cell may be a list."""
+def _example(records: Records, row: tuple[str, dict[str, Any]], task: Task) -> Example:
+    """What the model reads of a row; of a text whose words get tags the cell may be a list."""
     from ia3.data.loading import conversation_to_answer, words_of
     from ia3.tasks.columns import require_columns
     from ia3.tasks.examples import Example
     from ia3.tasks.task import TaskKind
 
-    template = labeller.task.template
-    places = [(f"{records.source}, {place}", record) for place, record in records]
-    if _holds_conversations(records, labeller):
-        return [conversation_to_answer(record, place) for place, record in places]
-    if labeller.task.kind is not TaskKind.TOKEN_CLASSIFICATION:
-        return [Example(template.render(record, place), "") for place, record in places]
-    (column,) = template.fields
+    place, record = f"{records.source}, {row[0]}", row[1]
+    if _holds_conversations(records, task):
+        return conversation_to_answer(record, place)
+    if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
+        return Example(task.template.render(record, place), "")
+    (column,) = task.template.fields
     require_columns(records.source, records.columns, column)
-    return [Example(" ".join(words_of(record.get(column), place, column)), "") for place, record in places]
+    return Example(" ".join(words_of(record.get(column), place, column)), "")
 
 
-def _holds_conversations(records: Records, labeller: Labeller) -> bool:
+def _holds_conversations(records: Records, task: Task) -> bool:
     from ia3.tasks.examples import MESSAGES_COLUMN
     from ia3.tasks.task import TaskKind
 
-    reads = labeller.task.template.fields
-    is_chat = labeller.task.kind is TaskKind.INSTRUCTIONS and MESSAGES_COLUMN in records.columns
-    return is_chat and not any(field in records.columns for field in reads)
+    is_chat = task.kind is TaskKind.INSTRUCTIONS and MESSAGES_COLUMN in records.columns
+    return is_chat and not any(field in records.columns for field in task.template.fields)
 
 
-def _as_given(records: Records, texts: list[str], labeller: Labeller) -> list[str]:
-    """The texts without the template's words, where one column is all that it reads."""
-    if len(labeller.task.template.fields) > 1 or _holds_conversations(records, labeller):
-        return texts
-    (field,) = labeller.task.template.fields
-    return [str(record[field]) for _, record in records]
+def _as_given(records: Records, row: tuple[str, dict[str, Any]], example: Example, task: Task) -> str:
+    """The text without the template's words, where one column is all that it reads."""
+    if len(task.template.fields) > 1 or _holds_conversations(records, task):
+        return example.text
+    return str(row[1][task.template.fields[0]])
 
 
 def _check_output(file: Path | None, output: Path) -> None:
@@ -155,8 +232,9 @@ def _check_output(file: Path | None, output: Path) -> None:
         raise ValueError(f"The output {output} can't be written: expected a file name in a folder that exists.")
 
 
-def _check_columns(records: Records, labeller: Labeller, output: Path | None) -> None:
-    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labeller.task.labels)}
+def _check_columns(records: Records, tasks: list[Task], output: Path | None) -> None:
+    labels = {label for task in set(tasks) for label in task.labels}
+    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labels)}
     taken = sorted(own & set(records.columns))
     if output is not None and taken:
         raise ValueError(
@@ -164,16 +242,17 @@ def _check_columns(records: Records, labeller: Labeller, output: Path | None) ->
         )
 
 
-def _answer_filled(labeller: Labeller, examples: list[Example], progress: Console, **how: Any) -> list[Answer | None]:
+def _answer_filled(work: _Work, examples: list[Example]) -> list[Answer | None]:
     """An answer for each text; None for rows without one."""
-    filled = [example for example in examples if example.text]
-    if not filled:
-        raise ValueError(f"None of the {len(examples):,} rows has a text in {list(labeller.task.template.fields)}.")
-    if len(filled) < len(examples):
-        missing = len(examples) - len(filled)
+    places = [place for place, example in enumerate(examples) if example.text]
+    if not places:
+        fields = sorted({field for task in set(work.tasks) for field in task.template.fields})
+        raise ValueError(f"None of the {len(examples):,} rows has a text in {fields}.")
+    if len(places) < len(examples):
+        missing = len(examples) - len(places)
         typer.echo(f"Without text, and so without prediction: {missing:,} of {len(examples):,} rows.", err=True)
-    found = iter(answer(labeller, filled, progress, **how))
-    return [next(found) if example.text else None for example in examples]
+    found = dict(zip(places, work.answer(places, [examples[place] for place in places]), strict=True))
+    return [found.get(place) for place in range(len(examples))]
 
 
 def _write(path: Path, records: Records, answers: list[Answer | None]) -> None:
@@ -197,7 +276,7 @@ def _as_csv(records: Records, answers: list[Answer | None]) -> str:
     import csv
     import io
 
-    labels = next((tuple(found.probabilities) for found in answers if found and found.probabilities), ())
+    labels = tuple(dict.fromkeys(label for found in answers if found for label in found.probabilities or ()))
     shares = ["probability", *(f"probability_{label}" for label in labels)] if labels else []
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -206,22 +285,29 @@ def _as_csv(records: Records, answers: list[Answer | None]) -> str:
         cells = [record.get(column) for column in records.columns]
         probabilities = (found.probabilities or {}) if found else {}
         own = (
-            [found.probability, *(probabilities[label] for label in labels)] if found and labels else [""] * len(shares)
+            [found.probability, *(probabilities.get(label, "") for label in labels)]
+            if found and labels
+            else [""] * len(shares)
         )
         writer.writerow([*cells, found.label if found else "", *own])
     return text.getvalue()
 
 
 def _print(
-    task: Task, adapter: str, texts: list[str], answers: list[Answer | None], output: Path | None, *, as_json: bool
+    work: _Work, adapter: str, texts: list[str], answers: list[Answer | None], output: Path | None, *, as_json: bool
 ) -> None:
     pairs = [(text, found) for text, found in zip(texts, answers, strict=True) if found is not None]
-    counts = _count(task, [found.label for _, found in pairs])
+    counts = _count(work.tasks, answers)
     if output is not None and as_json:
         content = {"adapter": adapter, "output": str(output), "rows": len(answers), "labels": dict(counts)}
         typer.echo(json.dumps(content, ensure_ascii=False))
     elif as_json:
-        predictions = [_as_object(text, found) for text, found in pairs]
+        own = [{}] * len(answers) if work.adapters is None else [{"adapter": name} for name in work.adapters]
+        predictions = [
+            {**name, **_as_object(text, found)}
+            for text, found, name in zip(texts, answers, own, strict=True)
+            if found is not None
+        ]
         typer.echo(json.dumps({"adapter": adapter, "predictions": predictions}, ensure_ascii=False))
     elif output is not None:
         if counts:
@@ -234,13 +320,15 @@ def _print(
             typer.echo("\t".join(_on_one_line(cell) for cell in (found.label, *_share(found), text)))
 
 
-def _count(task: Task, answers: list[str]) -> Counter[str]:
+def _count(tasks: list[Task], answers: list[Answer | None]) -> Counter[str]:
     """How often each label or tag was given; of free text there is nothing to count."""
     from ia3.tasks.task import TaskKind
 
-    if task.kind is TaskKind.TOKEN_CLASSIFICATION:
-        return Counter(tag for answer in answers for tag in answer.split())
-    return Counter(answers) if task.kind.has_labels else Counter()
+    counts: Counter[str] = Counter()
+    for task, found in zip(tasks, answers, strict=True):
+        if found is not None and task.kind.has_labels:
+            counts.update(found.label.split() if task.kind is TaskKind.TOKEN_CLASSIFICATION else [found.label])
+    return counts
 
 
 def _on_one_line(cell: str) -> str:

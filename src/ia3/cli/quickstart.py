@@ -24,7 +24,7 @@ def quickstart(
     from rich.console import Console
 
     from ia3.bundled import TITLER
-    from ia3.cli.labelling import answer, load_labeller
+    from ia3.cli.labelling import Overrides, answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
     from ia3.runs.recipe import Recipe
     from ia3.runs.settings import TrainSettings
@@ -46,7 +46,7 @@ def quickstart(
     )
     run = run_visibly(lambda: run_recipe(recipe, progress), progress)
 
-    labeller = load_labeller(str(run.adapter_dir), progress)
+    labeller = load_labeller(str(run.adapter_dir), progress, Overrides())
     sentences = [Example(text, "") for text in _SENTENCES]
     found = answer(labeller, sentences, progress, batch_size=len(_SENTENCES))
     answers = [

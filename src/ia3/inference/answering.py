@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ia3.inference.classify import classify, tag
-from ia3.inference.complete import compile_answers, complete
-from ia3.inference.predict import Beat, compile_words, predict
+from ia3.inference.complete import compile_answers, complete, encode, prompt_text
+from ia3.inference.predict import Beat, compile_words, count_truncated, predict
 from ia3.inference.rank import LabelScorer, rankings
 from ia3.tasks.examples import Example
 from ia3.tasks.task import Task, TaskKind
@@ -73,12 +73,23 @@ class Answerer:
             return f"{what} the ordinary way, since {made.reason}."
         return f"{what} by captured CUDA graphs."
 
-    def __call__(self, examples: Sequence[Example], beat: Beat | None = None) -> list[Answer]:
+    def count_cut(self, examples: Sequence[Example]) -> int:
+        """How many of the examples are longer than the task's length, so that they are cut."""
+        if self.task.kind is TaskKind.INSTRUCTIONS:
+            whole = [prompt_text(self.tokenizer, each.text, each.turns, self.task.system) for each in examples]
+            return sum(len(prompt) > self.task.max_length for prompt in encode(self.tokenizer, whole))
+        return count_truncated([example.text for example in examples], self.tokenizer, self.task.max_length)
+
+    def __call__(
+        self, examples: Sequence[Example], beat: Beat | None = None, adapter_names: Sequence[str] | None = None
+    ) -> list[Answer]:
         """One answer an example, in order.
 
         Args:
             examples: rendered texts and earlier turns; their labels are not looked at.
             beat: called after each batch with its number of examples.
+            adapter_names: the adapter of each example, attached or in the model's table; the active ones where left
+                out. Not for a head, of which each adapter has its own.
 
         Raises:
             ValueError: what `LabelScorer`, `complete`, `classify` and `tag` raise.
@@ -86,7 +97,7 @@ class Answerer:
         model, tokenizer, task = self.model, self.tokenizer, self.task
         texts = [example.text for example in examples]
         if self.scorer is not None:
-            found = rankings(task.labels, self.scorer(texts, beat))
+            found = rankings(task.labels, self.scorer(texts, beat, adapter_names))
             return [Answer(ranking.label, ranking.probabilities) for ranking in found]
         how: dict[str, Any] = {"max_length": task.max_length, "batch_size": self.batch_size, "beat": beat}
         if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
@@ -95,7 +106,7 @@ class Answerer:
             tagged = tag(model, tokenizer, [text.split(" ") for text in texts], **how)
             tags = [tuple(word.tag for word in words) for words in tagged]
             return [Answer(" ".join(each or _UNREAD for each in own), tags=own) for own in tags]
-        how |= {"max_new_tokens": _longest(task), "generate": self.generate}
+        how |= {"max_new_tokens": _longest(task), "generate": self.generate, "adapter_names": adapter_names}
         if task.kind is TaskKind.INSTRUCTIONS:
             turns = [example.turns for example in examples]
             written = complete(model, tokenizer, texts, system=task.system, turns=turns, **how)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ia3.fast.generate import Generate, compile_generate
-from ia3.inference.predict import Beat, answer_in_batches, sorted_batches
+from ia3.inference.predict import Beat, answer_in_batches, names_of, sorted_batches
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ def complete(
     batch_size: int = 32,
     generate: Generate | None = None,
     beat: Beat | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[str]:
     """Answer each text greedily, as an assistant where the tokenizer has a chat template.
 
@@ -45,6 +46,7 @@ def complete(
         batch_size: prompts a batch; sorted by length, so that short ones aren't padded to long ones.
         generate: what `compile_answers` made for the model and `max_new_tokens`, to use it again; made here otherwise.
         beat: called after each batch with its number of prompts.
+        adapter_names: the adapter of each text, attached or in the model's table; the active ones where left out.
 
     Returns:
         One answer a text, in the order of `texts`, special tokens and outer spaces removed.
@@ -74,11 +76,12 @@ def complete(
             max_new_tokens,
         )
     made = generate or compile_answers(model, tokenizer, max_new_tokens)
-    return answer_in_batches(
-        prompt_batches(model, lengths, max_new_tokens, batch_size),
-        lambda indices: write(model, tokenizer, [prompts[i] for i in indices], max_new_tokens, made),
-        beat,
-    )
+
+    def answer(indices: list[int]) -> list[str]:
+        own, names = [prompts[i] for i in indices], names_of(adapter_names, indices)
+        return write(model, tokenizer, own, max_new_tokens, made, names)
+
+    return answer_in_batches(prompt_batches(model, lengths, max_new_tokens, batch_size), answer, beat)
 
 
 def prompt_text(tokenizer: Any, text: str, turns: Turns = (), system: str | None = None) -> str:
@@ -260,7 +263,12 @@ def check_positions(model: Any, longest: int) -> None:
 
 
 def write(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, generate: Generate
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generate: Generate,
+    adapter_names: list[str] | None = None,
 ) -> list[str]:
     """Answer one batch of prompts greedily, in training's evaluations and after.
 
@@ -270,6 +278,7 @@ def write(
         prompts: the tokens of each, one of `prompt_batches`.
         max_new_tokens: the longest answer; one that the model has fewer positions for ends with them.
         generate: what `compile_answers` made for the model and `max_new_tokens`.
+        adapter_names: the adapter of each prompt; the active ones where left out.
 
     Returns:
         The answers without special tokens and outer spaces.
@@ -279,7 +288,7 @@ def write(
         generate = compile_answers(model, tokenizer, room)
     ends = end_tokens(model, tokenizer)
     batch = _left_padded(prompts, _padding(tokenizer, ends))
-    tokens = generate(batch["input_ids"], batch["attention_mask"])
+    tokens = generate(batch["input_ids"], batch["attention_mask"], adapter_names=adapter_names)
     answers = [_up_to_end(row, ends) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
     return [answer.strip() for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

@@ -26,6 +26,7 @@ def predict(
     batch_size: int = 32,
     generate: Generate | None = None,
     beat: Beat | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[str]:
     """Generate the label word of each text, greedily.
 
@@ -38,13 +39,23 @@ def predict(
         batch_size: sentences a batch; sorted by length, so that short ones aren't padded to long ones.
         generate: what `compile_words` made for the model and `max_new_tokens`, to use it again; made here otherwise.
         beat: called after each batch with its number of sentences.
+        adapter_names: the adapter of each text, attached or in the model's table; the active ones where left out.
 
     Returns:
         One word or phrase a text, in the order of `texts`.
     """
     rows, written = tokenise_inputs(tokenizer, texts, max_length), generate or compile_words(model, max_new_tokens)
     batches = sorted_batches([len(row) for row in rows], batch_size)
-    return answer_in_batches(batches, lambda indices: write_words(tokenizer, [rows[i] for i in indices], written), beat)
+
+    def answer(indices: list[int]) -> list[str]:
+        return write_words(tokenizer, [rows[i] for i in indices], written, names_of(adapter_names, indices))
+
+    return answer_in_batches(batches, answer, beat)
+
+
+def names_of(adapter_names: Sequence[str] | None, indices: Sequence[int]) -> list[str] | None:
+    """The names of a batch's adapters; None where the active ones act."""
+    return None if adapter_names is None else [adapter_names[i] for i in indices]
 
 
 def tokenise_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -53,10 +64,20 @@ def tokenise_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> li
     return rows
 
 
-def write_words(tokenizer: Any, rows: Sequence[Sequence[int]], generate: Generate) -> list[str]:
+def count_truncated(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
+    """How many of `texts` have more than `max_length` tokens, special tokens included."""
+    if not texts:
+        return 0
+    encoded = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+    return sum(len(tokens) > max_length for tokens in encoded)
+
+
+def write_words(
+    tokenizer: Any, rows: Sequence[Sequence[int]], generate: Generate, adapter_names: list[str] | None = None
+) -> list[str]:
     """What `compile_words` writes for one batch of `tokenise_inputs`, as words."""
     batch = pad_rows(rows, tokenizer.pad_token_id)
-    answers = generate(batch["input_ids"], batch["attention_mask"])
+    answers = generate(batch["input_ids"], batch["attention_mask"], adapter_names=adapter_names)
     return [word.strip() for word in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

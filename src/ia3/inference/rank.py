@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import capture_unsupported_reason
 from ia3.fast.guard import Guard
 from ia3.fast.sessions import BUCKET
-from ia3.inference.predict import Beat, pad_rows, sorted_batches, tokenise_inputs
-from ia3.rows import act_here
+from ia3.inference.predict import Beat, names_of, pad_rows, sorted_batches, tokenise_inputs
+from ia3.mixing import gather_rows
+from ia3.rows import act_here, acting
 from ia3.sites import logger
 from ia3.tasks.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
 
@@ -57,7 +59,7 @@ def rank(
         ValueError: what `LabelScorer` raises.
     """
     how: dict[str, Any] = {"length_normalised": length_normalised, "max_length": max_length, "batch_size": batch_size}
-    return rankings(labels, score_labels(model, tokenizer, texts, labels, **how))
+    return rankings(labels, LabelScorer(model, tokenizer, labels, **how)(texts))
 
 
 def rankings(labels: Sequence[str], scores: Tensor) -> list[Ranking]:
@@ -72,21 +74,6 @@ def rankings(labels: Sequence[str], scores: Tensor) -> list[Ranking]:
 def likeliest(scores: Tensor) -> list[int]:
     """The place of the highest score of each row of `[rows, labels]`, of equal ones the first; every task's rule."""
     return [max(range(len(row)), key=row.__getitem__) for row in scores.tolist()]
-
-
-def score_labels(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    labels: Sequence[str],
-    *,
-    length_normalised: bool = True,
-    max_length: int = 128,
-    batch_size: int = 32,
-) -> Tensor:
-    """The log-probability of each label after each text, its end token included; see `LabelScorer`."""
-    how: dict[str, Any] = {"length_normalised": length_normalised, "max_length": max_length, "batch_size": batch_size}
-    return LabelScorer(model, tokenizer, labels, **how)(texts)
 
 
 class LabelScorer:
@@ -135,12 +122,15 @@ class LabelScorer:
         self.guard = Guard(self.model) if self.fused is None else self.fused.guard
         self.captured = GraphedCallable(score, self.model.device)
 
-    def __call__(self, texts: Sequence[str], beat: Beat | None = None) -> Tensor:
+    def __call__(
+        self, texts: Sequence[str], beat: Beat | None = None, adapter_names: Sequence[str] | None = None
+    ) -> Tensor:
         """Scores `[texts, labels]` on the CPU in float64, in the order of `texts`.
 
         Args:
             texts: the texts.
             beat: called with a number of texts once that many more are scored.
+            adapter_names: the adapter of each text, attached or in the model's table; the active ones where left out.
 
         Raises:
             ValueError: a model without encoder and decoder.
@@ -151,12 +141,18 @@ class LabelScorer:
         for start in range(0, len(batches), _AHEAD):
             ahead = batches[start : start + _AHEAD]
             # Nothing is looked at before all of it is under way.
-            found = [self.log_probabilities([rows[i] for i in indices]) for indices in ahead]
+            found = [self._mixed(rows, adapter_names, indices) for indices in ahead]
             for indices, part in zip(ahead, found, strict=True):
                 scores[indices] = self.scores(part)
                 if beat is not None:
                     beat(len(indices))
         return scores
+
+    def _mixed(self, rows: list[list[int]], adapter_names: Sequence[str] | None, indices: list[int]) -> Tensor:
+        """`log_probabilities` of one batch, each row under its own adapter where they are named."""
+        names = names_of(adapter_names, indices)
+        with nullcontext() if names is None else acting(gather_rows(self.model, names)):
+            return self.log_probabilities([rows[i] for i in indices])
 
     @torch.inference_mode()
     def log_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:

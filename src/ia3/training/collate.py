@@ -170,11 +170,3 @@ def _balanced(labels: Sequence[str], chance: random.Random) -> list[int]:
 
 def _cut(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def count_truncated(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
-    """How many of `texts` have more than `max_length` tokens, special tokens included."""
-    if not texts:
-        return 0
-    encoded = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
-    return sum(len(tokens) > max_length for tokens in encoded)

@@ -20,6 +20,7 @@ from ia3.config import IA3Config
 from ia3.files import write_atomically
 from ia3.inference.classify import head_modules
 from ia3.inference.loading import DTYPES, default_kind, load_base, load_config, load_tokenizer
+from ia3.inference.predict import count_truncated
 from ia3.peft_model import get_peft_model
 from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe, without_a_heads_way
 from ia3.runs.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
@@ -39,7 +40,7 @@ from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TASK_NAME, Task, TaskKind
 from ia3.tasks.template import Template
-from ia3.training.collate import count_truncated, measure_labels
+from ia3.training.collate import measure_labels
 from ia3.training.data import read_data
 from ia3.training.learners.instructions import Instructions, count_cut
 from ia3.training.learners.making import make_learner, settings_of
