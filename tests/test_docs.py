@@ -211,6 +211,7 @@ def test_the_commands_run_in_order(page: str) -> None:
     for name, count in (("reviews.csv", 30), ("test.csv", 6), ("more.csv", 6)):
         rows = [f"{row.text},{row.label}" for row in examples(count)]
         Path(name).write_text("\n".join(["text,label", *rows]) + "\n")
+    Path("tickets.csv").write_text("customer,text\nreviews,the share falls\nreviews/best,the share rises\n")
     for block in blocks(page):
         if block.language == "yaml":
             Path("recipe.yaml").write_text(block.content)
