@@ -100,7 +100,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _install(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `folder`, then rename it: whole or not at all."""
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     locks = folder.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
