@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 import ia3.training.data
 from builders import CAUSAL, SEQ2SEQ, gpt2, randomise, seq2seq_batch, t5
 from ia3 import IA3Config, PeftConfig, PeftModel, find_sites, get_peft_model
-from ia3.bundled import _FILES, _FOLDER
+from ia3.bundled import _FOLDER
+from ia3.cache import seal
 from ia3.families import FAMILIES
 from ia3.tasks.examples import Examples
 from tiny_seq2seq import examples, save_base
@@ -95,8 +96,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache in which the bundled model is a tiny one."""
     cache = tmp_path_factory.mktemp("cache")
     folder = save_base(cache / _FOLDER)
-    (folder / "README.md").touch()
-    assert not [name for name in _FILES if not (folder / name).is_file()]
+    seal(folder)
     return cache
 
 

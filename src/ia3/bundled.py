@@ -7,17 +7,14 @@ ordinary transformers folder in fp32, once, in the cache.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ia3.cache import cached, digest, temporary
 from ia3.files import BUNDLED
 from ia3.gguf import is_gguf, model_from_gguf
 
@@ -40,15 +37,7 @@ _SHA256 = {
 }
 
 # The folder's name in the cache; raise the number when the conversion writes something else.
-_FOLDER = "flan-t5-small-titler-1"
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-)
+_FOLDER = "flan-t5-small-titler-2"
 
 _GENERATION = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 # The graph multiplies by the head without T5's d_model ** -0.5, and its head is not its embedding:
@@ -164,28 +153,18 @@ def _expecting_an_untied_head() -> Iterator[None]:
 
 
 def _titler() -> Path:
-    """The cached folder of the titler, converted first if it is not there whole."""
-    folder = _cache() / _FOLDER
-    if not _is_whole(folder):
-        source = _wheel_folder()
-        _check(source)
-        _logger.warning("Converting %s to %s (once, about 300 MB)", TITLER, folder)
-        _install(folder, lambda temporary: _convert(source, temporary))
-    return folder
+    """The converted folder of the titler: the cache's, or where that can't be written this process's own."""
+    return cached(_FOLDER, _make) or temporary(_FOLDER, _make)
+
+
+def _make(folder: Path) -> None:
+    source = _wheel_folder()
+    _check(source)
+    _logger.warning("Converting %s (once, about 300 MB)", TITLER)
+    _convert(source, folder)
 
 
 _MAKERS: dict[str, Callable[[], Path]] = {TITLER: _titler}
-
-
-def _cache() -> Path:
-    own = os.environ.get("IA3_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ia3"
-
-
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _FILES)
 
 
 def _wheel_folder() -> Path:
@@ -207,31 +186,12 @@ def _check(source: Path) -> None:
         path = source / name
         if not path.is_file():
             raise ValueError(f"{path} is missing from traceforge-title-model; install it again: {_INSTALL}")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(path)
         if found != expected:
             raise ValueError(
                 f"{path} has SHA-256 {found}, expected {expected} (traceforge-title-model 0.2.0). "
                 f"Install that version: {_INSTALL}"
             )
-
-
-def _install(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary directory beside `folder`, then rename it: whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        write(temporary)
-        temporary.chmod(0o755)
-        if folder.exists() and not _is_whole(folder):
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError:
-        # Another process may have been faster: its folder is as good as this one.
-        if not _is_whole(folder):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _convert(source: Path, target: Path) -> None:

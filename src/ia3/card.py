@@ -50,7 +50,10 @@ adapter = "."  # this repository's name on the hub, or the folder that holds thi
 model = PeftModel.from_pretrained(base_model, adapter)  # the base model, loaded by you"""
 _RESULTS = "## Training and results"
 _IN_PEFT = "The files are PEFT's: `from peft import {name}` loads them too."
-_ONLY_HERE = "The base model comes with `ia3`, and only `ia3` knows it by this name; PEFT can't load it."
+_ONLY_HERE = (
+    "The base model comes with `ia3`, and only `ia3` knows it by this name; PEFT can't load it, and "
+    "`transformers.pipeline` takes the loaded model instead of the folder."
+)
 
 
 def write_card(directory: Path, config: IA3Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def give_usual_rights(folder: Path) -> None:
+    """Give a new folder and its files the rights that others made here get: those that the umask leaves.
+
+    `tempfile` and safetensors write for their owner alone, so that nobody else could load what is shared.
+    """
+    probe = folder / f".rights.{os.getpid()}-{threading.get_ident()}"  # asking for the umask would change it
+    probe.mkdir()
+    try:
+        for_folders = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.rmdir()
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            Path(directory, name).chmod(for_folders & 0o666)
+        Path(directory).chmod(for_folders)
 
 
 def fetch(

@@ -56,6 +56,13 @@ class SiteVectors(nn.Module):
         """The adapters that have a vector here."""
         return list(self._parameters)
 
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}: {vector.numel()} {self.sides[name]}s{', active' if name in self.active else ''}"
+            for name, vector in self._parameters.items()
+            if vector is not None
+        )
+
     def remove(self, adapter: str) -> None:
         del self.sides[adapter], self._parameters[adapter]
         self.activate(name for name in self.active if name != adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 from ia3.adapter import parameters
 from ia3.hooks import SiteVectors
 from ia3.sites import VECTORS
-from ia3.state import attached
+from ia3.state import Attached, attached, find_attached
 from ia3.swap import SavedModule, Swapped
 
 Irregular = Literal["irregular"]
@@ -129,8 +130,51 @@ def _agreed(flags: list[bool]) -> bool | Irregular:
     return "irregular" if any(flags) else False
 
 
+# How many adapters the first line of a printed model names.
+_FEW = 8
+
+
+def _line(model: nn.Module) -> str:
+    """Which adapters a model has, what they do and how many numbers they hold; nothing is settled by asking."""
+    state = find_attached(model)
+    if state is None:
+        return ""
+    numbers = _count_numbers(model)
+    told = [
+        f"{name} ({_doing(state, name)}, {numbers[name]:,} numbers)"
+        for name in sorted(state.adapters, key=lambda name: name not in state.active)[:_FEW]
+    ]
+    if len(state.adapters) > _FEW:
+        told.append(f"{len(state.adapters) - _FEW} more")
+    return f"adapters: {', '.join(told) or 'none attached'}" + ("" if state.table is None else f"; {state.table!r}")
+
+
+def _doing(state: Attached, name: str) -> str:
+    if name in state.merged:
+        return "merged"
+    if name not in state.active:
+        return "inactive"
+    return "active" if state.enabled else "disabled"
+
+
+def _count_numbers(model: nn.Module) -> Counter[str]:
+    """What each adapter holds where it lies now, also where a tool replaced modules."""
+    numbers: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, SiteVectors):
+            numbers.update({name: vector.numel() for name, vector in module.named_parameters()})
+        elif isinstance(module, SavedModule):
+            for name, copy in module.modules_to_save.items():
+                numbers[name] += sum(parameter.numel() for parameter in copy.parameters())
+    return numbers
+
+
 class Reporting(Swapped):
     """The methods by which an adapted model says what it carries."""
+
+    def extra_repr(self) -> str:
+        """The adapters, in the first line of what torch prints of the model."""
+        return "\n".join(filter(None, (_line(self), super().extra_repr())))
 
     @property
     def has_active_enabled_adapter(self) -> bool:

@@ -40,6 +40,9 @@ from ia3.tensors import (
     read_tensors,
 )
 
+# How many names a printed table shows.
+_FEW = 8
+
 
 @dataclass(frozen=True)
 class _Form:
@@ -185,6 +188,18 @@ class AdapterTable:
 
     def __len__(self) -> int:
         return len(self._registered)
+
+    def __repr__(self) -> str:
+        if not self._open:
+            return "AdapterTable(closed)"
+        names = list(self._registered)
+        where = self._rows.device if self._rows is not None else next(self._model.parameters()).device
+        shown = ", ".join([repr(name) for name in names[:_FEW]] + ["…"] * (len(names) > _FEW))
+        base = getattr(self._model, "name_or_path", "")
+        return (
+            f"AdapterTable({type(self._model).__name__}{f' {base!r}' if base else ''}, {len(names)} adapters over "
+            f"{self.layout.size:,} numbers, float32, up to {self.capacity} on {where}{f': {shown}' if shown else ''})"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("A model with an AdapterTable can't be copied or pickled: close() the table before.")

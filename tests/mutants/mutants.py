@@ -153,7 +153,22 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("test_gguf.py",): [
         Mutant("from_gguf", Drop("loaded.name_or_path"), "an adapter of a GGUF file forgets which"),
-        Mutant("from_gguf", Never("missing"), "who lacks gguf is not told to install it"),
+        Mutant("_find", Never("missing"), "who lacks gguf is not told to install it"),
+        Mutant("_kept.write_this", Never("content"), "a file that is still being copied is kept as a model"),
+        Mutant("_write_model", Never("missing_keys"), "weights that transformers drew are kept as the file's"),
+        Mutant("_write_tokenizer", Never("_facts"), "a tokenizer that splits otherwise is kept as the file's"),
+    ],
+    ("test_cache.py",): [
+        Mutant("_is_whole", Instead("digest(folder / name) == expected", "(folder / name).is_file()"),
+               "a damaged model of the cache is loaded"),
+        Mutant("_fill", Skip("give_usual_rights"), "nobody else can read a cache that is shared"),
+        Mutant("_install", Never("_is_whole"), "two processes convert the same model"),
+    ],
+    ("cli/test_rights.py",): [
+        Mutant("_save", Skip("give_usual_rights"), "nobody else can read a merged model"),
+    ],
+    ("test_repr.py",): [
+        Mutant("_doing", Never("merged"), "a printed model takes a merged adapter for one beside the weights"),
     ],
     ("test_status.py", "test_drop_in.py"): [
         Mutant("get_layer_status", Instead("state.enabled", "True"), "disabled adapters are reported as enabled"),

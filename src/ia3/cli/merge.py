@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ia3.cli.adapters import expect_adapter
+from ia3.files import give_usual_rights
 
 
 def merge(
@@ -75,7 +76,7 @@ def _save(model: Any, tokenizer: Any, output: Path) -> None:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
+        give_usual_rights(temporary)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
