@@ -147,7 +147,7 @@ CASES = (
     Case("t5", "PhraseBank", 60, 460, warm=500),
     Case("t5", "tweets", 240, 600, warm=500),
     Case("t5", "BANKING77", 1000, 300),
-    Case("t5", "PhraseBank", 1800, 460, least=(0, 1000)),
+    Case("t5", "PhraseBank", 1750, 460, least=(0, 1000)),
     Case("t5", "tweets", 3000, 600, least=(0,), seeds=(0, 1, 2), warm=0),
     Case("t5", "RAFT", 30, 20, least=(0, 200, 500), seeds=(0,)),
     Case("t5", "BANKING77", 10000, 300, least=(0,)),
