@@ -1,4 +1,4 @@
-"""Adapted models for other runtimes: the exported program or file computes what the model does, at other lengths too."""
+"""Adapted models for other runtimes: the exported program or file computes what the model does, at any length."""
 
 from __future__ import annotations
 
