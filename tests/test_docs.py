@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 ON_THE_HUB = "hub.md"  # runs in tests/test_hub.py, where there is a hub
 LANGUAGES = {"python", "bash", "text", "yaml", "json"}
 RESULTS = ROOT / "benchmarks" / "results"
+SEARCHED_FOR = [
+    ("Excel", "first-steps.md"),
+    ("CSV", "first-steps.md"),
+    ("export", "export.md"),
+    ("ONNX", "export.md"),
+    ("GGUF", "export.md"),
+    ("Ollama", "export.md"),
+    ("CTranslate2", "export.md"),
+    ("GPU", "speed.md"),
+    ("install", "index.md"),
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's call
 
@@ -404,13 +416,49 @@ def test_the_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "api-attaching" / "index.html").read_text(encoding="utf-8")
     assert 'id="ia3.peft_model.PeftModel.push_to_hub"' in page
 
 
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     assert sorted(re.findall(r"[\w-]+\.md", text)) == PAGES
+
+
+def test_every_page_is_reached_from_the_home_page() -> None:
+    reached, left = set(), ["index.md"]
+    while left:
+        page = left.pop()
+        reached.add(page)
+        linked = re.findall(r"\]\(([\w-]+\.md)", (DOCS / page).read_text(encoding="utf-8"))
+        left += set(linked) - reached
+    direct = set(re.findall(r"\]\(([\w-]+\.md)", (DOCS / "index.md").read_text(encoding="utf-8")))
+    assert sorted(reached) == PAGES
+    assert set(PAGES) - direct == {"index.md", *(page for page in PAGES if page.startswith("api-"))}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("api-")])
+def test_the_imports_of_an_api_page_are_what_it_describes(page: str) -> None:
+    (imports,) = (block.content for block in blocks(page) if block.language == "python")
+    names: dict[str, Any] = {}
+    exec(imports, names)
+    described = re.findall(r"^::: ([\w.]+)\.(\w+)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name in names if name != "__builtins__"} == {name for _, name in described}
+    assert all(getattr(import_module(module), name) is names[name] for module, name in described)
+
+
+@pytest.mark.parametrize(("word", "page"), SEARCHED_FOR)
+def test_a_word_that_is_searched_for_stands_on_its_page(word: str, page: str) -> None:
+    assert re.search(rf"\b{word}\b", (DOCS / page).read_text(encoding="utf-8"), re.IGNORECASE)
+
+
+def test_what_is_wide_scrolls_in_its_own_box() -> None:
+    rules = (DOCS / "narrow.css").read_text()
+    assert "extra_css: [narrow.css]" in (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"\.formula,[^{]*\.md-typeset__scrollwrap \{\s*overflow-x: auto;", rules)
+    for page in PAGES:
+        for line in (DOCS / page).read_text(encoding="utf-8").splitlines():
+            assert "<math display" not in line or line.startswith('<div class="formula">'), f"{page}: {line[:60]}"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ class SiteVectors(nn.Module):
     `input_vectors` and `output_vectors` are tuples of the active adapters' parameters. Switching adapters re-points
     them: a compiled graph takes the tensors as inputs and stays valid, which a look-up by name would not allow.
     The parameters themselves stay the truth, and outside of a compiler the hooks read them by name, so that
-    whoever puts others in their place for a call (`torch.func.functional_call`, a replica) is heard.
+    whoever puts others in their place for a call (`torch.func.functional_call`, a replica, `torch.export`, which would
+    make constants of the tuples) is heard.
     """
 
     input_vectors: tuple[nn.Parameter, ...]
@@ -94,7 +95,7 @@ class SiteVectors(nn.Module):
     def acting(self, side: Side, compiling: bool) -> Sequence[torch.Tensor]:
         """The active vectors of one side."""
         vectors = self.input_vectors if side == "input" else self.output_vectors
-        if not vectors or compiling:
+        if not vectors or (compiling and not torch.compiler.is_exporting()):
             return vectors
         held = self._parameters  # a replica holds its tensors as plain attributes
         return [
