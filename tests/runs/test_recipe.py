@@ -378,7 +378,7 @@ def test_another_base_model_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_runs_of_one_second_have_folders_of_their_own(base: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ia3.training.train.time.strftime", lambda form: "now")
+    monkeypatch.setattr("ia3.runs.run.time.strftime", lambda form: "now")
     runs = [train(base, tiny_seq2seq.examples(12), epochs=1, console=quiet()) for _ in range(3)]
     assert [run.output_dir.name for run in runs] == ["sentences-now", "sentences-now-2", "sentences-now-3"]
     with pytest.raises(ValueError, match="A system message is for instructions, and this task is label-words"):

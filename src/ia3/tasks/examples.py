@@ -97,7 +97,7 @@ class Reading:
         """What reads the unread columns, too."""
         if self.suggested is not None:
             which = "both" if len(self.suggested.fields) == 2 else "all"
-            return f'--template "{self.suggested.pattern}" (in Python template=…) reads {which}.'
+            return f"`template={self.suggested.pattern!r}` reads {which}."
         if self.of_conversations:
             return f"Of {MESSAGES_COLUMN!r} the messages alone are read: write into them what belongs there."
         return "No template shows lists: write what they hold into a column of text."
@@ -212,10 +212,7 @@ def merge_labels_of(examples: Examples) -> Examples:
     if examples.kind not in ONE_LABEL_A_TEXT or examples._named_classes:
         return examples
     merged = merge_spellings(row.label for row in examples)
-    said = (
-        f"Spellings of one label are merged: {describe_spellings(merged)} (--no-merge-labels, or merge_labels: false "
-        "in a recipe, keeps them apart)."
-    )
+    said = f"Spellings of one label are merged: {describe_spellings(merged)} (`merge_labels=False` keeps them apart)."
     return _respelled(examples, merged, said)
 
 

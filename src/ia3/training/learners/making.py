@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.task import Task, TaskKind
@@ -26,6 +26,8 @@ _WRITTEN = (TaskKind.LABEL_WORDS, TaskKind.GENERATION)
 _ALL_WRITTEN = tuple(kind for kind in TaskKind if kind.writes)
 _LABELS = (*_TEXTS_WITH_LABELS, TaskKind.TOKEN_CLASSIFICATION)
 
+SettingsT = TypeVar("SettingsT", bound=TrainSettings)
+
 
 def make_learner(model: Any, tokenizer: Any, task: Task, settings: TrainSettings) -> Learner[Any]:
     """The learner for a task.
@@ -36,7 +38,7 @@ def make_learner(model: Any, tokenizer: Any, task: Task, settings: TrainSettings
     return _LEARNERS[task.kind](model, tokenizer, task, settings_of(settings, task.kind))
 
 
-def settings_of(settings: TrainSettings, kind: TaskKind) -> TrainSettings:
+def settings_of(settings: SettingsT, kind: TaskKind) -> SettingsT:
     """The settings for a kind of task, with its own way of answering where none was named.
 
     Raises:
