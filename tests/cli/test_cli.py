@@ -139,7 +139,7 @@ def test_control_c_ends_with_code_130_and_resume_goes_on(
     assert (run / "adapter" / "ia3_task.json").is_file()
     refused = call("train", "--resume", run, "--lr", 5, "--seed", 0)
     assert refused.exit_code == 2
-    assert "these can't be given beside it: --lr, --seed." in message(refused)
+    assert "these can't be given beside it: --learning-rate, --seed." in message(refused)
     assert json.loads(succeed("train", "--resume", run, "--json").stdout)["steps"] == 12
 
 
