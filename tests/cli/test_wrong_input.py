@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,18 @@ WRONG = {
     "recipe key twice": ("train --recipe twice.yaml", "the keys ['epochs'] stand there more than once"),
     "recipe broken": ("train --recipe broken.yaml", "broken.yaml is not YAML"),
     "recipe empty": ("train --recipe empty.yaml", "empty.yaml is no recipe"),
+    "misspelt model": ("train damage {data}", "There is no model 'damage'. Did you mean damaged?"),
+    "misspelt folder": ("train some/folders/model {data}", "Expected a folder, or a model on the hub"),
+    "folder without a model": ("train . {data}", "No config.json in .: the folder holds no model"),
+    "misspelt flag": (f"{TRAIN} {{data}} --learning-rat 1", "No such option: --learning-rat"),
+    "wrong choice": (f"{TRAIN} {{data}} --precision fp16", "--precision is 'fp16': input should be 'fp32' or 'bf16'"),
+    "model twice": ("train a b --model c", "There are both a and --model c: give one of them"),
+    "recipe twice": ("train a b --recipe t-few --like-peft", "There are both t-few and --recipe peft"),
+    "both lengths": (f"{TRAIN} {{data}} --epochs 1 --steps 2", "There are both --epochs and --steps: leave one"),
+    "misspelt setting to try": ("sweep {base} {data} --over learning_rat=1", "Did you mean learning_rate?"),
+    "column of a sweep": ("sweep {base} {data} --text-column body", "no column 'body'; its columns are 'text'"),
+    "misspelt adapter": ("predict half_ sentence", "There is no adapter 'half_'. Did you mean half?"),
+    "no data to evaluate": ("evaluate {adapter} --data nothing.csv", "There is no file nothing.csv"),
     "no such model": ("train --model nosuch/model --data {data}", "base model 'nosuch/model' cannot be read"),
     "bundled model": ("train --model bundled:gpt5 --data {data}", "No bundled model 'bundled:gpt5'"),
     "unreadable model": ("train --model damaged --data {data}", "weights of the base model 'damaged' cannot be read"),
@@ -132,6 +147,35 @@ WRONG = {
     "unknown label": ("evaluate {adapter} --data unknown.csv", "Did you mean 'positive' for 'postive'?"),
     "nothing to evaluate": ("evaluate {adapter} --data header.csv", "has no rows: expected at least one"),
 }
+
+
+# What is found before anything heavy is imported.
+EARLY = (
+    *("no data file", "no data at all", "no model at all", "empty file", "header alone", "Latin-1", "open quote"),
+    *("no such label column", "no such text column", "unquoted commas", "broken JSON", "unknown kind", "test size"),
+    *("learning rate", "limit", "output is a file", "stray brace", "template without field", "template with the label"),
+    *(
+        "template of no column",
+        "template and column",
+        "no recipe",
+        "recipe typo",
+        "recipe type",
+        "no such bundled model",
+    ),
+    *("no adapter", "a run's folder", "sentence and file", "no input file", "misspelt model", "misspelt folder"),
+    *("folder without a model", "misspelt flag", "wrong choice", "model twice", "recipe twice", "both lengths"),
+    *("misspelt setting to try", "column of a sweep", "misspelt adapter", "no data to evaluate"),
+)
+HEAVY = """
+import json, sys
+from typer.testing import CliRunner
+from ia3.cli.main import app
+for name, arguments in json.loads(sys.stdin.read()).items():
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, (name, result.output)
+    heavy = {"torch", "transformers", "matplotlib", "accelerate", "datasets", "pandas", "numpy"} & {*sys.modules}
+    assert not heavy, (name, heavy)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -190,3 +234,19 @@ def test_one_screen_with_the_remedy(
     kept = ("recipe.yaml", "environment.json", "metrics.jsonl") if name == "diverging" else ()
     assert left == {str(workplace / "run" / file) for file in kept}
     assert {path: content for path, content in snapshot(workplace).items() if path in before} == before
+
+
+def test_trivial_mistakes_wait_for_nothing_heavy(base: Path, data: Path, adapter: Path, workplace: Path) -> None:
+    calls = {name: WRONG[name][0].format(base=base, data=data, adapter=adapter).split() for name in EARLY}
+    subprocess.run(
+        [sys.executable, "-c", HEAVY], input=json.dumps(calls), text=True, cwd=workplace, check=True, timeout=100
+    )
+
+
+def test_a_trivial_mistake_is_answered_in_a_second(base: Path, data: Path) -> None:
+    """Of the processor's time, whoever else is at work on the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, "-m", "ia3", "train", base, data, "--text-column", "body"])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 2
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1

@@ -90,7 +90,7 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Look
 def _refuse_ignored_merging(recipe: Recipe, kind: TaskKind) -> None:
     if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
         raise ValueError(
-            f"`merge_labels` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is "
+            f"`merge_labels=False` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is "
             "merged: leave it out."
         )
 
