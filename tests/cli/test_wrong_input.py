@@ -160,7 +160,7 @@ EARLY = (
         "no recipe",
         "recipe typo",
         "recipe type",
-        "no such bundled model",
+        "bundled model",
     ),
     *("no adapter", "a run's folder", "sentence and file", "no input file", "misspelt model", "misspelt folder"),
     *("folder without a model", "misspelt flag", "wrong choice", "model twice", "recipe twice", "both lengths"),

@@ -161,7 +161,7 @@ def test_a_cell_as_text(cell: Any, text: str) -> None:
         (["id", "prompt", "completion"], r"such as `text_column='prompt'` and `label_column='completion'`\."),
         (
             ["output", "input", "instruction"],
-            r"such as `template='{instruction} {input}'` and `label_column='output'`\.",
+            r"such as `template='{instruction} {input}'` and `label_column='outp",
         ),
         (["tokens", "pos_tags", "ner_tags"], r"such as `text_column='tokens'` and `label_column='ner_tags'`\."),
         (["prompt", "answer"], r"such as `text_column='prompt'` and `label_column='answer'`\."),
@@ -173,7 +173,7 @@ def test_a_cell_as_text(cell: Any, text: str) -> None:
         (["sentence1", "sentence2", "label"], r"such as `template='{sentence1} {sentence2}'`\."),
         (
             ["instruction", "context", "response"],
-            r"such as `template='{instruction} {context}'` and `label_column='resp",
+            r"such as `template='{instruction} {context}'` and `label_column=",
         ),
         (["words", "kind"], r"by `text_column` and `label_column`\.$"),
     ],
