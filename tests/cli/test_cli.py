@@ -114,9 +114,7 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_messages_name_flags() -> None:
-    said = (
-        "Leave `text_column` out, or `template='{a} {b}'`, `task='generation'`, `merge_labels=False`, `dropout=True`"
-    )
+    said = "Leave `text_column` out, or `template='{a} {b}'`, `task='generation'`, `merge_labels=False`, `dropout=True`"
     flags = 'Leave --text-column out, or --template "{a} {b}", --task generation, --no-merge-labels, --dropout'
     assert in_flags(said) == flags
     known = in_flags(said, {"--task"})

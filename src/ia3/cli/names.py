@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from collections.abc import Callable, Collection
@@ -35,11 +34,9 @@ def in_flags(message: str, known: Collection[str] | None = None) -> str:
         name, value = found[1].replace("_", "-"), found[2]
         if known is not None and f"--{name}" not in known:
             return found[0]
-        if value is None or value == "True":
-            return f"--{name}"
-        if value == "False":
-            return f"--no-{name}"
-        plain = str(ast.literal_eval(value)) if value[0] in "'\"" else value
+        if value in (None, "True", "False"):
+            return f"--no-{name}" if value == "False" else f"--{name}"
+        plain = value.strip("'\"")
         return f"--{name} {plain}" if _PLAIN.fullmatch(plain) else f'--{name} "{plain}"'
 
     return _MARKED.sub(flag, message)

@@ -58,7 +58,7 @@ def _command(
         if beside:
             names = ", ".join(f"`{name}`" for name in beside)
             raise ValueError(f"`resume` goes on with the run's own recipe, so these can't be given beside it: {names}.")
-        run = run_visibly(lambda: _resume(resume, progress), progress)
+        run = run_visibly(lambda: _run(resume, {}, progress), progress)
     else:
         from ia3.runs.look import look_before
 
@@ -134,16 +134,13 @@ def _refuse_repeated(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` holds {', '.join(twice)} more than once, which would be one run: give each once.")
 
 
-def _run(recipe: Recipe, looked: Looked, progress: Console) -> Run:
-    from ia3.training.train import run_recipe
+def _run(recipe: Recipe | Path, looked: Looked, progress: Console) -> Run:
+    """Train by a recipe, or go on in a folder."""
+    from ia3.training.train import resume, run_recipe
 
+    if isinstance(recipe, Path):
+        return resume(recipe, console=progress)
     return run_recipe(recipe, progress, looked=looked)
-
-
-def _resume(folder: Path, progress: Console) -> Run:
-    from ia3.training.train import resume
-
-    return resume(folder, console=progress)
 
 
 def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_json: bool) -> None:
@@ -192,7 +189,7 @@ def _result_of(recipe: Recipe, looked: Looked, progress: Console) -> dict[str, A
         return done
     folder = recipe.output
     if folder is not None and begun(recipe):
-        return run_visibly(lambda: _resume(folder, progress), progress).summary()
+        return run_visibly(lambda: _run(folder, {}, progress), progress).summary()
     return run_visibly(lambda: _run(recipe, looked, progress), progress).summary()
 
 

@@ -87,13 +87,9 @@ class Recipe(TrainSettings):
     """The folder for what is made."""
     # None leaves these to the data: runs/defaults.py.
     learning_rate: Annotated[PositiveReal | None, _RATE] = None  # type: ignore[assignment]
-    """The highest learning rate; it falls linearly to 0 at the end."""
     warmup_steps: Annotated[int | None, Field(ge=0), _LEFT] = None  # type: ignore[assignment]
-    """Over how many steps the rate rises linearly from 0 first."""
     dropout: Annotated[bool | None, _LEFT] = None  # type: ignore[assignment]
-    """Train with the base model's own dropout."""
     epochs: Annotated[Positive | None, _LEFT] = None  # type: ignore[assignment]
-    """Passes over the training examples."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
