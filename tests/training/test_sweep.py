@@ -19,6 +19,7 @@ from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.fast.sweep import MixedLosses
 from ia3.inference.rank import rank
 from ia3.runs.comparison import read_runs
+from ia3.runs.grid import combinations
 from ia3.runs.run import Run
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Examples
@@ -28,7 +29,7 @@ from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
 from ia3.training.loop import RunPlan, fit
-from ia3.training.sweep import Together, combinations, names_of, ranking_table, sweep
+from ia3.training.sweep import Together, names_of, ranking_table, sweep
 from ia3.training.train import train
 
 TOKENIZER = tiny_seq2seq.tokenizer()

@@ -102,12 +102,16 @@ def with_settings(
     inherited = fields_of(TrainSettings)
     ordered = sorted(fields_of(Recipe).items(), key=lambda each: each[0] in inherited)
     fields = {name: each for name, each in ordered if name not in without}
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[:-1]
+    common = inspect.signature(_named, eval_str=True).parameters.values()
+    own = [*common, *list(inspect.signature(function, eval_str=True).parameters.values())[:-1]]
 
     def call(**given: Any) -> None:
+        named = _named(*(given.pop(each.name) for each in common))
         settings = {name: value for name in fields if (value := given.pop(name)) not in (None, [])}
         read = {name: value if name == several else _read(fields[name], value) for name, value in settings.items()}
-        function(**given, given=read)
+        for name in named.keys() & read.keys():
+            raise ValueError(f"There are both {named[name]} and `{name}={read[name]!r}`: give one of them.")
+        function(**given, given=named | read)
 
     flags = [_flag(name, field, several=name == several) for name, field in fields.items()]
     call.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
@@ -117,6 +121,21 @@ def with_settings(
     made = typer.main.get_command(app)
     assert isinstance(made, TyperCommand)
     return made
+
+
+def _named(
+    base: Annotated[str | None, typer.Argument(metavar="MODEL", help="The base model; or --model.")] = None,
+    source: Annotated[str | None, typer.Argument(metavar="DATA", help="What to learn from; or --data.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="t-few, peft, or a YAML file with any of these settings; flags override.")
+    ] = None,
+    like_peft: Annotated[bool, typer.Option("--like-peft", help="PEFT's guide: --recipe peft.")] = False,
+) -> dict[str, str]:
+    """What is named before the settings, as settings."""
+    if recipe is not None and like_peft:
+        raise ValueError(f"There are both {recipe} and `recipe='peft'`: give one of them.")
+    named = {"model": base, "data": source, "recipe": "peft" if like_peft else recipe}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _flag(name: str, field: Any, *, several: bool) -> inspect.Parameter:

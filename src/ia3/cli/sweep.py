@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from ia3.cli.names import FlagConsole, with_settings
-from ia3.cli.train import AsJson, DataArgument, LikePeft, ModelArgument, RecipeOption, with_arguments
+from ia3.cli.train import AsJson
 
 if TYPE_CHECKING:
     from ia3.training.sweep import Sweep
@@ -29,8 +29,6 @@ def sweep() -> TyperCommand:
 
 
 def _command(
-    base: ModelArgument = None,
-    source: DataArgument = None,
     over: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,13 +36,11 @@ def _command(
             show_default="four learning rates",
         ),
     ] = None,
-    recipe: RecipeOption = None,
-    like_peft: LikePeft = False,
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
     grid = parse_grid(over) if over else None
-    found = _sweep(with_arguments(given, base, source, recipe, like_peft=like_peft), grid)
+    found = _sweep(given, grid)
     from ia3.training.sweep import PICTURE_NAME, ranking_table
 
     picture = found.output_dir / PICTURE_NAME

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 
-ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="The base model; or --model.", show_default=False)
-]
-DataArgument = Annotated[
-    str | None, typer.Argument(metavar="DATA", help="What to learn from; or --data.", show_default=False)
-]
-RecipeOption = Annotated[
-    str | None, typer.Option(help="t-few, peft, or a YAML file with any of these settings; flags override.")
-]
-LikePeft = Annotated[bool, typer.Option("--like-peft", help="The settings of PEFT's guide: --recipe peft.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -40,10 +30,6 @@ def train() -> TyperCommand:
 
 # A default of None is "not given": the recipe's value, or what the help shows, then holds.
 def _command(
-    base: ModelArgument = None,
-    source: DataArgument = None,
-    recipe: RecipeOption = None,
-    like_peft: LikePeft = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     seeds: Annotated[
         str | None, typer.Option(rich_help_panel="Steps", help="Train once with each: numbers with commas between.")
@@ -51,10 +37,9 @@ def _command(
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
-    flags = with_arguments(given, base, source, recipe, like_peft=like_peft)
     progress = FlagConsole()
     if resume is not None:
-        beside = [*flags, *([] if seeds is None else ["seeds"])]
+        beside = [*given, *([] if seeds is None else ["seeds"])]
         if beside:
             names = ", ".join(f"`{name}`" for name in beside)
             raise ValueError(f"`resume` goes on with the run's own recipe, so these can't be given beside it: {names}.")
@@ -62,7 +47,7 @@ def _command(
     else:
         from ia3.runs.look import look_before
 
-        recipes = _recipes(flags, seeds)
+        recipes = _recipes(given, seeds)
         looked = look_before(*recipes)
         if len(recipes) > 1:
             _train_each(recipes, looked, progress, as_json=as_json)
@@ -71,26 +56,6 @@ def _command(
     print_result(run, as_json=as_json)
     if not as_json:
         typer.echo(f'\nUse it: ia3 predict {run.adapter_dir} "…"')
-
-
-def with_arguments(
-    given: dict[str, Any], model: str | None, data: str | None, recipe: str | None, *, like_peft: bool
-) -> dict[str, Any]:
-    """The settings that were given, those among them that flags are not alone in naming.
-
-    Raises:
-        ValueError: one of them twice.
-    """
-    peft = "peft" if like_peft else None
-    for name, one, other in (
-        ("model", model, given.get("model")),
-        ("data", data, given.get("data")),
-        ("recipe", recipe, peft),
-    ):
-        if one is not None and other is not None:
-            raise ValueError(f"There are both {one} and `{name}={other!r}`: give one of them.")
-    own = {"model": model, "data": data, "recipe": recipe or peft}
-    return given | {name: value for name, value in own.items() if value is not None}
 
 
 def _recipes(given: dict[str, Any], seeds: str | None) -> list[Recipe]:
