@@ -26,7 +26,7 @@ def look_before(*recipes: Recipe) -> Looked:
     """Find what is plainly wrong with recipes in a moment, and read their data.
 
     Returns:
-        The records, for `read_data`.
+        The records, for `read_data`, which takes them out.
 
     Raises:
         FileNotFoundError, ValueError: an output that can't be written, no such model or data, or no such columns.
@@ -76,8 +76,11 @@ def _expect_columns(records: Records, recipe: Recipe) -> None:
 
 def _kinds(model: str) -> list[TaskKind]:
     """What a model may be meant for, as far as its folder tells."""
-    path = Path(model) / "config.json"
-    written = path.read_bytes() if path.is_file() else b"{}"
-    if model.startswith(BUNDLED) or json.loads(written).get("is_encoder_decoder"):
+    if model.startswith(BUNDLED):
         return [TaskKind.LABEL_WORDS]
-    return list(TaskKind)
+    try:
+        written = json.loads((Path(model) / "config.json").read_bytes())
+    except (OSError, ValueError):  # of the hub, or damaged, which its loading tells
+        return list(TaskKind)
+    whole = isinstance(written, dict) and written.get("is_encoder_decoder")
+    return [TaskKind.LABEL_WORDS] if whole else list(TaskKind)

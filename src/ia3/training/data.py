@@ -33,7 +33,7 @@ def read_data(
         kind: what the examples are for.
         console: where the oddities go.
         resuming: for a run that began with these data, so that their reading is past doubt.
-        looked: what `look_before` has read.
+        looked: what `look_before` has read; what is used is taken out, so that nobody holds it while training.
 
     Raises:
         FileNotFoundError, ValueError: what `load_examples` and `split_examples` raise.
@@ -65,7 +65,7 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Look
     """The examples with all spellings of their labels."""
     if isinstance(data, str):
         return load_examples(
-            looked.get(key_of(recipe, data), data),
+            looked.pop(key_of(recipe, data), data),
             template=None if recipe.template is None else recipe.wording,
             text_column=recipe.text_column,
             label_column=recipe.label_column,
