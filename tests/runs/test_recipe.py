@@ -318,13 +318,13 @@ def test_the_report(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"packing": True}, "'packing' is for instructions, and this task is label-words"),
-        ({"task": "generation", "balance": True}, "'balance' is for label-words and sequence-classification"),
-        ({"task": "generation", "objective": "t-few"}, "'objective: t-few' is for label-words"),
-        ({"task": "generation", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
-        ({"task": "instructions", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
-        ({"task": "sequence-classification", "answer_by": "generation"}, "'answer_by: generation' is for"),
-        ({"task": "generation", "best_by": "macro_f1"}, "'best_by: macro_f1' is for"),
+        ({"packing": True}, "`packing` is for instructions, and this task is label-words"),
+        ({"task": "generation", "balance": True}, "`balance` is for label-words and sequence-classification"),
+        ({"task": "generation", "objective": "t-few"}, "`objective='t-few'` is for label-words"),
+        ({"task": "generation", "answer_by": "rank"}, "`answer_by='rank'` is for label-words"),
+        ({"task": "instructions", "answer_by": "rank"}, "`answer_by='rank'` is for label-words"),
+        ({"task": "sequence-classification", "answer_by": "generation"}, "`answer_by='generation'` is for"),
+        ({"task": "generation", "best_by": "macro_f1"}, "`best_by='macro_f1'` is for"),
     ],
 )
 def test_settings_without_a_use_are_refused(base: str, setting: dict[str, Any], said: str) -> None:
@@ -424,7 +424,7 @@ def test_after_divergence_the_folder_is_free(base: str, tmp_path: Path) -> None:
 
 
 def test_heads_are_not_trained_in_bf16(base: str) -> None:
-    with pytest.raises(ValueError, match="'precision: bf16' is for label-words and generation and instructions"):
+    with pytest.raises(ValueError, match="`precision='bf16'` is for label-words and generation and instructions"):
         train(base, tiny_seq2seq.examples(12), task="sequence-classification", precision="bf16", console=quiet())
 
 

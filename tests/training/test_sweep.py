@@ -300,7 +300,7 @@ def test_where_every_run_diverges_there_is_no_sweep(base: Path, data: Path, tmp_
         ({"seed": ["one"]}, "seed is 'one'"),
         ({"data": ["a.csv"]}, "data is given for all runs and in over: give it once"),
         ({"steps": [10]}, "both epochs and steps"),
-        ({"warmup_steps": [0, 1000]}, "warmup_steps is 1000 and the training has"),
+        ({"warmup_steps": [0, 1000]}, "`warmup_steps` is 1000 and the training has"),
     ],
 )
 def test_what_cannot_be_swept_over(base: Path, data: Path, tmp_path: Path, over: Any, says: str) -> None:
@@ -314,7 +314,7 @@ def test_what_cannot_be_swept_over(base: Path, data: Path, tmp_path: Path, over:
     [
         ({"task": TaskKind.SEQUENCE_CLASSIFICATION}, "trains a head in full, too"),
         ({"optimizer": "adafactor"}, "takes no 'optimizer: adafactor'"),
-        ({"objective": "t-few"}, "takes no 'objective: t-few'"),
+        ({"objective": "t-few"}, "takes no `objective='t-few'`"),
         ({"recipe": "t-few"}, "takes no 'optimizer: adafactor'"),
         ({"trackers": ("tensorboard",)}, "takes no 'trackers'"),
         ({"task": TaskKind.INSTRUCTIONS, "packing": True}, "takes no 'packing'"),

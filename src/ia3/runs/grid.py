@@ -67,7 +67,7 @@ def make_recipes(given: Mapping[str, Any], over: Over | None) -> tuple[list[Reci
         value = getattr(recipes[0], name)
         if value not in ("adamw", "lm", False, ()):
             raise SettingError(
-                f"A sweep takes no {name} {value!r}, since {reason}: leave `{name}` out, or train by ia3.train."
+                f"A sweep takes no `{name}={value!r}`, since {reason}: leave it out, or train by ia3.train."
             )
     return recipes, keys
 

@@ -277,7 +277,7 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
     if not 0 < len(held_out) < len(groups):
         raise ValueError(
             f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
-            f"{len(groups)} different texts. Give more rows, or another test_size."
+            f"{len(groups)} different texts. Give more rows, or another `test_size`."
         )
     train = [row for row in rows if _what_is_read(row) not in held_out]
     test = [row for row in rows if _what_is_read(row) in held_out]

@@ -45,18 +45,18 @@ def settings_of(settings: SettingsT, kind: TaskKind) -> SettingsT:
         ValueError: a setting that this kind of task has no use for.
     """
     for given, setting, kinds in (
-        (settings.objective == "t-few", "objective: t-few", _WORDS),
-        (settings.answer_by == "rank", "answer_by: rank", _WORDS),
-        (settings.answer_by == "generation", "answer_by: generation", _ALL_WRITTEN),
+        (settings.objective == "t-few", "objective='t-few'", _WORDS),
+        (settings.answer_by == "rank", "answer_by='rank'", _WORDS),
+        (settings.answer_by == "generation", "answer_by='generation'", _ALL_WRITTEN),
         (settings.balance, "balance", _TEXTS_WITH_LABELS),
-        (settings.best_by == "macro_f1", "best_by: macro_f1", _LABELS),
+        (settings.best_by == "macro_f1", "best_by='macro_f1'", _LABELS),
         (settings.packing, "packing", (TaskKind.INSTRUCTIONS,)),
         (settings.max_label_length is not None, "max_label_length", _WRITTEN),
         # A head is trained in the base's precision, where most of its small steps would be lost.
-        (settings.precision == "bf16", "precision: bf16", _ALL_WRITTEN),
+        (settings.precision == "bf16", "precision='bf16'", _ALL_WRITTEN),
     ):
         if given and kind not in kinds:
             raise ValueError(
-                f"The setting {setting!r} is for {' and '.join(kinds)}, and this task is {kind}: leave it out."
+                f"The setting `{setting}` is for {' and '.join(kinds)}, and this task is {kind}: leave it out."
             )
     return replace(settings, answer_by=settings.answer_by or kind.answer_by)
