@@ -153,6 +153,7 @@ def check_ia3(words: list[str]) -> None:
         assert set(words) <= known, words
         return
     command = group.commands[words[0]]
+    command = getattr(command, "made", command)  # train and sweep are made when they are called
     known = {name for p in command.params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
     assert {word for word in words[1:] if word.startswith("--")} <= known | {"--help"}, words
 

@@ -14,7 +14,7 @@ PACKAGE = Path(ia3.__file__).parent
 
 # From the top; a module may import from its own floor and from those below. A name stands for all modules in it.
 FLOORS = (
-    {"ia3.utils"},
+    {"ia3.__main__", "ia3.utils"},
     {"ia3"},
     {"ia3.cli"},
     {"ia3.training"},

@@ -103,9 +103,18 @@ def resolve_model(name: str) -> str:
     """
     if not name.startswith(BUNDLED):
         return name
+    expect_bundled(name)
+    return str(_MAKERS[name]())
+
+
+def expect_bundled(name: str) -> None:
+    """Refuse the name of a bundled model that there is not.
+
+    Raises:
+        ValueError: there is none.
+    """
     if name not in _MAKERS:
         raise ValueError(f"No bundled model {name!r}; there is {', '.join(sorted(_MAKERS))}.")
-    return str(_MAKERS[name]())
 
 
 def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:

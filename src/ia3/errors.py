@@ -13,3 +13,7 @@ class PeftError(Exception):
 
 class NoMatchingPeftModuleError(PeftError, ValueError):
     """A configuration matches no module of the model."""
+
+
+class SettingError(ValueError):
+    """Settings that are wrong. Their names stand between backticks, which the command line makes flags of."""

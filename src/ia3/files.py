@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import stat
 import threading
 from pathlib import Path
@@ -18,6 +20,8 @@ HUB_ARGUMENTS = frozenset(
 
 BUNDLED = "bundled:"
 """How the names of models begin that come with a package instead of a hub."""
+
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -105,3 +109,26 @@ def _fetch_from_hub(repository: str, filename: str, subfolder: str | None, optio
                 f"{repository} is not a directory, and the hub could not be reached for {filename}: {error}"
             ) from error
         return None
+
+
+def expect_folder_or_hub(name: str, what: str, holds: str) -> None:
+    """Refuse a name that can neither be a folder's nor a hub repository's.
+
+    Args:
+        name: the name.
+        what: what it is of, for the error.
+        holds: the file that makes a folder one.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds something else.
+    """
+    path = Path(name)
+    if path.is_file() or (path / holds).is_file():
+        return
+    if path.is_dir():
+        raise FileNotFoundError(f"No {holds} in {name}: the folder holds no {what}.")
+    beside = [each.name for each in path.parent.iterdir() if (each / holds).is_file()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    if near or not (_ON_THE_HUB.fullmatch(name) or name.endswith(".gguf")):
+        meant = f" Did you mean {path.with_name(near[0])}?" if near else f" Expected a folder, or a {what} on the hub."
+        raise FileNotFoundError(f"There is no {what} {name!r}.{meant}")

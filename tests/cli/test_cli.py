@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from running import call, message, succeed
 
 import ia3
 import tiny_seq2seq
 from ia3.cli import main as command
+from ia3.cli.names import in_flags
 from ia3.data.loading import bundled_tweets
 
 
@@ -106,6 +108,37 @@ def test_debug_shows_where_an_error_comes_from(base: Path) -> None:
     assert isinstance(result.exception, FileNotFoundError)
 
 
+def test_the_module_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "ia3", "--version"], capture_output=True, text=True)
+    assert result.stdout == f"ia3 {ia3.__version__}\n"
+
+
+def test_messages_name_flags() -> None:
+    said = "Leave `text_column` out, or `template='{a} {b}'`, `task='generation'`, `merge_labels=False`, `dropout=True`"
+    flags = 'Leave --text-column out, or --template "{a} {b}", --task generation, --no-merge-labels, --dropout'
+    assert in_flags(said) == flags
+    known = in_flags(said, {"--task"})
+    assert known == said.replace("`task='generation'`", "--task generation")
+
+
+def test_the_guides_settings_by_name(base: Path, data: Path, tmp_path: Path) -> None:
+    how = ("train", base, data, "--test-size", 0.5, "--steps", 1, "--json")
+    by_flag = json.loads(succeed(*how, "--like-peft", "--output", tmp_path / "flag").stdout)["settings"]
+    assert by_flag == json.loads(succeed(*how, "--recipe", "peft", "--output", tmp_path / "name").stdout)["settings"]
+    names = ("learning_rate", "dropout", "batch_size", "warmup_steps", "steps")
+    assert [by_flag[name] for name in names] == [8e-3, True, 8, 0, 1]
+
+
+def test_lists_of_names(base: Path, data: Path, tmp_path: Path) -> None:
+    how = ("train", base, data, "--steps", 1, "--output", tmp_path / "run")
+    succeed(*how, "--target-modules", "k,v,wo", "--feedforward-modules", "wo", "--learning-rate", 1e-3)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (recipe["target_modules"], recipe["learning_rate"]) == (["k", "v", "wo"], 1e-3)
+    assert {"dropout", "warmup_steps"} <= set(recipe)
+    refused = call(*how[:-1], tmp_path / "none", "--trackers", "tensorboard,nothing")
+    assert "nothing" in message(refused)
+
+
 def test_the_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["ia3", "--version"])
     with pytest.raises(SystemExit) as stopped:
@@ -139,7 +172,7 @@ def test_control_c_ends_with_code_130_and_resume_goes_on(
     assert (run / "adapter" / "ia3_task.json").is_file()
     refused = call("train", "--resume", run, "--lr", 5, "--seed", 0)
     assert refused.exit_code == 2
-    assert "these can't be given beside it: --lr, --seed." in message(refused)
+    assert "these can't be given beside it: --learning-rate, --seed." in message(refused)
     assert json.loads(succeed("train", "--resume", run, "--json").stdout)["steps"] == 12
 
 

@@ -63,7 +63,7 @@ def test_templates_may_hold_commas() -> None:
     [
         (("--over", "learning_rate"), "--over 'learning_rate': expected a setting and its values"),
         (("--over", "seed=1,,2"), "--over 'seed=1,,2': expected a setting and its values"),
-        (("--over", "seed=one,2"), "seed is 'one'"),
+        (("--over", "seed=one,2"), "--seed is 'one'"),
         (("--over", "precision=bf16"), "can't differ in precision"),
         (("--over", "lr=1e-3", "--lr", 1e-3), "learning_rate is given for all runs and in over"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,8 +54,8 @@ FILES = {
 TRAIN = "train --model {base} --data"
 WRONG = {
     "no data file": (f"{TRAIN} nothing.csv", "There is no file nothing.csv"),
-    "no data at all": ("train --model {base}", "there is no data: name it in the recipe, or by --data"),
-    "no model at all": ("train --data {data}", "there is no model: name it in the recipe, or by --model"),
+    "no data at all": ("train --model {base}", "There is no --data: give it, or name it in a recipe"),
+    "no model at all": ("train --data {data}", "There is no --model: give it, or name it in a recipe"),
     "empty file": (f"{TRAIN} empty.csv", "empty.csv is empty; expected a header"),
     "header alone": (f"{TRAIN} header.csv", "has no rows: expected at least one"),
     "blank texts": (f"{TRAIN} blank.csv", "has no rows with a text (1 empty)"),
@@ -76,8 +79,8 @@ WRONG = {
     ),
     "unspellable label": (f"{TRAIN} unspellable.csv", "Choose a label word that the tokenizer gives back unchanged"),
     "test size": (f"{TRAIN} {{data}} --test-size 2", "expected a fraction between 0 and 1"),
-    "learning rate": (f"{TRAIN} {{data}} --lr 0", "learning_rate is 0.0: expected a positive number"),
-    "limit": (f"{TRAIN} {{data}} --limit 0", "limit is 0: expected at least 1 example"),
+    "learning rate": (f"{TRAIN} {{data}} --lr 0", "--learning-rate is '0': expected a positive number"),
+    "limit": (f"{TRAIN} {{data}} --limit 0", "--limit is '0': expected a positive number"),
     "diverging": (f"{TRAIN} {{data}} --lr 3e37 --output run", "Lower the learning rate"),
     "output is a file": (f"{TRAIN} {{data}} --output good.csv", "is a file"),
     "stray brace": (f"{TRAIN} {{data}} --template {{{{text", "has a '{' that belongs to no field"),
@@ -86,18 +89,30 @@ WRONG = {
     "template of no column": (f"{TRAIN} {{data}} --template {{{{a}}}}{{{{b}}}}", "no column 'a'"),
     "template and column": (
         f"{TRAIN} {{data}} --template {{{{a}}}} --text-column a",
-        "so leave text_column out",
+        "so leave --text-column out",
     ),
     "target that matches nothing": (f"{TRAIN} {{data}} --target-modules keys,v", "'keys' matches no module"),
     "no recipe": ("train --recipe nothing.yaml", "There is no recipe nothing.yaml"),
-    "recipe typo": ("train --recipe typo.yaml", "typo.yaml has no key 'epoch'. Did you mean 'epochs'?"),
-    "recipe stranger": (f"{TRAIN} {{data}} --recipe stranger.yaml", "The keys are answer_by, balance,"),
-    "recipe type": (f"{TRAIN} {{data}} --recipe type.yaml", "type.yaml: epochs is 'many': input should be a valid int"),
+    "recipe typo": ("train --recipe typo.yaml", "typo.yaml: There is no setting 'epoch'. Did you mean epochs?"),
+    "recipe stranger": (f"{TRAIN} {{data}} --recipe stranger.yaml", "The settings are answer_by, balance,"),
+    "recipe type": (f"{TRAIN} {{data}} --recipe type.yaml", "type.yaml: epochs is 'many': expected a whole number"),
     "recipe range": (f"{TRAIN} {{data}} --recipe range.yaml", "range.yaml: batch_size is 0: expected a positive"),
     "recipe list": ("train --recipe list.yaml", "list.yaml is no recipe: expected one key and its value a line"),
     "recipe key twice": ("train --recipe twice.yaml", "the keys ['epochs'] stand there more than once"),
     "recipe broken": ("train --recipe broken.yaml", "broken.yaml is not YAML"),
     "recipe empty": ("train --recipe empty.yaml", "empty.yaml is no recipe"),
+    "misspelt model": ("train damage {data}", "There is no model 'damage'. Did you mean damaged?"),
+    "misspelt folder": ("train some/folders/model {data}", "Expected a folder, or a model on the hub"),
+    "folder without a model": ("train . {data}", "No config.json in .: the folder holds no model"),
+    "misspelt flag": (f"{TRAIN} {{data}} --learning-rat 1", "No such option: --learning-rat"),
+    "wrong choice": (f"{TRAIN} {{data}} --precision fp16", "--precision is 'fp16': input should be 'fp32' or 'bf16'"),
+    "model twice": ("train a b --model c", "There are both a and --model c: give one of them"),
+    "recipe twice": ("train a b --recipe t-few --like-peft", "There are both t-few and --recipe peft"),
+    "both lengths": (f"{TRAIN} {{data}} --epochs 1 --steps 2", "There are both --epochs and --steps: leave one"),
+    "misspelt setting to try": ("sweep {base} {data} --over learning_rat=1", "Did you mean learning_rate?"),
+    "column of a sweep": ("sweep {base} {data} --text-column body", "no column 'body'; its columns are 'text'"),
+    "misspelt adapter": ("predict half_ sentence", "There is no adapter 'half_'. Did you mean half?"),
+    "no data to evaluate": ("evaluate {adapter} --data nothing.csv", "There is no file nothing.csv"),
     "no such model": ("train --model nosuch/model --data {data}", "base model 'nosuch/model' cannot be read"),
     "bundled model": ("train --model bundled:gpt5 --data {data}", "No bundled model 'bundled:gpt5'"),
     "unreadable model": ("train --model damaged --data {data}", "weights of the base model 'damaged' cannot be read"),
@@ -132,6 +147,35 @@ WRONG = {
     "unknown label": ("evaluate {adapter} --data unknown.csv", "Did you mean 'positive' for 'postive'?"),
     "nothing to evaluate": ("evaluate {adapter} --data header.csv", "has no rows: expected at least one"),
 }
+
+
+# What is found before anything heavy is imported.
+EARLY = (
+    *("no data file", "no data at all", "no model at all", "empty file", "header alone", "Latin-1", "open quote"),
+    *("no such label column", "no such text column", "unquoted commas", "broken JSON", "unknown kind", "test size"),
+    *("learning rate", "limit", "output is a file", "stray brace", "template without field", "template with the label"),
+    *(
+        "template of no column",
+        "template and column",
+        "no recipe",
+        "recipe typo",
+        "recipe type",
+        "bundled model",
+    ),
+    *("no adapter", "a run's folder", "sentence and file", "no input file", "misspelt model", "misspelt folder"),
+    *("folder without a model", "misspelt flag", "wrong choice", "model twice", "recipe twice", "both lengths"),
+    *("misspelt setting to try", "column of a sweep", "misspelt adapter", "no data to evaluate"),
+)
+HEAVY = """
+import json, sys
+from typer.testing import CliRunner
+from ia3.cli.main import app
+for name, arguments in json.loads(sys.stdin.read()).items():
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, (name, result.output)
+    heavy = {"torch", "transformers", "matplotlib", "accelerate", "datasets", "pandas", "numpy"} & {*sys.modules}
+    assert not heavy, (name, heavy)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -190,3 +234,19 @@ def test_one_screen_with_the_remedy(
     kept = ("recipe.yaml", "environment.json", "metrics.jsonl") if name == "diverging" else ()
     assert left == {str(workplace / "run" / file) for file in kept}
     assert {path: content for path, content in snapshot(workplace).items() if path in before} == before
+
+
+def test_trivial_mistakes_wait_for_nothing_heavy(base: Path, data: Path, adapter: Path, workplace: Path) -> None:
+    calls = {name: WRONG[name][0].format(base=base, data=data, adapter=adapter).split() for name in EARLY}
+    subprocess.run(
+        [sys.executable, "-c", HEAVY], input=json.dumps(calls), text=True, cwd=workplace, check=True, timeout=100
+    )
+
+
+def test_a_trivial_mistake_is_answered_in_a_second(base: Path, data: Path) -> None:
+    """Of the processor's time, whoever else is at work on the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, "-m", "ia3", "train", base, data, "--text-column", "body"])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 2
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1

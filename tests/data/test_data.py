@@ -459,7 +459,7 @@ class TestTemplate:
             load_examples("bundled:tweets", text_column="tone", label_column="tone")
 
     def test_and_a_text_column(self):
-        with pytest.raises(ValueError, match="so leave text_column out"):
+        with pytest.raises(ValueError, match="so leave `text_column` out"):
             load_examples("bundled:tweets", template=Template("{text}"), text_column="tweet")
 
 
@@ -491,7 +491,7 @@ class TestFreeText:
     def test_a_missing_column_names_the_likely_pair(self, write):
         path = write("a.csv", "prompt,completion\na,b\n")
         with pytest.raises(
-            ValueError, match=r"a.csv has no column 'text'.*text_column='prompt' and label_column='compl"
+            ValueError, match=r"a.csv has no column 'text'.*`text_column='prompt'` and `label_column='compl"
         ):
             load_examples(path, kind=TaskKind.INSTRUCTIONS)
 

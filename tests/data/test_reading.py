@@ -77,15 +77,15 @@ class TestColumnsThatAreNotRead:
     @pytest.mark.parametrize(
         ("row", "text_column", "remedy"),
         [
-            ({"premise": "a", "hypothesis": "b", "label": "x"}, "premise", '--template "{premise} {hypothesis}"'),
-            ({"premise": "a", "hypothesis": "b", "label": "x"}, "hypothesis", '--template "{premise} {hypothesis}"'),
-            ({"sentence1": "a", "sentence2": "b", "label": "x"}, "sentence1", '--template "{sentence1} {sentence2}"'),
-            ({"text_a": "a", "text_b": "b", "label": "x"}, "text_a", '--template "{text_a} {text_b}"'),
-            ({"text": "a", "text2": "b", "label": "x"}, "text", '--template "{text} {text2}"'),
-            ({"id": 7, "context": "a", "question": "b", "label": "x"}, "question", '--template "{context} {question}"'),
-            ({"Context": "a", "Question": "b", "label": "x"}, "Question", '--template "{Context} {Question}"'),
-            ({"system prompt": "a", "text": "b", "label": "x"}, "text", '--template "{system prompt} {text}"'),
-            ({"input": "a", "instruction": "b", "label": "x"}, "instruction", '--template "{instruction} {input}"'),
+            ({"premise": "a", "hypothesis": "b", "label": "x"}, "premise", "`template='{premise} {hypothesis}'`"),
+            ({"premise": "a", "hypothesis": "b", "label": "x"}, "hypothesis", "`template='{premise} {hypothesis}'`"),
+            ({"sentence1": "a", "sentence2": "b", "label": "x"}, "sentence1", "`template='{sentence1} {sentence2}'`"),
+            ({"text_a": "a", "text_b": "b", "label": "x"}, "text_a", "`template='{text_a} {text_b}'`"),
+            ({"text": "a", "text2": "b", "label": "x"}, "text", "`template='{text} {text2}'`"),
+            ({"id": 7, "context": "a", "question": "b", "label": "x"}, "question", "`template='{context} {question}'`"),
+            ({"Context": "a", "Question": "b", "label": "x"}, "Question", "`template='{Context} {Question}'`"),
+            ({"system prompt": "a", "text": "b", "label": "x"}, "text", "`template='{system prompt} {text}'`"),
+            ({"input": "a", "instruction": "b", "label": "x"}, "instruction", "`template='{instruction} {input}'`"),
             ({"question": "a", "choices": ["b", "c"], "label": "x"}, "question", "No template shows lists"),
             ({"text": "a", "label": "x", "messages": [{"role": "user"}]}, "text", "No template shows lists"),
         ],
@@ -126,7 +126,7 @@ class TestConversationsBesideOtherColumns:
 
     def test_a_label_column_that_is_asked_for_is_refused(self, tmp_path: Path) -> None:
         for row in ({**self.ROW, "score": 3}, self.ROW):
-            with pytest.raises(ValueError, match="label_column='score' asks for others: leave label_column out"):
+            with pytest.raises(ValueError, match="`label_column='score'` asks for others: leave `label_column` out"):
                 load(tmp_path / "a.jsonl", [row], label_column="score", kind=TaskKind.INSTRUCTIONS)
 
     def test_a_label_that_is_there_is_said(self, tmp_path: Path) -> None:

@@ -158,18 +158,24 @@ def test_a_cell_as_text(cell: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("found", "hint"),
     [
-        (["id", "prompt", "completion"], r"such as text_column='prompt' and label_column='completion'\."),
-        (["output", "input", "instruction"], r"such as template='{instruction} {input}' and label_column='output'\."),
-        (["tokens", "pos_tags", "ner_tags"], r"such as text_column='tokens' and label_column='ner_tags'\."),
-        (["prompt", "answer"], r"such as text_column='prompt' and label_column='answer'\."),
+        (["id", "prompt", "completion"], r"such as `text_column='prompt'` and `label_column='completion'`\."),
+        (
+            ["output", "input", "instruction"],
+            r"such as `template='{instruction} {input}'` and `label_column='outp",
+        ),
+        (["tokens", "pos_tags", "ner_tags"], r"such as `text_column='tokens'` and `label_column='ner_tags'`\."),
+        (["prompt", "answer"], r"such as `text_column='prompt'` and `label_column='answer'`\."),
         (
             ["context", "question", "answer"],
-            r"by template and label_column, such as template='{context} {question}' and",
+            r"by `template` and `label_column`, such as `template='{context} {question}'` and",
         ),
-        (["premise", "hypothesis", "label"], r"such as template='{premise} {hypothesis}'\."),
-        (["sentence1", "sentence2", "label"], r"such as template='{sentence1} {sentence2}'\."),
-        (["instruction", "context", "response"], r"such as template='{instruction} {context}' and label_column='resp"),
-        (["words", "kind"], r"by text_column and label_column\.$"),
+        (["premise", "hypothesis", "label"], r"such as `template='{premise} {hypothesis}'`\."),
+        (["sentence1", "sentence2", "label"], r"such as `template='{sentence1} {sentence2}'`\."),
+        (
+            ["instruction", "context", "response"],
+            r"such as `template='{instruction} {context}'` and `label_column=",
+        ),
+        (["words", "kind"], r"by `text_column` and `label_column`\.$"),
     ],
 )
 def test_a_missing_column_names_the_likely_pair(found: list[str], hint: str) -> None:

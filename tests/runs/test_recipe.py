@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ import tiny_classifier
 import tiny_seq2seq
 from ia3.bundled import TITLER
 from ia3.cli.main import app
-from ia3.runs.recipe import RECIPES, Recipe, make_recipe, override, read_recipe
-from ia3.runs.settings import TrainSettings
+from ia3.runs.grid import NOT_SWEPT
+from ia3.runs.recipe import RECIPES, Recipe, make_recipe, override, read_recipe, resolve
+from ia3.runs.settings import TrainSettings, fields_of
 from ia3.tasks.examples import Example, Examples
-from ia3.tasks.task import load_task
+from ia3.tasks.task import TaskKind, load_task
 from ia3.tasks.template import Template
 from ia3.tensors import load_peft_weights
 from ia3.training.loop import Interrupted
@@ -102,61 +103,51 @@ def test_without_an_output_the_folder_is_new(base: str, tmp_path: Path, monkeypa
 
 def test_every_setting_is_a_key_and_has_its_default() -> None:
     recipe = make_recipe({"model": "m", "data": "d"})
-    assert recipe == Recipe(model="m", data="d", settings=TrainSettings())
+    assert recipe == Recipe(model="m", data="d")
+    assert recipe.settings == resolve(recipe, TaskKind.LABEL_WORDS, 100).settings == TrainSettings()
     for field in fields(TrainSettings):
-        value = getattr(recipe.settings, field.name)
+        value = getattr(recipe, field.name)
         assert make_recipe({"model": "m", "data": "d", field.name: value}) == recipe
 
 
 def test_values_as_yaml_gives_them(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: m\ndata: d\nlearning_rate: 3e-3\ndropout: no\noutput: here\ntarget_modules: [k, v]\n")
-    recipe = make_recipe(read_recipe(path), path)
+    recipe = make_recipe({"recipe": path})
     assert recipe.settings == TrainSettings(learning_rate=3e-3, dropout=False)
     assert (recipe.output, recipe.target_modules) == (Path("here"), ["k", "v"])
 
 
 def test_all_wrong_values_are_named() -> None:
-    with pytest.raises(ValueError, match=r"test_size is 'x': .*; epochs is 'y': input should be a valid integer"):
+    with pytest.raises(ValueError, match=r"`epochs` is 'y': expected a whole number\.; `test_size` is 'x'"):
         make_recipe({"model": "m", "data": "d", "test_size": "x", "epochs": "y"})
 
 
 def test_a_missing_key() -> None:
-    with pytest.raises(ValueError, match="there is no data: name it in the recipe"):
+    with pytest.raises(ValueError, match="There is no `data`: give it, or name it in a recipe"):
         make_recipe({"model": "m"})
 
 
 def test_an_unknown_keyword(base: str) -> None:
-    with pytest.raises(ValueError, match=r"A recipe has no key 'learning_rat'\. Did you mean 'learning_rate'\?"):
+    with pytest.raises(ValueError, match=r"There is no setting 'learning_rat'\. Did you mean `learning_rate`\?"):
         train(base, "d", learning_rat=1)
 
 
-def test_the_help_shows_the_true_defaults() -> None:
-    defaults = {field.name: field.default for field in fields(Recipe)} | asdict(TrainSettings())
-    command: Any = get_command(app)
-    names = {"lr": "learning_rate"}
-    shown = {
-        names.get(option.name, option.name): option.show_default
-        for option in command.commands["train"].params
-        if isinstance(option.show_default, str)
-    }
-    # What None means is said in words.
-    assert {shown.pop(name) for name in ("task", "answer_by", "evaluate_every", "patience")} == {
-        "the model's",
-        "rank",
-        "each epoch",
-        "never",
-    }
-    assert len(shown) >= 13
-    for name, text in shown.items():
-        value = defaults[name]
-        assert text == (
-            {True: "on", False: "off"}[value]
-            if isinstance(value, bool)
-            else f"{value:g}"
-            if isinstance(value, float)
-            else str(value)
-        ), name
+def test_the_help_shows_each_setting_with_its_default() -> None:
+    group: Any = get_command(app)
+    for name, without in (("train", set()), ("sweep", {*NOT_SWEPT})):
+        shown = {option.name: option for option in group.commands[name].made.params}
+        for setting, field in fields_of(Recipe).items():
+            if setting in without:
+                assert setting not in shown
+                continue
+            option = shown[setting]
+            assert f"--{setting.replace('_', '-')}" in option.opts
+            assert option.help
+            if field.default not in (None, ()) and not field.is_required():
+                value = field.default
+                text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+                assert option.show_default in (text, text.removesuffix(".0"))
 
 
 @contextmanager
@@ -287,7 +278,7 @@ def test_a_run_can_be_done_again_from_its_recipe(base: str, tmp_path: Path) -> N
 
 
 def test_the_recipe_of_tfew(base: str, tmp_path: Path) -> None:
-    recipe = make_recipe({**read_recipe("t-few"), "model": "m", "data": "d"})
+    recipe = make_recipe({"recipe": "t-few", "model": "m", "data": "d"})
     settings = recipe.settings
     assert (settings.steps, settings.warmup_steps, settings.batch_size) == (1000, 60, 8)
     assert (settings.optimizer, settings.learning_rate, settings.objective) == ("adafactor", 3e-3, "t-few")
@@ -296,7 +287,7 @@ def test_the_recipe_of_tfew(base: str, tmp_path: Path) -> None:
     assert len(run.losses) == 3
     assert run.settings.answer_by == "rank"
     assert all(answer in run.labels for answer in run.final.predictions)
-    assert list(RECIPES) == ["t-few"]
+    assert list(RECIPES) == ["peft", "t-few"]
 
 
 def test_the_cards_tell_data_and_figures(base: str, tmp_path: Path) -> None:
@@ -327,13 +318,13 @@ def test_the_report(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"packing": True}, "'packing' is for instructions, and this task is label-words"),
-        ({"task": "generation", "balance": True}, "'balance' is for label-words and sequence-classification"),
-        ({"task": "generation", "objective": "t-few"}, "'objective: t-few' is for label-words"),
-        ({"task": "generation", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
-        ({"task": "instructions", "answer_by": "rank"}, "'answer_by: rank' is for label-words"),
-        ({"task": "sequence-classification", "answer_by": "generation"}, "'answer_by: generation' is for"),
-        ({"task": "generation", "best_by": "macro_f1"}, "'best_by: macro_f1' is for"),
+        ({"packing": True}, "`packing` is for instructions, and this task is label-words"),
+        ({"task": "generation", "balance": True}, "`balance` is for label-words and sequence-classification"),
+        ({"task": "generation", "objective": "t-few"}, "`objective='t-few'` is for label-words"),
+        ({"task": "generation", "answer_by": "rank"}, "`answer_by='rank'` is for label-words"),
+        ({"task": "instructions", "answer_by": "rank"}, "`answer_by='rank'` is for label-words"),
+        ({"task": "sequence-classification", "answer_by": "generation"}, "`answer_by='generation'` is for"),
+        ({"task": "generation", "best_by": "macro_f1"}, "`best_by='macro_f1'` is for"),
     ],
 )
 def test_settings_without_a_use_are_refused(base: str, setting: dict[str, Any], said: str) -> None:
@@ -378,7 +369,7 @@ def test_another_base_model_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_runs_of_one_second_have_folders_of_their_own(base: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ia3.training.train.time.strftime", lambda form: "now")
+    monkeypatch.setattr("ia3.runs.run.time.strftime", lambda form: "now")
     runs = [train(base, tiny_seq2seq.examples(12), epochs=1, console=quiet()) for _ in range(3)]
     assert [run.output_dir.name for run in runs] == ["sentences-now", "sentences-now-2", "sentences-now-3"]
     with pytest.raises(ValueError, match="A system message is for instructions, and this task is label-words"):
@@ -417,11 +408,11 @@ def test_values_over_a_recipe() -> None:
     assert make_recipe(override(tfew, {"epochs": 2, "model": "m", "data": "d"})).settings.steps is None
     worded = {"template": "x {text}", "model": "m", "data": "d"}
     assert make_recipe(override(worded, {"text_column": "body"})).template is None
-    with pytest.raises(ValueError, match="both epochs and steps"):
+    with pytest.raises(ValueError, match="both `epochs` and `steps`"):
         make_recipe({"model": "m", "data": "d", "epochs": 1, "steps": 3})
-    with pytest.raises(ValueError, match=r"test_size 0\.5 has no use"):
+    with pytest.raises(ValueError, match=r"`test_size=0\.5` has no use"):
         make_recipe({"model": "m", "data": "d", "test_data": "t", "test_size": 0.5})
-    with pytest.raises(ValueError, match="test_limit is 0: expected at least 1 example to evaluate on"):
+    with pytest.raises(ValueError, match="`test_limit` is 0: expected a positive number"):
         make_recipe({"model": "m", "data": "d", "test_limit": 0})
 
 
@@ -433,7 +424,7 @@ def test_after_divergence_the_folder_is_free(base: str, tmp_path: Path) -> None:
 
 
 def test_heads_are_not_trained_in_bf16(base: str) -> None:
-    with pytest.raises(ValueError, match="'precision: bf16' is for label-words and generation and instructions"):
+    with pytest.raises(ValueError, match="`precision='bf16'` is for label-words and generation and instructions"):
         train(base, tiny_seq2seq.examples(12), task="sequence-classification", precision="bf16", console=quiet())
 
 

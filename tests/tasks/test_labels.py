@@ -103,7 +103,7 @@ class TestReadingSpellings:
         assert said.startswith(
             "Spellings of one label are merged: 'Positive' and 'POSITIVE' as 'positive', 'negative' as"
         )
-        assert "--no-merge-labels" in said
+        assert "`merge_labels=False` keeps" in said
 
     def test_stay_apart_where_asked_for_and_are_no_rare_classes(self, tmp_path: Path) -> None:
         found = load_examples(write(tmp_path / "a.csv", self.ROWS), merge_labels=False)

@@ -247,13 +247,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
     [("epochs", 0), ("learning_rate", -1e-3), ("learning_rate", float("nan")), ("batch_size", 0), ("max_length", -1)],
 )
 def test_settings_must_be_positive(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}: expected a positive number"):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}: expected a positive number"):
         TrainSettings(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["warmup_steps", "weight_decay"])
 def test_settings_that_may_be_zero(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is -1: expected 0 or a positive number"):
+    with pytest.raises(ValueError, match=f"`{name}` is -1: expected 0 or a positive number"):
         TrainSettings(**{name: -1})
 
 

@@ -77,7 +77,7 @@ def test_without_decay_a_vector_of_ones_stays() -> None:
 
 def test_a_warm_up_must_end_before_the_training() -> None:
     settings = TrainSettings(warmup_steps=20)
-    with pytest.raises(ValueError, match="warmup_steps is 20 and the training has 20 steps"):
+    with pytest.raises(ValueError, match="`warmup_steps` is 20 and the training has 20 steps"):
         make_schedule(make_optimizer(parameters(), settings), settings, STEPS)
 
 

@@ -19,6 +19,7 @@ from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.fast.sweep import MixedLosses
 from ia3.inference.rank import rank
 from ia3.runs.comparison import read_runs
+from ia3.runs.grid import combinations
 from ia3.runs.run import Run
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Examples
@@ -28,7 +29,7 @@ from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
 from ia3.training.loop import RunPlan, fit
-from ia3.training.sweep import Together, combinations, names_of, ranking_table, sweep
+from ia3.training.sweep import Together, names_of, ranking_table, sweep
 from ia3.training.train import train
 
 TOKENIZER = tiny_seq2seq.tokenizer()
@@ -292,14 +293,14 @@ def test_where_every_run_diverges_there_is_no_sweep(base: Path, data: Path, tmp_
         ({"template": "{text}"}, r"template is '\{text\}': expected a list"),
         ({"seed": []}, r"seed is \[\]: expected a list"),
         ({"precision": ["fp32", "bf16"]}, r"can't differ in precision: .* They can in learning_rate, warmup_steps"),
-        ({"lerning_rate": [0.1]}, r"can't differ in lerning_rate"),
+        ({"lerning_rate": [0.1]}, r"no setting 'lerning_rate'\. Did you mean learning_rate\?"),
         ({}, "over is empty"),
         ([], "over is empty"),
         ({"seed": [1, 1]}, r"over holds \{'seed': 1\} more than once"),
-        ({"seed": ["one"]}, "seed is 'one'"),
+        ({"seed": ["one"]}, "`seed` is 'one'"),
         ({"data": ["a.csv"]}, "data is given for all runs and in over: give it once"),
-        ({"steps": [10]}, "both epochs and steps"),
-        ({"warmup_steps": [0, 1000]}, "warmup_steps is 1000 and the training has"),
+        ({"steps": [10]}, "both `epochs` and `steps`"),
+        ({"warmup_steps": [0, 1000]}, "`warmup_steps` is 1000 and the training has"),
     ],
 )
 def test_what_cannot_be_swept_over(base: Path, data: Path, tmp_path: Path, over: Any, says: str) -> None:
@@ -312,11 +313,11 @@ def test_what_cannot_be_swept_over(base: Path, data: Path, tmp_path: Path, over:
     ("given", "says"),
     [
         ({"task": TaskKind.SEQUENCE_CLASSIFICATION}, "trains a head in full, too"),
-        ({"optimizer": "adafactor"}, "takes no 'optimizer: adafactor'"),
-        ({"objective": "t-few"}, "takes no 'objective: t-few'"),
-        ({"recipe": "t-few"}, "takes no 'optimizer: adafactor'"),
-        ({"trackers": ("tensorboard",)}, "takes no 'trackers'"),
-        ({"task": TaskKind.INSTRUCTIONS, "packing": True}, "takes no 'packing'"),
+        ({"optimizer": "adafactor"}, "takes no `optimizer='adafactor'`"),
+        ({"objective": "t-few"}, "takes no `objective='t-few'`"),
+        ({"recipe": "t-few"}, "takes no `optimizer='adafactor'`"),
+        ({"trackers": ("tensorboard",)}, "takes no `trackers="),
+        ({"task": TaskKind.INSTRUCTIONS, "packing": True}, "takes no `packing=True`"),
     ],
 )
 def test_what_a_sweep_does_not_do(base: Path, data: Path, tmp_path: Path, given: Mapping[str, Any], says: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ia3.files import expect_folder_or_hub
+
 
 def expect_adapter(adapter: str | Path) -> None:
-    """Point from a run's folder to the adapter in it.
+    """Refuse in a moment what can be no adapter, and point from a run's folder to the adapter in it.
 
     Raises:
+        FileNotFoundError: no such folder, and no name of a repository.
         ValueError: a folder without an adapter that has some in folders of its own.
     """
     folder = Path(adapter)
@@ -16,3 +19,4 @@ def expect_adapter(adapter: str | Path) -> None:
         inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
         if inside:
             raise ValueError(f"{folder} is no adapter but a folder with {', '.join(inside)}: name {inside[0]}.")
+    expect_folder_or_hub(str(adapter), "adapter", "adapter_config.json")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ia3.cli.adapters import expect_adapter
 from ia3.cli.labelling import Overrides, answer, answer_by, load_labeller
-from ia3.cli.names import ANSWER_BY_HELP
+from ia3.cli.names import ANSWER_BY_HELP, FlagConsole
 
 if TYPE_CHECKING:
     from ia3.inference.answering import Answer
@@ -35,19 +36,23 @@ def evaluate(
     """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
     from dataclasses import replace
 
-    from rich.console import Console
-
-    from ia3.data.loading import load_examples
+    from ia3.data.loading import load_examples, read_for
     from ia3.tasks.examples import match_labels
-    from ia3.tasks.task import TaskKind
+    from ia3.tasks.task import TaskKind, load_task
+    from ia3.tasks.template import Template
 
-    progress = Console(stderr=True)
+    progress = FlagConsole()
+    expect_adapter(adapter)
+    saved = load_task(adapter)
+    wording = saved.template if saved is not None else Template.of_column("text")
+    wording = wording if text_column is None else wording.with_column(text_column)
+    records = read_for(data, wording, label_column or (saved.label_column if saved is not None else "label"))
     labeller = load_labeller(adapter, progress, Overrides(text_column=text_column))
     task = labeller.task
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind
     examples = load_examples(
-        data,
+        records,
         template=task.template,
         label_column=label_column or task.label_column,
         kind=kind,

@@ -16,6 +16,7 @@ from ia3.cli.compare import compare
 from ia3.cli.evaluate import evaluate
 from ia3.cli.inspect import inspect
 from ia3.cli.merge import merge
+from ia3.cli.names import LateCommand, in_flags
 from ia3.cli.predict import predict
 from ia3.cli.push import push
 from ia3.cli.quickstart import quickstart
@@ -40,17 +41,22 @@ class _ErrorsOnOneScreen(TyperGroup):
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise
-            _show(error)
+            _show(in_flags(str(error) or type(error).__name__, self._flags(ctx)))
             raise typer.Exit(_EXIT_CODE) from error
 
+    def _flags(self, ctx: Any) -> set[str]:
+        """The flags of the command that was called."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        params = getattr(command, "made", command).params if command is not None else []
+        return {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
 
-def _show(error: Exception) -> None:
+
+def _show(message: str) -> None:
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    text = Text(str(error) or type(error).__name__)
-    Console(stderr=True).print(Panel(text, title="Error", title_align="left", border_style="red"))
+    Console(stderr=True).print(Panel(Text(message), title="Error", title_align="left", border_style="red"))
 
 
 app = typer.Typer(
@@ -61,7 +67,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (train, sweep, runs, evaluate, predict, inspect, compare, combine, targets, merge, push, quickstart):
-    app.command()(command)
+    app.command(cls=LateCommand if command in (train, sweep) else None)(command)
 
 
 def _print_version(wanted: bool) -> None:

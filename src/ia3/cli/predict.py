@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ia3.cli.labelling import Overrides, answer, answering_bar, load_labeller, task_without_file
-from ia3.cli.names import ANSWER_BY_HELP
+from ia3.cli.names import ANSWER_BY_HELP, FlagConsole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,9 +55,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Label sentences, a file or standard input with a trained adapter."""
-    from rich.console import Console
-
-    progress = Console(stderr=True)
+    progress = FlagConsole()
     if output is not None:
         _check_output(file, output)
     if sentences and file is not None:

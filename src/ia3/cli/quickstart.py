@@ -27,14 +27,12 @@ def quickstart(
     from ia3.cli.labelling import Overrides, answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
     from ia3.runs.recipe import Recipe
-    from ia3.runs.settings import TrainSettings
     from ia3.tasks.examples import Example
     from ia3.training.train import run_recipe
 
     progress = Console(stderr=True)
     progress.print(f"{TITLER} learns to tell the sentiment of tweets about shares.", highlight=False)
     # Chosen on training tweets by benchmarks/quickstart_search.py; benchmarks/results has the figures.
-    settings = TrainSettings(epochs=2, learning_rate=2e-2, batch_size=8, dropout=False, seed=seed)
     recipe = Recipe(
         model=TITLER,
         data="bundled:tweets",
@@ -42,7 +40,10 @@ def quickstart(
         test_limit=limit,
         output=output,
         limit=limit,
-        settings=settings,
+        epochs=2,
+        learning_rate=2e-2,
+        dropout=False,
+        seed=seed,
     )
     run = run_visibly(lambda: run_recipe(recipe, progress), progress)
 

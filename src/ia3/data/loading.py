@@ -15,6 +15,7 @@ from typing import Any
 
 from ia3.data.reading import recognise, with_unread
 from ia3.data.records import TWEETS, Records, read_records
+from ia3.errors import SettingError
 from ia3.tasks.columns import as_text, require_columns
 from ia3.tasks.examples import (
     MESSAGES_COLUMN,
@@ -32,7 +33,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 def load_examples(
-    source: str | Path,
+    source: str | Path | Records,
     *,
     template: Template | None = None,
     text_column: str = "text",
@@ -53,7 +54,8 @@ def load_examples(
         source: `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub; PhraseBank's
             own `.zip` or a `.txt` of `sentence@label` lines; a `.csv`, `.jsonl` or `.json` (one object a
             line, or one list) or `.parquet` file; any other name is a data set on the hub. Where PhraseBank
-            or the tweets are read, columns of any names hold their texts and labels.
+            or the tweets are read, columns of any names hold their texts and labels. Or records, as `read_for` reads
+            them.
         template: the text around the columns; instead of `text_column`.
         text_column: the column with the text.
         label_column: the column with the label, the completion or the tags. Numbers of a `ClassLabel` become
@@ -75,8 +77,7 @@ def load_examples(
             answer, or conversations and a label column.
     """
     wording = _wording(template, text_column, label_column, kind)
-    line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
-    records = read_records(source, line_column=line_column, line_label=label_column, split=split)
+    records = source if isinstance(source, Records) else read_for(source, wording, label_column, split)
     remarks = []
     if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, wording, label_column):
         remarks += _without_label_column(records, label_column)
@@ -101,6 +102,12 @@ def load_examples(
     return merge_labels_of(examples) if merge_labels else examples
 
 
+def read_for(source: str | Path, wording: Template, label_column: str, split: str | None = None) -> Records:
+    """Read rows for the texts and labels that are asked for, which columns without a name are called by."""
+    line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
+    return read_records(source, line_column=line_column, line_label=label_column, split=split)
+
+
 def _without_label_column(records: Records, label_column: str) -> list[str]:
     """A remark on a column of labels beside conversations, which hold their answers.
 
@@ -110,7 +117,8 @@ def _without_label_column(records: Records, label_column: str) -> list[str]:
     if label_column != "label":
         raise ValueError(
             f"{records.source} has conversations in {MESSAGES_COLUMN!r}, whose last messages are the answers, and "
-            f"label_column={label_column!r} asks for others: leave label_column out, or name the texts' column, too."
+            f"`label_column={label_column!r}` asks for others: leave `label_column` out, or name the texts' column, "
+            "too."
         )
     if "label" not in records.columns:
         return []
@@ -138,14 +146,14 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
     if template is None:
         template = Template.of_column(text_column)
     elif text_column != "text":
-        raise ValueError(
+        raise SettingError(
             f"There is a template and the text column {text_column!r}: a template names its columns itself, as in "
-            f"'Review: {{{text_column}}}', so leave text_column out."
+            f"'Review: {{{text_column}}}', so leave `text_column` out."
         )
     if label_column in template.fields:
-        raise ValueError(
+        raise SettingError(
             f"The template {template.pattern!r} shows the label column {label_column!r} to the model, which would "
-            "only copy it: take it out, or name another --label-column."
+            "only copy it: take it out, or name another `label_column`."
         )
     if kind is TaskKind.TOKEN_CLASSIFICATION and template != Template.of_column(template.fields[0]):
         raise ValueError(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import InstanceOf, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, InstanceOf
 
 from ia3.data.records import decode_text
-from ia3.runs.settings import TrainSettings
+from ia3.errors import SettingError
+from ia3.runs.defaults import LEFT_TO_THE_DATA, default_settings
+from ia3.runs.settings import Flag, Positive, PositiveReal, TrainSettings, checked, field_names
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TaskKind
 from ia3.tasks.template import Template
 
 # Recipes that a name stands for; what is given beside the name overrides them.
 RECIPES: dict[str, dict[str, Any]] = {
+    # The guide to IA3 in PEFT's documentation.
+    "peft": {"batch_size": 8, "dropout": True, "epochs": 3, "learning_rate": 8e-3, "warmup_steps": 0},
     # Liu et al. 2022, sections 3.2 to 3.4.
     "t-few": {
         "answer_by": "rank",
@@ -33,67 +36,77 @@ RECIPES: dict[str, dict[str, Any]] = {
 # How a recipe's file names data that it was not given by name.
 IN_MEMORY = "in memory: "
 
+_DATA, _TASK = Flag("Data"), Flag("Task")
+_Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+_LEFT = Flag("Steps", unset="by the task and its data")
+_RATE = Flag("Steps", also="lr", unset="by the task and its data")
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What to train on what. In a file and in `train` the fields of `settings` stand beside the others.
 
-    Args:
-        model: the base model: a hub name, a folder or a bundled model.
-        data: what `load_examples` reads, or examples.
-        test_data: held-out data; otherwise `test_size` of the data.
-        test_size: the part of the data that is held out.
-        test_limit: evaluate on at most this many examples, the first of the held-out ones.
-        split_seed: decides what is held out, apart from the run's seed, so that runs with several are compared on
-            the same examples.
-        task: what to learn; by default label words for a seq2seq model, instructions for a causal one, the
-            classes of texts for an encoder.
-        text_column: the column with the text.
-        label_column: the column with the label, the answer or the tags.
-        merge_labels: read spellings of a label that differ in case, white space or Unicode form alone as one, the most
-            frequent; of texts with one label each.
-        template: the text around the columns, as in `"Review: {text} Sentiment?"`; instead of `text_column`.
-        system: the system message of each conversation, in instruction tuning.
-        target_modules: the modules to adapt; by default those of the model's family.
-        feedforward_modules: those of them whose input is multiplied.
-        output: the run's folder; by default a new one in `runs/`.
-        limit: train on at most this many examples, drawn at random, each label among them where there is room.
-        settings: how to train.
+@checked
+class Recipe(TrainSettings):
+    """What to train on what, and how.
 
     Raises:
-        ValueError: a limit below 1, or both a template and a text column.
+        ValueError: what `TrainSettings` raises, something missing, or settings that exclude each other.
     """
 
-    model: str
-    data: str | InstanceOf[Examples]
-    test_data: str | InstanceOf[Examples] | None = None
-    test_size: float = 0.1
-    test_limit: int | None = None
-    split_seed: int = 42
-    task: TaskKind | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    merge_labels: bool = True
-    template: str | None = None
-    system: str | None = None
-    target_modules: list[str] | str | None = None
-    feedforward_modules: list[str] | str | None = None
-    output: Path | None = None
-    limit: int | None = None
-    settings: TrainSettings
+    model: Annotated[_Name, Flag(None)]
+    """The base model: a hub name, a folder, a GGUF file or bundled:flan-t5-small-titler."""
+    data: Annotated[_Name | InstanceOf[Examples], Flag(None)]
+    """What to learn from: a table in a file (CSV, JSON lines, parquet, …) or a data set on the hub."""
+    test_data: Annotated[_Name | InstanceOf[Examples] | None, _DATA] = None
+    """Held-out data; otherwise `test_size` of the data."""
+    test_size: Annotated[float, Field(gt=0, lt=1), _DATA] = 0.1
+    """The part of the data that is held out."""
+    test_limit: Annotated[Positive | None, Flag("Data", unset="all")] = None
+    """Evaluate on at most this many examples, the first of the held-out ones."""
+    split_seed: Annotated[int, _DATA] = 42
+    """Decides what is held out, apart from the run's `seed`, so that runs with several are compared on the same
+    examples."""
+    limit: Annotated[Positive | None, Flag("Data", unset="all")] = None
+    """Train on at most this many examples, drawn at random, each label among them where there is room."""
+    text_column: Annotated[str, _DATA] = "text"
+    """The column with the text."""
+    label_column: Annotated[str, _DATA] = "label"
+    """The column with the label, the answer or the tags."""
+    merge_labels: Annotated[bool, _DATA] = True
+    """Read spellings of a label that differ in case, white space or Unicode form alone as one, the most frequent; of
+    texts with one label each."""
+    task: Annotated[TaskKind | None, Flag("Task", unset="the model's")] = None
+    """What to learn; by default label words for a seq2seq model, instructions for a causal one, the classes of texts
+    for an encoder."""
+    template: Annotated[_Name | None, _TASK] = None
+    """The text around the columns, as in "Review: {text} Sentiment?"; instead of `text_column`."""
+    system: Annotated[str | None, _TASK] = None
+    """The system message of each conversation, in instruction tuning."""
+    target_modules: Annotated[list[str] | str | None, Flag("Base model and adapter", unset="the family's")] = None
+    """The modules to adapt: their names, or a pattern."""
+    feedforward_modules: Annotated[list[str] | str | None, Flag("Base model and adapter", unset="the family's")] = None
+    """Those of them whose input is multiplied, not the output."""
+    output: Annotated[Path | None, Flag(None, unset="a new one in runs/")] = None
+    """The folder for what is made."""
+    # None leaves these to the data: runs/defaults.py.
+    learning_rate: Annotated[PositiveReal | None, _RATE] = None  # type: ignore[assignment]
+    warmup_steps: Annotated[int | None, Field(ge=0), _LEFT] = None  # type: ignore[assignment]
+    dropout: Annotated[bool | None, _LEFT] = None  # type: ignore[assignment]
+    epochs: Annotated[Positive | None, _LEFT] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name, purpose in (("limit", "train on"), ("test_limit", "evaluate on")):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: expected at least 1 example to {purpose}.")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("There are both `epochs` and `steps`: leave one of them out.")
         if self.test_data is not None and self.test_size != 0.1:
-            raise ValueError(f"There are test_data, so test_size {self.test_size} has no use: leave one of them out.")
+            raise ValueError(f"There is `test_data`, so `test_size={self.test_size}` has no use: leave one out.")
         if self.template is not None and self.text_column != "text":
             raise ValueError(
-                f"There is a template and the text column {self.text_column!r}: a template names its columns "
-                f"itself, as in 'Review: {{{self.text_column}}}', so leave text_column out."
+                f"There is a `template` and the text column {self.text_column!r}: a template names its columns "
+                f"itself, as in 'Review: {{{self.text_column}}}', so leave `text_column` out."
             )
+
+    @property
+    def settings(self) -> TrainSettings:
+        """How to train."""
+        given = {name: getattr(self, name) for name in field_names(TrainSettings)}
+        return TrainSettings(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def source(self) -> str:
@@ -107,8 +120,7 @@ class Recipe:
 
     def content(self) -> dict[str, Any]:
         """The recipe as its file holds it: what `make_recipe` takes, what is None left out."""
-        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        settings = asdict(own.pop("settings"))
+        own: dict[str, Any] = {name: getattr(self, name) for name in field_names(self)}
         if self.template is not None:
             del own["text_column"]
         for name in ("data", "test_data"):
@@ -116,14 +128,23 @@ class Recipe:
                 own[name] = f"{IN_MEMORY}{own[name].source}"
         del own["output"]  # doing it again must not replace the run that this is the recipe of
         own["task"] = None if self.task is None else self.task.value
-        settings["trackers"] = list(settings["trackers"])
-        if settings["steps"] is not None:
-            del settings["epochs"]
-        return {name: value for name, value in (own | settings).items() if value is not None}
+        own["trackers"] = list(self.trackers)
+        return {name: value for name, value in own.items() if value is not None}
 
 
-_SETTINGS = tuple(field.name for field in fields(TrainSettings))
-_KEYS = (*(field.name for field in fields(Recipe) if field.name != "settings"), *_SETTINGS)
+def resolve(recipe: Recipe, kind: TaskKind, rows: int) -> Recipe:
+    """The recipe with a value for each setting that it leaves to the data.
+
+    Args:
+        recipe: what was asked for.
+        kind: what is learned.
+        rows: how many examples there are to train on.
+    """
+    left = {name for name in LEFT_TO_THE_DATA if getattr(recipe, name) is None}
+    if recipe.steps is not None:
+        left.discard("epochs")
+    defaults = default_settings(kind, rows)
+    return dataclasses.replace(recipe, **{name: defaults[name] for name in left})
 
 
 # Keys that stand for one thing, so that a value over one takes the other away.
@@ -187,36 +208,23 @@ def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) ->
     """Check a recipe's keys and values.
 
     Args:
-        content: the fields of `Recipe` and, beside them, of `TrainSettings`.
+        content: the fields of `Recipe`; those of the recipe named `recipe` among them, a file or one of `RECIPES`, lie
+            below.
         source: the file that they come from, for the error.
 
     Raises:
+        FileNotFoundError: there is no such recipe.
         ValueError: an unknown key, a missing one, a value of another type or out of range.
     """
-    for key in content:
-        if key not in _KEYS:
-            raise ValueError(f"{source or 'A recipe'} has no key {key!r}. {_nearest(key)}")
-    if content.get("epochs") is not None and content.get("steps") is not None:
-        raise ValueError(f"{source or 'A recipe'} has both epochs and steps: leave one of them out.")
-    nested = {key: value for key, value in content.items() if key not in _SETTINGS}
-    settings = {key: value for key, value in content.items() if key in _SETTINGS}
+    own = {name: value for name, value in content.items() if name != "recipe"}
+    name = content.get("recipe")
     try:
-        return TypeAdapter(Recipe).validate_python({**nested, "settings": settings})
-    except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors())
-        raise ValueError(problems if source is None else f"{source}: {problems}") from error
-
-
-def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key, _KEYS, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(sorted(_KEYS))}."
-
-
-def _explain(problem: Any) -> str:
-    """One of pydantic's errors as a sentence."""
-    place = [str(part) for part in problem["loc"] if part != "settings"]
-    if problem["type"] == "missing":
-        return f"there is no {place[0]}: name it in the recipe, or by --{place[0]}."
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{place[0]} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}."
+        if name is None:
+            return Recipe(**own)
+        below, source = read_recipe(name), name
+        Recipe(**{"model": "", "data": "", **below})  # what is wrong in the file
+    except SettingError as error:
+        if source is None:
+            raise
+        raise ValueError(f"{source}: {str(error).replace('`', '')}") from error
+    return Recipe(**override(below, own))

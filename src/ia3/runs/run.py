@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -227,6 +229,12 @@ def check_output(folder: Path) -> None:
         raise NotADirectoryError(f"The output {folder} cannot be a folder, since {nearest} is a file: name another.")
     if not os.access(nearest, os.W_OK):
         raise PermissionError(f"The output {folder} cannot be written, since {nearest} is read-only: name another.")
+
+
+def new_folder(source: str) -> Path:
+    """A folder in `runs/` named after the data and the time."""
+    name = re.sub(r"\W+", "-", Path(source).stem).strip("-") or "run"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ia3.errors import SettingError
+
 # What the model usually has to read: parts of a text, what comes beside it, and what is one by itself.
 _TEXTS = ("instruction", "input", "context", "passage", "premise", "hypothesis", "question", "query", "prompt", "claim")
 _BESIDE = ("system", "system_prompt", "history", "choices", "options", "evidence")
@@ -40,7 +42,7 @@ def template_of(columns: Sequence[str]) -> str:
 
 
 def likely_columns(found: Sequence[str]) -> str:
-    """What to name, as in `text_column='prompt' and label_column='completion'`; empty where the names don't tell."""
+    """What to name, as in "`text_column='prompt'` and `label_column='completion'`"; empty where names don't tell."""
     names = {_plain(column): column for column in found}
     answer = next((names[name] for name in _ANSWERS if name in names), None)
     texts = [column for column in found if _plain(column) in _TEXTS]
@@ -53,11 +55,11 @@ def likely_columns(found: Sequence[str]) -> str:
         texts = [names[name] for name in (_WORDS, "text", "sentence") if name in names][:1]
     if not texts or answer is None:
         return ""
-    given = [f"label_column={answer!r}"] if answer != "label" else []
+    given = [f"`label_column={answer!r}`"] if answer != "label" else []
     if len(texts) > 1:
-        given.insert(0, f"template={template_of(texts)!r}")
+        given.insert(0, f"`template={template_of(texts)!r}`")
     elif texts != ["text"]:
-        given.insert(0, f"text_column={texts[0]!r}")
+        given.insert(0, f"`text_column={texts[0]!r}`")
     return " and ".join(given)
 
 
@@ -94,8 +96,8 @@ def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
     for column in wanted:
         if column not in found:
             likely = likely_columns(found)
-            how = "template" if likely.startswith("template") else "text_column"
-            raise ValueError(
+            how = "template" if likely.startswith("`template") else "text_column"
+            raise SettingError(
                 f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
-                f"Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
+                f"Name the right ones by `{how}` and `label_column`{f', such as {likely}' if likely else ''}."
             )

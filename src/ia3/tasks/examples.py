@@ -97,7 +97,7 @@ class Reading:
         """What reads the unread columns, too."""
         if self.suggested is not None:
             which = "both" if len(self.suggested.fields) == 2 else "all"
-            return f'--template "{self.suggested.pattern}" (in Python template=…) reads {which}.'
+            return f"`template={self.suggested.pattern!r}` reads {which}."
         if self.of_conversations:
             return f"Of {MESSAGES_COLUMN!r} the messages alone are read: write into them what belongs there."
         return "No template shows lists: write what they hold into a column of text."
@@ -212,10 +212,7 @@ def merge_labels_of(examples: Examples) -> Examples:
     if examples.kind not in ONE_LABEL_A_TEXT or examples._named_classes:
         return examples
     merged = merge_spellings(row.label for row in examples)
-    said = (
-        f"Spellings of one label are merged: {describe_spellings(merged)} (--no-merge-labels, or merge_labels: false "
-        "in a recipe, keeps them apart)."
-    )
+    said = f"Spellings of one label are merged: {describe_spellings(merged)} (`merge_labels=False` keeps them apart)."
     return _respelled(examples, merged, said)
 
 
@@ -280,7 +277,7 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
     if not 0 < len(held_out) < len(groups):
         raise ValueError(
             f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
-            f"{len(groups)} different texts. Give more rows, or another test_size."
+            f"{len(groups)} different texts. Give more rows, or another `test_size`."
         )
     train = [row for row in rows if _what_is_read(row) not in held_out]
     test = [row for row in rows if _what_is_read(row) in held_out]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ia3.errors import SettingError
 from ia3.tasks.columns import as_text, require_columns
 
 _PIECES = re.compile(r"\{\{|\}\}|\{(?P<breaks>\n*)(?P<column>[^{}\n][^{}]*)\}|[{}]")
@@ -30,12 +31,12 @@ class Template:
     def __post_init__(self) -> None:
         stray = [piece.group() for piece in _PIECES.finditer(self.pattern) if piece.group() in ("{", "}")]
         if stray:
-            raise ValueError(
+            raise SettingError(
                 f"The template {self.pattern!r} has a {stray[0]!r} that belongs to no field: name a column, as in "
                 "{text}, and double a brace that is meant as one: {{ or }}."
             )
         if not self.fields:
-            raise ValueError(
+            raise SettingError(
                 f"The template {self.pattern!r} shows no column to the model: name one in braces, such as {{text}}."
             )
 
@@ -62,9 +63,9 @@ class Template:
             ValueError: it names several columns.
         """
         if len(self.fields) > 1:
-            raise ValueError(
+            raise SettingError(
                 f"The template {self.pattern!r} reads the columns {list(self.fields)}, so one text column can't "
-                "replace them: leave --text-column out, and name the columns of the file as the template does."
+                "replace them: leave `text_column` out, and name the columns of the file as the template does."
             )
         return Template(_PIECES.sub(lambda piece: f"{{{column}}}" if piece["column"] else piece.group(), self.pattern))
 

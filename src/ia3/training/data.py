@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from ia3.data.loading import load_examples
+from ia3.runs.look import Looked, key_of
 from ia3.runs.recipe import Recipe
 from ia3.tasks.examples import (
     ONE_LABEL_A_TEXT,
@@ -22,7 +23,9 @@ from ia3.tasks.labels import why_no_classes
 from ia3.tasks.task import TaskKind
 
 
-def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool = False) -> tuple[Examples, Examples]:
+def read_data(
+    recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool = False, looked: Looked | None = None
+) -> tuple[Examples, Examples]:
     """The training and the held-out examples; what is odd about them is printed.
 
     Args:
@@ -30,14 +33,15 @@ def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: boo
         kind: what the examples are for.
         console: where the oddities go.
         resuming: for a run that began with these data, so that their reading is past doubt.
+        looked: what `look_before` has read; what is used is taken out, so that nobody holds it while training.
 
     Raises:
         FileNotFoundError, ValueError: what `load_examples` and `split_examples` raise.
         ValueError: answers that are no classes where no task is named, texts that tell their answers by a column alone
             that isn't read, or merge_labels for a task without one label a text.
     """
-    examples = _examples(recipe.data, recipe, kind)
-    held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind)
+    examples = _examples(recipe.data, recipe, kind, looked or {})
+    held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind, looked or {})
     if recipe.merge_labels:
         examples = merge_labels_of(examples)
         held_out = None if held_out is None else match_labels(held_out, examples.labels, "the training data's")
@@ -57,11 +61,11 @@ def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: boo
     return training, test
 
 
-def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
+def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Looked) -> Examples:
     """The examples with all spellings of their labels."""
     if isinstance(data, str):
         return load_examples(
-            data,
+            looked.pop(key_of(recipe, data), data),
             template=None if recipe.template is None else recipe.wording,
             text_column=recipe.text_column,
             label_column=recipe.label_column,
@@ -86,8 +90,8 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
 def _refuse_ignored_merging(recipe: Recipe, kind: TaskKind) -> None:
     if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
         raise ValueError(
-            f"merge_labels is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is merged: "
-            "leave it out."
+            f"`merge_labels=False` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is "
+            "merged: leave it out."
         )
 
 
@@ -101,7 +105,7 @@ def _refuse_what_is_half_read(examples: Examples, recipe: Recipe) -> None:
     raise ValueError(
         f"{examples.source}: without {names}, which would not be read, {found.rows:,} of {len(examples):,} rows have a "
         f"text that also has other answers, such as {found.text[:60]!r} with {found.answers:,}. {reading.remedy} To "
-        f'learn without, say so: --template "{reading.template.pattern}".'
+        f"learn without, say so: `template={reading.template.pattern!r}`."
     )
 
 
@@ -116,7 +120,7 @@ def _refuse_no_classes(examples: Examples, held_out: Examples | None, recipe: Re
     writer = "" if examples.kind.writes else " with a model that writes, such as a T5,"
     raise ValueError(
         f"{examples.source}: {reason}, and each would be a class of its own. Answers to write, not to choose, are "
-        f'--task generation{writer} (in Python task="generation"); --task {examples.kind} takes them as classes.'
+        f"`task='generation'`{writer}; `task='{examples.kind}'` takes them as classes."
     )
 
 

@@ -497,7 +497,7 @@ def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Exam
     if unseen:
         raise ValueError(
             f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
-            "labels, add training examples with them, raise --limit, or split otherwise (--split-seed, --test-data)."
+            "labels, add training examples with them, raise `limit`, or split otherwise (`split_seed`, `test_data`)."
         )
 
 

@@ -57,7 +57,7 @@ def make_schedule(optimizer: Optimizer, settings: TrainSettings, total_steps: in
     """
     if settings.warmup_steps >= total_steps:
         raise ValueError(
-            f"warmup_steps is {settings.warmup_steps} and the training has {total_steps} steps: expected fewer."
+            f"`warmup_steps` is {settings.warmup_steps} and the training has {total_steps} steps: expected fewer."
         )
     schedule: LRScheduler = get_linear_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
     return schedule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -26,11 +25,13 @@ from ia3.files import write_atomically
 from ia3.inference.loading import default_kind, load_config, load_tokenizer
 from ia3.inference.predict import answer_in_batches
 from ia3.rows import acting
+from ia3.runs.grid import Over, make_recipes
+from ia3.runs.look import Looked, look_before
 from ia3.runs.picture import draw_curves
-from ia3.runs.recipe import Recipe, make_recipe
+from ia3.runs.recipe import Recipe, resolve
 from ia3.runs.report import complete_cards
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, RECIPE_NAME, Run, write_json
-from ia3.runs.settings import TrainSettings
+from ia3.runs.settings import TrainSettings, field_names
 from ia3.state import attached, get_adapter
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import Task, TaskKind
@@ -45,34 +46,12 @@ from ia3.training.train import (
     folder_of,
     load_adapted,
     make_task,
-    recipe_content,
     warn_of_truncation,
 )
 
 SWEEP_NAME = "sweep.json"
 PICTURE_NAME = "sweep.png"
 
-# What is tried where nothing else is asked for: from a little low to a little high, see docs/learning-rate.md.
-LEARNING_RATES = (3e-3, 8e-3, 2e-2, 4e-2)
-# What the runs of a sweep may differ in. All else is the model's or is shared by the batch.
-SWEPT = (
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "max_gradient_norm",
-    "seed",
-    "epochs",
-    "steps",
-    "batch_size",
-    "gradient_accumulation",
-    "balance",
-    "group_by_length",
-    "evaluate_every",
-    "patience",
-    "limit",
-    "template",
-    "data",
-)
 _LONGEST_NAME = 100
 _IN_A_NAME = re.compile(r"[\w.+-]{1,24}")
 
@@ -131,7 +110,7 @@ def sweep(
     model: str | Path,
     data: str | Path | Examples | None = None,
     *,
-    over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | None = None,
+    over: Over | None = None,
     console: Console | None = None,
     **recipe: Any,
 ) -> Sweep:
@@ -147,7 +126,7 @@ def sweep(
         over: a grid, as in `{"learning_rate": [3e-3, 8e-3], "seed": [0, 1]}`, or a list of settings, one a run. By
             default a few learning rates.
         console: where the progress goes; standard error by default.
-        recipe: the fields of `Recipe` and of `TrainSettings`, as for `ia3.train`; `output` is the sweep's folder.
+        recipe: the fields of `Recipe`, as for `ia3.train`; `output` is the sweep's folder.
 
     Returns:
         The runs, the best first. The best adapter is in `best_dir`, each run in a folder of its own.
@@ -162,22 +141,37 @@ def sweep(
         >>> found = ia3.sweep("google/flan-t5-small", "reviews.csv", over={"learning_rate": [3e-3, 8e-3, 2e-2]})
         >>> found.settings[0], found.best.best.accuracy
     """
-    console = console or Console(stderr=True)
     given = {**recipe, "model": model, **({} if data is None else {"data": data})}
-    choices = combinations({"learning_rate": LEARNING_RATES} if over is None else over)
-    _refuse_twice(choices, given)
-    recipes = _recipes(choices, given)
-    keys = list(dict.fromkeys(key for choice in choices for key in choice))
-    settings = [{key: _value(each, key) for key in keys} for each in recipes]
-    common = recipes[0]
+    recipes, keys = make_recipes(given, over)
+    return run_sweep(recipes, keys, console or Console(stderr=True), look_before(*recipes))
+
+
+def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
+    """Train each recipe's run in one batch.
+
+    Args:
+        recipes: what `make_recipes` made.
+        keys: what they differ in.
+        console: where the progress goes.
+        looked: what `look_before` has read of them.
+
+    Raises:
+        FileNotFoundError, ValueError, FloatingPointError: as `sweep`.
+    """
+    given_recipes, common = recipes, recipes[0]  # whose task may have been left to the model
     kind = common.task or default_kind(load_config(common.model), common.model)
-    given_recipes = recipes  # whose task may have been left to the model
-    recipes = [replace(each, task=kind, settings=settings_of(each.settings, kind)) for each in recipes]
+    if not kind.writes:
+        raise ValueError(
+            f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
+            "one after the other, by ia3.train."
+        )
+    recipes = [settings_of(replace(each, task=kind), kind) for each in recipes]
     common = recipes[0]
-    _refuse_what_is_not_swept(common.settings, kind)
     with folder_of(common) as output:
         _refuse_a_former(output)
-        data_of = _read_all(given_recipes, kind, console)
+        data_of = _read_all(given_recipes, kind, console, looked)
+        recipes = [resolve(each, kind, len(training)) for each, (training, _) in zip(recipes, data_of, strict=True)]
+        settings = [{key: _value(each, key) for key in keys} for each in recipes]
         courses = _courses(recipes, kind, data_of, console)
         folders = [output / name for name in names_of(settings)]
         together = Together(courses, folders)
@@ -190,71 +184,10 @@ def sweep(
     return _finish(together, recipes, settings, output)
 
 
-def combinations(over: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The settings of each run: every combination of a grid's values, or those of a list as they are.
-
-    Raises:
-        ValueError: nothing to try, values that are no list, or a key that runs can't differ in.
-    """
-    if isinstance(over, Mapping):
-        for key, values in over.items():
-            if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"over: {key} is {values!r}: expected a list of the values to try, such as [0, 1].")
-        choices = [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
-    else:
-        choices = [dict(choice) for choice in over]
-    unknown = sorted({key for choice in choices for key in choice} - {*SWEPT})
-    if unknown:
-        raise ValueError(
-            f"The runs of a sweep can't differ in {', '.join(unknown)}: they share a base model and its batches. They "
-            f"can in {', '.join(SWEPT)}."
-        )
-    if not any(choices):
-        raise ValueError("over is empty: name what the runs differ in, such as {'learning_rate': [3e-3, 8e-3]}.")
-    return choices
-
-
-def _refuse_twice(choices: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
-    twice = sorted({key for choice in choices for key in choice} & {*given})
-    if twice:
-        raise ValueError(f"{', '.join(twice)} is given for all runs and in over: give it once.")
-
-
-def _recipes(choices: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> list[Recipe]:
-    """A checked recipe a run.
-
-    Raises:
-        ValueError: a wrong one, or two that are the same.
-    """
-    recipes: list[Recipe] = []
-    for choice in choices:
-        recipe = make_recipe(*recipe_content({**given, **choice}))
-        if recipe in recipes:
-            raise ValueError(f"over holds {choice} more than once, which would be one run: give each once.")
-        recipes.append(recipe)
-    return recipes
-
-
 def _value(recipe: Recipe, key: str) -> Any:
     """A recipe's value of a key, as JSON can write it."""
-    value = getattr(recipe if hasattr(recipe, key) else recipe.settings, key)
+    value = getattr(recipe, key)
     return value.source if isinstance(value, Examples) else value
-
-
-def _refuse_what_is_not_swept(settings: TrainSettings, kind: TaskKind) -> None:
-    if not kind.writes:
-        raise ValueError(
-            f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
-            "one after the other, by ia3.train."
-        )
-    for given, setting, instead in (
-        (settings.optimizer != "adamw", f"optimizer: {settings.optimizer}", "each row has an AdamW of its own"),
-        (settings.objective != "lm", f"objective: {settings.objective}", "its loss is the language model's"),
-        (settings.packing, "packing", "its rows hold one example each"),
-        (bool(settings.trackers), "trackers", "its figures go to the runs' folders"),
-    ):
-        if given:
-            raise ValueError(f"A sweep takes no {setting!r}, since {instead}: leave it out, or train by ia3.train.")
 
 
 def _refuse_a_former(output: Path) -> None:
@@ -281,18 +214,20 @@ def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"run-{number}" for number in range(1, len(names) + 1)]
 
 
-def _read_all(recipes: Sequence[Recipe], kind: TaskKind, console: Console) -> list[tuple[Examples, Examples]]:
+def _read_all(
+    recipes: Sequence[Recipe], kind: TaskKind, console: Console, looked: Looked
+) -> list[tuple[Examples, Examples]]:
     """The training and held-out examples of each run; equal ones are one object, and what is odd is said once."""
-    known: list[tuple[Recipe, tuple[Examples, Examples]]] = []
+    known: list[tuple[list[Any], tuple[Examples, Examples]]] = []
     found: list[tuple[Examples, Examples]] = []
     for recipe in recipes:
-        # All else that a sweep's runs differ in leaves the data as they are, the seed too unless it draws some.
-        settings = TrainSettings(seed=0 if recipe.limit is None else recipe.settings.seed)
-        key = replace(recipe, settings=settings)
+        # How to train leaves the data as they are, the seed too unless it draws some.
+        key = [getattr(recipe, name) for name in field_names(Recipe) if name not in field_names(TrainSettings)]
+        key.append(None if recipe.limit is None else recipe.seed)
         data = next((data for former, data in known if former == key), None)
         if data is None:
-            said = any(former.data == recipe.data for former, _ in known)
-            training, test = read_data(recipe, kind, Console(quiet=True) if said else console)
+            said = any(former.data == recipe.data for former, _ in zip(recipes, found, strict=False))
+            training, test = read_data(recipe, kind, Console(quiet=True) if said else console, looked=looked)
             check_examples(kind, training, test)
             data = (training, next((other for _, (_, other) in known if other == test), test))
             known.append((key, data))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,7 +20,8 @@ from ia3.inference.classify import head_modules
 from ia3.inference.loading import DTYPES, default_kind, load_base, load_config, load_tokenizer
 from ia3.inference.predict import count_truncated
 from ia3.peft_model import get_peft_model
-from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, override, read_recipe, without_a_heads_way
+from ia3.runs.look import Looked, look_before
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve, without_a_heads_way
 from ia3.runs.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
 from ia3.runs.run import (
     ADAPTER_FOLDER,
@@ -34,6 +33,7 @@ from ia3.runs.run import (
     STATE_NAME,
     Run,
     check_output,
+    new_folder,
     write_json,
 )
 from ia3.runs.settings import TrainSettings
@@ -55,7 +55,7 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         model: the base model: a hub name, a folder or a bundled model.
         data: a file, a data set on the hub, or examples.
         console: where the progress goes; standard error by default.
-        recipe: the fields of `Recipe` and of `TrainSettings`, such as `epochs=3`; or `recipe="t-few"`, or a
+        recipe: the fields of `Recipe`, such as `epochs=3`; or `recipe="t-few"`, or a
             YAML file, which the other fields override.
 
     Returns:
@@ -70,22 +70,7 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
         >>> run.final.accuracy
     """
-    content, source = recipe_content({**recipe, "model": model, "data": data})
-    return run_recipe(make_recipe(content, source), console or Console(stderr=True))
-
-
-def recipe_content(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | Path | None]:
-    """What `make_recipe` takes, from the keywords of `train`: those of the recipe named `recipe` among them.
-
-    Returns:
-        The content, and the name of the recipe that it is over.
-    """
-    own = dict(given)
-    name = own.pop("recipe", None)
-    for key in ("data", "model", "template", "test_data"):
-        if isinstance(own.get(key), Path):
-            own[key] = str(own[key])
-    return override({} if name is None else read_recipe(name), own), name
+    return run_recipe(make_recipe({**recipe, "model": model, "data": data}), console or Console(stderr=True))
 
 
 def resume(
@@ -135,27 +120,30 @@ def _as_begun(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"merge_labels": False, "template": column.pattern} | own
 
 
-def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False) -> Run:
+def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, looked: Looked | None = None) -> Run:
     """Read the data, load the model, attach an adapter, train, and leave a whole run folder.
 
     Args:
         recipe: a checked recipe.
         console: where the progress goes, and what is odd about the data.
         resuming: go on with the run in the recipe's folder.
+        looked: what `look_before` has read of this recipe.
 
     Raises:
         FileNotFoundError, ValueError: as `train`.
         Interrupted: as `train`.
     """
+    looked = look_before(recipe) if looked is None else looked
     given = recipe  # whose task may have been left to the model
     kind = recipe.task or default_kind(load_config(recipe.model), recipe.model)
-    recipe = replace(recipe, task=kind, settings=settings_of(recipe.settings, kind))
+    recipe = settings_of(replace(recipe, task=kind), kind)
     if recipe.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
     with folder_of(recipe) as output:
         if not resuming:
             _refuse_unfinished(output)
-        training, test = read_data(given, kind, console, resuming=resuming)
+        training, test = read_data(given, kind, console, resuming=resuming, looked=looked)
+        recipe = resolve(recipe, kind, len(training))
         check_examples(kind, training, test)
         with console.status(f"Loading {recipe.model}"):
             tokenizer = load_tokenizer(recipe.model)
@@ -226,10 +214,11 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
         return None
     former = make_recipe(read_recipe(folder / RECIPE_NAME), folder / RECIPE_NAME)
     if former.task is not None:  # which the folder's recipe names, with what follows from it
-        recipe = replace(recipe, settings=settings_of(recipe.settings, former.task))
+        recipe = settings_of(recipe, former.task)
+    result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    recipe = resolve(recipe, TaskKind(result["task"]), result["train_examples"])
     if replace(former, task=None).content() != replace(recipe, task=None).content():
         raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
-    result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
     del result["predictions"]
     return result
 
@@ -372,10 +361,4 @@ def warn_of_truncation(plan: RunPlan, texts: list[str], console: Console) -> Non
     else:
         cut = count_truncated(texts, learner.tokenizer, learner.task.max_length)
     if cut:
-        console.print(f"{cut:,} texts are longer than {learner.task.max_length} tokens and are cut (--max-length).")
-
-
-def new_folder(source: str) -> Path:
-    """A folder in `runs/` named after the data and the time."""
-    name = re.sub(r"\W+", "-", Path(source).stem).strip("-") or "run"
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        console.print(f"{cut:,} texts are longer than {learner.task.max_length} tokens and are cut (`max_length`).")
