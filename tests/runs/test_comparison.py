@@ -14,12 +14,12 @@ from matplotlib.colors import to_rgb
 from ia3.runs.comparison import (
     RunRecord,
     differences,
-    draw_runs,
     group_repeats,
     name_runs,
     quartiles_of,
     read_runs,
 )
+from ia3.runs.picture import draw_runs
 from ia3.runs.recipe import make_recipe
 from ia3.runs.run import (
     ENVIRONMENT_NAME,

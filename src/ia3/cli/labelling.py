@@ -61,7 +61,7 @@ def load_labeller(
     task = saved if saved is not None else _task_without_file(model, text_column or "text")
     if max_length is not None:
         task = replace(task, max_length=max_length)
-    task = answer_by(task, way)
+    task = answered_by(task, way)
     if max_new_tokens is not None:
         if not task.kind.writes:
             raise ValueError(f"This adapter's task is {task.kind}, which writes nothing: leave --max-new-tokens out.")
@@ -92,7 +92,7 @@ def _task_without_file(model: Any, text_column: str) -> Task:
     )
 
 
-def answer_by(task: Task, way: str | None) -> Task:
+def answered_by(task: Task, way: str | None) -> Task:
     """The task, answered as --answer-by asks for.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn
 from ia3.cli.labelling import Labeller, answer, load_labeller
-from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ _OUTPUTS = (".csv", ".jsonl")
 
 
 def predict(
-    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
+    adapter: Adapter,
     sentences: Annotated[
         list[str] | None, typer.Argument(help="What to label; without any, --file or the lines of standard input.")
     ] = None,
@@ -35,18 +35,16 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(help="Write the rows with predictions and probabilities: .csv or .jsonl.")
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="The file's column with the text, if not as in training.")
-    ] = None,
-    way: Annotated[str | None, typer.Option("--answer-by", help=ANSWER_BY_HELP, show_default="as in training")] = None,
+    text_column: TextColumn = None,
+    answer_by: AnswerBy = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Where longer texts are cut, in tokens.", show_default="as in training")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest written answer, in tokens.", show_default="the labels'")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences at once.")] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
 ) -> None:
     """Label sentences, a file or standard input with a trained adapter."""
     from rich.console import Console
@@ -59,7 +57,7 @@ def predict(
     records = _read_file(file, text_column) if file is not None else None
     lines = None if records is not None else sentences or _read_lines()
     labeller = load_labeller(
-        adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=way
+        adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=answer_by
     )
     if records is None:
         assert lines is not None

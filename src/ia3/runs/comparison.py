@@ -1,4 +1,4 @@
-"""Several runs side by side: what their folders say, what differs, how repeated runs spread, and a picture."""
+"""Several runs side by side: what their folders say, what differs, and how repeated runs spread."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
-from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
 from ia3.runs.recipe import read_recipe
 from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
 from ia3.tasks.task import TaskKind, method_of
@@ -30,9 +22,6 @@ FINISHED, STOPPED_EARLY, UNFINISHED = "finished", "stopped early", "unfinished"
 
 # What repeated runs may differ in: the drawn examples and their order, and the wording.
 REPEATED = ("template", "seed")
-_MOST_LINES = 10
-_LONGEST_NAME = 40
-_COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#202124")
 
 
 @dataclass(frozen=True)
@@ -348,146 +337,7 @@ def quartiles_of(values: Sequence[float]) -> Quartiles:
     """
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"The values are {list(values)}: expected at least one, and finite numbers only.")
+    import numpy as np
+
     lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75), method=QUARTILE_METHOD).tolist()
     return Quartiles(median, lower, upper, min(values), max(values))
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One run's line in the picture; without a label the legend doesn't name it."""
-
-    record: RunRecord
-    label: str
-    style: dict[str, Any]
-
-
-def draw_runs(records: Sequence[RunRecord], path: str | Path) -> Path:
-    """Draw held-out loss and accuracy over the steps into one PNG, a line a run.
-
-    Of more than ten runs, the best and the median one are highlighted and the others are grey.
-
-    Args:
-        records: the runs, as `read_runs` gives them; those without an evaluation are left out.
-        path: where the picture goes.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: no run has an evaluation.
-        PermissionError: the picture can't be written.
-    """
-    drawn = [record for record in records if record.evaluations]
-    if not drawn:
-        raise ValueError("None of the runs has an evaluation yet: there is nothing to draw.")
-    folder, names = name_runs(records)
-    names = [_shorten(name) for record, name in zip(records, names, strict=True) if record.evaluations]
-    few = len(drawn) <= _MOST_LINES
-    lines = _each_apart(drawn, names) if few else _best_and_median(drawn, names)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        _draw_losses(left, lines)
-        _draw_accuracies(right, lines)
-        figure.legend(
-            *left.get_legend_handles_labels(),
-            loc="outside right upper",
-            frameon=False,
-            title=_legend_title(drawn),
-            alignment="left",
-        )
-        runs = f"{len(drawn)} runs" if len(drawn) > 1 else "1 run"
-        figure.suptitle(f"{runs} in {folder.name}", x=0.012, ha="left", fontsize=14, fontweight="bold")
-        _save(figure, Path(path))
-    return Path(path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except PermissionError as error:
-        raise PermissionError(
-            f"The picture {path} cannot be written: make its folder writable, or copy the runs to one that is."
-        ) from error
-
-
-def _shorten(name: str) -> str:
-    """A long name without its middle: runs are told apart by how their names begin and end."""
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _each_apart(records: Sequence[RunRecord], names: Sequence[str]) -> list[_Line]:
-    """A colour a run, and dashes once the colours are used up; the best run is on top."""
-    styles = []
-    for number, colour in zip(range(len(records)), cycle(_COLOURS), strict=False):
-        dash = "-" if number < len(_COLOURS) else "--"
-        styles.append({"color": colour, "linestyle": dash, "linewidth": 1.8, "marker": "o", "markersize": 4.5})
-    return [
-        _Line(record, _label(record, name), style | _face(record) | {"zorder": 3 - 0.01 * number})
-        for number, (record, name, style) in enumerate(zip(records, names, styles, strict=True))
-    ]
-
-
-def _best_and_median(records: Sequence[RunRecord], names: Sequence[str]) -> list[_Line]:
-    """The best and the median one of the finished runs in colour, the others in grey below them."""
-    finished = sum(record.finished for record in records)
-    median = ((finished if finished > 2 else len(records)) - 1) // 2
-    strong = {"linewidth": 2.2, "marker": "o", "markersize": 5}
-    lines = []
-    for number, (record, name) in enumerate(zip(records, names, strict=True)):
-        label, style = "", {"color": GREY, "linewidth": 0.8, "alpha": 0.7, "zorder": 2.0}
-        if number == 0:
-            label, style = f"best: {_label(record, name)}", {"color": BLUE, "zorder": 3, **strong, **_face(record)}
-        elif number == median:
-            label, style = f"median: {_label(record, name)}", {"color": ORANGE, "zorder": 2.9, **strong}
-        lines.append(_Line(record, label, style))
-    last = lines[-1]
-    lines[-1] = _Line(last.record, f"{len(records) - 2} other runs", last.style)
-    return lines
-
-
-def _face(record: RunRecord) -> dict[str, Any]:
-    return {} if record.finished else {"markerfacecolor": "white"}
-
-
-def _label(record: RunRecord, name: str) -> str:
-    figure = f"{record.last['accuracy']:.1%}" if record.kind.has_labels else f"loss {record.last['loss']:.3f}"
-    state = "" if record.finished else f", unfinished ({record.steps:,} steps)"
-    return f"{name}: {figure}{state}"
-
-
-def _legend_title(records: Sequence[RunRecord]) -> str:
-    figures = {"last accuracy" if record.kind.has_labels else "last loss" for record in records}
-    return f"Run and its {' or '.join(sorted(figures))}"
-
-
-def _draw_losses(axes: Any, lines: Sequence[_Line]) -> None:
-    _draw_figure(axes, lines, "loss")
-    losses = [each["loss"] for line in lines for each in line.record.evaluations]
-    low, high = min(losses), max(losses)
-    if low > 0 and high / low >= 5:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(log_ticks(low, high))
-    kinds = {line.record.kind for line in lines}
-    axes.set(title="Held-out loss", ylabel=LOSSES[kinds.pop()] if len(kinds) == 1 else "cross-entropy of each task")
-
-
-def _draw_accuracies(axes: Any, lines: Sequence[_Line]) -> None:
-    _draw_figure(axes, lines, "accuracy", scale=100)
-    methods = {line.record.method for line in lines}
-    axes.set(title="Held-out accuracy", ylabel=f"right by {methods.pop()} (%)" if len(methods) == 1 else "right (%)")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -1), min(max(high, low + 10), 101))
-
-
-def _draw_figure(axes: Any, lines: Sequence[_Line], name: str, *, scale: float = 1) -> None:
-    for line in lines:
-        steps = [each["step"] for each in line.record.evaluations]
-        values = [scale * each[name] for each in line.record.evaluations]
-        axes.plot(steps, values, label=line.label or "_", clip_on=False, **line.style)
-    axes.set(xlabel="step", xlim=(0, None))
-    axes.grid(axis="y")

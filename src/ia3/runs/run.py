@@ -12,14 +12,7 @@ from typing import Any
 
 from ia3.files import write_atomically
 from ia3.runs.settings import TrainSettings
-from ia3.tasks.metrics import (
-    confusion_matrix,
-    count_correct,
-    f1_scores,
-    macro_f1,
-    majority_baseline,
-    wilson_interval,
-)
+from ia3.tasks.metrics import figures_of, majority_baseline, wilson_interval
 from ia3.tasks.task import Task
 
 ADAPTER_FOLDER = "adapter"
@@ -82,9 +75,10 @@ def compute_metrics(
     step: int, loss: float, references: list[str], predictions: list[str], labels: tuple[str, ...], **more: Any
 ) -> Evaluation:
     """An evaluation from its answers; `more` are its further fields."""
-    mean = macro_f1(f1_scores(confusion_matrix(references, predictions, labels), labels)) if labels else None
-    correct = count_correct(references, predictions)
-    return Evaluation(step, loss, correct, len(references), mean, predictions=predictions, **more)
+    found = figures_of(references, predictions, labels)
+    return Evaluation(
+        step, loss, found["correct"], found["examples"], found.get("macro_f1"), predictions=predictions, **more
+    )
 
 
 @dataclass
