@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ia3.cli.adapters import expect_adapter
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import Adapters, AsJson, print_json
 
 
 def combine(
-    adapters: Annotated[list[str], typer.Argument(help="The adapters: folders or hub repositories.")],
+    adapters: Adapters,
     output: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
     weights: Annotated[
         str | None, typer.Option(help="One number an adapter, with commas between.", show_default="1 each")
@@ -29,8 +28,6 @@ def combine(
     from rich.console import Console
 
     factors = [1.0] * len(adapters) if weights is None else _numbers(weights)
-    for adapter in adapters:
-        expect_adapter(adapter)
     progress = Console(stderr=True)
     with progress.status("Combining"):
         from ia3.runs.adapters import combine_adapters

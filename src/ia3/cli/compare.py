@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ia3.cli.adapters import expect_adapter
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import Adapters, AsJson, print_json
 
 
 def compare(
-    adapters: Annotated[list[str], typer.Argument(help="Two adapters or more: folders or hub repositories.")],
+    adapters: Adapters,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("compare.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -24,8 +23,6 @@ def compare(
         raise ValueError("There is one adapter, and nothing to compare it with: name at least two.")
     if output.suffix.lower() != ".png":
         raise ValueError(f"The picture {output} must end in .png.")
-    for adapter in adapters:
-        expect_adapter(adapter)
     with Console(stderr=True).status("Comparing"):
         from ia3.runs.adapters import read_adapter
         from ia3.runs.likeness import draw_likeness, likeness

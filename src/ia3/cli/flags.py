@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 _AS_IN_TRAINING = "as in training"
 
-Adapter = Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")]
+
+def expect_adapter(value: str | Path | Sequence[str]) -> Any:
+    """Point from a run's folder to the adapter in it, before anything is loaded; the value as it came.
+
+    Raises:
+        ValueError: a folder without an adapter that has some in folders of its own.
+    """
+    for folder in [Path(value)] if isinstance(value, str | Path) else map(Path, value):
+        if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+            inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
+            if inside:
+                raise ValueError(f"{folder} is no adapter but a folder with {', '.join(inside)}: name {inside[0]}.")
+    return value
+
+
+Adapter = Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.", callback=expect_adapter)]
+Adapters = Annotated[
+    list[str], typer.Argument(help="The adapters: folders or hub repositories.", callback=expect_adapter)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts at once.")]
 TextColumn = Annotated[str | None, typer.Option(help="The column with the text.", show_default=_AS_IN_TRAINING)]

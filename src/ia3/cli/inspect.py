@@ -6,7 +6,6 @@ from collections import Counter
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
-from ia3.cli.adapters import expect_adapter
 from ia3.cli.flags import Adapter, AsJson, print_json
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     """Show an adapter's vectors: shapes, and how far each has moved from one, the identity."""
     from rich.console import Console
 
-    expect_adapter(adapter)
     with Console(stderr=True).status(f"Reading {adapter}"):
         from ia3.runs.adapters import read_adapter, vector_maps
 

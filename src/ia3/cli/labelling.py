@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ia3.cli.adapters import expect_adapter
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,7 +43,6 @@ def load_labeller(
     Raises:
         FileNotFoundError, ValueError: what `load_adapter` and `load_task` raise.
     """
-    expect_adapter(adapter)
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ia3.cli.adapters import expect_adapter
 from ia3.cli.flags import Adapter, AsJson, print_json
 
 
@@ -21,8 +20,11 @@ def merge(
     """Fold an adapter into its base model and save both as one model, which needs no ia3."""
     from rich.console import Console
 
-    expect_adapter(adapter)
-    _check_output(output)
+    from ia3.runs.run import check_output
+
+    if output.exists():
+        raise ValueError(f"{output} exists already, and a merged model replaces nothing: name a new folder.")
+    check_output(output)
     progress = Console(stderr=True)
     with progress.status(f"Loading {adapter}") as status:
         model, tokenizer = _load(adapter)
@@ -43,14 +45,6 @@ def merge(
         "load it by": f'transformers.{type(merged).__name__}.from_pretrained("{output}")',
     }
     Console().print(facts("Merged", rows), highlight=False)
-
-
-def _check_output(output: Path) -> None:
-    if output.exists():
-        raise ValueError(f"{output} exists already, and a merged model replaces nothing: name a new folder.")
-    nearest = next(path for path in output.absolute().parents if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{output} can't be a folder, since {nearest} is a file: name another.")
 
 
 def _load(adapter: str) -> tuple[Any, Any]:

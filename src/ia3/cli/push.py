@@ -7,15 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ia3.cli.adapters import expect_adapter
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import AsJson, expect_adapter, print_json
 
 # An adapter's own files; what else lies in its folder stays there.
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "README.md")
 
 
 def push(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", callback=expect_adapter)],
     repository: Annotated[str, typer.Argument(help="The hub repository, such as you/reviews-ia3; made if new.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     as_json: AsJson = False,
@@ -27,7 +26,6 @@ def push(
 
     if not adapter.is_dir():
         raise FileNotFoundError(f"There is no folder {adapter}: expected an adapter saved by `ia3 train`.")
-    expect_adapter(adapter)
     base = read_adapter(adapter).config.base_model_name_or_path
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} holds a pickle, which nobody should have to trust: save it as safetensors first.")

@@ -89,11 +89,10 @@ def _print(model: str, class_name: str, found: Found, total: int) -> None:
     tree = Tree(Text(f"{model} ({class_name})"))
     _grow(tree, _nested(found.layout.sites))
     size = found.layout.size
-    spell = lambda names: ", ".join(_names(names)) if isinstance(names, set | list) else str(names)  # noqa: E731
     lines = [
         f"{len(found.layout.sites):,} vectors, {size:,} trained numbers, {size / total:.3%} of the base's {total:,}",
-        f"target modules: {spell(found.config.target_modules)}",
-        f"whose input is multiplied: {spell(found.config.feedforward_modules)}",
+        f"target modules: {_spell(found.config.target_modules)}",
+        f"whose input is multiplied: {_spell(found.config.feedforward_modules)}",
         *([found.note] if found.note else []),
     ]
     console = Console()
@@ -138,3 +137,7 @@ def _grow(tree: Tree, node: dict[str, Any]) -> None:
         if "" in child:
             text.append(f"  {child['']}", style="not bold green")
         _grow(tree.add(text), child)
+
+
+def _spell(value: Any) -> str:
+    return ", ".join(_names(value)) if isinstance(value, set | list) else str(value)

@@ -14,6 +14,7 @@ from ia3.adapter import plan_combination
 from ia3.arithmetic import CombinationType, Vectors, combine
 from ia3.card import write_card
 from ia3.config import PeftConfig
+from ia3.runs.run import check_output
 from ia3.sites import VECTORS, Layout, Site, matching
 from ia3.state import Adapter
 from ia3.tasks.task import Task, load_task, save_task
@@ -108,12 +109,14 @@ def combine_adapters(
 
     Raises:
         FileNotFoundError: no such adapter.
-        ValueError: the folder exists, an adapter's file can't be used, different bases, or what `arithmetic.combine`
+        OSError: the folder can't be made or written.
+        ValueError: it exists, an adapter's file can't be used, different bases, or what `arithmetic.combine`
             and `add_weighted_adapter` raise.
     """
     folder = Path(output)
     if folder.exists():
         raise ValueError(f"{folder} exists already, and a combination replaces nothing: name a new folder.")
+    check_output(folder)
     read = [read_adapter(each) for each in adapters]
     bases = {each.config.base_model_name_or_path for each in read}
     if len(bases) > 1:

@@ -103,24 +103,29 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Finished runs that differ in nothing but template and seed.
+    """Finished runs that differ in nothing but template and seed, at least two, the best first."""
 
-    Args:
-        records: at least two, the best first.
-        varied: what they differ in, and how many values it has.
-        accuracy: the spread of the accuracy after the last step.
-        loss: the spread of the held-out loss after the last step.
-    """
-
-    records: list[RunRecord] = field(repr=False)
-    varied: dict[str, int]
-    accuracy: Quartiles
-    loss: Quartiles
+    records: list[RunRecord]
 
     @property
     def kind(self) -> TaskKind:
         """What they learn."""
         return self.records[0].kind
+
+    @property
+    def varied(self) -> dict[str, int]:
+        """What they differ in, and how many values it has."""
+        return {key: len({str(value) for value in values}) for key, values in differences(self.records).items()}
+
+    @property
+    def accuracy(self) -> Quartiles:
+        """The spread of the accuracy after the last step."""
+        return quartiles_of([record.last["accuracy"] for record in self.records])
+
+    @property
+    def loss(self) -> Quartiles:
+        """The spread of the held-out loss after the last step."""
+        return quartiles_of([record.last["loss"] for record in self.records])
 
     def summary(self) -> dict[str, Any]:
         """The group as JSON writes it."""
@@ -310,18 +315,8 @@ def group_repeats(records: Sequence[RunRecord]) -> list[Repeats]:
         if record.finished:
             rest = {key: value for key, value in record.recipe.items() if key not in REPEATED}
             alike.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(record)
-    groups = [_repeats(group) for group in alike.values() if len(group) > 1]
+    groups = [Repeats(group) for group in alike.values() if len(group) > 1]
     return sorted(groups, key=lambda group: _merit(group.kind, group.accuracy.median, group.loss.median))
-
-
-def _repeats(records: list[RunRecord]) -> Repeats:
-    varied = {key: len({str(value) for value in values}) for key, values in differences(records).items()}
-    return Repeats(
-        records,
-        varied,
-        accuracy=quartiles_of([record.last["accuracy"] for record in records]),
-        loss=quartiles_of([record.last["loss"] for record in records]),
-    )
 
 
 def quartiles_of(values: Sequence[float]) -> Quartiles:

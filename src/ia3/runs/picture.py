@@ -147,6 +147,20 @@ def colour_bar(figure: Any, image: Any, axes: Any, label: str) -> None:
     bar.outline.set_visible(False)
 
 
+def _draw_lines(
+    axes: Any,
+    steps: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float]],
+    styles: Sequence[dict[str, Any]],
+    **labels: str,
+) -> None:
+    """A line a run over the steps."""
+    for own_steps, own_values, style in zip(steps, values, styles, strict=True):
+        axes.plot(own_steps, own_values, **style)
+    axes.set(xlabel="step", **labels)
+    axes.grid(axis="y")
+
+
 def draw_curves(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Path:
     """Draw a sweep into one PNG: each run's losses and accuracies, and what the settings reach.
 
@@ -164,26 +178,29 @@ def draw_curves(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]], path
     colours = _colours(values)
     kind, labels = runs[0].task.kind, runs[0].labels
     score = f"right by {runs[0].task.method} (%)" if labels else LOSSES[kind]
+    styles = [
+        {"color": colours[str(value)], "linewidth": 1.3, "alpha": 0.8, "zorder": 3 - 0.001 * place}
+        for place, value in enumerate(values)
+    ]
+    styles[0] |= {"linewidth": 2.6, "alpha": 1.0}
     with picture(path, (15, 5), title) as figure:
-        losses, scores, reached = figure.subplots(1, 3)
-        for place, (run, value) in reversed(list(enumerate(zip(runs, values, strict=True)))):
-            width, alpha = (2.6, 1.0) if place == 0 else (1.3, 0.8)
-            style = {"color": colours[str(value)], "linewidth": width, "alpha": alpha}
-            losses.plot(range(1, len(run.losses) + 1), running_mean(run.losses)[1], **style)
-            evaluations = run.evaluations if labels else run.evaluations[1:]
-            steps = [each.step for each in evaluations]
-            scores.plot(steps, [_score(run, each) for each in evaluations], marker="o", markersize=4, **style)
-        _draw_reached(reached, runs, values, colours)
-        losses.set(title="Training loss, a running mean", xlabel="step", ylabel=LOSSES[kind])
-        scale_log(losses, *losses.get_ylim())
-        scores.set(title=f"On {runs[0].final.total:,} held out", xlabel="step", ylabel=score)
-        reached.set(title="The best evaluation of each run", xlabel=key, ylabel=score)
-        for axes in (losses, scores, reached):
-            axes.grid(axis="y")
+        left, middle, right = figure.subplots(1, 3)
+        steps = [list(range(1, len(run.losses) + 1)) for run in runs]
+        means = [running_mean(run.losses)[1] for run in runs]
+        _draw_lines(left, steps, means, styles, title="Training loss, a running mean", ylabel=LOSSES[kind])
+        scale_log(left, *left.get_ylim())
+        evaluations = [run.evaluations if labels else run.evaluations[1:] for run in runs]
+        steps = [[each.step for each in of_run] for of_run in evaluations]
+        scores = [[_score(run, each) for each in of_run] for run, of_run in zip(runs, evaluations, strict=True)]
+        dotted = [style | {"marker": "o", "markersize": 4} for style in styles]
+        _draw_lines(middle, steps, scores, dotted, title=f"On {runs[0].final.total:,} held out", ylabel=score)
+        _draw_reached(right, runs, values, colours)
+        right.set(title="The best evaluation of each run", xlabel=key, ylabel=score)
+        right.grid(axis="y")
         if len(colours) <= _MOST_NAMED:
             for value, colour in colours.items():
-                losses.plot([], [], color=colour, linewidth=2, label=value)
-            losses.legend(title=key, edgecolor="none", framealpha=0.9)
+                left.plot([], [], color=colour, linewidth=2, label=value)
+            left.legend(title=key, edgecolor="none", framealpha=0.9)
     return path
 
 
@@ -237,12 +254,25 @@ def draw_runs(records: Sequence[RunRecord], path: str | Path) -> Path:
         raise ValueError("None of the runs has an evaluation yet: there is nothing to draw.")
     folder, names = name_runs(records)
     labels = [_label(record, name) for record, name in zip(records, names, strict=True) if record.evaluations]
-    styles = _each_apart(drawn, labels) if len(drawn) <= _MOST_LINES else _best_and_median(drawn, labels)
+    styles = [style | {"clip_on": False} for style in _styles(drawn, labels)]
+    steps = [[each["step"] for each in record.evaluations] for record in drawn]
+    losses = [[each["loss"] for each in record.evaluations] for record in drawn]
+    shares = [[100 * each["accuracy"] for each in record.evaluations] for record in drawn]
+    methods, kinds = {record.method for record in drawn}, {record.kind for record in drawn}
     runs = f"{len(drawn)} runs" if len(drawn) > 1 else "1 run"
     with picture(Path(path), (13, 5), f"{runs} in {folder.name}") as figure:
         left, right = figure.subplots(1, 2)
-        _draw_losses(left, drawn, styles)
-        _draw_accuracies(right, drawn, styles)
+        what = LOSSES[kinds.pop()] if len(kinds) == 1 else "cross-entropy of each task"
+        _draw_lines(left, steps, losses, styles, title="Held-out loss", ylabel=what)
+        how = f"right by {methods.pop()} (%)" if len(methods) == 1 else "right (%)"
+        _draw_lines(right, steps, shares, styles, title="Held-out accuracy", ylabel=how)
+        low, high = min(map(min, losses)), max(map(max, losses))
+        if low > 0 and high / low >= 5:
+            scale_log(left, low, high)
+        low, high = right.get_ylim()
+        right.set_ylim(max(low, -1), min(max(high, low + 10), 101))
+        for axes in (left, right):
+            axes.set_xlim(left=0)
         figures = {"last accuracy" if record.kind.has_labels else "last loss" for record in drawn}
         figure.legend(
             *left.get_legend_handles_labels(),
@@ -263,69 +293,27 @@ def _label(record: RunRecord, name: str) -> str:
     return f"{short}: {figure}{state}"
 
 
-def _each_apart(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A colour a run, and dashes once the colours are used up; the best run is on top."""
-    return [
-        {
-            "color": _COLOURS[number % len(_COLOURS)],
+def _styles(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Of a few runs a colour each, dashed once these are used up; of many the best and the median finished one."""
+    finished = sum(record.finished for record in records)
+    median = ((finished if finished > 2 else len(records)) - 1) // 2
+    grey = {"color": GREY, "label": "_", "linewidth": 0.8, "alpha": 0.7, "zorder": 2.0}
+    styles: list[dict[str, Any]] = [dict(grey) for _ in records]
+    if len(records) <= _MOST_LINES:
+        coloured = list(enumerate(labels))
+    else:
+        coloured = [(0, f"best: {labels[0]}"), (median, f"median: {labels[median]}")]
+        styles[-1]["label"] = f"{len(records) - 2} other runs"
+    for number, (place, label) in enumerate(coloured):
+        colour = _COLOURS[number % len(_COLOURS)]
+        styles[place] = {
+            "color": colour,
             "label": label,
             "linestyle": "-" if number < len(_COLOURS) else "--",
             "linewidth": 1.8,
             "marker": "o",
             "markersize": 4.5,
+            "markerfacecolor": colour if records[place].finished else "white",
             "zorder": 3 - 0.01 * number,
-            **_face(record),
-        }
-        for number, (record, label) in enumerate(zip(records, labels, strict=True))
-    ]
-
-
-def _best_and_median(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The best and the median one of the finished runs in colour, the others in grey below them."""
-    finished = sum(record.finished for record in records)
-    median = ((finished if finished > 2 else len(records)) - 1) // 2
-    styles: list[dict[str, Any]] = [{"color": GREY, "linewidth": 0.8, "alpha": 0.7, "zorder": 2.0} for _ in records]
-    styles[-1]["label"] = f"{len(records) - 2} other runs"
-    for place, name, colour in ((0, "best", BLUE), (median, "median", ORANGE)):
-        styles[place] = {
-            "color": colour,
-            "label": f"{name}: {labels[place]}",
-            "linewidth": 2.2,
-            "marker": "o",
-            "markersize": 5,
-            "zorder": 3.0 if place == 0 else 2.9,
-            **_face(records[place]),
         }
     return styles
-
-
-def _face(record: RunRecord) -> dict[str, Any]:
-    return {} if record.finished else {"markerfacecolor": "white"}
-
-
-def _draw_losses(axes: Any, records: Sequence[RunRecord], styles: Sequence[dict[str, Any]]) -> None:
-    _draw_figure(axes, records, styles, "loss")
-    losses = [each["loss"] for record in records for each in record.evaluations]
-    low, high = min(losses), max(losses)
-    if low > 0 and high / low >= 5:
-        scale_log(axes, low, high)
-    kinds = {record.kind for record in records}
-    axes.set(title="Held-out loss", ylabel=LOSSES[kinds.pop()] if len(kinds) == 1 else "cross-entropy of each task")
-
-
-def _draw_accuracies(axes: Any, records: Sequence[RunRecord], styles: Sequence[dict[str, Any]]) -> None:
-    _draw_figure(axes, records, styles, "accuracy", scale=100)
-    methods = {record.method for record in records}
-    axes.set(title="Held-out accuracy", ylabel=f"right by {methods.pop()} (%)" if len(methods) == 1 else "right (%)")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -1), min(max(high, low + 10), 101))
-
-
-def _draw_figure(
-    axes: Any, records: Sequence[RunRecord], styles: Sequence[dict[str, Any]], name: str, *, scale: float = 1
-) -> None:
-    for record, style in zip(records, styles, strict=True):
-        steps = [each["step"] for each in record.evaluations]
-        axes.plot(steps, [scale * each[name] for each in record.evaluations], clip_on=False, **{"label": "_", **style})
-    axes.set(xlabel="step", xlim=(0, None))
-    axes.grid(axis="y")
