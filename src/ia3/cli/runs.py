@@ -36,12 +36,13 @@ def runs(
 
     given = folders or [Path("runs")]
     with Console(stderr=True).status("Reading runs"):
-        from ia3.runs.comparison import PICTURE_NAME, group_repeats, read_runs
+        from ia3.runs.comparison import group_repeats, read_runs
+        from ia3.runs.run import RUNS_PICTURE_NAME
 
         records = read_runs(given)
         groups = group_repeats(records)
     drawable = any(record.evaluations for record in records)
-    picture = given[0] / PICTURE_NAME if drawable else None
+    picture = given[0] / RUNS_PICTURE_NAME if drawable else None
     if picture is not None:
         from ia3.runs.picture import draw_runs
 

@@ -373,7 +373,8 @@ def print_result(run: Run, *, as_json: bool, **more: Any) -> None:
 
     from rich.console import Console
 
-    from ia3.runs.report import PICTURE_NAME, result_table
+    from ia3.runs.report import result_table
+    from ia3.runs.run import PICTURE_NAME
 
     picture = run.output_dir / PICTURE_NAME
     if as_json:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,6 @@ from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAM
 from ia3.tasks.task import TaskKind, method_of
 from ia3.tasks.template import Template
 
-PICTURE_NAME = "runs.png"
 QUARTILE_METHOD: Final = "linear"
 
 FINISHED, STOPPED_EARLY, UNFINISHED = "finished", "stopped early", "unfinished"
@@ -181,26 +181,34 @@ def _read_run(folder: Path) -> RunRecord:
     if not path.is_file():
         steps, evaluations = _read_metrics(folder / METRICS_NAME)
         return RunRecord(folder, recipe, UNFINISHED, steps, evaluations)
-    result = _parse(path, path.read_bytes())
-    try:
+    with _reading(path):
+        result = json.loads(path.read_bytes())
         low, high = result["accuracy_interval_95"]
-        evaluations = [_figures(each) for each in result["evaluations"]]
-        if not evaluations:
+        if not result["evaluations"]:
             raise ValueError("it has no evaluation")
         return RunRecord(
             folder,
             recipe,
             STOPPED_EARLY if result["stopped_early"] else FINISHED,
             result["steps"],
-            evaluations,
+            [_figures(each) for each in result["evaluations"]],
             interval=(low, high),
             best_accuracy=result["best"]["accuracy"],
             seconds=result["train_seconds"],
         )
+
+
+@contextmanager
+def _reading(path: Path, place: str = "") -> Iterator[None]:
+    """Name the file that doesn't hold what a run writes."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = "there is no JSON object where one belongs" if isinstance(error, TypeError) else reason
         raise ValueError(
-            f"{path} is not the result of a run as this version of ia3 writes it ({_reason(error)}): train again, or "
-            "move the folder elsewhere."
+            f"{path} is damaged{place}, or of another version of ia3 ({reason}): copy it again, train again, or move "
+            "its run's folder elsewhere."
         ) from error
 
 
@@ -223,32 +231,12 @@ def _read_metrics(path: Path) -> tuple[int, list[dict[str, float]]]:
     *lines, _ = path.read_bytes().split(b"\n")
     steps, evaluations = 0, []
     for number, line in enumerate(lines, start=1):
-        content = _parse(path, line, f" in line {number}")
-        try:
+        with _reading(path, f" in line {number}"):
+            content = json.loads(line)
             steps = max(steps, int(content["step"]))
             if "evaluation" in content:
                 evaluations.append(_figures(content["evaluation"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f" in line {number}", _reason(error)) from error
     return steps, evaluations
-
-
-def _parse(path: Path, text: bytes, place: str = "") -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise _damaged(path, place, str(error)) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, place, "it is no JSON object")
-    return content
-
-
-def _damaged(path: Path, place: str, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged{place} ({reason}): copy it again, or move its run's folder elsewhere.")
-
-
-def _reason(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -258,10 +246,9 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
 
 def _rank(record: RunRecord) -> tuple[Any, ...]:
     """The smaller, the better."""
-    if not record.evaluations:
-        return (True, True, True, (math.inf, math.inf), str(record.folder))
-    merit = _merit(record.kind, record.last["accuracy"], record.last["loss"])
-    return (not record.finished, False, not record.kind.has_labels, merit, str(record.folder))
+    last = record.last or {"accuracy": 0.0, "loss": math.inf}
+    merit = _merit(record.kind, last["accuracy"], last["loss"])
+    return (not record.finished, not record.last, not record.kind.has_labels, merit, str(record.folder))
 
 
 def _merit(kind: TaskKind, accuracy: float, loss: float) -> tuple[float, float]:

@@ -13,14 +13,20 @@ from ia3.card import add_results
 from ia3.files import write_atomically
 from ia3.runs.adapters import VectorMap, vector_maps
 from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, colour_bar, heat_map, picture, running_mean, scale_log
-from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Evaluation, Run
+from ia3.runs.run import (
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    PICTURE_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    RESULT_NAME,
+    Evaluation,
+    Run,
+)
 from ia3.runs.tables import facts
 from ia3.state import get_adapter
 from ia3.tasks.metrics import confusion_matrix, describe, without_empty_other
 from ia3.tasks.task import TaskKind
-
-PICTURE_NAME = "report.png"
-REPORT_NAME = "report.md"
 
 # More labels than this make a confusion matrix that nobody can read.
 _MOST_LABELS = 12

@@ -22,6 +22,10 @@ ENVIRONMENT_NAME = "environment.json"
 METRICS_NAME = "metrics.jsonl"
 RESULT_NAME = "result.json"
 STATE_NAME = "state.pt"
+REPORT_NAME = "report.md"
+PICTURE_NAME = "report.png"
+# What `ia3 runs` writes into the folder above.
+RUNS_PICTURE_NAME = "runs.png"
 
 
 @dataclass(frozen=True)
