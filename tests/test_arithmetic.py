@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ia3 import IA3Config, PeftModel, Site, get_peft_model
-from ia3.arithmetic import combine, cosine, distance, fisher_mean
+from ia3.arithmetic import combine, cosine, distance
 
 SITES = [Site("a", "output", (3, 1)), Site("b", "input", (1, 2)), Site("c", "output", (1, 2, 1, 1))]
 weights_of_three = st.lists(st.floats(-2, 2), min_size=3, max_size=3)
@@ -303,31 +303,6 @@ def test_task_arithmetic_and_product(adapters, weights):
         torch.testing.assert_close(negated[site], 2 - vector)
 
 
-@given(adapters=triples(), weights=st.lists(st.floats(0.1, 2), min_size=3, max_size=3), seed=st.integers(0, 9))
-def test_a_fisher_mean_by_loops(adapters, weights, seed):
-    chance = torch.Generator().manual_seed(seed)
-    fishers = [
-        {s: torch.rand(v.shape, generator=chance).double().round() * 3 for s, v in a.items() if len(s.path) == 1}
-        for a in adapters
-    ]
-    found = fisher_mean(adapters, fishers, weights)
-    for site, values in found.items():
-        for place in range(site.width):
-            pairs = [
-                (w * f[site].flatten()[place].item(), a[site].flatten()[place].item())
-                for w, f, a in zip(weights, fishers, adapters, strict=True)
-                if site in f
-            ]
-            total = sum(p for p, _ in pairs)
-            whole = [
-                (w, a[site].flatten()[place].item() if site in a else 1.0)
-                for w, a in zip(weights, adapters, strict=True)
-            ]
-            plain = sum(w * x for w, x in whole) / sum(weights)
-            expected = sum(p * x for p, x in pairs) / total if total else plain
-            assert values.flatten()[place].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
 @given(adapters=triples())
 def test_cosine_and_distance(adapters):
     one, other, _ = adapters
@@ -366,11 +341,3 @@ def test_rules_refuse_what_they_cannot_do(how, said):
     weights = how.pop("weights", [1.0])
     with pytest.raises(ValueError, match=said):
         combine([adapter], weights, **how)
-
-
-def test_fishers_must_fit():
-    adapter = {SITES[0]: torch.ones(3, 1)}
-    with pytest.raises(ValueError, match="1 adapters and 0 Fishers"):
-        fisher_mean([adapter], [], [1.0])
-    with pytest.raises(ValueError, match="The Fisher at a is negative"):
-        fisher_mean([adapter], [{SITES[0]: -torch.ones(3, 1)}], [1.0])

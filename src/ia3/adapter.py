@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 
 import torch
@@ -184,7 +184,7 @@ def check_choice(chosen: list[Adapter]) -> None:
         )
 
 
-def hidden_sites(chosen: list[Adapter]) -> list[str]:
+def hidden_sites(chosen: Sequence[Adapter]) -> list[str]:
     """Paths where one adapter has a vector and another's copy, which has no such vector, runs instead."""
     saved = [path for adapter in chosen for path in adapter.saved]
     sites = {site.path for adapter in chosen for site in adapter.layout.sites} if saved else set()
@@ -320,21 +320,19 @@ def _copy_for_itself(module: nn.Module) -> nn.Module:
     return copy.requires_grad_(False)
 
 
-def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values: dict[Site, torch.Tensor]) -> None:
-    """Attach a new adapter with these values, inactive and frozen, where any of the sources has a site.
+def plan_combination(sources: Sequence[Adapter], sites: Iterable[Site]) -> IA3Config:
+    """The configuration of a combination.
 
     Args:
-        model: the model.
-        name: the new adapter's name.
         sources: the adapters that it is made of.
-        values: full vectors by whole site.
+        sites: whole ones, where any of them has a vector.
 
     Raises:
-        ValueError: a taken name, sources that use both sides of one module, train one module in full twice, or
-            have vectors in a module that another trains in full.
+        ValueError: sources that use both sides of one module, train modules in full twice, or have vectors in a
+            module that another trains in full.
     """
     sides: dict[str, set[str]] = {}
-    for site in values:
+    for site in sites:
         sides.setdefault(site.path, set()).add(site.side)
     both = sorted(path for path, used in sides.items() if len(used) > 1)
     if both:
@@ -360,6 +358,22 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
     config.target_modules = "|".join(re.escape(path) for path in sides)
     inputs = [path for path, used in sides.items() if used == {"input"}]
     config.feedforward_modules = "|".join(re.escape(path) for path in inputs) or set()
+    return config
+
+
+def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values: dict[Site, torch.Tensor]) -> None:
+    """Attach a new adapter with these values, inactive and frozen, where any of the sources has a site.
+
+    Args:
+        model: the model.
+        name: the new adapter's name.
+        sources: the adapters that it is made of.
+        values: full vectors by whole site.
+
+    Raises:
+        ValueError: a taken name, or what `plan_combination` raises.
+    """
+    config = plan_combination(sources, values)
     config.inference_mode = False
     adapter = attach(model, config, name, loading=True)
     if any(not site.fits(values[site.whole]) for site in adapter.layout.sites):
@@ -367,7 +381,7 @@ def attach_combined(model: nn.Module, name: str, sources: list[Adapter], values:
     with torch.no_grad():
         for site, vector in site_vectors(model, adapter):
             vector.copy_(site.narrow(values[site.whole]))
-        for source in with_copies:
+        for source in (source for source in sources if source.saved):
             for (_, copy), (_, trained) in zip(saved_copies(model, adapter), saved_copies(model, source), strict=True):
                 copy.load_state_dict(trained.state_dict())
 

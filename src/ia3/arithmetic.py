@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Literal, get_args
 
@@ -49,8 +49,7 @@ def combine(
     """
     _check(adapters, weights, combination_type, density)
     sites = _union(adapters)
-    layout = Layout(tuple(sites))
-    stacked = torch.stack([_flat_difference(adapter, layout, sites) for adapter in adapters])
+    stacked = _flat_differences(adapters)
     scale = torch.tensor(list(weights), dtype=stacked.dtype, device=stacked.device).unsqueeze(-1)
     if combination_type == "ties":
         assert density is not None
@@ -60,7 +59,7 @@ def combine(
     else:
         identity, divisor = {"mean": (1.0, sum(weights)), "sum": (sum(weights), 1.0)}.get(combination_type, (1.0, 1.0))
         flat = identity + (scale * stacked).sum(0) / divisor
-    combined = {site: part.view(site.shape) for site, part in zip(sites, layout.split(flat), strict=True)}
+    combined = {site: part.view(site.shape) for site, part in zip(sites, Layout(tuple(sites)).split(flat), strict=True)}
     for site, vector in combined.items():
         if not torch.isfinite(vector).all():
             raise ValueError(f"The combination is not finite at {site.path}: the weights {list(weights)} are too big.")
@@ -116,56 +115,16 @@ def ties(differences: Tensor, weights: Tensor, density: float) -> Tensor:
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
 
 
-def fisher_mean(
-    adapters: Sequence[Vectors], fishers: Sequence[Vectors], weights: Sequence[float]
-) -> dict[Site, Tensor]:
-    """The mean of adapters weighted number by number with their diagonal Fisher information (Matena & Raffel 2022).
-
-    l = Σ w F l / Σ w F; where nobody has any information, the weighted mean.
-
-    Args:
-        adapters: full vectors by site.
-        fishers: the mean squared gradients of the log-likelihood, of the vectors' sites and shapes; absent is 0.
-        weights: one each.
-
-    Raises:
-        ValueError: another number of Fishers or weights than adapters, a Fisher that is negative or of a site that
-            its adapter hasn't, or what `combine` raises.
-    """
-    if len(fishers) != len(adapters):
-        raise ValueError(f"Got {len(adapters)} adapters and {len(fishers)} Fishers: pass one each.")
-    for adapter, fisher in zip(adapters, fishers, strict=True):
-        strange = [site.path for site, values in fisher.items() if site not in adapter or bool((values < 0).any())]
-        if strange:
-            raise ValueError(f"The Fisher at {strange[0]} is negative, or the adapter has no vector there.")
-    mean = combine(adapters, weights)
-    found = {}
-    for site, fallback in mean.items():
-        rows = [
-            (weight * fisher[site], adapter[site])
-            for adapter, fisher, weight in zip(adapters, fishers, weights, strict=True)
-            if site in fisher
-        ]
-        total = sum((information for information, _ in rows), torch.zeros_like(fallback))
-        weighted = sum((information * vector for information, vector in rows), torch.zeros_like(fallback))
-        found[site] = torch.where(total > 0, weighted / total.clamp(min=torch.finfo(total.dtype).tiny), fallback)
-    return found
-
-
 def cosine(one: Vectors, other: Vectors) -> float:
     """The cosine of two adapters' differences from the base, over the union of their sites; 0 where one has none."""
-    sites = _union([one, other])
-    layout = Layout(tuple(sites))
-    a, b = (_flat_difference(each, layout, sites).double() for each in (one, other))
+    a, b = _flat_differences([one, other]).double()
     lengths = float(a.norm() * b.norm())
     return float(a @ b) / lengths if lengths else 0.0
 
 
 def distance(one: Vectors, other: Vectors) -> float:
     """The Euclidean distance of two adapters, an absent vector being one."""
-    sites = _union([one, other])
-    layout = Layout(tuple(sites))
-    a, b = (_flat_difference(each, layout, sites).double() for each in (one, other))
+    a, b = _flat_differences([one, other]).double()
     return float((a - b).norm())
 
 
@@ -193,11 +152,15 @@ def _union(adapters: Sequence[Vectors]) -> list[Site]:
     return list({site: None for adapter in adapters for site in adapter})
 
 
-def _flat_difference(adapter: Vectors, layout: Layout, sites: Sequence[Site]) -> Tensor:
-    """l − 1 over all sites as one vector `[D]`, 0 where the adapter has none."""
-    like = next(iter(adapter.values()))
-    zeros: Callable[[Site], Tensor] = lambda site: torch.zeros(site.shape, dtype=like.dtype, device=like.device)  # noqa: E731
-    return layout.flatten([adapter[site] - 1 if site in adapter else zeros(site) for site in sites])
+def _flat_differences(adapters: Sequence[Vectors]) -> Tensor:
+    """l − 1 over the union of all sites, `[adapters, D]`, 0 where an adapter has no vector."""
+    sites = _union(adapters)
+    rows = []
+    for adapter in adapters:
+        like = next(iter(adapter.values()))
+        parts = [adapter[site] - 1 if site in adapter else like.new_zeros(site.shape) for site in sites]
+        rows.append(Layout(tuple(sites)).flatten(parts))
+    return torch.stack(rows)
 
 
 def _product(differences: Tensor, weights: Tensor) -> Tensor:

@@ -125,3 +125,12 @@ def test_a_block_that_one_adapter_leaves_alone() -> None:
     a, b = Site("encoder.block.0.k", "output", (2, 1)), Site("encoder.block.10.k", "output", (2, 1))
     found = likeness({a: torch.full((2, 1), 2.0)}, {a: torch.full((2, 1), 0.0), b: torch.full((2, 1), 3.0)})
     assert found.blocks == {"encoder 0": pytest.approx(-1.0), "encoder 10": 0.0}
+
+
+def test_blocks_of_a_model_without_encoder_and_decoder() -> None:
+    from ia3 import Site
+
+    vectors = {
+        Site(f"model.layers.{number}.k_proj", "output", (2, 1)): torch.full((2, 1), 2.0) for number in (0, 2, 10)
+    }
+    assert list(likeness(vectors, vectors).blocks) == ["block 0", "block 2", "block 10"]

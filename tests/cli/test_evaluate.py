@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from running import succeed
 
-from ia3.cli.evaluate import Result, _print
-from ia3.tasks.metrics import wilson_interval
+from ia3.cli.evaluate import print_figures
+from ia3.tasks.metrics import figures_of, wilson_interval
 
 LABELS = ["negative", "neutral", "positive"]
 
@@ -35,20 +35,36 @@ def test_generated_answers_may_be_no_label(adapter: Path, data: Path) -> None:
 
 def test_macro_f1_by_hand() -> None:
     references, predictions = ["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "x"]
-    result = Result(labels=["a", "b", "c"], references=references, predictions=predictions, method="")
-    assert result.summary()["f1"] == {"a": pytest.approx(4 / 5), "b": pytest.approx(1 / 2)}
-    assert result.summary()["macro_f1"] == pytest.approx((4 / 5 + 1 / 2) / 2)
-    assert result.summary()["confusion"] == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+    found = figures_of(references, predictions, ["a", "b", "c"])
+    assert found["f1"] == {"a": pytest.approx(4 / 5), "b": pytest.approx(1 / 2)}
+    assert found["macro_f1"] == pytest.approx((4 / 5 + 1 / 2) / 2)
+    assert found["confusion"] == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
 
 
 def test_the_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    _print(Result(labels=["a", "b", "c"], references=["a", "a", "b"], predictions=["a", "b", "b"], method="how"))
+    print_figures({"method": "how", **figures_of(["a", "a", "b"], ["a", "b", "b"], ["a", "b", "c"]), "entity_f1": 0.5})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "1", "1", "0", "0.667"] in lines
     assert ["c", "0", "0", "0", "–"] in lines
     assert ["macro-F1", "0.667"] in lines
     assert ["majority", "class", "66.7%"] in lines
+    assert ["entity", "f1", "0.500"] in lines
+
+
+def test_a_confusion_of_many_labels_fits_the_console(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    labels = [f"label-{number}" for number in range(40)]
+    print_figures({"method": "how", **figures_of(labels, labels, labels)})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    header = next(line for line in lines if line.startswith("true")).split()
+    shown = [word for word in header if word.startswith("label-")]
+    assert shown == labels[: len(shown)]
+    assert header[-1] == "F1"
+    assert f"{40 - len(shown) - 12} more" in " ".join(" ".join(lines).split())
 
 
 def test_an_adapter_without_a_task_takes_the_labels_of_the_data(adapter: Path, data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from running import call, message, succeed
 from safetensors.torch import load_file, save_file
 
 import tiny_seq2seq
-from ia3.cli.inspect import _in_order
+from ia3.runs.adapters import _in_order
 
 PREFIX = "base_model.model."
 

@@ -129,7 +129,7 @@ def test_a_terminal_gets_a_table(
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    predict(str(adapter), ["the [red]share falls"], way=more[1] if more else None)
+    predict(str(adapter), ["the [red]share falls"], answer_by=more[1] if more else None)
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["label", *([] if more else ["probability"]), "text"]
     assert row.rstrip().endswith("the [red]share falls")

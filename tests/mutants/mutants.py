@@ -109,7 +109,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("hotswap_adapter", Skip("from_pretrained"), "another method's adapter is swapped in"),
     ],
     ("test_arithmetic.py",): [
-        Mutant("_flat_difference", Instead("adapter[site] - 1", "adapter[site]"),
+        Mutant("_flat_differences", Instead("adapter[site] - 1", "adapter[site]"),
                "combining works on l instead of l - 1"),
     ],
     ("test_placement.py",): [
@@ -275,11 +275,11 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("quartiles_of", Instead("(0.25, 0.5, 0.75)", "(0.0, 0.5, 1.0)"), "quartiles are the extremes"),
     ],
     ("cli/test_combine.py", "cli/test_targets.py", "cli/test_push.py", "cli/test_wrong_input.py"): [
-        Mutant("combine", Never("exists"), "a combination writes over a folder"),
-        Mutant("_expect_one_base", Never("bases"), "adapters of different bases are combined"),
-        Mutant("_write", Never("contents"), "a combination answers one of two tasks"),
+        Mutant("combine_adapters", Never("exists"), "a combination writes over a folder"),
+        Mutant("combine_adapters", Never("bases"), "adapters of different bases are combined"),
+        Mutant("_common_task", Instead("len({*tasks}) == 1", "True"), "a combination answers one of two tasks"),
         Mutant("_upload", Instead("list(_FILES)", "None"), "all that lies in the folder is published"),
-        Mutant("_runs", Instead("runs[-1][1].shape() == child.shape()", "True"), "layers that differ are shown as one"),
+        Mutant("_runs", Instead("runs[-1][1] == child", "True"), "layers that differ are shown as one"),
         Mutant("module_names", Never("all"), "an empty name between two commas is ignored"),
     ],
     ("cli/test_labelling.py", "cli/test_predict_command.py", "cli/test_evaluate.py", "cli/test_tasks.py"): [

@@ -14,12 +14,12 @@ from matplotlib.colors import to_rgb
 from ia3.runs.comparison import (
     RunRecord,
     differences,
-    draw_runs,
     group_repeats,
     name_runs,
     quartiles_of,
     read_runs,
 )
+from ia3.runs.picture import draw_runs
 from ia3.runs.recipe import make_recipe
 from ia3.runs.run import (
     ENVIRONMENT_NAME,
@@ -184,11 +184,16 @@ def test_no_spread_without_finite_values(values: list[float]) -> None:
 
 
 DAMAGED = {
-    "half a result": (RESULT_NAME, '{"accuracy": 0.', r"result\.json is damaged .*copy it again"),
-    "a list": (RESULT_NAME, "[]", r"result\.json is damaged \(it is no JSON object\)"),
-    "another result": (RESULT_NAME, "{}", r"result\.json is not .*has no 'accuracy_interval_95'.*train again"),
+    "half a result": (RESULT_NAME, '{"accuracy": 0.', r"result\.json is damaged, .*copy it again"),
+    "a list": (RESULT_NAME, "[]", r"result\.json is damaged, .*\(there is no JSON object"),
+    "a result without evaluations": (
+        RESULT_NAME,
+        '{"accuracy_interval_95": [0, 1], "evaluations": []}',
+        "it has no evaluation",
+    ),
+    "another result": (RESULT_NAME, "{}", r"of another version of ia3 .*has no 'accuracy_interval_95'.*train again"),
     "a broken step": (METRICS_NAME, '{"step": 1}\n{"step\n{"step": 3}\n', r"metrics\.jsonl is damaged in line 2"),
-    "a step without number": (METRICS_NAME, '{"loss": 1}\n', r"metrics\.jsonl is damaged in line 1 .*no 'step'"),
+    "a step without number": (METRICS_NAME, '{"loss": 1}\n', r"metrics\.jsonl is damaged in line 1, .*no 'step'"),
     "an evaluation of text": (METRICS_NAME, '{"evaluation": 3, "step": 1}\n', r"metrics\.jsonl is damaged in line 1"),
     "no recipe": (RECIPE_NAME, "epochs: [", r"recipe\.yaml is not YAML"),
     "half a recipe": (RECIPE_NAME, "model: t5\ndata: x.csv\n", r"recipe\.yaml has no task.*Put it back"),

@@ -10,9 +10,12 @@ from rich.console import Console
 
 import tiny_seq2seq
 from ia3 import IA3Config, get_peft_model
-from ia3.runs.report import draw_report, result_table, vector_maps, write_report
+from ia3.adapter import site_vectors
+from ia3.runs.adapters import VectorMap, vector_maps
+from ia3.runs.report import draw_report, result_table, write_report
 from ia3.runs.run import Run, TrainerState, compute_metrics
 from ia3.runs.settings import TrainSettings
+from ia3.state import get_adapter
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 
@@ -50,11 +53,15 @@ def moved(model: Any, by: float = 0.25) -> Any:
     return model
 
 
+def maps_of(model: Any) -> list[VectorMap]:
+    return vector_maps(dict(site_vectors(model, get_adapter(model, "default"))))
+
+
 def test_vectors_of_an_encoder_and_a_decoder() -> None:
     model = tiny_seq2seq.adapted()
     with torch.no_grad():
         model.get_parameter("decoder.block.1.layer.1.EncDecAttention.v.ia3_l.default").sub_(0.5)
-    encoder, decoder = vector_maps(model)
+    encoder, decoder = maps_of(model)
     assert (encoder.title, encoder.blocks, encoder.columns) == ("Encoder", ["0", "1"], ["k", "v", "ff"])
     assert (decoder.title, decoder.columns) == ("Decoder", ["k", "v", "cross k", "cross v", "ff"])
     assert encoder.distances == [[0, 0, 0], [0, 0, 0]]
@@ -67,7 +74,7 @@ def test_distance_is_absolute() -> None:
         vector = model.get_parameter("encoder.block.0.layer.0.SelfAttention.k.ia3_l.default")
         vector[::2] += 0.5
         vector[1::2] -= 0.5
-    assert vector_maps(model)[0].distances[0][0] == pytest.approx(0.5)
+    assert maps_of(model)[0].distances[0][0] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +87,9 @@ def test_distance_is_absolute() -> None:
     ],
 )
 def test_vectors_of_other_families(tiny: Any, family: str, expected: dict[str, set[str]]) -> None:
-    maps = vector_maps(get_peft_model(tiny(family), IA3Config()))
+    maps = maps_of(get_peft_model(tiny(family), IA3Config()))
     assert {each.title: set(each.columns) for each in maps} == expected
     assert all(each.blocks == ["0", "1"] for each in maps)
-
-
-def test_a_model_without_vectors_is_refused() -> None:
-    with pytest.raises(ValueError, match="no vectors of an adapter named 'other'"):
-        vector_maps(tiny_seq2seq.adapted(), "other")
 
 
 @pytest.mark.parametrize("predictions", [["negative", "neutral", "positive", "rises"], ["neutral"] * 4])

@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ia3.cli.combine import sites_of
-from ia3.cli.inspect import read_content
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ia3.sites import Site
-
-    Vectors = dict[Site, Tensor]
+from ia3.cli.flags import Adapters, AsJson, print_json
 
 
 def compare(
-    adapters: Annotated[list[str], typer.Argument(help="Two adapters or more: folders or hub repositories.")],
+    adapters: Adapters,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("compare.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare adapters by the cosine and the distance of what they add to the base, in all and block by block."""
     from rich.console import Console
-
-    from ia3.runs.likeness import draw_likeness, likeness
 
     if len(adapters) < 2:
         raise ValueError("There is one adapter, and nothing to compare it with: name at least two.")
     if output.suffix.lower() != ".png":
         raise ValueError(f"The picture {output} must end in .png.")
     with Console(stderr=True).status("Comparing"):
+        from ia3.runs.adapters import read_adapter
+        from ia3.runs.likeness import draw_likeness, likeness
+
         names = _short(adapters)
-        vectors = [sites_of(read_content(adapter)) for adapter in adapters]
-        pairs = {
-            (names[a], names[b]): likeness(vectors[a], vectors[b]) for a, b in combinations(range(len(adapters)), 2)
-        }
+        vectors = dict(zip(names, (read_adapter(adapter).vectors for adapter in adapters), strict=True))
+        pairs = {(one, other): likeness(vectors[one], vectors[other]) for one, other in combinations(names, 2)}
         draw_likeness(names, pairs, output)
     if as_json:
         listed = [{"adapters": pair, **found.summary()} for pair, found in pairs.items()]
-        typer.echo(json.dumps({"pairs": listed, "picture": str(output)}, ensure_ascii=False))
-    else:
-        _print(pairs, output)
+        print_json({"pairs": listed, "picture": output})
+        return
+    from ia3.runs.tables import Column, print_table, say
+
+    least = [min(found.blocks.items(), key=lambda item: item[1]) for found in pairs.values()]
+    columns = [
+        Column("adapters", [", ".join(pair) for pair in pairs], text=True),
+        Column("cosine", [f"{found.cosine:.3f}" for found in pairs.values()]),
+        Column("distance", [f"{found.distance:.3f}" for found in pairs.values()]),
+        Column("least alike block", [f"{block} ({cosine:.3f})" for block, cosine in least], 1),
+    ]
+    console = Console()
+    print_table(console, columns, "Likeness of l − 1")
+    say(console, f"\npicture: {output}")
 
 
 def _short(adapters: list[str]) -> list[str]:
@@ -56,19 +57,3 @@ def _short(adapters: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return adapters
-
-
-def _print(pairs: dict[tuple[str, str], Any], output: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("adapters", title="Likeness of l − 1", title_justify="left", box=None, pad_edge=False)
-    for column in ("cosine", "distance", "least alike block"):
-        table.add_column(column, justify="right")
-    for (one, other), found in pairs.items():
-        block, cosine = min(found.blocks.items(), key=lambda item: item[1])
-        table.add_row(
-            Text(f"{one}, {other}"), f"{found.cosine:.3f}", f"{found.distance:.3f}", f"{block} ({cosine:.3f})"
-        )
-    Console().print(table, f"\npicture: {output}", highlight=False)

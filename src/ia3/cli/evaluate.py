@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.adapters import expect_adapter
-from ia3.cli.labelling import Overrides, answer, answer_by, load_labeller
-from ia3.cli.names import ANSWER_BY_HELP, FlagConsole
+from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, print_json
+from ia3.cli.labelling import Labeller, Overrides, answer, answered_by, load_labeller
+from ia3.cli.names import FlagConsole
 
 if TYPE_CHECKING:
-    from ia3.inference.answering import Answer
+    from rich.console import Console
+
     from ia3.tasks.examples import Examples
     from ia3.tasks.task import Task
 
 
 def evaluate(
-    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
+    adapter: Adapter,
     data: Annotated[str, typer.Option(help="Labelled text: a CSV, JSON lines or parquet file, or a hub data set.")],
-    text_column: Annotated[
-        str | None, typer.Option(help="The column with the text.", show_default="as in training")
-    ] = None,
+    text_column: TextColumn = None,
     label_column: Annotated[
         str | None, typer.Option(help="The column with the label.", show_default="as in training")
     ] = None,
-    way: Annotated[str | None, typer.Option("--answer-by", help=ANSWER_BY_HELP, show_default="as in training")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    answer_by: AnswerBy = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
 ) -> None:
     """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
     from dataclasses import replace
@@ -42,7 +38,6 @@ def evaluate(
     from ia3.tasks.template import Template
 
     progress = FlagConsole()
-    expect_adapter(adapter)
     saved = load_task(adapter)
     wording = saved.template if saved is not None else Template.of_column("text")
     wording = wording if text_column is None else wording.with_column(text_column)
@@ -65,28 +60,29 @@ def evaluate(
         task = replace(task, kind=kind, labels=examples.labels)
     elif kind.has_labels:
         _expect_known(examples, task)
-    task = answer_by(task, way)
-    labeller = replace(labeller, task=task)
-    result = _result(task, examples, answer(labeller, examples, progress, batch_size=batch_size))
+    task = answered_by(task, answer_by)
+    figures = _figures(replace(labeller, task=task), examples, progress, batch_size)
     if kind is TaskKind.LABEL_WORDS and not task.ranks:
         ranking = replace(labeller, task=task.answered_by("rank"))
-        ranked = _result(ranking.task, examples, answer(ranking, examples, progress, batch_size=batch_size))
-        result = replace(result, scores={"accuracy_by_rank": ranked.summary()["accuracy"]})
+        figures["accuracy_by_rank"] = _figures(ranking, examples, progress, batch_size)["accuracy"]
     if as_json:
-        typer.echo(json.dumps({"adapter": adapter, "data": examples.source, **result.summary()}, ensure_ascii=False))
+        print_json({"adapter": adapter, "data": examples.source, **figures})
     else:
-        _print(result)
+        print_figures(figures)
 
 
-def _result(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:
+def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_size: int) -> dict[str, Any]:
     """Compare texts with texts, or word by word where the answers are tags."""
     from ia3.tasks.entities import tag_scores
+    from ia3.tasks.metrics import figures_of
     from ia3.tasks.task import TaskKind
 
+    task = labeller.task
+    answers = answer(labeller, examples, progress, batch_size=batch_size)
     references = [example.label for example in examples]
     if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
-        predictions = [each.label for each in answers]
-        return Result(labels=task.labels, references=references, predictions=predictions, method=task.method)
+        found = figures_of(references, [each.label for each in answers], task.labels)
+        return {"method": task.method, **found}
     # A word that was cut off has no tag and is left out, as while training.
     pairs = [
         [(right, found) for right, found in zip(tags.split(" "), answer.tags or (), strict=True) if found is not None]
@@ -96,7 +92,7 @@ def _result(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result
     left_out = sum(found is None for answer in answers for found in answer.tags or ())
     scores = tag_scores(rights, founds, task.labels, words_left_out=left_out)
     flat = [[tag for text in texts for tag in text] for texts in (rights, founds)]
-    return Result(labels=task.labels, references=flat[0], predictions=flat[1], method=task.method, scores=scores)
+    return {"method": task.method, **figures_of(flat[0], flat[1], task.labels), **scores}
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
@@ -116,84 +112,23 @@ def _expect_known(examples: Examples, task: Task) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Result:
-    """What an adapter answered, and `method`, how it was asked; without labels the answers are free text."""
-
-    labels: Sequence[str]
-    references: Sequence[str]
-    predictions: Sequence[str]
-    method: str
-    scores: dict[str, float] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures as JSON writes them."""
-        from ia3.tasks.metrics import (
-            confusion_matrix,
-            count_correct,
-            f1_scores,
-            macro_f1,
-            majority_baseline,
-            wilson_interval,
-        )
-
-        correct, total = count_correct(self.references, self.predictions), len(self.references)
-        figures = {
-            "accuracy": correct / total,
-            "accuracy_interval_95": list(wilson_interval(correct, total)),
-            "correct": correct,
-            "examples": total,
-            "method": self.method,
-            **self.scores,
-        }
-        if not self.labels:
-            return figures
-        confusion = confusion_matrix(self.references, self.predictions, self.labels)
-        f1 = f1_scores(confusion, self.labels)
-        return figures | {
-            "confusion": confusion,  # a row a true label, a column a prediction, the last for no label
-            "f1": f1,
-            "labels": list(self.labels),
-            "macro_f1": macro_f1(f1),
-            "majority_baseline": majority_baseline(self.references),
-        }
-
-
-def _print(result: Result) -> None:
+def print_figures(figures: dict[str, Any]) -> None:
+    """Print an evaluation's figures, and with labels what is confused with what."""
     from rich.console import Console
-    from rich.table import Table
-
-    from ia3.tasks.metrics import write_score
-
-    found = result.summary()
-    low, high = found["accuracy_interval_95"]
-    table = Table(show_header=False, box=None, pad_edge=False, title="Result", title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row(
-        "accuracy", f"{found['accuracy']:.1%} of {found['examples']:,} (95 % interval {low:.1%} to {high:.1%})"
-    )
-    for name, score in result.scores.items():
-        table.add_row(name.replace("_", " "), write_score(name, score))
-    if result.labels:
-        table.add_row("majority class", f"{found['majority_baseline']:.1%}")
-        table.add_row("macro-F1", f"{found['macro_f1']:.3f}")
-    table.add_row("asked for", result.method)
-    Console().print(table, *(["", _confusion_table(found)] if result.labels else []), highlight=False)
-
-
-def _confusion_table(found: dict[str, Any]) -> Any:
-    from rich.table import Table
     from rich.text import Text
 
-    counts, columns, scores = found["confusion"], [*found["labels"], "other"], found["f1"]
-    if not any(row[-1] for row in counts):
-        counts, columns = [row[:-1] for row in counts], columns[:-1]
-    table = Table("true, predicted →", title="Confusion", title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(Text(column), justify="right")
-    table.add_column("F1", justify="right")
-    for place, (label, row) in enumerate(zip(found["labels"], counts, strict=True)):
-        cells = [Text(f"{count:,}", style="bold" if column == place else "") for column, count in enumerate(row)]
-        table.add_row(Text(label), *cells, f"{scores[label]:.3f}" if label in scores else "–")
-    return table
+    from ia3.runs.tables import NONE, Column, facts, print_table
+    from ia3.tasks.metrics import describe, without_empty_other
+
+    console = Console()
+    console.print(facts("Result", describe(figures)), highlight=False)
+    labels, f1 = figures.get("labels"), figures.get("f1", {})
+    if not labels:
+        return
+    counts, names = without_empty_other(figures["confusion"], labels)
+    columns = [Column("true, predicted →", labels, text=True)]
+    for place, name in enumerate(names):
+        cells = [Text(f"{row[place]:,}", style="bold" if number == place else "") for number, row in enumerate(counts)]
+        columns.append(Column(name, cells, 1))
+    columns.append(Column("F1", [f"{f1[label]:.3f}" if label in f1 else NONE for label in labels]))
+    print_table(console, columns, "Confusion")

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ia3.cli.adapters import expect_adapter
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,7 +34,7 @@ class Overrides:
             task = replace(task, template=task.template.with_column(self.text_column))
         if self.max_length is not None:
             task = replace(task, max_length=self.max_length)
-        task = answer_by(task, self.way)
+        task = answered_by(task, self.way)
         if self.max_new_tokens is None:
             return task
         if not task.kind.writes:
@@ -70,7 +68,6 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
     Raises:
         FileNotFoundError, ValueError: what `load_adapter`, `load_task` and `Overrides.over` raise.
     """
-    expect_adapter(adapter)
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 
@@ -105,7 +102,7 @@ def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> 
     )
 
 
-def answer_by(task: Task, way: str | None) -> Task:
+def answered_by(task: Task, way: str | None) -> Task:
     """The task, answered as --answer-by asks for.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,20 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from ia3.cli.adapters import expect_adapter
+from ia3.cli.flags import Adapter, AsJson, print_json
 from ia3.files import give_usual_rights
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
+    adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base model and save both as one model, which needs no ia3."""
     from rich.console import Console
 
-    expect_adapter(adapter)
-    _check_output(output)
+    from ia3.runs.run import check_output
+
+    if output.exists():
+        raise ValueError(f"{output} exists already, and a merged model replaces nothing: name a new folder.")
+    check_output(output)
     progress = Console(stderr=True)
     with progress.status(f"Loading {adapter}") as status:
         model, tokenizer = _load(adapter)
@@ -34,17 +36,16 @@ def merge(
         _save(merged, tokenizer, output)
     size = sum(path.stat().st_size for path in output.iterdir())
     if as_json:
-        typer.echo(json.dumps({"adapter": adapter, "output": str(output), "merged_numbers": vectors, "bytes": size}))
-    else:
-        _print(output, vectors, size, type(merged).__name__)
+        print_json({"adapter": adapter, "output": output, "merged_numbers": vectors, "bytes": size})
+        return
+    from ia3.runs.tables import facts
 
-
-def _check_output(output: Path) -> None:
-    if output.exists():
-        raise ValueError(f"{output} exists already, and a merged model replaces nothing: name a new folder.")
-    nearest = next(path for path in output.absolute().parents if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{output} can't be a folder, since {nearest} is a file: name another.")
+    rows = {
+        "model": f"{output} ({size:,} bytes)",
+        "folded in": f"{vectors:,} numbers",
+        "load it by": f'transformers.{type(merged).__name__}.from_pretrained("{output}")',
+    }
+    Console().print(facts("Merged", rows), highlight=False)
 
 
 def _load(adapter: str) -> tuple[Any, Any]:
@@ -80,17 +81,3 @@ def _save(model: Any, tokenizer: Any, output: Path) -> None:
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _print(output: Path, vectors: int, size: int, class_name: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, box=None, pad_edge=False, title="Merged", title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("model", Text(f"{output} ({size:,} bytes)"))
-    table.add_row("folded in", f"{vectors:,} numbers")
-    table.add_row("load it by", Text(f'transformers.{class_name}.from_pretrained("{output}")'))
-    Console().print(table, highlight=False)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter
 from ia3.cli.labelling import Overrides, answer, answering_bar, load_labeller, task_without_file
-from ia3.cli.names import ANSWER_BY_HELP, FlagConsole
+from ia3.cli.names import FlagConsole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,9 @@ _OUTPUTS = (".csv", ".jsonl")
 
 
 def predict(
-    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
+    adapter: Annotated[
+        str, typer.Argument(help="The adapter: a folder or a hub repository; with --adapter-column a folder of many.")
+    ],
     sentences: Annotated[
         list[str] | None, typer.Argument(help="What to label; without any, --file or the lines of standard input.")
     ] = None,
@@ -37,22 +40,20 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(help="Write the rows with predictions and probabilities: .csv or .jsonl.")
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="The file's column with the text, if not as in training.")
-    ] = None,
+    text_column: TextColumn = None,
     adapter_column: Annotated[
         str | None,
         typer.Option(help="The file's column with each row's adapter; ADAPTER is then a folder of many."),
     ] = None,
-    way: Annotated[str | None, typer.Option("--answer-by", help=ANSWER_BY_HELP, show_default="as in training")] = None,
+    answer_by: AnswerBy = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Where longer texts are cut, in tokens.", show_default="as in training")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The longest written answer, in tokens.", show_default="the labels'")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences at once.")] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
 ) -> None:
     """Label sentences, a file or standard input with a trained adapter."""
     progress = FlagConsole()
@@ -60,9 +61,10 @@ def predict(
         _check_output(file, output)
     if sentences and file is not None:
         raise ValueError(f"There are both sentences and --file {file}: give one of them.")
-    overrides = Overrides(text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=way)
+    overrides = Overrides(text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=answer_by)
     records = _read_file(file, text_column) if file is not None else None
     if adapter_column is None:
+        expect_adapter(adapter)
         work = _by_one(adapter, sentences, records, overrides, progress, batch_size)
     elif records is None:
         raise ValueError("--adapter-column names a column of a --file: give the file.")

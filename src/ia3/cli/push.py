@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ia3.cli.flags import AsJson, expect_adapter, print_json
 
 # An adapter's own files; what else lies in its folder stays there.
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "README.md")
 
 
 def push(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", callback=expect_adapter)],
     repository: Annotated[str, typer.Argument(help="The hub repository, such as you/reviews-ia3; made if new.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload an adapter to the hub; log in with `hf auth login` or set HF_TOKEN before."""
     from rich.console import Console
 
-    from ia3.cli.inspect import read_content
+    from ia3.runs.adapters import read_adapter
 
     if not adapter.is_dir():
         raise FileNotFoundError(f"There is no folder {adapter}: expected an adapter saved by `ia3 train`.")
-    content = read_content(str(adapter))
+    base = read_adapter(adapter).config.base_model_name_or_path
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} holds a pickle, which nobody should have to trust: save it as safetensors first.")
     progress = Console(stderr=True)
-    base = content.config.base_model_name_or_path
     if base is None or Path(base).exists():
         progress.print(
             f"The adapter's base model is {base or 'not named'}, which others don't have: set "
@@ -40,7 +40,7 @@ def push(
     with progress.status(f"Uploading {adapter}"):
         url = _upload(adapter, repository, private or None)
     if as_json:
-        typer.echo(json.dumps({"adapter": str(adapter), "repository": repository, "url": url}))
+        print_json({"adapter": adapter, "repository": repository, "url": url})
     else:
         typer.echo(f'{url}\nUse it: ia3 predict {repository} "…"')
 

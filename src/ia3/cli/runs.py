@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ia3.cli.flags import AsJson, print_json
+from ia3.runs.tables import NONE, WIDEST_CELL, Column, print_table, say
+from ia3.tasks.metrics import further_scores, write_score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,50 +20,45 @@ if TYPE_CHECKING:
 _FIRST = ("model", "data", "task")
 # Further keys of the recipes get a column each up to this many; a line below names the rest.
 _MOST_KEYS = 4
-_WIDEST_CELL = 28
 _PATHS = ("model", "data", "test_data")
-_OF_EVERY_RUN = ("accuracy", "loss", "macro_f1", "seconds", "step")
-# How soon the columns of differing keys are left out, see _Column.
+# How soon the columns of differing keys are left out, see Column.
 _KEY_RANKS = (2, 4, 4, 8, 8, 8, 8)
-_GAP = 2
-_NONE = "–"
 
 
 def runs(
     folders: Annotated[
         list[Path] | None, typer.Argument(help="Folders of runs, or above them.", show_default="runs")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare runs: a table, the best first, and a picture of their loss and accuracy, runs.png."""
     from rich.console import Console
 
     given = folders or [Path("runs")]
     with Console(stderr=True).status("Reading runs"):
-        from ia3.runs.comparison import PICTURE_NAME, draw_runs, group_repeats, read_runs
+        from ia3.runs.comparison import group_repeats, read_runs
+        from ia3.runs.run import RUNS_PICTURE_NAME
 
         records = read_runs(given)
         groups = group_repeats(records)
     drawable = any(record.evaluations for record in records)
-    picture = given[0] / PICTURE_NAME if drawable else None
+    picture = given[0] / RUNS_PICTURE_NAME if drawable else None
+    if picture is not None:
+        from ia3.runs.picture import draw_runs
+
+        draw_runs(records, picture)
     if as_json:
-        if picture is not None:
-            draw_runs(records, picture)
-        typer.echo(json.dumps(_content(records, groups, picture), ensure_ascii=False, default=str))
+        print_json(
+            {
+                "picture": picture,
+                "repeats": [group.summary() for group in groups],
+                "runs": [record.summary() for record in records],
+            }
+        )
         return
     console = Console()
     print_runs(console, records, groups)
-    if picture is not None:
-        draw_runs(records, picture)
-    _say(console, f"picture: {picture}" if picture is not None else "No run has an evaluation yet: no picture.")
-
-
-def _content(records: Sequence[RunRecord], groups: Sequence[Repeats], picture: Path | None) -> dict[str, Any]:
-    return {
-        "picture": None if picture is None else str(picture),
-        "repeats": [group.summary() for group in groups],
-        "runs": [record.summary() for record in records],
-    }
+    say(console, f"\npicture: {picture}" if picture is not None else "\nNo run has an evaluation yet: no picture.")
 
 
 def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[Repeats]) -> None:
@@ -72,94 +69,85 @@ def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[
         records: the runs, in the order of the rows.
         groups: the repeated runs among them.
     """
-    from ia3.runs.comparison import differences, name_runs
+    from ia3.runs.comparison import QUARTILE_METHOD, differences, name_runs
 
     folder, names = name_runs(records)
     differing = differences(records)
-    further = [key for key in differing if key not in _FIRST]
-    columns = _run_columns(
-        records, names, {key: differing[key] for key in differing if key not in further[_MOST_KEYS:]}
-    )
+    further = [key for key in differing if key not in _FIRST][_MOST_KEYS:]
     shared = [f"{key} {Path(_write(records[0].recipe[key])).name}" for key in _FIRST if key not in differing]
     methods = {record.method for record in records}
     shared += [f"accuracy by {methods.pop()}"] if len(methods) == 1 else []
     count = "1 run" if len(records) == 1 else f"{len(records)} runs"
-    _say(console, ", ".join([f"{count} in {_from_here(folder)}", *shared]))
-    _print_table(console, columns)
-    if further[_MOST_KEYS:]:
-        _say(console, f"They also differ in {', '.join(further[_MOST_KEYS:])}.")
-    for figure in ("accuracy", "loss"):
+    here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    say(console, ", ".join([f"{count} in {here}", *shared]))
+    print_table(console, _run_columns(records, names, {key: differing[key] for key in differing if key not in further}))
+    if further:
+        say(console, f"\nThey also differ in {', '.join(further)}.")
+    for figure, pattern in (("accuracy", "{:.1%}"), ("loss", "{:.3f}")):
         of_figure = [group for group in groups if group.kind.has_labels == (figure == "accuracy")]
         if of_figure:
-            _print_repeats(console, figure, of_figure)
+            say(console, f"\nRepeated runs: {figure} (finished runs; quartiles: numpy's {QUARTILE_METHOD})")
+            print_table(console, _repeat_columns(of_figure, figure, pattern))
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A column; where not all fit, those of a higher rank are left out first, those of rank 0 never."""
-
-    title: str
-    cells: list[str]
-    rank: int = 0
-    text: bool = False
-
-    @property
-    def width(self) -> int:
-        from rich.cells import cell_len
-
-        parts = [*self.title.split("\n"), *self.cells]
-        longest = max(cell_len(part) for part in parts)
-        return min(longest, _WIDEST_CELL) if self.text else longest
-
-    @property
-    def empty(self) -> bool:
-        return all(cell == _NONE for cell in self.cells)
-
-
-def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: dict[str, list[Any]]) -> list[_Column]:
+def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: dict[str, list[Any]]) -> list[Column]:
     """The columns in their order from left to right, without empty ones."""
     from ia3.runs.comparison import FINISHED
 
-    last = [record.last for record in records]
-    scores = list(dict.fromkeys(name for figures in last for name in figures if name not in _OF_EVERY_RUN))
+    rows = [record.last | record.summary() for record in records]
+    scores = dict.fromkeys(name for record in records for name in further_scores(record.last))
     columns = [
-        _Column("run", list(names), text=True),
+        Column("run", names, text=True),
         *(
-            _Column(key, _cells(values, key), _KEY_RANKS[place], text=True)
+            Column(key, _cells(values, key), _KEY_RANKS[place], text=True)
             for place, (key, values) in enumerate(differing.items())
         ),
-        _Column("accuracy", _numbers(last, "accuracy", "{:.1%}")),
-        _Column("95 %\ninterval", [_range(*record.interval) if record.interval else _NONE for record in records], 3),
-        _Column("macro-F1", _numbers(last, "macro_f1", "{:.3f}"), 5),
-        *(_Column(name.replace("_", "\n", 1).replace("_", " "), _scores(last, name), 6) for name in scores),
-        _Column("loss", _numbers(last, "loss", "{:.3f}")),
-        _Column("best\naccuracy", [_format(record.best_accuracy, "{:.1%}") for record in records], 7),
-        _Column("steps", [f"{record.steps:,}" for record in records], 9),
-        _Column("seconds", [_format(record.seconds, "{:,.0f}") for record in records], 10),
+        _figures("accuracy", rows, "accuracy", "{:.1%}"),
+        Column("95 %\ninterval", [_range(record.interval) for record in records], 3),
+        _figures("macro-F1", rows, "macro_f1", "{:.3f}", 5),
+        *(Column(name.replace("_", "\n", 1).replace("_", " "), _scores(rows, name), 6) for name in scores),
+        _figures("loss", rows, "loss", "{:.3f}"),
+        _figures("best\naccuracy", rows, "best_accuracy", "{:.1%}", 7),
+        _figures("steps", rows, "steps", "{:,}", 9),
+        _figures("seconds", rows, "train_seconds", "{:,.0f}", 10),
     ]
     if any(record.state != FINISHED for record in records):
-        columns.append(_Column("state", [record.state for record in records], 1, text=True))
+        columns.append(Column("state", [record.state for record in records], 1, text=True))
     if not all(record.finished for record in records):
-        columns.append(_Column("evaluated\nat step", _numbers(last, "step", "{:,.0f}"), 7))
+        columns.append(_figures("evaluated\nat step", rows, "step", "{:,.0f}", 7))
     return [column for column in columns if not column.empty]
 
 
-def _numbers(figures: Sequence[dict[str, float]], name: str, pattern: str) -> list[str]:
-    return [_format(each.get(name), pattern) for each in figures]
+def _repeat_columns(groups: Sequence[Repeats], figure: str, pattern: str) -> list[Column]:
+    """The median, the quartiles and the extremes of one figure, a row a group."""
+    from ia3.runs.comparison import REPEATED, differences
+
+    differing = differences([group.records[0] for group in groups])
+    keys = [key for key in differing if key not in REPEATED]
+    varied = [", ".join(f"{count} {key}s" for key, count in group.varied.items()) for group in groups]
+    spreads = [group.summary()[figure] for group in groups]
+    return [
+        *(Column(key, _cells(differing[key], key), 2 if place else 0, text=True) for place, key in enumerate(keys)),
+        Column("runs", [f"{len(group.records)}" for group in groups]),
+        Column("over", [names or "the same recipe" for names in varied], 1, text=True),
+        _figures("median", spreads, "median", pattern),
+        _figures("lower\nquartile", spreads, "lower", pattern),
+        _figures("upper\nquartile", spreads, "upper", pattern),
+        _figures("lowest", spreads, "lowest", pattern),
+        _figures("highest", spreads, "highest", pattern),
+    ]
 
 
-def _scores(figures: Sequence[dict[str, float]], name: str) -> list[str]:
-    from ia3.tasks.metrics import write_score
-
-    return [write_score(name, each[name]) if name in each else _NONE for each in figures]
+def _figures(title: str, rows: Sequence[dict[str, Any]], name: str, pattern: str, rank: int = 0) -> Column:
+    return Column(title, [NONE if row.get(name) is None else pattern.format(row[name]) for row in rows], rank)
 
 
-def _format(value: float | None, pattern: str) -> str:
-    return _NONE if value is None else pattern.format(value)
+def _scores(rows: Sequence[dict[str, Any]], name: str) -> list[str]:
+    return [write_score(name, row[name]) if name in row else NONE for row in rows]
 
 
-def _range(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {100 * high:.1f}"
+def _range(interval: tuple[float, float] | None) -> str:
+    return NONE if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
 def _cells(values: Sequence[Any], key: str) -> list[str]:
@@ -168,79 +156,13 @@ def _cells(values: Sequence[Any], key: str) -> list[str]:
     if key in _PATHS:
         names = [Path(text).name for text in written]
         written = names if len(set(names)) == len(set(written)) else written
-    cut = [text if len(text) <= _WIDEST_CELL else f"{text[: _WIDEST_CELL - 1]}…" for text in written]
+    cut = [text if len(text) <= WIDEST_CELL else f"{text[: WIDEST_CELL - 1]}…" for text in written]
     return cut if len(set(cut)) == len(set(written)) else written
 
 
 def _write(value: Any) -> str:
     if value is None:
-        return _NONE
+        return NONE
     if isinstance(value, bool):
         return str(value).lower()
     return ", ".join(map(str, value)) if isinstance(value, list) else " ".join(str(value).split())
-
-
-def _from_here(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
-
-
-def _print_table(console: Console, columns: Sequence[_Column]) -> None:
-    """The columns that fit, and the names of those that don't."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = _fitting(columns, console.width)
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
-    for column in shown:
-        side: Any = "left" if column.text else "right"
-        width = _WIDEST_CELL if column.text else None
-        table.add_column(Text(column.title), justify=side, max_width=width, overflow="fold", no_wrap=not column.text)
-    for cells in zip(*(column.cells for column in shown), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print("", table, "", highlight=False)
-    hidden = [column.title.replace("\n", " ") for column in columns if column not in shown]
-    if hidden:
-        _say(console, f"For want of width not shown: {', '.join(hidden)}. A wider terminal shows them, or --json.")
-
-
-def _fitting(columns: Sequence[_Column], width: int) -> list[_Column]:
-    chosen: list[_Column] = []
-    for column in sorted(columns, key=lambda column: column.rank):
-        together = [*chosen, column]
-        if column.rank == 0 or sum(each.width + _GAP for each in together) - _GAP <= width:
-            chosen = together
-    return [column for column in columns if column in chosen]
-
-
-def _print_repeats(console: Console, figure: str, groups: Sequence[Repeats]) -> None:
-    """The median, the quartiles and the extremes of one figure, a row a group."""
-    from ia3.runs.comparison import QUARTILE_METHOD, REPEATED, differences
-
-    firsts = [group.records[0] for group in groups]
-    differing = {key: values for key, values in differences(firsts).items() if key not in REPEATED}
-    spreads = [asdict(group.accuracy if figure == "accuracy" else group.loss) for group in groups]
-    pattern = "{:.1%}" if figure == "accuracy" else "{:.3f}"
-    columns = [
-        *(
-            _Column(key, _cells(values, key), 0 if place == 0 else 2, text=True)
-            for place, (key, values) in enumerate(differing.items())
-        ),
-        _Column("runs", [f"{len(group.records)}" for group in groups]),
-        _Column("over", [_varied(group) for group in groups], 1, text=True),
-        _Column("median", _numbers(spreads, "median", pattern)),
-        _Column("lower\nquartile", _numbers(spreads, "lower", pattern)),
-        _Column("upper\nquartile", _numbers(spreads, "upper", pattern)),
-        _Column("lowest", _numbers(spreads, "lowest", pattern)),
-        _Column("highest", _numbers(spreads, "highest", pattern)),
-    ]
-    _say(console, f"Repeated runs: {figure} (finished runs; quartiles: numpy's {QUARTILE_METHOD})")
-    _print_table(console, columns)
-
-
-def _varied(group: Repeats) -> str:
-    return ", ".join(f"{count} {key}s" for key, count in group.varied.items()) or "the same recipe"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import module_names
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from ia3.config import IA3Config
     from ia3.sites import Found, Site
 
 
@@ -26,7 +25,7 @@ def targets(
         str | None, typer.Option(help="Those of them whose input is multiplied, not the output.")
     ] = None,
     exclude_modules: Annotated[str | None, typer.Option(help="Modules to leave alone.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show which modules of a model get a vector, as a tree; needs the model's configuration alone."""
     from rich.console import Console
@@ -44,7 +43,7 @@ def targets(
         found = find_sites(base, config)
     total = sum(parameter.numel() for parameter in base.parameters())
     if as_json:
-        typer.echo(json.dumps(_summary(model, found, total), ensure_ascii=False))
+        print_json(_summary(model, found, total))
     else:
         _print(model, type(base).__name__, found, total)
 
@@ -68,75 +67,18 @@ def _names(value: Any) -> Any:
 
 
 def _summary(model: str, found: Found, total: int) -> dict[str, Any]:
-    config: IA3Config = found.config
     return {
         "model": model,
-        "target_modules": _names(config.target_modules),
-        "feedforward_modules": _names(config.feedforward_modules),
+        "target_modules": _names(found.config.target_modules),
+        "feedforward_modules": _names(found.config.feedforward_modules),
         "note": found.note,
         "sites": [
-            {"path": site.path, "side": site.side, "shape": list(site.shape), "trained": site.trained_width}
+            {"path": site.path, "side": site.side, "shape": site.shape, "trained": site.trained_width}
             for site in found.layout.sites
         ],
         "trained_numbers": found.layout.size,
         "base_parameters": total,
     }
-
-
-@dataclass
-class _Node:
-    """A module on the way to sites: its children by name, and its own site where it is one."""
-
-    children: dict[str, _Node] = field(default_factory=dict)
-    site: Site | None = None
-
-    def shape(self) -> Any:
-        """What makes two nodes look alike in the tree."""
-        own = (self.site.side, self.site.shape, self.site.trained_width) if self.site is not None else None
-        return own, tuple((name, child.shape()) for name, child in self.children.items())
-
-
-def _as_nodes(sites: tuple[Site, ...]) -> _Node:
-    root = _Node()
-    for site in sites:
-        node = root
-        for part in site.path.split("."):
-            node = node.children.setdefault(part, _Node())
-        node.site = site
-    return root
-
-
-def _runs(children: dict[str, _Node]) -> list[tuple[list[str], _Node]]:
-    """Children in order; numbered neighbours that look alike are one."""
-    runs: list[tuple[list[str], _Node]] = []
-    for name, child in children.items():
-        if name.isdigit() and runs and runs[-1][0][-1].isdigit() and runs[-1][1].shape() == child.shape():
-            runs[-1][0].append(name)
-        else:
-            runs.append(([name], child))
-    return runs
-
-
-def _grow(tree: Tree, node: _Node) -> None:
-    from rich.text import Text
-
-    for names, child in _runs(node.children):
-        name = names[0] if len(names) == 1 else f"{names[0]}–{names[-1]}"
-        while child.site is None and len(child.children) == 1:  # a chain without a fork is one line
-            (part, child), *_ = child.children.items()
-            name = f"{name}.{part}"
-        text = Text(name, style="bold" if child.site is not None else "")
-        if len(names) > 1:
-            text.append(f"  {len(names)} alike", style="cyan")
-        if child.site is not None:
-            text.append(f"  {child.site.side}  {_size(child.site)}", style="not bold green")
-        _grow(tree.add(text), child)
-
-
-def _size(site: Site) -> str:
-    if site.intervals is None:
-        return f"{site.width:,}"
-    return f"{site.trained_width:,} of {site.width:,}"
 
 
 def _print(model: str, class_name: str, found: Found, total: int) -> None:
@@ -145,7 +87,7 @@ def _print(model: str, class_name: str, found: Found, total: int) -> None:
     from rich.tree import Tree
 
     tree = Tree(Text(f"{model} ({class_name})"))
-    _grow(tree, _as_nodes(found.layout.sites))
+    _grow(tree, _nested(found.layout.sites))
     size = found.layout.size
     lines = [
         f"{len(found.layout.sites):,} vectors, {size:,} trained numbers, {size / total:.3%} of the base's {total:,}",
@@ -156,6 +98,45 @@ def _print(model: str, class_name: str, found: Found, total: int) -> None:
     console = Console()
     console.print(tree)
     console.print("", *lines, sep="\n", markup=False, highlight=False)
+
+
+def _nested(sites: Iterable[Site]) -> dict[str, Any]:
+    """The modules on the way to sites, by name; what a site is stands in its module under the empty name."""
+    root: dict[str, Any] = {}
+    for site in sites:
+        node = root
+        for part in site.path.split("."):
+            node = node.setdefault(part, {})
+        trained = "" if site.intervals is None else f"{site.trained_width:,} of "
+        node[""] = f"{site.side}  {trained}{site.width:,}"
+    return root
+
+
+def _runs(node: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """A module's children in order; numbered neighbours that look alike are one."""
+    runs: list[tuple[list[str], dict[str, Any]]] = []
+    for name, child in node.items():
+        if name.isdigit() and runs and runs[-1][0][-1].isdigit() and runs[-1][1] == child:
+            runs[-1][0].append(name)
+        elif name:
+            runs.append(([name], child))
+    return runs
+
+
+def _grow(tree: Tree, node: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    for names, child in _runs(node):
+        name = names[0] if len(names) == 1 else f"{names[0]}–{names[-1]}"
+        while "" not in child and len(child) == 1:  # a chain without a fork is one line
+            ((part, child),) = child.items()
+            name = f"{name}.{part}"
+        text = Text(name, style="bold" if "" in child else "")
+        if len(names) > 1:
+            text.append(f"  {len(names)} alike", style="cyan")
+        if "" in child:
+            text.append(f"  {child['']}", style="not bold green")
+        _grow(tree.add(text), child)
 
 
 def _spell(value: Any) -> str:

@@ -174,7 +174,8 @@ def run_visibly(train: Callable[[], Run], progress: Console) -> Run:
 
 def print_result(run: Run, *, as_json: bool, **more: Any) -> None:
     """Print the run as a table, or with `more` as one JSON object, on standard output."""
-    from ia3.runs.report import PICTURE_NAME, result_table
+    from ia3.runs.report import result_table
+    from ia3.runs.run import PICTURE_NAME
 
     picture = run.output_dir / PICTURE_NAME
     if as_json:

@@ -1,38 +1,27 @@
-"""Several runs side by side: what their folders say, what differs, how repeated runs spread, and a picture."""
+"""Several runs side by side: what their folders say, what differs, and how repeated runs spread."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
-from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
 from ia3.runs.recipe import read_recipe
 from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
 from ia3.tasks.task import TaskKind, method_of
 from ia3.tasks.template import Template
 
-PICTURE_NAME = "runs.png"
 QUARTILE_METHOD: Final = "linear"
 
 FINISHED, STOPPED_EARLY, UNFINISHED = "finished", "stopped early", "unfinished"
 
 # What repeated runs may differ in: the drawn examples and their order, and the wording.
 REPEATED = ("template", "seed")
-_MOST_LINES = 10
-_LONGEST_NAME = 40
-_COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#202124")
 
 
 @dataclass(frozen=True)
@@ -114,24 +103,29 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Finished runs that differ in nothing but template and seed.
+    """Finished runs that differ in nothing but template and seed, at least two, the best first."""
 
-    Args:
-        records: at least two, the best first.
-        varied: what they differ in, and how many values it has.
-        accuracy: the spread of the accuracy after the last step.
-        loss: the spread of the held-out loss after the last step.
-    """
-
-    records: list[RunRecord] = field(repr=False)
-    varied: dict[str, int]
-    accuracy: Quartiles
-    loss: Quartiles
+    records: list[RunRecord]
 
     @property
     def kind(self) -> TaskKind:
         """What they learn."""
         return self.records[0].kind
+
+    @property
+    def varied(self) -> dict[str, int]:
+        """What they differ in, and how many values it has."""
+        return {key: len({str(value) for value in values}) for key, values in differences(self.records).items()}
+
+    @property
+    def accuracy(self) -> Quartiles:
+        """The spread of the accuracy after the last step."""
+        return quartiles_of([record.last["accuracy"] for record in self.records])
+
+    @property
+    def loss(self) -> Quartiles:
+        """The spread of the held-out loss after the last step."""
+        return quartiles_of([record.last["loss"] for record in self.records])
 
     def summary(self) -> dict[str, Any]:
         """The group as JSON writes it."""
@@ -187,26 +181,34 @@ def _read_run(folder: Path) -> RunRecord:
     if not path.is_file():
         steps, evaluations = _read_metrics(folder / METRICS_NAME)
         return RunRecord(folder, recipe, UNFINISHED, steps, evaluations)
-    result = _parse(path, path.read_bytes())
-    try:
+    with _reading(path):
+        result = json.loads(path.read_bytes())
         low, high = result["accuracy_interval_95"]
-        evaluations = [_figures(each) for each in result["evaluations"]]
-        if not evaluations:
+        if not result["evaluations"]:
             raise ValueError("it has no evaluation")
         return RunRecord(
             folder,
             recipe,
             STOPPED_EARLY if result["stopped_early"] else FINISHED,
             result["steps"],
-            evaluations,
+            [_figures(each) for each in result["evaluations"]],
             interval=(low, high),
             best_accuracy=result["best"]["accuracy"],
             seconds=result["train_seconds"],
         )
+
+
+@contextmanager
+def _reading(path: Path, place: str = "") -> Iterator[None]:
+    """Name the file that doesn't hold what a run writes."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = "there is no JSON object where one belongs" if isinstance(error, TypeError) else reason
         raise ValueError(
-            f"{path} is not the result of a run as this version of ia3 writes it ({_reason(error)}): train again, or "
-            "move the folder elsewhere."
+            f"{path} is damaged{place}, or of another version of ia3 ({reason}): copy it again, train again, or move "
+            "its run's folder elsewhere."
         ) from error
 
 
@@ -229,32 +231,12 @@ def _read_metrics(path: Path) -> tuple[int, list[dict[str, float]]]:
     *lines, _ = path.read_bytes().split(b"\n")
     steps, evaluations = 0, []
     for number, line in enumerate(lines, start=1):
-        content = _parse(path, line, f" in line {number}")
-        try:
+        with _reading(path, f" in line {number}"):
+            content = json.loads(line)
             steps = max(steps, int(content["step"]))
             if "evaluation" in content:
                 evaluations.append(_figures(content["evaluation"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f" in line {number}", _reason(error)) from error
     return steps, evaluations
-
-
-def _parse(path: Path, text: bytes, place: str = "") -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise _damaged(path, place, str(error)) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, place, "it is no JSON object")
-    return content
-
-
-def _damaged(path: Path, place: str, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged{place} ({reason}): copy it again, or move its run's folder elsewhere.")
-
-
-def _reason(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -264,10 +246,9 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
 
 def _rank(record: RunRecord) -> tuple[Any, ...]:
     """The smaller, the better."""
-    if not record.evaluations:
-        return (True, True, True, (math.inf, math.inf), str(record.folder))
-    merit = _merit(record.kind, record.last["accuracy"], record.last["loss"])
-    return (not record.finished, False, not record.kind.has_labels, merit, str(record.folder))
+    last = record.last or {"accuracy": 0.0, "loss": math.inf}
+    merit = _merit(record.kind, last["accuracy"], last["loss"])
+    return (not record.finished, not record.last, not record.kind.has_labels, merit, str(record.folder))
 
 
 def _merit(kind: TaskKind, accuracy: float, loss: float) -> tuple[float, float]:
@@ -321,18 +302,8 @@ def group_repeats(records: Sequence[RunRecord]) -> list[Repeats]:
         if record.finished:
             rest = {key: value for key, value in record.recipe.items() if key not in REPEATED}
             alike.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(record)
-    groups = [_repeats(group) for group in alike.values() if len(group) > 1]
+    groups = [Repeats(group) for group in alike.values() if len(group) > 1]
     return sorted(groups, key=lambda group: _merit(group.kind, group.accuracy.median, group.loss.median))
-
-
-def _repeats(records: list[RunRecord]) -> Repeats:
-    varied = {key: len({str(value) for value in values}) for key, values in differences(records).items()}
-    return Repeats(
-        records,
-        varied,
-        accuracy=quartiles_of([record.last["accuracy"] for record in records]),
-        loss=quartiles_of([record.last["loss"] for record in records]),
-    )
 
 
 def quartiles_of(values: Sequence[float]) -> Quartiles:
@@ -348,146 +319,7 @@ def quartiles_of(values: Sequence[float]) -> Quartiles:
     """
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"The values are {list(values)}: expected at least one, and finite numbers only.")
+    import numpy as np
+
     lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75), method=QUARTILE_METHOD).tolist()
     return Quartiles(median, lower, upper, min(values), max(values))
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One run's line in the picture; without a label the legend doesn't name it."""
-
-    record: RunRecord
-    label: str
-    style: dict[str, Any]
-
-
-def draw_runs(records: Sequence[RunRecord], path: str | Path) -> Path:
-    """Draw held-out loss and accuracy over the steps into one PNG, a line a run.
-
-    Of more than ten runs, the best and the median one are highlighted and the others are grey.
-
-    Args:
-        records: the runs, as `read_runs` gives them; those without an evaluation are left out.
-        path: where the picture goes.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: no run has an evaluation.
-        PermissionError: the picture can't be written.
-    """
-    drawn = [record for record in records if record.evaluations]
-    if not drawn:
-        raise ValueError("None of the runs has an evaluation yet: there is nothing to draw.")
-    folder, names = name_runs(records)
-    names = [_shorten(name) for record, name in zip(records, names, strict=True) if record.evaluations]
-    few = len(drawn) <= _MOST_LINES
-    lines = _each_apart(drawn, names) if few else _best_and_median(drawn, names)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        _draw_losses(left, lines)
-        _draw_accuracies(right, lines)
-        figure.legend(
-            *left.get_legend_handles_labels(),
-            loc="outside right upper",
-            frameon=False,
-            title=_legend_title(drawn),
-            alignment="left",
-        )
-        runs = f"{len(drawn)} runs" if len(drawn) > 1 else "1 run"
-        figure.suptitle(f"{runs} in {folder.name}", x=0.012, ha="left", fontsize=14, fontweight="bold")
-        _save(figure, Path(path))
-    return Path(path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except PermissionError as error:
-        raise PermissionError(
-            f"The picture {path} cannot be written: make its folder writable, or copy the runs to one that is."
-        ) from error
-
-
-def _shorten(name: str) -> str:
-    """A long name without its middle: runs are told apart by how their names begin and end."""
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _each_apart(records: Sequence[RunRecord], names: Sequence[str]) -> list[_Line]:
-    """A colour a run, and dashes once the colours are used up; the best run is on top."""
-    styles = []
-    for number, colour in zip(range(len(records)), cycle(_COLOURS), strict=False):
-        dash = "-" if number < len(_COLOURS) else "--"
-        styles.append({"color": colour, "linestyle": dash, "linewidth": 1.8, "marker": "o", "markersize": 4.5})
-    return [
-        _Line(record, _label(record, name), style | _face(record) | {"zorder": 3 - 0.01 * number})
-        for number, (record, name, style) in enumerate(zip(records, names, styles, strict=True))
-    ]
-
-
-def _best_and_median(records: Sequence[RunRecord], names: Sequence[str]) -> list[_Line]:
-    """The best and the median one of the finished runs in colour, the others in grey below them."""
-    finished = sum(record.finished for record in records)
-    median = ((finished if finished > 2 else len(records)) - 1) // 2
-    strong = {"linewidth": 2.2, "marker": "o", "markersize": 5}
-    lines = []
-    for number, (record, name) in enumerate(zip(records, names, strict=True)):
-        label, style = "", {"color": GREY, "linewidth": 0.8, "alpha": 0.7, "zorder": 2.0}
-        if number == 0:
-            label, style = f"best: {_label(record, name)}", {"color": BLUE, "zorder": 3, **strong, **_face(record)}
-        elif number == median:
-            label, style = f"median: {_label(record, name)}", {"color": ORANGE, "zorder": 2.9, **strong}
-        lines.append(_Line(record, label, style))
-    last = lines[-1]
-    lines[-1] = _Line(last.record, f"{len(records) - 2} other runs", last.style)
-    return lines
-
-
-def _face(record: RunRecord) -> dict[str, Any]:
-    return {} if record.finished else {"markerfacecolor": "white"}
-
-
-def _label(record: RunRecord, name: str) -> str:
-    figure = f"{record.last['accuracy']:.1%}" if record.kind.has_labels else f"loss {record.last['loss']:.3f}"
-    state = "" if record.finished else f", unfinished ({record.steps:,} steps)"
-    return f"{name}: {figure}{state}"
-
-
-def _legend_title(records: Sequence[RunRecord]) -> str:
-    figures = {"last accuracy" if record.kind.has_labels else "last loss" for record in records}
-    return f"Run and its {' or '.join(sorted(figures))}"
-
-
-def _draw_losses(axes: Any, lines: Sequence[_Line]) -> None:
-    _draw_figure(axes, lines, "loss")
-    losses = [each["loss"] for line in lines for each in line.record.evaluations]
-    low, high = min(losses), max(losses)
-    if low > 0 and high / low >= 5:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(log_ticks(low, high))
-    kinds = {line.record.kind for line in lines}
-    axes.set(title="Held-out loss", ylabel=LOSSES[kinds.pop()] if len(kinds) == 1 else "cross-entropy of each task")
-
-
-def _draw_accuracies(axes: Any, lines: Sequence[_Line]) -> None:
-    _draw_figure(axes, lines, "accuracy", scale=100)
-    methods = {line.record.method for line in lines}
-    axes.set(title="Held-out accuracy", ylabel=f"right by {methods.pop()} (%)" if len(methods) == 1 else "right (%)")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -1), min(max(high, low + 10), 101))
-
-
-def _draw_figure(axes: Any, lines: Sequence[_Line], name: str, *, scale: float = 1) -> None:
-    for line in lines:
-        steps = [each["step"] for each in line.record.evaluations]
-        values = [scale * each[name] for each in line.record.evaluations]
-        axes.plot(steps, values, label=line.label or "_", clip_on=False, **line.style)
-    axes.set(xlabel="step", xlim=(0, None))
-    axes.grid(axis="y")

@@ -2,97 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from rich.table import Table
 
+from ia3.adapter import site_vectors
 from ia3.card import add_results
 from ia3.files import write_atomically
-from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
-from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Run
-from ia3.tasks.metrics import confusion_matrix, write_score
+from ia3.runs.adapters import VectorMap, vector_maps
+from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, colour_bar, heat_map, picture, running_mean, scale_log
+from ia3.runs.run import (
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    PICTURE_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    RESULT_NAME,
+    Evaluation,
+    Run,
+)
+from ia3.runs.tables import facts
+from ia3.state import get_adapter
+from ia3.tasks.metrics import confusion_matrix, describe, without_empty_other
 from ia3.tasks.task import TaskKind
-
-PICTURE_NAME = "report.png"
-REPORT_NAME = "report.md"
 
 # More labels than this make a confusion matrix that nobody can read.
 _MOST_LABELS = 12
 _MISTAKES_SHOWN = 10
-
-# How the keys and values of an attention are called in the model families of transformers.
-_KEYS = {"k", "k_proj", "key", "wk"}
-_VALUES = {"v", "v_proj", "value", "wv"}
-_CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class VectorMap:
-    """One stack of blocks: the mean |l − 1| of each vector, NaN where a block has none."""
-
-    title: str
-    blocks: list[str]
-    columns: list[str]
-    distances: list[list[float]]
-
-
-def vector_maps(model: Any, adapter: str = "default") -> list[VectorMap]:
-    """How far each learned vector is from one, by stack, block and kind.
-
-    Args:
-        model: a model with the adapter attached.
-        adapter: the adapter's name.
-
-    Returns:
-        One map a stack, the encoder before the decoder; `k`, `v`, `cross k`, `cross v` and `ff` (a vector
-        on the input side) are the columns, other vectors go by their module's name.
-
-    Raises:
-        ValueError: the model has no vectors of that adapter.
-    """
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, parameter in model.named_parameters():
-        path, _, rest = name.partition(".ia3_l.")
-        if rest != adapter:
-            continue
-        stack, block, column = _place(path, input_side=parameter.ndim > 1 and parameter.shape[0] == 1)
-        distance = (parameter.detach().float() - 1).abs().mean().item()
-        found.setdefault(stack, {}).setdefault(block, {})[column] = distance
-    if not found:
-        raise ValueError(f"The model has no vectors of an adapter named {adapter!r}: nothing to draw.")
-    return [_vector_map(stack, blocks) for stack, blocks in found.items()]
-
-
-def _place(path: str, *, input_side: bool) -> tuple[str, str, str]:
-    """Split a module path into its stack, its block and the column of its vector."""
-    parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    stack = next((part for part in reversed(parts[:number]) if part in ("encoder", "decoder")), "model")
-    return stack, parts[number], _column(path, parts[-1], input_side=input_side)
-
-
-def _column(path: str, kind: str, *, input_side: bool) -> str:
-    if kind in _KEYS or kind in _VALUES:
-        letter = "k" if kind in _KEYS else "v"
-        kind = letter
-    elif input_side:
-        return "ff"
-    return f"cross {kind}" if _CROSS.search(path) else kind
-
-
-def _vector_map(stack: str, blocks: dict[str, dict[str, float]]) -> VectorMap:
-    columns = list(dict.fromkeys(column for vectors in blocks.values() for column in vectors))
-    rows = [[vectors.get(column, float("nan")) for column in columns] for vectors in blocks.values()]
-    return VectorMap(stack.capitalize(), list(blocks), columns, rows)
 
 
 def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ fine-tuning") -> Path:
@@ -107,44 +45,31 @@ def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ 
     Returns:
         The path.
     """
-    maps = vector_maps(model)
-    rows = max(len(each.blocks) for each in maps)
-    heat_height = 1.2 + 0.34 * rows
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.0 + heat_height), dpi=130, layout="constrained")
-        FigureCanvasAgg(figure)
-        halves: Any = figure.subfigures(2, 1, height_ratios=[4.2, heat_height], hspace=0.04)
-        top, bottom = halves
-        confusion = 0 < len(run.labels) <= _MOST_LABELS
-        axes = top.subplots(1, 3 if confusion else 2, width_ratios=[1.15, 1, 1.1] if confusion else [1.15, 1])
-        _draw_losses(axes[0], run)
-        _draw_accuracy(axes[1], run)
-        if confusion:
-            _draw_confusion(axes[2], run)
+    maps = vector_maps(dict(site_vectors(model, get_adapter(model, "default"))))
+    heat_height = 1.2 + 0.34 * max(len(each.blocks) for each in maps)
+    low, high = run.final.interval
+    majority = "" if run.majority is None else f", majority {run.majority:.1%}"
+    headline = f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}){majority}"
+    with picture(Path(path), (13, 5.0 + heat_height), headline) as figure:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[4.2, heat_height], hspace=0.04)
+        widths = [1.15, 1, 1.1] if 0 < len(run.labels) <= _MOST_LABELS else [1.15, 1]
+        losses, accuracy, *confusion = top.subplots(1, len(widths), width_ratios=widths)
+        _draw_losses(losses, run)
+        _draw_accuracy(accuracy, run)
+        for axes in confusion:
+            _draw_confusion(axes, run)
         _draw_vectors(bottom, maps)
-        figure.suptitle(_headline(run, title), x=0.012, ha="left", fontsize=14, fontweight="bold")
-        figure.savefig(path)
     return Path(path)
 
 
-def _headline(run: Run, title: str) -> str:
-    low, high = run.final.interval
-    majority = "" if run.majority is None else f", majority {run.majority:.1%}"
-    return f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}){majority}"
-
-
 def _draw_losses(axes: Any, run: Run) -> None:
-    steps = np.arange(1, len(run.losses) + 1)
-    window = max(1, len(run.losses) // 25)
-    smoothed = _smoothed(run.losses, window)
+    steps = range(1, len(run.losses) + 1)
+    window, means = running_mean(run.losses)
     axes.plot(steps, run.losses, color=GREY, linewidth=0.7, alpha=0.6, label="each step")
-    axes.plot(steps, smoothed, color=BLUE, linewidth=2, label=f"mean of the last {window} steps")
+    axes.plot(steps, means, color=BLUE, linewidth=2, label=f"mean of the last {window} steps")
     held_out = [(each.step, each.loss) for each in run.evaluations]
     axes.plot(*zip(*held_out, strict=True), "o", color=ORANGE, markersize=7, clip_on=False, label="held out")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(log_ticks(min(run.losses), max(run.losses[0], run.evaluations[0].loss)))
+    scale_log(axes, min(run.losses), max(run.losses[0], run.evaluations[0].loss))
     axes.set(
         title="Loss",
         xlabel="step",
@@ -155,126 +80,91 @@ def _draw_losses(axes: Any, run: Run) -> None:
     axes.legend(edgecolor="none", framealpha=1)
 
 
-def _smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` losses at each step, of fewer at the start."""
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - window, 0)
-    means: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
-    return means
-
-
 def _draw_accuracy(axes: Any, run: Run) -> None:
     steps = [each.step for each in run.evaluations]
-    shares = [100 * each.accuracy for each in run.evaluations]
-    ends = [each.interval for each in run.evaluations]
-    below = [share - 100 * low for share, (low, _) in zip(shares, ends, strict=True)]
-    above = [100 * high - share for share, (_, high) in zip(shares, ends, strict=True)]
-    axes.errorbar(steps, shares, yerr=[below, above], fmt="o-", color=BLUE, linewidth=2, capsize=4, clip_on=False)
-    for step, share, offset in zip(steps, shares, above, strict=True):
-        place = (step, share + offset)
+    shares = np.array([100 * each.accuracy for each in run.evaluations])
+    low, high = 100 * np.array([each.interval for each in run.evaluations]).T
+    errors = (shares - low, high - shares)
+    axes.errorbar(steps, shares, yerr=errors, fmt="o-", color=BLUE, linewidth=2, capsize=4, clip_on=False)
+    offset: dict[str, Any] = {"textcoords": "offset points"}
+    for step, share, end in zip(steps, shares, high, strict=True):
         side, shift = ("left", 8) if step == 0 else ("center", 0)
-        axes.annotate(f"{share:.1f}", place, (shift, 5), textcoords="offset points", ha=side, color=BLUE)
+        axes.annotate(f"{share:.1f}", (step, end), (shift, 5), ha=side, color=BLUE, **offset)
     if run.majority is not None:
-        _draw_majority(axes, run.majority)
+        place = (1, 100 * run.majority)
+        axes.axhline(place[1], color=ORANGE, linestyle="--", linewidth=1.5)
+        offset |= {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top", "color": ORANGE}
+        axes.annotate(f"majority class {run.majority:.1%}", place, (0, -5), **offset)
     axes.set(
         title="Accuracy with 95 % intervals",
         xlabel="step",
         ylabel=f"right of {run.final.total:,} held out (%)\nby {run.task.method}",
     )
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 108)  # room for a figure above 100 %
+    axes.set_yticks(range(0, 101, 20))
     axes.margins(x=0.1)
     axes.grid(axis="y")
 
 
-def _draw_majority(axes: Any, majority: float) -> None:
-    axes.axhline(100 * majority, color=ORANGE, linestyle="--", linewidth=1.5)
-    axes.annotate(
-        f"majority class {majority:.1%}",
-        (1, 100 * majority),
-        (0, -5),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color=ORANGE,
-    )
-
-
 def _draw_confusion(axes: Any, run: Run) -> None:
-    counts = np.array(confusion_matrix(run.references, run.final.predictions, run.labels))
-    columns = [*run.labels, "other"]
-    if not counts[:, -1].any():
-        counts, columns = counts[:, :-1], columns[:-1]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        count = counts[row, column]
-        _write_cell(axes, row, column, f"{count}\n{share:.0%}" if count else "0", dark=share > 0.55)
-    _label_cells(axes, columns, list(run.labels))
-    axes.set(title="Predictions: count, % of the true label", xlabel="predicted", ylabel="true")
+    counts, columns = without_empty_other(
+        confusion_matrix(run.references, run.final.predictions, run.labels), run.labels
+    )
+    shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+
+    def write(row: int, column: int) -> str:
+        count = counts[row][column]
+        return f"{count}\n{shares[row, column]:.0%}" if count else "0"
+
+    labels = {"title": "Predictions: count, % of the true label", "xlabel": "predicted", "ylabel": "true"}
+    heat_map(axes, shares, run.labels, columns, colours="Blues", low=0, high=1, write=write, **labels)
 
 
 def _draw_vectors(figure: Any, maps: list[VectorMap]) -> None:
     axes = np.atleast_1d(figure.subplots(1, len(maps), width_ratios=[len(each.columns) for each in maps]))
     highest = max(float(np.nanmax(each.distances)) for each in maps) or 1.0
     for panel, each in zip(axes, maps, strict=True):
-        image = panel.imshow(each.distances, cmap="YlGnBu", vmin=0, vmax=highest, aspect="auto")
-        for (row, column), distance in np.ndenumerate(np.array(each.distances)):
-            if np.isfinite(distance):
-                _write_cell(panel, row, column, f"{distance:.2f}", dark=distance > 0.6 * highest)
-        _label_cells(panel, each.columns, each.blocks)
-        panel.set(title=f"{each.title}: how far each vector moved", ylabel="block")
-    bar = figure.colorbar(image, ax=axes, fraction=0.025, pad=0.015)
-    bar.set_label("mean |l − 1| (0: the base model)")
-    bar.outline.set_visible(False)
-
-
-def _write_cell(axes: Any, row: int, column: int, text: str, *, dark: bool) -> None:
-    axes.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "#202124")
-
-
-def _label_cells(axes: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="minor", length=0)
+        image = heat_map(
+            panel,
+            each.distances,
+            each.blocks,
+            each.columns,
+            colours="YlGnBu",
+            low=0,
+            high=highest,
+            write=lambda row, column, shown=each.distances: f"{shown[row][column]:.2f}",  # type: ignore[misc]
+            title=f"{each.title}: how far each vector moved",
+            ylabel="block",
+        )
+    colour_bar(figure, image, list(axes), "mean |l − 1|\n(0: the base model)")
 
 
 def result_table(run: Run, picture: Path | None = None) -> Table:
     """The run's result as a table for the terminal: accuracy, cost, size and paths."""
-    table = Table(show_header=False, box=None, pad_edge=False, title="Result", title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     rows = _results(run)
     rows["adapter"] = f"{run.adapter_dir} ({run.adapter_bytes:,} bytes)"
     if run.best.step != run.final.step:
         rows["best adapter"] = str(run.best_dir)
     if picture is not None:
         rows["picture"] = str(picture)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return facts("Result", rows)
+
+
+def _describe(run: Run, evaluation: Evaluation, unit: str = "") -> dict[str, str]:
+    """An evaluation's figures by their names."""
+    found = {
+        "accuracy_interval_95": evaluation.interval,
+        "examples": evaluation.total,
+        "majority_baseline": run.majority,
+        "method": run.task.method,
+    }
+    return describe(evaluation.summary() | found, unit)
 
 
 def _results(run: Run) -> dict[str, str]:
     """The run's figures by their names."""
-    low, high = run.final.interval
     share = run.trainable_parameters / run.all_parameters
-    what = "words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else "held out"
-    rows = {
-        "accuracy": f"{run.final.accuracy:.1%} of {run.final.total:,} {what} (95 % interval {low:.1%} to {high:.1%})",
-        "asked for": run.task.method,
-    }
-    rows |= {name.replace("_", " "): write_score(name, value) for name, value in run.final.scores.items()}
-    if run.final.macro_f1 is not None:
-        rows["macro-F1"] = f"{run.final.macro_f1:.3f}"
-    if run.majority is not None:
-        rows["majority class"] = f"{run.majority:.1%}"
+    rows = _describe(run, run.final, " words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else " held out")
     rows["before training"] = f"{run.evaluations[0].accuracy:.1%}"
     rows["held-out loss"] = f"{run.final.loss:.3f} (perplexity {run.final.perplexity:.4g})"
     if run.best.step != run.final.step:
@@ -316,27 +206,23 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
         data: the training data's name.
         named: whether others can find them by it; data in memory have a name for the eye alone.
     """
-    settings, majority = run.settings, run.majority
+    settings = run.settings
     step_size = settings.batch_size * settings.gradient_accumulation
     rate = f"{settings.optimizer}, {settings.learning_rate:g}, falling linearly after {settings.warmup_steps} steps"
     for folder, evaluation in ((run.adapter_dir, run.final), (run.best_dir, run.best)):
-        low, high = evaluation.interval
-        facts = {
+        rows = {
             "task": run.task.kind.value,
-            "accuracy": f"{evaluation.accuracy:.1%} of {evaluation.total:,} (95 % interval {low:.1%} to {high:.1%})",
-            "asked for": run.task.method,
-            **{name.replace("_", " "): write_score(name, value) for name, value in evaluation.scores.items()},
-            "majority class": "" if majority is None else f"{majority:.1%}",
-            "macro-F1": "" if evaluation.macro_f1 is None else f"{evaluation.macro_f1:.3f}",
+            **_describe(run, evaluation),
             "held-out loss": f"{evaluation.loss:.3f}",
             "trained on": f"{run.train_examples:,} examples, {evaluation.step:,} steps of {step_size}",
             "learning rate": rate,
             "template": _cell(f"`{run.task.template.pattern}`"),
-            "labels": _cell(", ".join(f"`{label}`" for label in run.labels[:_MOST_LABELS])),
         }
+        if run.labels:
+            rows["labels"] = _cell(", ".join(f"`{label}`" for label in run.labels[:_MOST_LABELS]))
         add_results(
             folder,
-            {name: value for name, value in facts.items() if value},
+            rows,
             accuracy=evaluation.accuracy,
             task=_HUB_TASKS[run.task.kind],
             data=data,

@@ -14,14 +14,7 @@ from typing import Any
 
 from ia3.files import write_atomically
 from ia3.runs.settings import TrainSettings
-from ia3.tasks.metrics import (
-    confusion_matrix,
-    count_correct,
-    f1_scores,
-    macro_f1,
-    majority_baseline,
-    wilson_interval,
-)
+from ia3.tasks.metrics import figures_of, majority_baseline, wilson_interval
 from ia3.tasks.task import Task
 
 ADAPTER_FOLDER = "adapter"
@@ -31,6 +24,10 @@ ENVIRONMENT_NAME = "environment.json"
 METRICS_NAME = "metrics.jsonl"
 RESULT_NAME = "result.json"
 STATE_NAME = "state.pt"
+REPORT_NAME = "report.md"
+PICTURE_NAME = "report.png"
+# What `ia3 runs` writes into the folder above.
+RUNS_PICTURE_NAME = "runs.png"
 
 
 @dataclass(frozen=True)
@@ -84,9 +81,10 @@ def compute_metrics(
     step: int, loss: float, references: list[str], predictions: list[str], labels: tuple[str, ...], **more: Any
 ) -> Evaluation:
     """An evaluation from its answers; `more` are its further fields."""
-    mean = macro_f1(f1_scores(confusion_matrix(references, predictions, labels), labels)) if labels else None
-    correct = count_correct(references, predictions)
-    return Evaluation(step, loss, correct, len(references), mean, predictions=predictions, **more)
+    found = figures_of(references, predictions, labels)
+    return Evaluation(
+        step, loss, found["correct"], found["examples"], found.get("macro_f1"), predictions=predictions, **more
+    )
 
 
 @dataclass

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from typing import Any
 
+# What every evaluation says; other figures, such as `entity_f1`, are its kind of task's own.
+_USUAL = {
+    *("accuracy", "accuracy_interval_95", "confusion", "correct", "examples", "f1", "labels", "loss", "macro_f1"),
+    *("majority_baseline", "method", "seconds", "step"),
+}
 # The standard normal's 97.5 % quantile: two-sided 95 % intervals.
 _Z_95 = 1.959963984540054
 
@@ -85,6 +91,13 @@ def confusion_matrix(references: Sequence[str], predictions: Sequence[str], labe
     return matrix
 
 
+def without_empty_other(counts: list[list[int]], labels: Sequence[str]) -> tuple[list[list[int]], list[str]]:
+    """A confusion matrix and its columns' names to look at: the last column goes where nothing fell into it."""
+    if any(row[-1] for row in counts):
+        return counts, [*labels, "other"]
+    return [row[:-1] for row in counts], list(labels)
+
+
 def f1_scores(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, float]:
     """2 hits / (2 hits + misses + false alarms) of each label that occurs as references or prediction.
 
@@ -103,6 +116,68 @@ def f1_scores(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[st
 def macro_f1(scores: Mapping[str, float]) -> float:
     """The mean of what `f1_scores` gives."""
     return sum(scores.values()) / len(scores)
+
+
+def figures_of(references: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """The figures of answers, as JSON writes them.
+
+    Args:
+        references: the right labels, at least one.
+        predictions: what was answered.
+        labels: the label words; none where answers are free text.
+
+    Returns:
+        `accuracy`, its `accuracy_interval_95`, `correct` of `examples`; with labels also `confusion`, `f1`, `labels`,
+        `macro_f1` and `majority_baseline`.
+
+    Raises:
+        ValueError: what the figures' own functions raise.
+    """
+    correct, total = count_correct(references, predictions), len(references)
+    interval = wilson_interval(correct, total)
+    figures = {
+        "accuracy": correct / total,
+        "accuracy_interval_95": list(interval),
+        "correct": correct,
+        "examples": total,
+    }
+    if not labels:
+        return figures
+    confusion = confusion_matrix(references, predictions, labels)
+    f1 = f1_scores(confusion, labels)
+    return figures | {
+        "confusion": confusion,
+        "f1": f1,
+        "labels": list(labels),
+        "macro_f1": macro_f1(f1),
+        "majority_baseline": majority_baseline(references),
+    }
+
+
+def further_scores(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Those of an evaluation's figures that not every evaluation has."""
+    return {name: value for name, value in figures.items() if name not in _USUAL}
+
+
+def describe(figures: Mapping[str, Any], unit: str = "") -> dict[str, str]:
+    """Figures for the eye, by their names.
+
+    Args:
+        figures: as `figures_of` gives them, with `method`, how the answers were found, and any further scores.
+        unit: what was counted, with a space before it.
+    """
+    low, high = figures["accuracy_interval_95"]
+    interval = f"95 % interval {low:.1%} to {high:.1%}"
+    rows = {
+        "accuracy": f"{figures['accuracy']:.1%} of {figures['examples']:,}{unit} ({interval})",
+        "asked for": str(figures["method"]),
+    }
+    rows |= {name.replace("_", " "): write_score(name, value) for name, value in further_scores(figures).items()}
+    if figures.get("macro_f1") is not None:
+        rows["macro-F1"] = f"{figures['macro_f1']:.3f}"
+    if figures.get("majority_baseline") is not None:
+        rows["majority class"] = f"{figures['majority_baseline']:.1%}"
+    return rows
 
 
 def write_score(name: str, value: float) -> str:

@@ -22,13 +22,15 @@ from ia3.inference.predict import count_truncated
 from ia3.peft_model import get_peft_model
 from ia3.runs.look import Looked, look_before
 from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve, without_a_heads_way
-from ia3.runs.report import PICTURE_NAME, REPORT_NAME, complete_cards, draw_report, write_report
+from ia3.runs.report import complete_cards, draw_report, write_report
 from ia3.runs.run import (
     ADAPTER_FOLDER,
     BEST_FOLDER,
     ENVIRONMENT_NAME,
     METRICS_NAME,
+    PICTURE_NAME,
     RECIPE_NAME,
+    REPORT_NAME,
     RESULT_NAME,
     STATE_NAME,
     Run,
