@@ -13,19 +13,22 @@ from transformers import get_linear_schedule_with_warmup
 
 import tiny_seq2seq
 from builders import models_own
+from fitted import fit
 from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
 from ia3.peft_model import PeftModel
-from ia3.runs.run import Run
+from ia3.runs.run import Run, check_output
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Example, Examples
 from ia3.tasks.losses import choice_logits, pad_choices, tfew_losses
 from ia3.tasks.task import Task, TaskKind, load_task
 from ia3.tasks.template import Template
 from ia3.training.collate import collate, shuffled_batches, tokenise
+from ia3.training.data import check_examples
 from ia3.training.learners.words import Words
-from ia3.training.loop import Training, fit
+from ia3.training.loop import Training
+from ia3.training.plan import RunPlan
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 QUIET = Console(quiet=True)
@@ -42,7 +45,7 @@ def train(
     model: Any, training: Examples, test: Examples, folder: Path, settings: TrainSettings = FAST, **more: Any
 ) -> Run:
     learner = Words(model, TOKENIZER, TASK, settings)
-    return fit(learner, training, test, output_dir=folder, **{"console": QUIET, **more})
+    return fit(learner, training, test, folder, **more)
 
 
 def run_on(
@@ -206,20 +209,20 @@ def test_a_model_that_is_broken_from_the_start_is_not_trained(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_a_label_that_training_never_shows_is_refused(tmp_path: Path) -> None:
+def test_a_label_that_training_never_shows_is_refused() -> None:
     training, test = tiny_seq2seq.examples(30), tiny_seq2seq.examples(6)
     training = replace(training, rows=tuple(row for row in training if row.label != "neutral"))
     with pytest.raises(
         ValueError, match=r"\['neutral'\] never occur in training, which knows \['negative', 'positive'\]"
     ):
-        train(tiny_seq2seq.adapted(), training, test, tmp_path / "run")
+        check_examples(TaskKind.LABEL_WORDS, training, test)
 
 
 @pytest.mark.parametrize(("counts", "purpose"), [((0, 3), "train on"), ((3, 0), "evaluate on")])
-def test_nothing_to_train_or_evaluate_on(tmp_path: Path, counts: tuple[int, int], purpose: str) -> None:
+def test_nothing_to_train_or_evaluate_on(counts: tuple[int, int], purpose: str) -> None:
     training, test = (tiny_seq2seq.examples(3)[:count] for count in counts)
     with pytest.raises(ValueError, match=f"sentences holds no examples to {purpose}"):
-        train(tiny_seq2seq.adapted(), training, test, tmp_path / "run")
+        check_examples(TaskKind.GENERATION, training, test)
 
 
 def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None
 def test_an_output_that_cannot_be_a_folder_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(NotADirectoryError, match="is a file: name another"):
-        run_on(tiny_seq2seq.adapted(), tmp_path / "file" / "run")
+        check_output(tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -239,7 +242,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr("ia3.runs.run.os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="is read-only: name another"):
-        run_on(tiny_seq2seq.adapted(), tmp_path / "run")
+        check_output(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
 
     def losses_of(name: str, settings: TrainSettings) -> list[float]:
         learner = Words(tiny_seq2seq.adapted(), TOKENIZER, replace(TASK, labels=labels), settings)
-        return fit(learner, data, data, output_dir=tmp_path / name, console=QUIET).losses
+        return fit(learner, data, data, tmp_path / name).losses
 
     whole = losses_of("whole", settings)
     parts = losses_of("parts", replace(settings, batch_size=2, gradient_accumulation=4))
@@ -391,7 +394,7 @@ def test_free_text_is_learned_too(tmp_path: Path) -> None:
     task = replace(TASK, kind=TaskKind.GENERATION, labels=())
     learner = Words(tiny_seq2seq.adapted(head=True), TOKENIZER, task, FAST)
     training, test = tiny_seq2seq.examples(60), tiny_seq2seq.examples(12, 60)
-    run = fit(learner, training, test, output_dir=tmp_path / "run", console=QUIET)
+    run = fit(learner, training, test, tmp_path / "run")
     assert run.final.accuracy == 1.0
     assert run.final.macro_f1 is None
     assert run.majority is None
@@ -428,8 +431,8 @@ def test_the_fast_step_has_the_ordinary_ones_losses(tmp_path: Path, monkeypatch:
 
     def trained(name: str) -> tuple[str, list[float]]:
         learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, settings)
-        training = Training(learner, data, data, tmp_path / name)
-        return training.describe_path(), training.run(QUIET).losses
+        training = Training(RunPlan(learner, data, data))
+        return training.describe_path(), training.run(tmp_path / name, QUIET).losses
 
     path, losses = trained("fast")
     assert path == "The fast step: no padding."
@@ -447,7 +450,7 @@ def test_evaluations_by_hand_are_the_forwards(tmp_path: Path, monkeypatch: Any, 
 
     def trained(name: str) -> Run:
         learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, settings)
-        return fit(learner, data, data, output_dir=tmp_path / name, console=QUIET)
+        return fit(learner, data, data, tmp_path / name)
 
     plain = trained("plain")
     calls = []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import ia3.training.sweep
 import tiny_causal
 import tiny_seq2seq
+from fitted import fit
 from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.fast.sweep import MixedLosses
 from ia3.inference.rank import rank
@@ -27,7 +28,7 @@ from ia3.tasks.template import Template
 from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
-from ia3.training.loop import RunPlan, fit
+from ia3.training.plan import RunPlan
 from ia3.training.sweep import Together, combinations, names_of, ranking_table, sweep
 from ia3.training.train import train
 
@@ -47,13 +48,8 @@ def seq2seq() -> Any:
 def run_together(
     learners: Sequence[Learner[Any]], training: Sequence[Examples], test: Examples, folder: Path
 ) -> Together:
-    courses = [
-        RunPlan(learner, examples, test, learner.tokenise(examples), learner.tokenise(test))
-        for learner, examples in zip(learners, training, strict=True)
-    ]
-    folders = [folder / f"run-{number}" for number in range(len(courses))]
-    together = Together(courses, folders)
-    together.run(QUIET)
+    together = Together([RunPlan(learner, each, test) for learner, each in zip(learners, training, strict=True)])
+    together.run([folder / f"run-{number}" for number in range(len(learners))], QUIET)
     return together
 
 
@@ -99,7 +95,7 @@ def test_each_run_is_as_if_it_were_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert (together.reason is None) == (way == "by hand")
     for number, (settings, examples) in enumerate(runs):
         learner = Words(seq2seq(), TOKENIZER, TASK, settings)
-        alone = fit(learner, examples, test, output_dir=tmp_path / f"alone-{number}", console=QUIET)
+        alone = fit(learner, examples, test, tmp_path / f"alone-{number}")
         expect_the_same(together.runs[number], alone)
         lines = (together.folders[number] / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [
@@ -123,7 +119,7 @@ def test_labels_by_rank_and_free_text(tmp_path: Path) -> None:
             learner = Words(seq2seq(), TOKENIZER, task, one)
             expect_the_same(
                 together.runs[number],
-                fit(learner, examples, test, output_dir=folder / f"alone-{number}", console=QUIET),
+                fit(learner, examples, test, folder / f"alone-{number}"),
             )
 
 
@@ -146,7 +142,7 @@ def test_instructions(tmp_path: Path, tiny: Callable[..., Any]) -> None:
     shared = model()
     together = run_together([learner(shared, one) for one in each], [training] * 2, test, tmp_path)
     for number, one in enumerate(each):
-        alone = fit(learner(model(), one), training, test, output_dir=tmp_path / f"alone-{number}", console=QUIET)
+        alone = fit(learner(model(), one), training, test, tmp_path / f"alone-{number}")
         expect_the_same(together.runs[number], alone, tolerance=1e-6)  # the angles of the base are fp32
 
 
@@ -162,7 +158,7 @@ def test_a_run_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> No
     assert not (together.folders[1] / "result.json").exists()
     for number in (0, 2):
         learner = Words(seq2seq(), TOKENIZER, TASK, each[number])
-        alone = fit(learner, examples, test, output_dir=tmp_path / f"alone-{number}", console=QUIET)
+        alone = fit(learner, examples, test, tmp_path / f"alone-{number}")
         expect_the_same(together.runs[number], alone)
 
 
@@ -184,8 +180,8 @@ def test_evaluations_are_without_dropout(tmp_path: Path) -> None:
 def test_short_groups_are_filled_up_with_what_is_not_learned() -> None:
     examples = tiny_seq2seq.examples(10)
     learner = Words(seq2seq(), TOKENIZER, TASK, COMMON)
+    together = Together([RunPlan(learner, examples, examples)] * 2)
     rows = learner.tokenise(examples)
-    together = Together([RunPlan(learner, examples, examples, rows, rows)] * 2, [Path("nowhere")] * 2)
     batch = together._batch([rows[:1], rows[2:5]])
     assert (batch["labels"] != -100).any(1).tolist() == [True, False, False, True, True, True]
     assert batch["attention_mask"].any(1).all()

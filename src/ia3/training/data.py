@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -21,21 +23,47 @@ from ia3.tasks.examples import (
 from ia3.tasks.labels import why_no_classes
 from ia3.tasks.task import TaskKind
 
+# The fields of a recipe that decide what its run learns from, besides the seed where some are drawn.
+_OF_DATA = ("data", "test_data", "test_size", "test_limit", "split_seed", "text_column", "label_column", "merge_labels")
+_OF_DATA += ("template", "limit")
 
-def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool = False) -> tuple[Examples, Examples]:
-    """The training and the held-out examples; what is odd about them is printed.
+
+def read_data(
+    recipes: Sequence[Recipe], kind: TaskKind, console: Console, *, resuming: bool = False
+) -> list[tuple[Examples, Examples]]:
+    """The training and the held-out examples of each run, read once for those that read alike.
 
     Args:
-        recipe: what to read, and how.
+        recipes: what to read, and how.
         kind: what the examples are for.
-        console: where the oddities go.
+        console: where it is printed what is odd about them, once for all runs on the same data.
         resuming: for a run that began with these data, so that their reading is past doubt.
+
+    Returns:
+        A pair a run; equal examples are one object.
 
     Raises:
         FileNotFoundError, ValueError: what `load_examples` and `split_examples` raise.
         ValueError: answers that are no classes where no task is named, texts that tell their answers by a column alone
-            that isn't read, or merge_labels for a task without one label a text.
+            that isn't read, merge_labels for a task without one label a text, nothing to train or to evaluate, or a
+            held-out label that training never shows.
     """
+    known: list[tuple[list[Any], tuple[Examples, Examples]]] = []
+    found: list[tuple[Examples, Examples]] = []
+    for recipe in recipes:
+        key = [getattr(recipe, name) for name in _OF_DATA] + [recipe.limit and recipe.settings.seed]
+        data = next((data for former, data in known if former == key), None)
+        if data is None:
+            said = any(former[0] == recipe.data for former, _ in known)
+            training, test = _read_one(recipe, kind, Console(quiet=True) if said else console, resuming=resuming)
+            check_examples(kind, training, test)
+            data = (training, next((other for _, (_, other) in known if other == test), test))
+            known.append((key, data))
+        found.append(data)
+    return found
+
+
+def _read_one(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool) -> tuple[Examples, Examples]:
     examples = _examples(recipe.data, recipe, kind)
     held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind)
     if recipe.merge_labels:
@@ -55,6 +83,26 @@ def read_data(recipe: Recipe, kind: TaskKind, console: Console, *, resuming: boo
     if overlap:
         console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
     return training, test
+
+
+def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Examples) -> None:
+    """Refuse what can't be trained on.
+
+    Raises:
+        ValueError: nothing to train or to evaluate, or a held-out label that training never shows.
+    """
+    for examples, purpose in ((train_examples, "train on"), (test_examples, "evaluate on")):
+        if len(examples) == 0:
+            raise ValueError(f"{examples.source} holds no examples to {purpose}: expected at least one.")
+    if kind not in ONE_LABEL_A_TEXT:
+        return
+    known = {example.label for example in train_examples}
+    unseen = sorted({example.label for example in test_examples} - known)
+    if unseen:
+        raise ValueError(
+            f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
+            "labels, add training examples with them, raise --limit, or split otherwise (--split-seed, --test-data)."
+        )
 
 
 def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind) -> Examples:
