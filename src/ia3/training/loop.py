@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ class Training:
         if self.fast.path == "captured":
             return "The fast step: no padding, captured as a CUDA graph."
         return "The fast step: no padding."
+
+    def time_steps(self, count: int) -> float:
+        """The seconds of a step, the mean of so many after the first; to train, make another one from here on."""
+        self.learner.model.train(self.settings.dropout)
+        batches = [
+            [self.learner.collate(rows) for rows in parts] for parts in islice(self.plan.steps_from(0), count + 1)
+        ]
+        float(self._step(batches[0])["loss"])
+        started = time.perf_counter()
+        losses = [self._step(each)["loss"] for each in batches[1:]]
+        float(losses[-1])  # where it is computed while the host goes on
+        return (time.perf_counter() - started) / count
 
     def run(self, folder: Path, console: Console | None = None, *, resumed_by: str = "the same, resumed") -> Run:
         """Train from where the progress stands to the end, evaluating before the first step and at each interval.

@@ -27,7 +27,7 @@ from ia3.rows import acting
 from ia3.runs.picture import draw_curves
 from ia3.runs.recipe import Recipe, make_recipe
 from ia3.runs.report import complete_cards
-from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, RECIPE_NAME, Run, check_output, write_json
+from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, RECIPE_NAME, Run, advise, check_output, write_json
 from ia3.runs.settings import TrainSettings
 from ia3.state import attached, get_adapter
 from ia3.tasks.examples import Examples
@@ -94,9 +94,22 @@ class Sweep:
         """Where the adapter of that evaluation is, with its task."""
         return self.output_dir / BEST_FOLDER
 
+    @property
+    def advice(self) -> str | None:
+        """What to do about the result, in a line; None where nothing stands out."""
+        rates = sorted({given["learning_rate"] for given in _all_settings(self) if "learning_rate" in given})
+        best = self.settings[0].get("learning_rate")
+        edge = None
+        if len(rates) > 1 and best in (rates[0], rates[-1]):
+            name, factor = ("lowest", 0.5) if best == rates[0] else ("highest", 2)
+            further = f"{best * factor:.3g} and {best * factor**2:.3g}"
+            edge = f"The best learning rate, {best:g}, is the {name} that was tried: try {further}, too."
+        return advise(self.best, edge)
+
     def summary(self) -> dict[str, Any]:
         """The sweep as JSON writes it."""
         return {
+            "advice": self.advice,
             "best": {"adapter": str(self.best_dir), "settings": self.settings[0]},
             "failed": [{"reason": reason, "settings": given} for given, reason in self.failed],
             "method": self.best.task.method,
