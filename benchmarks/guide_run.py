@@ -29,7 +29,7 @@ import ia3
 from bench import machine
 from ia3.bundled import TITLER, load_model
 from ia3.data.loading import load_examples
-from ia3.inference.loading import Base
+from ia3.inference.loading import load_tokenizer
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import split_examples
 from ia3.tasks.task import Task
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     training, test = split_examples(load_examples(os.environ["IA3_PHRASEBANK"]))
-    tokenizer = Base(TITLER).tokenizer
+    tokenizer = load_tokenizer(TITLER)
     kinds = {
         "PEFT guide": (peft, {"grouped": False, "padded": True}),
         "ia3, shuffled": (ia3, {"grouped": False, "padded": False}),

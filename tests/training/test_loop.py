@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
 from ia3.peft_model import PeftModel
-from ia3.runs.run import Run, check_output
+from ia3.runs.run import Run, check_output, compute_metrics
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Example, Examples
 from ia3.tasks.losses import choice_logits, pad_choices, tfew_losses
@@ -27,7 +28,7 @@ from ia3.tasks.template import Template
 from ia3.training.collate import collate, shuffled_batches, tokenise
 from ia3.training.data import check_examples
 from ia3.training.learners.words import Words
-from ia3.training.loop import Training
+from ia3.training.loop import TimeEstimate, Training, _in_words, progress_bars
 from ia3.training.plan import RunPlan
 
 TOKENIZER = tiny_seq2seq.tokenizer()
@@ -463,3 +464,53 @@ def test_evaluations_by_hand_are_the_forwards(tmp_path: Path, monkeypatch: Any, 
     for one, other in zip(by_hand.evaluations, plain.evaluations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
         assert one.predictions == other.predictions
+
+
+def test_the_time_of_a_long_training_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(name: str) -> str:
+        console = Console(record=True, width=200, file=(tmp_path / "screen").open("w"))
+        settings = TrainSettings(steps=20, evaluate_every=8)
+        train(
+            tiny_seq2seq.adapted(),
+            tiny_seq2seq.examples(24),
+            tiny_seq2seq.examples(3),
+            tmp_path / name,
+            settings,
+            console=console,
+        )
+        return console.export_text()
+
+    assert "on this machine" not in said("short")
+    monkeypatch.setattr("ia3.training.loop._LONG", 0.0)
+    assert re.search(r"About 0 minutes on this machine: [\d.e-]+ s a step, 20 steps, 3 evaluations of ", said("long"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(61, "1 minute"), (720, "12 minutes"), (5400, "90 minutes"), (9000, "2.5 hours")]
+)
+def test_a_time_is_told_in_words(seconds: float, words: str) -> None:
+    assert _in_words(seconds) == words
+
+
+def test_the_estimate_leaves_evaluations_and_the_first_step_out_of_a_steps_time() -> None:
+    data = tiny_seq2seq.examples(24)
+    plan = RunPlan(
+        Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, TrainSettings(steps=900, evaluate_every=300)), data, data
+    )
+    with progress_bars(Console(record=True, width=200)) as bars:
+        estimate = TimeEstimate(bars, [plan])
+        plan.progress.evaluations.append(compute_metrics(0, 1.0, ["a"], ["a"], (), seconds=20.0))
+        for step in range(7):
+            plan.progress.steps.append({"step": step + 1})
+            plan.progress.seconds += 0.8 if step else 50.0
+            estimate.look()
+        text = bars.console.export_text()
+    assert text.count("on this machine") == 1
+    assert "About 13 minutes on this machine: 0.8 s a step, 900 steps, 3 evaluations of 20 s." in text
+
+
+def test_timed_steps_leave_the_progress_alone() -> None:
+    data = tiny_seq2seq.examples(24)
+    plan = RunPlan(Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, TrainSettings(epochs=3)), data, data)
+    assert Training(plan).time_steps(5) > 0
+    assert plan.progress.step == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -348,3 +349,32 @@ def test_each_run_draws_its_own_examples(base: Path, data: Path, tmp_path: Path)
     environments = [json.loads((run.output_dir / "environment.json").read_text()) for run in found.runs]
     assert len({each["data"]["train"]["sha256"] for each in environments}) == 4
     assert {each["seed"] for each in environments} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("best", "others", "failed", "says"),
+    [
+        (0.1, [0.01, 0.05], [], r"rate, 0\.1, is the highest that was tried: try 0\.2 and 0\.4, too"),
+        (0.01, [0.1], [], r"rate, 0\.01, is the lowest that was tried: try 0\.005 and 0\.0025, too"),
+        (0.05, [0.01, 0.1], [], None),
+        (0.1, [0.01], [1.0], None),  # a higher one diverged
+        (0.1, [0.1], [], None),
+    ],
+)
+def test_the_best_rate_at_the_edge_is_said(
+    finished: Any, best: float, others: list[float], failed: list[float], says: str | None
+) -> None:
+    one = finished.best
+    flat = [replace(one.evaluations[-1], correct=150, total=200, step=each.step) for each in one.evaluations]
+    run = replace(one, progress=replace(one.progress, evaluations=flat))
+    found = replace(
+        finished,
+        runs=[run] * (1 + len(others)),
+        settings=[{"learning_rate": rate} for rate in (best, *others)],
+        failed=[({"learning_rate": rate}, "diverged") for rate in failed],
+    )
+    assert found.summary()["advice"] == found.advice
+    assert found.advice is None if says is None else re.search(says, found.advice)
+    right = replace(flat[-1], correct=200)
+    perfect = replace(run, progress=replace(one.progress, evaluations=[*flat[:-1], right]))
+    assert replace(found, runs=[perfect] * len(found.runs)).advice is None

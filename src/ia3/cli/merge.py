@@ -52,7 +52,7 @@ def _load(adapter: str) -> tuple[Any, Any]:
 
     from ia3 import auto
     from ia3.config import PeftConfig
-    from ia3.inference.loading import Base, reading_weights
+    from ia3.inference.loading import load_tokenizer, reading_weights
     from ia3.peft_model import CLASS_FOR_TASK
 
     disable_progress_bar()
@@ -62,7 +62,7 @@ def _load(adapter: str) -> tuple[Any, Any]:
         raise ValueError(
             f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
         )
-    tokenizer = Base(base, revision=config.revision).tokenizer
+    tokenizer = load_tokenizer(base, revision=config.revision)
     loader: Any = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
     with reading_weights(base):
         return loader.from_pretrained(adapter), tokenizer

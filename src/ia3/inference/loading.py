@@ -120,6 +120,15 @@ _ARCHITECTURES = {
 }
 
 
+def load_tokenizer(model_name: str, **hub: Any) -> Any:
+    """The tokenizer of a base model, as `Base` gives it.
+
+    Raises:
+        FileNotFoundError: there is no such model, or the hub cannot be reached.
+    """
+    return Base(model_name, **hub).tokenizer
+
+
 @contextmanager
 def reading_weights(model_name: str) -> Iterator[None]:
     """Say which base model it is whose weights are missing or damaged.
@@ -166,7 +175,7 @@ def load_adapter(adapter: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
     loader = _LOADERS.get(config.task_type)
     if loader is None:
         raise ValueError(f"The adapter in {adapter} is for the task {config.task_type}, which this can't answer.")
-    tokenizer = Base(config.base_model_name_or_path, revision=config.revision).tokenizer
+    tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision)
     with reading_weights(config.base_model_name_or_path):
         model = loader.from_pretrained(adapter, **({} if dtype is None else {"dtype": dtype}))
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer

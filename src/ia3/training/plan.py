@@ -209,7 +209,7 @@ class RunPlan:
     @property
     def evaluations_left(self) -> int:
         """How many follow the steps to come, unless it stops early."""
-        return math.ceil((self.total_steps - self.progress.step) / self.interval)
+        return math.ceil(self.total_steps / self.interval) - self.progress.step // self.interval
 
     def evaluation_is_due(self) -> bool:
         """At each interval and after the last step, once each."""
