@@ -255,7 +255,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("tasks/test_split.py",): [
         Mutant("split_examples", Never("ONE_LABEL_A_TEXT"), "a label may be missing among the held-out by chance"),
-        Mutant("_stratified", Instead("rest]", "0]"), "what is held out is too little by a row a label"),
+        Mutant("_stratified", Instead("label in one_more", "False"), "what is held out is too little by a row a label"),
         Mutant("_stratified", Instead("len(texts) > 1", "True"), "many rare labels take the others' part"),
     ],
     ("runs/test_advice.py",): [
