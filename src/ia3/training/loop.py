@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBars
 from rich.text import Text
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from ia3.fast.step import Step, compile_step
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
 from ia3.runs.settings import TrainSettings
-from ia3.training.optimise import decay_vectors, linear_schedule, make_optimizer, make_schedule, trainable_parameters
+from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
 from ia3.training.state import load_state, save_state
 
@@ -53,8 +54,7 @@ class Training:
         resume: the `state.pt` to go on from, to the same numbers, bit for bit, on the same machine and versions.
 
     Raises:
-        ValueError: nothing to train, a warm-up as long as the training, a tracker that is not installed, several
-            processes, a state of something else.
+        ValueError: nothing to train, a tracker that is not installed, several processes, a state of something else.
     """
 
     def __init__(self, plan: RunPlan, *, resume: Path | None = None) -> None:
@@ -63,9 +63,8 @@ class Training:
         self.trainable = trainable_parameters(self.learner.model)
         torch.manual_seed(self.settings.seed)
         optimizer = make_optimizer(self.trainable, self.settings)
-        self.model, self.optimizer = self.accelerator.prepare(self.learner.model, optimizer)
-        self.schedule = make_schedule(optimizer, self.settings, plan.total_steps)
-        self.rate_at = linear_schedule(self.settings, plan.total_steps)
+        _, self.optimizer = self.accelerator.prepare(self.learner.model, optimizer)
+        self.schedule = LambdaLR(optimizer, plan.schedule)
         self.saved_at = time.monotonic()
         self.stop_asked = False
         if resume is not None:
@@ -192,8 +191,7 @@ class Training:
 
     def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """One update from one or more batches, whose losses count by their targets; its number, loss and rate."""
-        # Computed here, since a GPU's optimizer has it on the device.
-        rate = self.settings.learning_rate * self.rate_at(self.progress.step)
+        rate = self.plan.rate
         if self.fast is not None and self.fast.reason is None:
             return {"learning_rate": rate, "loss": self.fast(batches[0]), "step": self.progress.step + 1}
         targets = [self.learner.targets(batch) for batch in batches]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import Adafactor
 
 from ia3.runs.settings import TrainSettings
@@ -49,20 +48,11 @@ def make_optimizer(trainable: dict[str, Parameter], settings: TrainSettings) -> 
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
-def make_schedule(optimizer: Optimizer, settings: TrainSettings, total_steps: int) -> LRScheduler:
-    """From 0 up to the learning rate over the warm-up, and linearly down to 0 at the last step.
+def linear_schedule(settings: TrainSettings, total_steps: int) -> Callable[[int], float]:
+    """The part of the learning rate that each step has: from 0 up over the warm-up, and down to 0 at the last step.
 
     Raises:
         ValueError: a warm-up that is as long as the training.
-    """
-    return LambdaLR(optimizer, linear_schedule(settings, total_steps))
-
-
-def linear_schedule(settings: TrainSettings, total_steps: int) -> Callable[[int], float]:
-    """The part of the learning rate that each step has, as transformers' linear schedule.
-
-    Raises:
-        ValueError: as `make_schedule`.
     """
     warmup = settings.warmup_steps
     if warmup >= total_steps:

@@ -26,7 +26,7 @@ from ia3.training.data import read_data
 from ia3.training.learner import EvalOutput, Learner
 from ia3.training.learners.instructions import Instructions, count_cut
 from ia3.training.learners.making import make_learner, settings_of
-from ia3.training.optimise import trainable_parameters
+from ia3.training.optimise import linear_schedule, trainable_parameters
 
 # What a chat template puts after an answer, and what the answer's first blank may cost.
 _ROOM_FOR_THE_END = 8
@@ -156,7 +156,7 @@ class RunPlan:
         known: rows of examples by their `id`, as `learner.tokenise` gives them; runs that share it tokenise once.
 
     Raises:
-        ValueError: a label that the tokenizer cannot give back.
+        ValueError: a label that the tokenizer cannot give back, or a warm-up that is as long as the training.
     """
 
     def __init__(
@@ -174,6 +174,7 @@ class RunPlan:
         self.steps_an_epoch = self.settings.steps_an_epoch(batches)
         self.total_steps = self.settings.total_steps(batches)
         self.interval = self.settings.evaluation_interval(batches)
+        self.schedule = linear_schedule(self.settings, self.total_steps)
         self.progress = TrainerState()
         self.shown: list[str] | None = None
         self.references: list[str] = []
@@ -182,6 +183,11 @@ class RunPlan:
     def finished(self) -> bool:
         """Whether no step is left."""
         return self.progress.stopped_early or self.progress.step >= self.total_steps
+
+    @property
+    def rate(self) -> float:
+        """The next step's learning rate, computed here, since a GPU's optimizer has it on the device."""
+        return self.settings.learning_rate * self.schedule(self.progress.step)
 
     def steps_from(self, step: int) -> Iterator[list[list[Any]]]:
         """The rows of each batch of each step from `step` on, epoch after epoch.

@@ -34,7 +34,6 @@ from ia3.tasks.examples import Examples
 from ia3.tasks.task import Task, TaskKind
 from ia3.training.learner import Answered, EvalOutput, Writer, measurement
 from ia3.training.loop import TimeEstimate, make_accelerator, progress_bars
-from ia3.training.optimise import linear_schedule
 from ia3.training.plan import RunPlan, prepare
 from ia3.training.train import begin_folder, claim, environment_of, recipe_content
 
@@ -289,14 +288,13 @@ class Together:
         plans: the runs, whose learners share a model with one adapter, its vectors where all begin.
 
     Raises:
-        ValueError: a warm-up that is as long as its training, several processes.
+        ValueError: several processes.
     """
 
     def __init__(self, plans: Sequence[RunPlan]) -> None:
         learner = plans[0].learner
         assert isinstance(learner, Writer)
         self.plans, self.learner = plans, learner
-        self.rates_at = [linear_schedule(plan.settings, plan.total_steps) for plan in plans]
         self.device = make_accelerator(learner.settings).device
         self.model = learner.model.to(self.device)
         self.adapter = get_adapter(self.model, attached(self.model).active[0])
@@ -355,7 +353,7 @@ class Together:
             self.seconds += seconds
             for run, loss in zip(self.running, losses, strict=True):
                 progress = self.plans[run].progress
-                progress.steps.append({"learning_rate": self._rate(run), "loss": loss, "step": progress.step + 1})
+                progress.steps.append({"learning_rate": self.plans[run].rate, "loss": loss, "step": progress.step + 1})
                 progress.seconds += seconds / len(self.running)
             estimate.look()
             bars.update(bar, advance=1, note=f"{len(losses)} runs, loss {min(losses, default=math.nan):.3f} and up")
@@ -371,7 +369,7 @@ class Together:
         """
         while self.running:
             batch = self._batch(groups)
-            losses: list[float] = self.step(batch, [self._rate(run) for run in self.running]).tolist()
+            losses: list[float] = self.step(batch, [self.plans[run].rate for run in self.running]).tolist()
             if all(map(math.isfinite, losses)):
                 return losses, groups
             lost = self.step.diverged(batch) or [row for row, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -380,11 +378,6 @@ class Together:
             groups = [group for row, group in enumerate(groups) if row not in lost]
             self._leave(lost)
         return [], []
-
-    def _rate(self, run: int) -> float:
-        """The learning rate of its next step, by the schedule of a run alone."""
-        plan = self.plans[run]
-        return plan.settings.learning_rate * self.rates_at[run](plan.progress.step)
 
     def _batch(self, groups: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         """The groups' examples; a short group is filled up with repeated ones without labels, which change nothing."""
