@@ -24,8 +24,10 @@ from ia3.tasks.labels import why_no_classes
 from ia3.tasks.task import TaskKind
 
 # The fields of a recipe that decide what its run learns from, besides the seed where some are drawn.
-_OF_DATA = ("data", "test_data", "test_size", "test_limit", "split_seed", "text_column", "label_column", "merge_labels")
-_OF_DATA += ("template", "limit")
+_OF_DATA = (
+    *("data", "test_data", "test_size", "test_limit", "split_seed", "text_column", "label_column", "merge_labels"),
+    *("template", "limit"),
+)
 
 
 def read_data(
