@@ -41,6 +41,7 @@ from ia3.tasks.task import Task
 from ia3.tasks.template import Template
 from ia3.training.learners.words import Words
 from ia3.training.loop import Training
+from ia3.training.plan import RunPlan
 from lengths import shuffled
 from train_step import LARGE, TINY, batch_of, build, guide, milliseconds
 
@@ -87,8 +88,8 @@ def ours(shape: dict, device: str, few: int | None) -> dict[str, Any]:
     learner = Words(model, tokenizer(), task, settings)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        training = Training(learner, examples(lengths[test:]), examples(lengths[:test]), Path(folder))
-        run = training.run()
+        training = Training(RunPlan(learner, examples(lengths[test:]), examples(lengths[:test])))
+        run = training.run(Path(folder))
         seconds = time.perf_counter() - started
     evaluations = sum(each.seconds for each in run.evaluations)
     steps = run.progress.seconds

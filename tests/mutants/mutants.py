@@ -264,10 +264,18 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "an empty column leaves its line breaks"),
     ],
     ("data/test_data.py", "data/test_records.py"): [
-        Mutant("split_examples", Never("SEQUENCE_CLASSIFICATION"), "all rows of a rare label are held out"),
         Mutant("split_examples", Skip("shuffle"), "held out are the first rows of a sorted file"),
         Mutant("_normalised", Skip("casefold"), "a text is trained on and held out, in another case"),
         Mutant("count_truncated", Flip("max_length"), "texts that fit are said to be cut"),
+    ],
+    ("tasks/test_split.py",): [
+        Mutant("split_examples", Never("ONE_LABEL_A_TEXT"), "a label may be missing among the held-out by chance"),
+        Mutant("_stratified", Instead("label in one_more", "False"), "what is held out is too little by a row a label"),
+        Mutant("_stratified", Instead("len(texts) > 1", "True"), "many rare labels take the others' part"),
+    ],
+    ("runs/test_advice.py",): [
+        Mutant("advise", Instead("high - low > 2 * _WIDE", "False"), "three rows are enough to tell"),
+        Mutant("_loss_before", Never("stopped_early"), "a run that stopped early is said to fall still"),
     ],
     ("runs/test_comparison.py", "runs/test_report.py"): [
         Mutant("group_repeats", Instead("len(group) > 1", "True"), "a single run has quartiles"),

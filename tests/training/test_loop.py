@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from transformers import get_linear_schedule_with_warmup
 
 import tiny_seq2seq
 from builders import models_own
+from fitted import fit
 from ia3.fast.scores import ChoiceScores
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
 from ia3.peft_model import PeftModel
-from ia3.runs.run import Run
+from ia3.runs.run import Run, check_output, compute_metrics
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Example, Examples
 from ia3.tasks.losses import choice_logits, pad_choices, tfew_losses
 from ia3.tasks.task import Task, TaskKind, load_task
 from ia3.tasks.template import Template
 from ia3.training.collate import collate, shuffled_batches, tokenise
+from ia3.training.data import check_examples
 from ia3.training.learners.words import Words
-from ia3.training.loop import Training, fit
+from ia3.training.loop import TimeEstimate, Training, _in_words, progress_bars
+from ia3.training.plan import RunPlan
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 QUIET = Console(quiet=True)
@@ -42,7 +46,7 @@ def train(
     model: Any, training: Examples, test: Examples, folder: Path, settings: TrainSettings = FAST, **more: Any
 ) -> Run:
     learner = Words(model, TOKENIZER, TASK, settings)
-    return fit(learner, training, test, output_dir=folder, **{"console": QUIET, **more})
+    return fit(learner, training, test, folder, **more)
 
 
 def run_on(
@@ -206,20 +210,20 @@ def test_a_model_that_is_broken_from_the_start_is_not_trained(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_a_label_that_training_never_shows_is_refused(tmp_path: Path) -> None:
+def test_a_label_that_training_never_shows_is_refused() -> None:
     training, test = tiny_seq2seq.examples(30), tiny_seq2seq.examples(6)
     training = replace(training, rows=tuple(row for row in training if row.label != "neutral"))
     with pytest.raises(
         ValueError, match=r"\['neutral'\] never occur in training, which knows \['negative', 'positive'\]"
     ):
-        train(tiny_seq2seq.adapted(), training, test, tmp_path / "run")
+        check_examples(TaskKind.LABEL_WORDS, training, test)
 
 
 @pytest.mark.parametrize(("counts", "purpose"), [((0, 3), "train on"), ((3, 0), "evaluate on")])
-def test_nothing_to_train_or_evaluate_on(tmp_path: Path, counts: tuple[int, int], purpose: str) -> None:
+def test_nothing_to_train_or_evaluate_on(counts: tuple[int, int], purpose: str) -> None:
     training, test = (tiny_seq2seq.examples(3)[:count] for count in counts)
     with pytest.raises(ValueError, match=f"sentences holds no examples to {purpose}"):
-        train(tiny_seq2seq.adapted(), training, test, tmp_path / "run")
+        check_examples(TaskKind.GENERATION, training, test)
 
 
 def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
@@ -230,7 +234,7 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None
 def test_an_output_that_cannot_be_a_folder_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(NotADirectoryError, match="is a file: name another"):
-        run_on(tiny_seq2seq.adapted(), tmp_path / "file" / "run")
+        check_output(tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -239,7 +243,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr("ia3.runs.run.os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="is read-only: name another"):
-        run_on(tiny_seq2seq.adapted(), tmp_path / "run")
+        check_output(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
 
     def losses_of(name: str, settings: TrainSettings) -> list[float]:
         learner = Words(tiny_seq2seq.adapted(), TOKENIZER, replace(TASK, labels=labels), settings)
-        return fit(learner, data, data, output_dir=tmp_path / name, console=QUIET).losses
+        return fit(learner, data, data, tmp_path / name).losses
 
     whole = losses_of("whole", settings)
     parts = losses_of("parts", replace(settings, batch_size=2, gradient_accumulation=4))
@@ -391,7 +395,7 @@ def test_free_text_is_learned_too(tmp_path: Path) -> None:
     task = replace(TASK, kind=TaskKind.GENERATION, labels=())
     learner = Words(tiny_seq2seq.adapted(head=True), TOKENIZER, task, FAST)
     training, test = tiny_seq2seq.examples(60), tiny_seq2seq.examples(12, 60)
-    run = fit(learner, training, test, output_dir=tmp_path / "run", console=QUIET)
+    run = fit(learner, training, test, tmp_path / "run")
     assert run.final.accuracy == 1.0
     assert run.final.macro_f1 is None
     assert run.majority is None
@@ -428,8 +432,8 @@ def test_the_fast_step_has_the_ordinary_ones_losses(tmp_path: Path, monkeypatch:
 
     def trained(name: str) -> tuple[str, list[float]]:
         learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, settings)
-        training = Training(learner, data, data, tmp_path / name)
-        return training.describe_path(), training.run(QUIET).losses
+        training = Training(RunPlan(learner, data, data))
+        return training.describe_path(), training.run(tmp_path / name, QUIET).losses
 
     path, losses = trained("fast")
     assert path == "The fast step: no padding."
@@ -447,7 +451,7 @@ def test_evaluations_by_hand_are_the_forwards(tmp_path: Path, monkeypatch: Any, 
 
     def trained(name: str) -> Run:
         learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, settings)
-        return fit(learner, data, data, output_dir=tmp_path / name, console=QUIET)
+        return fit(learner, data, data, tmp_path / name)
 
     plain = trained("plain")
     calls = []
@@ -460,3 +464,53 @@ def test_evaluations_by_hand_are_the_forwards(tmp_path: Path, monkeypatch: Any, 
     for one, other in zip(by_hand.evaluations, plain.evaluations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
         assert one.predictions == other.predictions
+
+
+def test_the_time_of_a_long_training_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(name: str) -> str:
+        console = Console(record=True, width=200, file=(tmp_path / "screen").open("w"))
+        settings = TrainSettings(steps=20, evaluate_every=8)
+        train(
+            tiny_seq2seq.adapted(),
+            tiny_seq2seq.examples(24),
+            tiny_seq2seq.examples(3),
+            tmp_path / name,
+            settings,
+            console=console,
+        )
+        return console.export_text()
+
+    assert "on this machine" not in said("short")
+    monkeypatch.setattr("ia3.training.loop._LONG", 0.0)
+    assert re.search(r"About 0 minutes on this machine: [\d.e-]+ s a step, 20 steps, 3 evaluations of ", said("long"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(61, "1 minute"), (720, "12 minutes"), (5400, "90 minutes"), (9000, "2.5 hours")]
+)
+def test_a_time_is_told_in_words(seconds: float, words: str) -> None:
+    assert _in_words(seconds) == words
+
+
+def test_the_estimate_leaves_evaluations_and_the_first_step_out_of_a_steps_time() -> None:
+    data = tiny_seq2seq.examples(24)
+    plan = RunPlan(
+        Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, TrainSettings(steps=900, evaluate_every=300)), data, data
+    )
+    with progress_bars(Console(record=True, width=200)) as bars:
+        estimate = TimeEstimate(bars, [plan])
+        plan.progress.evaluations.append(compute_metrics(0, 1.0, ["a"], ["a"], (), seconds=20.0))
+        for step in range(7):
+            plan.progress.steps.append({"step": step + 1})
+            plan.progress.seconds += 0.8 if step else 50.0
+            estimate.look()
+        text = bars.console.export_text()
+    assert text.count("on this machine") == 1
+    assert "About 13 minutes on this machine: 0.8 s a step, 900 steps, 3 evaluations of 20 s." in text
+
+
+def test_timed_steps_leave_the_progress_alone() -> None:
+    data = tiny_seq2seq.examples(24)
+    plan = RunPlan(Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, TrainSettings(epochs=3)), data, data)
+    assert Training(plan).time_steps(5) > 0
+    assert plan.progress.step == 0

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_linear_schedule_with_warmup
 
 from ia3.runs.settings import TrainSettings
-from ia3.training.optimise import decay_vectors, make_optimizer, make_schedule, trainable_parameters
+from ia3.training.optimise import decay_vectors, linear_schedule, make_optimizer, trainable_parameters
 
 STEPS = 20
 
@@ -24,7 +26,7 @@ def gradients(step: int, shape: torch.Size) -> torch.Tensor:
 
 def train(trainable: dict[str, Parameter], settings: TrainSettings) -> None:
     optimizer = make_optimizer(trainable, settings)
-    schedule = make_schedule(optimizer, settings, STEPS)
+    schedule = LambdaLR(optimizer, linear_schedule(settings, STEPS))
     for step in range(STEPS):
         for parameter in trainable.values():
             parameter.grad = gradients(step, parameter.shape)
@@ -78,9 +80,23 @@ def test_without_decay_a_vector_of_ones_stays() -> None:
 def test_a_warm_up_must_end_before_the_training() -> None:
     settings = TrainSettings(warmup_steps=20)
     with pytest.raises(ValueError, match="`warmup_steps` is 20 and the training has 20 steps"):
-        make_schedule(make_optimizer(parameters(), settings), settings, STEPS)
+        linear_schedule(settings, STEPS)
 
 
 def test_nothing_trainable() -> None:
     with pytest.raises(ValueError, match="no trainable parameters"):
         trainable_parameters(torch.nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 19])
+def test_rates_are_transformers_to_the_bit(warmup: int) -> None:
+    settings = TrainSettings(learning_rate=0.3, warmup_steps=warmup)
+    optimizers = [make_optimizer(parameters(), settings) for _ in range(2)]
+    ours = LambdaLR(optimizers[0], linear_schedule(settings, STEPS))
+    theirs = get_linear_schedule_with_warmup(optimizers[1], warmup, STEPS)
+    for step in range(STEPS):
+        rate = settings.learning_rate * linear_schedule(settings, STEPS)(step)
+        assert rate == ours.get_last_lr()[0] == theirs.get_last_lr()[0]
+        for optimizer, schedule in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.step()
+            schedule.step()

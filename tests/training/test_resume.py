@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import tiny_seq2seq
+from fitted import fit
 from ia3.runs.run import Run
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.task import Task, load_task
@@ -22,7 +22,7 @@ from ia3.tasks.template import Template
 from ia3.tensors import load_peft_weights
 from ia3.training.learner import EvalOutput
 from ia3.training.learners.words import Words
-from ia3.training.loop import Interrupted, fit
+from ia3.training.loop import Interrupted
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 TASK = Task(template=Template.of_column("text"), labels=tiny_seq2seq.LABELS, max_length=128, max_new_tokens=5)
@@ -61,7 +61,7 @@ def run(
     """Without a head trained in full it goes by the fast step."""
     learner = Signalling(tiny_seq2seq.adapted(head=head), TOKENIZER, TASK, settings, **signals)
     training, test = tiny_seq2seq.examples(43), tiny_seq2seq.examples(12, 43)
-    return fit(learner, training, test, output_dir=folder, resume=resume, console=Console(quiet=True))
+    return fit(learner, training, test, folder, resume=resume)
 
 
 def assert_the_same(one: Run, other: Run) -> None:
@@ -94,7 +94,7 @@ def assert_the_same(one: Run, other: Run) -> None:
 )
 def test_it_goes_on_bit_for_bit(tmp_path: Path, settings: TrainSettings, signals: dict[str, int]) -> None:
     whole = run(tmp_path / "whole", settings)
-    with pytest.raises(Interrupted, match=r"at step \d+ of 1[68]\. Go on: fit\(…, resume=True\)"):
+    with pytest.raises(Interrupted, match=r"at step \d+ of 1[68]\. Go on: the same, resumed"):
         run(tmp_path / "parts", settings, **signals)
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", settings, resume=True, at_batch=4)
@@ -145,7 +145,7 @@ def test_after_a_crash_it_goes_on_from_the_last_evaluation(tmp_path: Path) -> No
     learner = Dying(tiny_seq2seq.adapted(head=True), TOKENIZER, TASK, SETTINGS)
     training, test = tiny_seq2seq.examples(43), tiny_seq2seq.examples(12, 43)
     with pytest.raises(RuntimeError, match="the machine is gone"):
-        fit(learner, training, test, output_dir=tmp_path / "parts", console=Console(quiet=True))
+        fit(learner, training, test, tmp_path / "parts")
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 10
     assert_the_same(run(tmp_path / "parts", resume=True), whole)
 
@@ -179,7 +179,7 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     learner = Words(tiny_seq2seq.adapted(), TOKENIZER, TASK, SETTINGS)
     examples = tiny_seq2seq.examples(43)
     with pytest.raises(ValueError, match=r"holds \d+ trained tensors that are not those of this model"):
-        fit(learner, examples, examples, output_dir=tmp_path, resume=True, console=Console(quiet=True))
+        fit(learner, examples, examples, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", None])
@@ -204,6 +204,6 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     examples = tiny_seq2seq.examples(12)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as caught:
-        fit(learner, examples, examples, output_dir=tmp_path, console=Console(quiet=True))
+        fit(learner, examples, examples, tmp_path)
     assert not isinstance(caught.value, Interrupted)
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import ia3.training.sweep
 import tiny_causal
 import tiny_seq2seq
+from fitted import fit
 from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.fast.sweep import MixedLosses
 from ia3.inference.rank import rank
@@ -28,7 +30,7 @@ from ia3.tasks.template import Template
 from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
-from ia3.training.loop import RunPlan, fit
+from ia3.training.plan import RunPlan
 from ia3.training.sweep import Together, names_of, ranking_table, sweep
 from ia3.training.train import train
 
@@ -48,13 +50,8 @@ def seq2seq() -> Any:
 def run_together(
     learners: Sequence[Learner[Any]], training: Sequence[Examples], test: Examples, folder: Path
 ) -> Together:
-    courses = [
-        RunPlan(learner, examples, test, learner.tokenise(examples), learner.tokenise(test))
-        for learner, examples in zip(learners, training, strict=True)
-    ]
-    folders = [folder / f"run-{number}" for number in range(len(courses))]
-    together = Together(courses, folders)
-    together.run(QUIET)
+    together = Together([RunPlan(learner, each, test) for learner, each in zip(learners, training, strict=True)])
+    together.run([folder / f"run-{number}" for number in range(len(learners))], QUIET)
     return together
 
 
@@ -100,7 +97,7 @@ def test_each_run_is_as_if_it_were_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert (together.reason is None) == (way == "by hand")
     for number, (settings, examples) in enumerate(runs):
         learner = Words(seq2seq(), TOKENIZER, TASK, settings)
-        alone = fit(learner, examples, test, output_dir=tmp_path / f"alone-{number}", console=QUIET)
+        alone = fit(learner, examples, test, tmp_path / f"alone-{number}")
         expect_the_same(together.runs[number], alone)
         lines = (together.folders[number] / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [
@@ -124,7 +121,7 @@ def test_labels_by_rank_and_free_text(tmp_path: Path) -> None:
             learner = Words(seq2seq(), TOKENIZER, task, one)
             expect_the_same(
                 together.runs[number],
-                fit(learner, examples, test, output_dir=folder / f"alone-{number}", console=QUIET),
+                fit(learner, examples, test, folder / f"alone-{number}"),
             )
 
 
@@ -147,7 +144,7 @@ def test_instructions(tmp_path: Path, tiny: Callable[..., Any]) -> None:
     shared = model()
     together = run_together([learner(shared, one) for one in each], [training] * 2, test, tmp_path)
     for number, one in enumerate(each):
-        alone = fit(learner(model(), one), training, test, output_dir=tmp_path / f"alone-{number}", console=QUIET)
+        alone = fit(learner(model(), one), training, test, tmp_path / f"alone-{number}")
         expect_the_same(together.runs[number], alone, tolerance=1e-6)  # the angles of the base are fp32
 
 
@@ -163,7 +160,7 @@ def test_a_run_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> No
     assert not (together.folders[1] / "result.json").exists()
     for number in (0, 2):
         learner = Words(seq2seq(), TOKENIZER, TASK, each[number])
-        alone = fit(learner, examples, test, output_dir=tmp_path / f"alone-{number}", console=QUIET)
+        alone = fit(learner, examples, test, tmp_path / f"alone-{number}")
         expect_the_same(together.runs[number], alone)
 
 
@@ -185,8 +182,8 @@ def test_evaluations_are_without_dropout(tmp_path: Path) -> None:
 def test_short_groups_are_filled_up_with_what_is_not_learned() -> None:
     examples = tiny_seq2seq.examples(10)
     learner = Words(seq2seq(), TOKENIZER, TASK, COMMON)
+    together = Together([RunPlan(learner, examples, examples)] * 2)
     rows = learner.tokenise(examples)
-    together = Together([RunPlan(learner, examples, examples, rows, rows)] * 2, [Path("nowhere")] * 2)
     batch = together._batch([rows[:1], rows[2:5]])
     assert (batch["labels"] != -100).any(1).tolist() == [True, False, False, True, True, True]
     assert batch["attention_mask"].any(1).all()
@@ -353,3 +350,32 @@ def test_each_run_draws_its_own_examples(base: Path, data: Path, tmp_path: Path)
     environments = [json.loads((run.output_dir / "environment.json").read_text()) for run in found.runs]
     assert len({each["data"]["train"]["sha256"] for each in environments}) == 4
     assert {each["seed"] for each in environments} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("best", "others", "failed", "says"),
+    [
+        (0.1, [0.01, 0.05], [], r"rate, 0\.1, is the highest that was tried: try 0\.2 and 0\.4, too"),
+        (0.01, [0.1], [], r"rate, 0\.01, is the lowest that was tried: try 0\.005 and 0\.0025, too"),
+        (0.05, [0.01, 0.1], [], None),
+        (0.1, [0.01], [1.0], None),  # a higher one diverged
+        (0.1, [0.1], [], None),
+    ],
+)
+def test_the_best_rate_at_the_edge_is_said(
+    finished: Any, best: float, others: list[float], failed: list[float], says: str | None
+) -> None:
+    one = finished.best
+    flat = [replace(one.evaluations[-1], correct=150, total=200, step=each.step) for each in one.evaluations]
+    run = replace(one, progress=replace(one.progress, evaluations=flat))
+    found = replace(
+        finished,
+        runs=[run] * (1 + len(others)),
+        settings=[{"learning_rate": rate} for rate in (best, *others)],
+        failed=[({"learning_rate": rate}, "diverged") for rate in failed],
+    )
+    assert found.summary()["advice"] == found.advice
+    assert found.advice is None if says is None else re.search(says, found.advice)
+    right = replace(flat[-1], correct=200)
+    perfect = replace(run, progress=replace(one.progress, evaluations=[*flat[:-1], right]))
+    assert replace(found, runs=[perfect] * len(found.runs)).advice is None

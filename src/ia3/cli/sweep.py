@@ -51,6 +51,8 @@ def _command(
     Console().print("", ranking_table(found), "", highlight=False)
     typer.echo(f"asked for: {found.best.task.method}")
     typer.echo(f"training: {found.seconds:.0f} s for {len(found.runs) + len(found.failed)} runs together")
+    if found.advice is not None:
+        typer.echo(f"advice: {found.advice}")
     typer.echo(f"best adapter: {found.best_dir}\npicture: {picture}")
     typer.echo(f'\nUse it: ia3 predict {found.best_dir} "…"')
 

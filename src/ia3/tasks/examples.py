@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, overload
 
@@ -36,6 +36,9 @@ _MANY_ANSWERS = 3
 MESSAGES_COLUMN = "messages"
 
 ONE_LABEL_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
+
+# What makes two rows the same to the model, see `_what_is_read`.
+_Text = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,8 @@ def _respelled(examples: Examples, labels: Mapping[str, str], said: str) -> Exam
 def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -> tuple[Examples, Examples]:
     """Split at random; rows with the same text, case and white space aside, stay together.
 
-    Where each text has one label, every label stays in training, so that a rare one may be missing among the held-out.
+    Where each text has one label, each label's part is held out of it, to a row, and every label stays in training, so
+    that a rare one may be missing among the held-out.
 
     Args:
         examples: what to split.
@@ -265,26 +269,55 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
         raise ValueError(f"test_size is {test_size}; expected a fraction between 0 and 1, such as 0.1.")
     rows = list(examples.rows)
     random.Random(seed).shuffle(rows)
-    groups = Counter(_what_is_read(row) for row in rows)
     room = math.ceil(len(rows) * test_size)
-    held_out = set()
-    for text, size in groups.items():
-        if size <= room:
-            held_out.add(text)
-            room -= size
-    if examples.kind in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION):
+    sizes = Counter(_what_is_read(row) for row in rows)
+    if examples.kind in ONE_LABEL_A_TEXT:
+        held_out = _stratified(rows, sizes, room)
         held_out -= _only_rows(rows, held_out)
-    if not 0 < len(held_out) < len(groups):
+    else:
+        held_out = _fitting(sizes, sizes, room)
+    if not 0 < len(held_out) < len(sizes):
         raise ValueError(
             f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
-            f"{len(groups)} different texts. Give more rows, or another `test_size`."
+            f"{len(sizes)} different texts. Give more rows, or another `test_size`."
         )
     train = [row for row in rows if _what_is_read(row) not in held_out]
     test = [row for row in rows if _what_is_read(row) in held_out]
     return _part(examples, train), _part(examples, test)
 
 
-def _only_rows(rows: Sequence[Example], held_out: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+def _fitting(texts: Iterable[_Text], sizes: Mapping[_Text, int], room: int) -> set[_Text]:
+    """The first texts whose rows fit into so many together."""
+    found = set()
+    for text in texts:
+        if sizes[text] <= room:
+            found.add(text)
+            room -= sizes[text]
+    return found
+
+
+def _stratified(rows: Sequence[Example], sizes: Mapping[_Text, int], room: int) -> set[_Text]:
+    """Texts of so many rows, of each label in proportion: the rows left over go to the largest remainders."""
+    of_label: dict[str, list[_Text]] = defaultdict(list)
+    for text, label in {_what_is_read(row): row.label for row in reversed(rows)}.items():
+        of_label[label].append(text)
+    shares = {label: divmod(room * sum(sizes[text] for text in texts), len(rows)) for label, texts in of_label.items()}
+    rest = room - sum(whole for whole, _ in shares.values())
+    several = [label for label, texts in of_label.items() if len(texts) > 1]
+    one_more = sorted(several, key=lambda label: shares[label][1], reverse=True)[:rest]
+    held_out: set[_Text] = set()
+    missed = 0
+    for label in several:  # one text stays
+        share = shares[label][0] + (label in one_more)
+        found = _fitting(of_label[label][1:], sizes, share)
+        held_out |= found
+        missed += share - sum(sizes[text] for text in found)
+    # Texts that stand in more rows than their label's share.
+    others = (text for label in several for text in of_label[label][1:] if text not in held_out)
+    return held_out | _fitting(others, sizes, missed)
+
+
+def _only_rows(rows: Sequence[Example], held_out: set[_Text]) -> set[_Text]:
     """The held-out texts of labels that no other text has."""
     learned = {row.label for row in rows if _what_is_read(row) not in held_out}
     return {_what_is_read(row) for row in rows if row.label not in learned}
@@ -319,7 +352,7 @@ def _normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _what_is_read(row: Example) -> tuple[str, ...]:
+def _what_is_read(row: Example) -> _Text:
     """What makes two rows the same to the model: the text and the messages before it, case and white space aside."""
     return (*(_normalised(content) for _, content in row.turns), _normalised(row.text))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -22,26 +24,61 @@ from ia3.tasks.examples import (
 from ia3.tasks.labels import why_no_classes
 from ia3.tasks.task import TaskKind
 
+# The fields of a recipe that decide what its run learns from, besides the seed where some are drawn.
+_OF_DATA = (
+    *("data", "test_data", "test_size", "test_limit", "split_seed", "text_column", "label_column", "merge_labels"),
+    *("template", "limit"),
+)
+
 
 def read_data(
-    recipe: Recipe, kind: TaskKind, console: Console, *, resuming: bool = False, looked: Looked | None = None
-) -> tuple[Examples, Examples]:
-    """The training and the held-out examples; what is odd about them is printed.
+    recipes: Sequence[Recipe],
+    kind: TaskKind,
+    console: Console,
+    *,
+    resuming: bool = False,
+    looked: Looked | None = None,
+) -> list[tuple[Examples, Examples]]:
+    """The training and the held-out examples of each run, read once for those that read alike.
 
     Args:
-        recipe: what to read, and how.
+        recipes: what to read, and how.
         kind: what the examples are for.
-        console: where the oddities go.
+        console: where it is printed what is odd about them, once for all runs on the same data.
         resuming: for a run that began with these data, so that their reading is past doubt.
         looked: what `look_before` has read; what is used is taken out, so that nobody holds it while training.
+
+    Returns:
+        A pair a run; equal examples are one object.
 
     Raises:
         FileNotFoundError, ValueError: what `load_examples` and `split_examples` raise.
         ValueError: answers that are no classes where no task is named, texts that tell their answers by a column alone
-            that isn't read, or merge_labels for a task without one label a text.
+            that isn't read, merge_labels for a task without one label a text, nothing to train or to evaluate, or a
+            held-out label that training never shows.
     """
-    examples = _examples(recipe.data, recipe, kind, looked or {})
-    held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind, looked or {})
+    known: list[tuple[list[Any], tuple[Examples, Examples]]] = []
+    found: list[tuple[Examples, Examples]] = []
+    looked = {} if looked is None else looked
+    for recipe in recipes:
+        key = [getattr(recipe, name) for name in _OF_DATA] + [recipe.limit and recipe.seed]
+        data = next((data for former, data in known if former == key), None)
+        if data is None:
+            said = any(former[0] == recipe.data for former, _ in known)
+            where = Console(quiet=True) if said else console
+            training, test = _read_one(recipe, kind, where, looked, resuming=resuming)
+            check_examples(kind, training, test)
+            data = (training, next((other for _, (_, other) in known if other == test), test))
+            known.append((key, data))
+        found.append(data)
+    return found
+
+
+def _read_one(
+    recipe: Recipe, kind: TaskKind, console: Console, looked: Looked, *, resuming: bool
+) -> tuple[Examples, Examples]:
+    examples = _examples(recipe.data, recipe, kind, looked)
+    held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind, looked)
     if recipe.merge_labels:
         examples = merge_labels_of(examples)
         held_out = None if held_out is None else match_labels(held_out, examples.labels, "the training data's")
@@ -52,13 +89,33 @@ def read_data(
     training, test = (
         split_examples(examples, recipe.test_size, recipe.split_seed) if held_out is None else (examples, held_out)
     )
-    training, test = _draw(training, recipe.limit, recipe.settings.seed), test[: recipe.test_limit]
+    training, test = _draw(training, recipe.limit, recipe.seed), test[: recipe.test_limit]
     for each in [examples] if held_out is None else [examples, held_out]:
         console.print(each.describe(), markup=False, highlight=False)
     overlap = len(set(training.texts) & set(test.texts))
     if overlap:
         console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
     return training, test
+
+
+def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Examples) -> None:
+    """Refuse what can't be trained on.
+
+    Raises:
+        ValueError: nothing to train or to evaluate, or a held-out label that training never shows.
+    """
+    for examples, purpose in ((train_examples, "train on"), (test_examples, "evaluate on")):
+        if len(examples) == 0:
+            raise ValueError(f"{examples.source} holds no examples to {purpose}: expected at least one.")
+    if kind not in ONE_LABEL_A_TEXT:
+        return
+    known = {example.label for example in train_examples}
+    unseen = sorted({example.label for example in test_examples} - known)
+    if unseen:
+        raise ValueError(
+            f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
+            "labels, add training examples with them, raise `limit`, or split otherwise (`split_seed`, `test_data`)."
+        )
 
 
 def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Looked) -> Examples:

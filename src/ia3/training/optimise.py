@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_linear_schedule_with_warmup
 from transformers.optimization import Adafactor
 
 from ia3.runs.settings import TrainSettings
@@ -49,18 +48,16 @@ def make_optimizer(trainable: dict[str, Parameter], settings: TrainSettings) -> 
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
-def make_schedule(optimizer: Optimizer, settings: TrainSettings, total_steps: int) -> LRScheduler:
-    """From 0 up to the learning rate over the warm-up, and linearly down to 0 at the last step.
+def linear_schedule(settings: TrainSettings, total_steps: int) -> Callable[[int], float]:
+    """The part of the learning rate that each step has: from 0 up over the warm-up, and down to 0 at the last step.
 
     Raises:
         ValueError: a warm-up that is as long as the training.
     """
-    if settings.warmup_steps >= total_steps:
-        raise ValueError(
-            f"`warmup_steps` is {settings.warmup_steps} and the training has {total_steps} steps: expected fewer."
-        )
-    schedule: LRScheduler = get_linear_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
-    return schedule
+    warmup = settings.warmup_steps
+    if warmup >= total_steps:
+        raise ValueError(f"warmup_steps is {warmup} and the training has {total_steps} steps: expected fewer.")
+    return lambda step: step / warmup if step < warmup else max(0.0, (total_steps - step) / (total_steps - warmup))
 
 
 @torch.no_grad()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,22 @@ from torch import Tensor
 from ia3.adapter import vectors
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.sweep import MixedLosses, SweepStep, group_losses
-from ia3.files import write_atomically
-from ia3.inference.loading import default_kind, load_config, load_tokenizer
+from ia3.inference.loading import Base
 from ia3.inference.predict import answer_in_batches
 from ia3.rows import acting
 from ia3.runs.grid import Over, make_recipes
 from ia3.runs.look import Looked, look_before
 from ia3.runs.picture import draw_curves
-from ia3.runs.recipe import Recipe, resolve
+from ia3.runs.recipe import Recipe
 from ia3.runs.report import complete_cards
-from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, RECIPE_NAME, Run, write_json
-from ia3.runs.settings import TrainSettings, field_names
+from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, RECIPE_NAME, Run, advise, write_json
 from ia3.state import attached, get_adapter
 from ia3.tasks.examples import Examples
-from ia3.tasks.task import Task, TaskKind
-from ia3.training.data import read_data
+from ia3.tasks.task import Task
 from ia3.training.learner import Answered, EvalOutput, Writer, measurement
-from ia3.training.learners.making import make_learner, settings_of
-from ia3.training.loop import RunPlan, check_examples, make_accelerator, progress_bars, save_adapter
-from ia3.training.optimise import make_schedule
-from ia3.training.state import describe_environment
-from ia3.training.train import (
-    begin_folder,
-    folder_of,
-    load_adapted,
-    make_task,
-    warn_of_truncation,
-)
+from ia3.training.loop import TimeEstimate, make_accelerator, progress_bars
+from ia3.training.plan import RunPlan, prepare
+from ia3.training.train import begin_folder, claim, environment_of
 
 SWEEP_NAME = "sweep.json"
 PICTURE_NAME = "sweep.png"
@@ -84,9 +72,22 @@ class Sweep:
         """Where the adapter of that evaluation is, with its task."""
         return self.output_dir / BEST_FOLDER
 
+    @property
+    def advice(self) -> str | None:
+        """What to do about the result, in a line; None where nothing stands out."""
+        rates = sorted({given["learning_rate"] for given in _all_settings(self) if "learning_rate" in given})
+        best = self.settings[0].get("learning_rate")
+        edge = None
+        if len(rates) > 1 and best in (rates[0], rates[-1]):
+            name, factor = ("lowest", 0.5) if best == rates[0] else ("highest", 2)
+            further = f"{best * factor:.3g} and {best * factor**2:.3g}"
+            edge = f"The best learning rate, {best:g}, is the {name} that was tried: try {further}, too."
+        return advise(self.best, edge)
+
     def summary(self) -> dict[str, Any]:
         """The sweep as JSON writes it."""
         return {
+            "advice": self.advice,
             "best": {"adapter": str(self.best_dir), "settings": self.settings[0]},
             "failed": [{"reason": reason, "settings": given} for given, reason in self.failed],
             "method": self.best.task.method,
@@ -158,29 +159,25 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
     Raises:
         FileNotFoundError, ValueError, FloatingPointError: as `sweep`.
     """
-    given_recipes, common = recipes, recipes[0]  # whose task may have been left to the model
-    kind = common.task or default_kind(load_config(common.model), common.model)
+    common = recipes[0]
+    if common.output is not None:
+        _refuse_a_former(common.output)
+    base = Base(common.model)
+    kind = common.task or base.kind
     if not kind.writes:
         raise ValueError(
             f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
             "one after the other, by ia3.train."
         )
-    recipes = [settings_of(replace(each, task=kind), kind) for each in recipes]
-    common = recipes[0]
-    with folder_of(common) as output:
-        _refuse_a_former(output)
-        data_of = _read_all(given_recipes, kind, console, looked)
-        recipes = [resolve(each, kind, len(training)) for each, (training, _) in zip(recipes, data_of, strict=True)]
-        settings = [{key: _value(each, key) for key in keys} for each in recipes]
-        courses = _courses(recipes, kind, data_of, console)
-        folders = [output / name for name in names_of(settings)]
-        together = Together(courses, folders)
-        for each, folder, (training, test) in zip(recipes, folders, data_of, strict=True):
-            environment = describe_environment(training, test, courses[0].learner.model, each.settings.seed)
-            begin_folder(folder, each, environment | {"recipe": each.content()})
-    warn_of_truncation(courses[0], [text for part in data_of[0] for text in part.texts], console)
+    prepared = prepare(base, kind, recipes, console, looked=looked)
+    together = Together([plan for _, plan in prepared])
+    settings = [{key: _value(each, key) for key in keys} for each, _ in prepared]
+    output = claim(common.output, common.source)
+    folders = [output / name for name in names_of(settings)]
+    for (each, plan), folder in zip(prepared, folders, strict=True):
+        begin_folder(folder, each, environment_of(each, plan))
     console.print(together.describe_path(), highlight=False)
-    together.run(console)
+    together.run(folders, console)
     return _finish(together, recipes, settings, output)
 
 
@@ -214,66 +211,23 @@ def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"run-{number}" for number in range(1, len(names) + 1)]
 
 
-def _read_all(
-    recipes: Sequence[Recipe], kind: TaskKind, console: Console, looked: Looked
-) -> list[tuple[Examples, Examples]]:
-    """The training and held-out examples of each run; equal ones are one object, and what is odd is said once."""
-    known: list[tuple[list[Any], tuple[Examples, Examples]]] = []
-    found: list[tuple[Examples, Examples]] = []
-    for recipe in recipes:
-        # How to train leaves the data as they are, the seed too unless it draws some.
-        key = [getattr(recipe, name) for name in field_names(Recipe) if name not in field_names(TrainSettings)]
-        key.append(None if recipe.limit is None else recipe.seed)
-        data = next((data for former, data in known if former == key), None)
-        if data is None:
-            said = any(former.data == recipe.data for former, _ in zip(recipes, found, strict=False))
-            training, test = read_data(recipe, kind, Console(quiet=True) if said else console, looked=looked)
-            check_examples(kind, training, test)
-            data = (training, next((other for _, (_, other) in known if other == test), test))
-            known.append((key, data))
-        found.append(data)
-    return found
-
-
-def _courses(
-    recipes: Sequence[Recipe], kind: TaskKind, data: Sequence[tuple[Examples, Examples]], console: Console
-) -> list[RunPlan]:
-    """The runs, over one model; examples that several have are tokenised once."""
-    common = recipes[0]
-    with console.status(f"Loading {common.model}"):
-        tokenizer = load_tokenizer(common.model)
-        tasks = [make_task(recipe, kind, *parts, tokenizer) for recipe, parts in zip(recipes, data, strict=True)]
-        model = load_adapted(common, kind, tasks[0].labels)
-    rows: dict[int, Sequence[Any]] = {}
-    courses = []
-    for recipe, task, parts in zip(recipes, tasks, data, strict=True):
-        learner = make_learner(model, tokenizer, task, recipe.settings)
-        for examples in parts:
-            if id(examples) not in rows:
-                rows[id(examples)] = learner.tokenise(examples)
-        courses.append(RunPlan(learner, *parts, *(rows[id(examples)] for examples in parts)))
-    return courses
-
-
 class Together:
     """Runs whose steps and evaluations are computed in one batch; making it checks what can be checked before.
 
     A run that is finished, or whose loss is not finite, leaves the batch.
 
     Args:
-        courses: the runs, whose learners share a model with one adapter, its vectors where all begin.
-        folders: where each leaves its adapters, `metrics.jsonl` and `result.json`.
+        plans: the runs, whose learners share a model with one adapter, its vectors where all begin.
 
     Raises:
-        ValueError: a warm-up that is as long as its training, several processes.
+        ValueError: several processes.
     """
 
-    def __init__(self, courses: Sequence[RunPlan], folders: Sequence[Path]) -> None:
-        learner = courses[0].learner
+    def __init__(self, plans: Sequence[RunPlan]) -> None:
+        learner = plans[0].learner
         assert isinstance(learner, Writer)
-        self.courses, self.folders, self.learner = courses, folders, learner
-        self.rates = [_rates(plan.settings, plan.total_steps) for plan in courses]
-        self.device = make_accelerator(learner.settings, folders[0]).device
+        self.plans, self.learner = plans, learner
+        self.device = make_accelerator(learner.settings).device
         self.model = learner.model.to(self.device)
         self.adapter = get_adapter(self.model, attached(self.model).active[0])
         self.mixed = MixedLosses(self.model, self.adapter.layout, learner.token_losses)
@@ -282,13 +236,13 @@ class Together:
         self.step = SweepStep(
             self.model,
             losses,
-            start.expand(len(courses), -1),
-            max_gradient_norms=[plan.settings.max_gradient_norm or math.inf for plan in courses],
-            weight_decays=[plan.settings.weight_decay for plan in courses],
+            start.expand(len(plans), -1),
+            max_gradient_norms=[plan.settings.max_gradient_norm or math.inf for plan in plans],
+            weight_decays=[plan.settings.weight_decay for plan in plans],
         )
-        self.batches = [plan.steps_from(0) for plan in courses]
+        self.batches = [plan.steps_from(0) for plan in plans]
         # The runs in the batch; run `running[r]` has row r.
-        self.running = list(range(len(courses)))
+        self.running = list(range(len(plans)))
         self.best: dict[int, Tensor] = {}
         self.runs: dict[int, Run] = {}
         self.failures: dict[int, str] = {}
@@ -296,37 +250,44 @@ class Together:
 
     def describe_path(self) -> str:
         """Which way a step goes, and why, in a line."""
-        count = f"{len(self.courses)} runs in one batch"
+        count = f"{len(self.plans)} runs in one batch"
         if self.reason is not None:
             return f"{count}, through the model's own forward (fused: {self.reason})."
         return f"{count}, without padding{', captured as CUDA graphs' if self.step.records else ''}."
 
-    def run(self, console: Console | None = None) -> None:
-        """Train until every run is finished or has failed: `runs` and `failures`, by the runs' numbers."""
+    def run(self, folders: Sequence[Path], console: Console | None = None) -> None:
+        """Train until every run is finished or has failed: `runs` and `failures`, by the runs' numbers.
+
+        Args:
+            folders: where each run leaves its adapters, `metrics.jsonl` and `result.json`.
+            console: where the progress goes; standard error by default.
+        """
+        self.folders = folders
         torch.manual_seed(self.learner.settings.seed)
         with progress_bars(console) as bars:
-            total = max(plan.total_steps for plan in self.courses)
+            total = max(plan.total_steps for plan in self.plans)
             bar = bars.add_task("training", total=total, note="")
+            estimate = TimeEstimate(bars, self.plans)
             self._evaluate_due(bars)
             while self.running:
-                self._train_until_due(bars, bar)
+                self._train_until_due(bars, bar, estimate)
                 self._evaluate_due(bars)
             bars.update(bar, description="trained")
 
-    def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
+    def _train_until_due(self, bars: ProgressBars, bar: Any, estimate: TimeEstimate) -> None:
         """Steps up to the next evaluation of any run."""
         self.model.train(self.learner.settings.dropout)
-        while self.running and not any(self.courses[run].evaluation_is_due() for run in self.running):
+        while self.running and not any(self.plans[run].evaluation_is_due() for run in self.running):
             started = time.perf_counter()
             groups = [[row for part in next(self.batches[run]) for row in part] for run in self.running]
             losses, groups = self._step(groups)
             seconds = time.perf_counter() - started
             self.seconds += seconds
             for run, loss in zip(self.running, losses, strict=True):
-                progress = self.courses[run].progress
-                rate = self.rates[run][progress.step]
-                progress.steps.append({"learning_rate": rate, "loss": loss, "step": progress.step + 1})
+                progress = self.plans[run].progress
+                progress.steps.append({"learning_rate": self.plans[run].rate, "loss": loss, "step": progress.step + 1})
                 progress.seconds += seconds / len(self.running)
+            estimate.look()
             bars.update(bar, advance=1, note=f"{len(losses)} runs, loss {min(losses, default=math.nan):.3f} and up")
 
     def _step(self, groups: list[list[Any]]) -> tuple[list[float], list[list[Any]]]:
@@ -340,8 +301,7 @@ class Together:
         """
         while self.running:
             batch = self._batch(groups)
-            rates = [self.rates[run][self.courses[run].progress.step] for run in self.running]
-            losses: list[float] = self.step(batch, rates).tolist()
+            losses: list[float] = self.step(batch, [self.plans[run].rate for run in self.running]).tolist()
             if all(map(math.isfinite, losses)):
                 return losses, groups
             lost = self.step.diverged(batch) or [row for row, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -355,14 +315,15 @@ class Together:
         """The groups' examples; a short group is filled up with repeated ones without labels, which change nothing."""
         size = max(map(len, groups))
         if self.step.records:  # few shapes of batches, few graphs
-            size = max(size, *(_rows_a_step(self.courses[run].settings) for run in self.running))
+            settings = [self.plans[run].settings for run in self.running]
+            size = max(size, *(each.batch_size * each.gradient_accumulation for each in settings))
         batch = self.learner.collate([row for rows in groups for row in (*rows, *[rows[0]] * (size - len(rows)))])
         filler = torch.tensor([place >= len(rows) for rows in groups for place in range(size)])
         batch["labels"][filler] = IGNORE_INDEX
         return batch
 
     def _fail(self, row: int, what: str) -> None:
-        plan = self.courses[self.running[row]]
+        plan = self.plans[self.running[row]]
         try:
             plan.check_finite(math.nan, what, plan.progress.step + 1)
         except FloatingPointError as error:
@@ -377,14 +338,14 @@ class Together:
 
     def _evaluate_due(self, bars: ProgressBars) -> None:
         """Evaluate the runs that are due, write their figures, and let the finished ones go."""
-        due = [row for row, run in enumerate(self.running) if self.courses[run].evaluation_is_due()]
+        due = [row for row, run in enumerate(self.running) if self.plans[run].evaluation_is_due()]
         started = time.perf_counter()
         found = self._measure(due, bars)
         seconds = (time.perf_counter() - started) / max(1, len(due))
         leaving = []
         for row in due:
             run = self.running[row]
-            plan = self.courses[run]
+            plan = self.plans[run]
             try:
                 if plan.add(plan.compute_metrics(found[row], seconds)):
                     self.best[run] = self.step.table[row].clone()
@@ -392,10 +353,7 @@ class Together:
                 self.failures[run] = str(error)
                 leaving.append(row)
                 continue
-            lines = "".join(
-                f"{json.dumps(line, sort_keys=True)}\n" for line in plan.progress.lines(plan.learner.task.method)
-            )
-            write_atomically(self.folders[run] / METRICS_NAME, lines.encode())
+            plan.write_metrics(self.folders[run])
             if plan.finished:
                 self._finish(row)
                 leaving.append(row)
@@ -406,13 +364,13 @@ class Together:
         self.model.eval()
         alike: dict[Any, list[int]] = {}
         for row in due:
-            plan = self.courses[self.running[row]]
+            plan = self.plans[self.running[row]]
             # Before the first step all are the base, so that those with the same held-out rows answer alike.
             key = row if plan.progress.step else (plan.learner.task, id(plan.test_rows))
             alike.setdefault(key, []).append(row)
         by_task: dict[Task, list[int]] = {}
         for row, *_ in alike.values():
-            by_task.setdefault(self.courses[self.running[row]].learner.task, []).append(row)
+            by_task.setdefault(self.plans[self.running[row]].learner.task, []).append(row)
         measured: dict[int, EvalOutput] = {}
         for rows in by_task.values():
             measured |= self._answers(rows, bars)
@@ -420,17 +378,17 @@ class Together:
 
     def _answers(self, rows: Sequence[int], bars: ProgressBars) -> dict[int, EvalOutput]:
         """What the vectors of rows with the same task answer."""
-        courses = {row: self.courses[self.running[row]] for row in rows}
-        learner: Any = courses[rows[0]].learner
-        asked = [(row, place) for row in rows for place in range(len(courses[row].test_rows))]
-        lengths = [learner.asked(courses[row].test_rows[place]) for row, place in asked]
+        plans = {row: self.plans[self.running[row]] for row in rows}
+        learner: Any = plans[rows[0]].learner
+        asked = [(row, place) for row in rows for place in range(len(plans[row].test_rows))]
+        lengths = [learner.asked(plans[row].test_rows[place]) for row, place in asked]
         bar = bars.add_task("evaluating", total=len(asked), note="")
 
         def answer(indices: list[int]) -> list[Answered]:
             chosen = [asked[index] for index in indices]
             flat = self.step.table[torch.tensor([row for row, _ in chosen], device=self.device)]
             with acting(self.mixed.rows(flat)):
-                found: list[Answered] = learner.answer([courses[row].test_rows[place] for row, place in chosen])
+                found: list[Answered] = learner.answer([plans[row].test_rows[place] for row, place in chosen])
             return found
 
         found = answer_in_batches(learner.batches(lengths), answer, lambda count: bars.update(bar, advance=count))
@@ -442,10 +400,10 @@ class Together:
     def _finish(self, row: int) -> None:
         """Save a finished run's adapters, after its last step and at its best evaluation, and its result."""
         run = self.running[row]
-        plan, folder = self.courses[run], self.folders[run]
+        plan, folder = self.plans[run], self.folders[run]
         for name, flat in ((BEST_FOLDER, self.best[run]), (ADAPTER_FOLDER, self.step.table[row])):
             self._put(flat)
-            save_adapter(plan.learner, folder / name)
+            plan.save_adapter(folder / name)
         self.runs[run] = plan.result(folder)
 
     @torch.no_grad()
@@ -456,29 +414,13 @@ class Together:
             vector.copy_(part.view_as(vector))
 
 
-def _rates(settings: TrainSettings, total_steps: int) -> list[float]:
-    """The learning rate of each step, by the schedule of a run alone."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
-    schedule = make_schedule(optimizer, settings, total_steps)
-    rates = []
-    for _ in range(total_steps):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        optimizer.step()
-        schedule.step()
-    return rates
-
-
-def _rows_a_step(settings: TrainSettings) -> int:
-    return settings.batch_size * settings.gradient_accumulation
-
-
 def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[dict[str, Any]], output: Path) -> Sweep:
     """The runs in the order of their best evaluations; writes cards, the best adapter, the picture, `sweep.json`."""
-    runs, courses = together.runs, together.courses
+    runs, plans = together.runs, together.plans
     failed = [(settings[number], reason) for number, reason in sorted(together.failures.items())]
     if not runs:
         raise FloatingPointError(f"None of the {len(recipes)} runs came to an end. The first: {failed[0][1]}")
-    order = sorted(runs, key=lambda number: courses[number].rank(runs[number].best), reverse=True)
+    order = sorted(runs, key=lambda number: plans[number].rank(runs[number].best), reverse=True)
     for number in order:
         complete_cards(runs[number], recipes[number].source, named=isinstance(recipes[number].data, str))
     found = Sweep(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -14,12 +14,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
-from ia3.config import IA3Config
 from ia3.files import write_atomically
-from ia3.inference.classify import head_modules
-from ia3.inference.loading import DTYPES, default_kind, load_base, load_config, load_tokenizer
-from ia3.inference.predict import count_truncated
-from ia3.peft_model import get_peft_model
+from ia3.inference.loading import Base
 from ia3.runs.look import Looked, look_before
 from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve, without_a_heads_way
 from ia3.runs.report import complete_cards, draw_report, write_report
@@ -34,19 +30,15 @@ from ia3.runs.run import (
     RESULT_NAME,
     STATE_NAME,
     Run,
-    check_output,
     new_folder,
     write_json,
 )
-from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Examples
-from ia3.tasks.task import TASK_NAME, Task, TaskKind
+from ia3.tasks.task import TASK_NAME, TaskKind
 from ia3.tasks.template import Template
-from ia3.training.collate import measure_labels
-from ia3.training.data import read_data
-from ia3.training.learners.instructions import Instructions, count_cut
-from ia3.training.learners.making import make_learner, settings_of
-from ia3.training.loop import RunPlan, Training, check_examples
+from ia3.training.learners.making import settings_of
+from ia3.training.loop import Training
+from ia3.training.plan import RunPlan, prepare
 from ia3.training.state import describe_environment
 
 
@@ -57,8 +49,8 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         model: the base model: a hub name, a folder or a bundled model.
         data: a file, a data set on the hub, or examples.
         console: where the progress goes; standard error by default.
-        recipe: the fields of `Recipe`, such as `epochs=3`; or `recipe="t-few"`, or a
-            YAML file, which the other fields override.
+        recipe: the fields of `Recipe`, such as `epochs=3`; or `recipe="t-few"`, or a YAML file, which the other
+            fields override.
 
     Returns:
         The run; its adapter is in `run.adapter_dir`.
@@ -136,67 +128,42 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         Interrupted: as `train`.
     """
     looked = look_before(recipe) if looked is None else looked
-    given = recipe  # whose task may have been left to the model
-    kind = recipe.task or default_kind(load_config(recipe.model), recipe.model)
-    recipe = settings_of(replace(recipe, task=kind), kind)
-    if recipe.system is not None and kind is not TaskKind.INSTRUCTIONS:
-        raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
-    with folder_of(recipe) as output:
-        if not resuming:
-            _refuse_unfinished(output)
-        training, test = read_data(given, kind, console, resuming=resuming, looked=looked)
-        recipe = resolve(recipe, kind, len(training))
-        check_examples(kind, training, test)
-        with console.status(f"Loading {recipe.model}"):
-            tokenizer = load_tokenizer(recipe.model)
-            task = make_task(recipe, kind, training, test, tokenizer)
-            learner = make_learner(load_adapted(recipe, kind, task.labels), tokenizer, task, recipe.settings)
-        environment = describe_environment(training, test, learner.model, recipe.settings.seed)
-        environment["recipe"] = recipe.content()
-        if resuming:
-            _check_environment(output, environment, console)
-        prepared = Training(learner, training, test, output, resume=resuming)
-        if not resuming:
-            begin_folder(output, recipe, environment)
-    prepared.advice = _how_to_resume(recipe, output)
-    warn_of_truncation(prepared.plan, [*training.texts, *test.texts], console)
-    console.print(prepared.describe_path(), highlight=False)
-    run = prepared.run(console)
+    folder = recipe.output
+    if folder is not None and not resuming and begun(recipe) and not (folder / RESULT_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds an unfinished run: go on with it by `ia3 train --resume {folder}`, or name another output."
+        )
+    base = Base(recipe.model)
+    [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, resuming=resuming, looked=looked)
+    environment = environment_of(recipe, plan)
+    if resuming and folder is not None:
+        _check_environment(folder, environment, console)
+        training = Training(plan, resume=folder / STATE_NAME)
+    else:
+        training = Training(plan)
+        folder = claim(folder, recipe.source)
+        begin_folder(folder, recipe, environment)
+    console.print(training.describe_path(), highlight=False)
+    run = training.run(folder, console, resumed_by=_how_to_resume(recipe, folder))
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
-    draw_report(run, learner.model, output / PICTURE_NAME, title=title)
+    draw_report(run, plan.learner.model, folder / PICTURE_NAME, title=title)
     write_report(run, title)
     complete_cards(run, recipe.source, named=isinstance(recipe.data, str))
-    (output / STATE_NAME).unlink(missing_ok=True)
+    (folder / STATE_NAME).unlink(missing_ok=True)
     return run
 
 
-@contextmanager
-def folder_of(recipe: Recipe) -> Iterator[Path]:
-    """The run's folder; one that is made here is taken away again where the run can't begin."""
-    if recipe.output is not None:
-        check_output(recipe.output)
-        yield recipe.output
-        return
-    check_output(Path("runs"))
-    folder = _claim_folder(recipe.source)
-    try:
-        yield folder
-    except BaseException:
-        with suppress(OSError):  # not empty
-            folder.rmdir()
-        raise
-
-
-def _claim_folder(source: str) -> Path:
-    """A folder of its own, whoever else begins a run in the same second."""
+def claim(output: Path | None, source: str) -> Path:
+    """The folder that a run or a sweep begins in, all else being right: made now, a new one unless one was named."""
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        return output
     wanted = new_folder(source)
     for number in count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        try:
+        with suppress(FileExistsError):  # another run that began in the same second
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
+            return folder
     raise AssertionError("there is always a next number")
 
 
@@ -232,72 +199,10 @@ def _how_to_resume(recipe: Recipe, output: Path) -> str:
     return f"ia3 train --resume {output}"
 
 
-def make_task(recipe: Recipe, kind: TaskKind, training: Examples, test: Examples, tokenizer: Any) -> Task:
-    """What the recipe's adapter learns to do.
-
-    Raises:
-        ValueError: labels that can't be learned.
-    """
-    labels = _labels(kind, training, test)
-    answers = labels or [row.label for row in training]
-    template, label_column = _wording(recipe, training)
-    return Task(
-        kind=kind,
-        template=template,
-        labels=labels,
-        max_length=recipe.settings.max_length,
-        max_new_tokens=_longest_answer(kind, answers, tokenizer, recipe.settings),
-        base_model=recipe.model,
-        label_column=label_column,
-        system=recipe.system,
-        precision=recipe.settings.precision,
-    )
-
-
-def _wording(recipe: Recipe, training: Examples) -> tuple[Template, str]:
-    """What is read of a record, and the column of its answer: as the examples were read, unless the recipe says."""
-    says = isinstance(recipe.data, Examples) and (recipe.template is not None or recipe.text_column != "text")
-    if training.reading is None or says:
-        return recipe.wording, recipe.label_column
-    return training.reading.template, training.reading.label_column
-
-
-def load_adapted(recipe: Recipe, kind: TaskKind, labels: tuple[str, ...]) -> Any:
-    """The base model with a new adapter."""
-    settings = recipe.settings
-    base = load_base(recipe.model, kind, labels=labels, dtype=DTYPES[settings.precision], seed=settings.seed)
-    config = IA3Config(
-        task_type=kind.task_type,
-        target_modules=recipe.target_modules,
-        feedforward_modules=recipe.feedforward_modules,
-        modules_to_save=None if kind.writes else head_modules(base),
-    )
-    return get_peft_model(base, config)
-
-
-# What a chat template puts after an answer, and what the answer's first blank may cost.
-_ROOM_FOR_THE_END = 8
-
-
-def _longest_answer(kind: TaskKind, answers: Iterable[str], tokenizer: Any, settings: TrainSettings) -> int | None:
-    """The most tokens that an answer takes, its end token included."""
-    if not kind.writes:
-        return None
-    if kind is TaskKind.INSTRUCTIONS:
-        return _ROOM_FOR_THE_END + max(
-            len(ids) for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-        )
-    words = kind is TaskKind.LABEL_WORDS
-    distinct = list(dict.fromkeys(answers))
-    lengths = measure_labels(distinct, tokenizer, max_label_length=settings.max_label_length, as_words=words)
-    return max(lengths.values())
-
-
-def _refuse_unfinished(output: Path) -> None:
-    if (output / STATE_NAME).is_file() and not (output / RESULT_NAME).is_file():
-        raise ValueError(
-            f"{output} holds an unfinished run: go on with it by `ia3 train --resume {output}`, or name another output."
-        )
+def environment_of(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
+    """What a run's `environment.json` holds."""
+    described = describe_environment(plan.training, plan.test, plan.learner.model, recipe.seed)
+    return described | {"recipe": recipe.content()}
 
 
 def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
@@ -332,35 +237,9 @@ def _check_environment(output: Path, environment: Mapping[str, Any], console: Co
         if data["sha256"] != began["data"][name]["sha256"]:
             raise ValueError(
                 f"The {name} data are not those that the run in {output} began with ({data['rows']:,} rows now, "
-                f"{began['data'][name]['rows']:,} then): put {began['data'][name]['source']} back as it was."
+                f"{began['data'][name]['rows']:,} then): put {began['data'][name]['source']} back as it was, or begin "
+                "anew a run of an ia3 that held out other rows of the same data."
             )
     others = [name for name in ("device", "threads", "versions") if environment[name] != began[name]]
     if others:
         console.print(f"Other {', '.join(others)} than when the run began: its numbers may differ.", style="yellow")
-
-
-def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ...]:
-    """The labels that training shows, in their source's order; of tags those that only the held-out texts show too."""
-    if not kind.has_labels:
-        return ()
-    if kind is TaskKind.TOKEN_CLASSIFICATION:
-        return tuple(dict.fromkeys([*training.labels, *test.labels]))
-    occurring = {row.label for row in training}
-    found = tuple(label for label in training.labels if label in occurring)
-    if len(found) < 2:
-        raise ValueError(
-            f"All {len(training):,} training examples of {training.source} have the label {found[0]!r}, so there is "
-            "nothing to tell apart: give examples of at least two labels."
-        )
-    return found
-
-
-def warn_of_truncation(plan: RunPlan, texts: list[str], console: Console) -> None:
-    """Say how many texts are cut."""
-    learner = plan.learner
-    if isinstance(learner, Instructions):
-        cut = count_cut([*plan.rows, *plan.test_rows])
-    else:
-        cut = count_truncated(texts, learner.tokenizer, learner.task.max_length)
-    if cut:
-        console.print(f"{cut:,} texts are longer than {learner.task.max_length} tokens and are cut (`max_length`).")
