@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ia3.cli.adapters import expect_adapter
 from ia3.cli.labelling import Labeller, answer, load_labeller
 from ia3.cli.names import ANSWER_BY_HELP
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ia3.tasks.examples import Example
     from ia3.tasks.task import Task
 
-_OUTPUTS = (".csv", ".jsonl")
-
 
 def predict(
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a hub repository.")],
@@ -30,10 +29,12 @@ def predict(
         list[str] | None, typer.Argument(help="What to label; without any, --file or the lines of standard input.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Label the rows of a .csv, .jsonl, .parquet or .txt (a text a line).")
+        Path | None,
+        typer.Option(help="Label the rows of a .csv, .tsv, .xlsx, .jsonl, .parquet or .txt (a text a line)."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the rows with predictions and probabilities: .csv or .jsonl.")
+        Path | None,
+        typer.Option(help="Write the rows with predictions and probabilities: .csv, .tsv, .xlsx or .jsonl."),
     ] = None,
     text_column: Annotated[
         str | None, typer.Option(help="The file's column with the text, if not as in training.")
@@ -53,10 +54,12 @@ def predict(
 
     progress = Console(stderr=True)
     if output is not None:
-        _check_output(file, output)
+        from ia3.data.writing import check_output, check_rows, write_rows
+
+        check_output(output, file)
     if sentences and file is not None:
         raise ValueError(f"There are both sentences and --file {file}: give one of them.")
-    records = _read_file(file, text_column) if file is not None else None
+    records = _read_file(file, text_column, adapter) if file is not None else None
     lines = None if records is not None else sentences or _read_lines()
     labeller = load_labeller(
         adapter, progress, text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=way
@@ -64,13 +67,14 @@ def predict(
     if records is None:
         assert lines is not None
         records = _as_records(lines, labeller)
-    elif file is not None and file.suffix.lower() == ".txt" and text_column is None:
-        records = _as_records([record["text"] for _, record in records], labeller)
     examples = _examples(records, labeller)
-    _check_columns(records, labeller, output)
+    if output is not None:
+        shares = (f"probability_{label}" for label in labeller.task.labels)
+        check_rows(output, records, {"prediction", "probability", "probabilities", *shares})
     answers = _answer_filled(labeller, examples, progress, batch_size=batch_size)
     if output is not None:
-        _write(output, records, answers)
+        for remark in write_rows(output, records, [_found(each) for each in answers]):
+            typer.echo(remark, err=True)
     texts = _as_given(records, [example.text for example in examples], labeller)
     _print(labeller.task, adapter, texts, answers, output, as_json=as_json)
 
@@ -91,10 +95,19 @@ def _read_lines() -> list[str]:
     return texts
 
 
-def _read_file(path: Path, text_column: str | None) -> Records:
+def _read_file(path: Path, text_column: str | None, adapter: str) -> Records:
+    """The rows of a file; texts without a column's name get that which the adapter reads."""
     from ia3.data.records import read_records
+    from ia3.tasks.task import load_task
 
-    return read_records(path, line_column=text_column or "text")
+    expect_adapter(adapter)
+    task = load_task(adapter) if text_column is None else None
+    reads = task.template.fields if task is not None else (text_column or "text",)
+    named = reads if len(reads) > 1 or text_column is not None else ()
+    records = read_records(path, line_column=reads[0] if len(reads) == 1 else "text", named=named)
+    for remark in records.remarks:
+        typer.echo(remark, err=True)
+    return records
 
 
 def _as_records(lines: list[str], labeller: Labeller) -> Records:
@@ -145,25 +158,6 @@ def _as_given(records: Records, texts: list[str], labeller: Labeller) -> list[st
     return [str(record[field]) for _, record in records]
 
 
-def _check_output(file: Path | None, output: Path) -> None:
-    """Refuse, before any work, an output that can't be written."""
-    if output.suffix.lower() not in _OUTPUTS:
-        raise ValueError(f"The output {output} is of no known kind: expected one that ends in {' or '.join(_OUTPUTS)}.")
-    if file is not None and file.exists() and output.exists() and output.samefile(file):
-        raise ValueError(f"The output {output} is the input: it would be overwritten. Name another file.")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ValueError(f"The output {output} can't be written: expected a file name in a folder that exists.")
-
-
-def _check_columns(records: Records, labeller: Labeller, output: Path | None) -> None:
-    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labeller.task.labels)}
-    taken = sorted(own & set(records.columns))
-    if output is not None and taken:
-        raise ValueError(
-            f"{records.source} has columns named {taken} already, where the output puts its own: rename them."
-        )
-
-
 def _answer_filled(labeller: Labeller, examples: list[Example], progress: Console, **how: Any) -> list[Answer | None]:
     """An answer for each text; None for rows without one."""
     filled = [example for example in examples if example.text]
@@ -176,40 +170,15 @@ def _answer_filled(labeller: Labeller, examples: list[Example], progress: Consol
     return [next(found) if example.text else None for example in examples]
 
 
-def _write(path: Path, records: Records, answers: list[Answer | None]) -> None:
-    from ia3.files import write_atomically
-
-    write = _as_csv if path.suffix.lower() == ".csv" else _as_jsonl
-    write_atomically(path, write(records, answers).encode())
-
-
-def _as_jsonl(records: Records, answers: list[Answer | None]) -> str:
-    lines = []
-    for (_, record), found in zip(records, answers, strict=True):
-        line = {**record, "prediction": found.label if found else None}
-        if found is not None and found.probabilities is not None:
-            line |= {"probability": found.probability, "probabilities": found.probabilities}
-        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    return "".join(lines)
-
-
-def _as_csv(records: Records, answers: list[Answer | None]) -> str:
-    import csv
-    import io
-
-    labels = next((tuple(found.probabilities) for found in answers if found and found.probabilities), ())
-    shares = ["probability", *(f"probability_{label}" for label in labels)] if labels else []
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*records.columns, "prediction", *shares])
-    for (_, record), found in zip(records, answers, strict=True):
-        cells = [record.get(column) for column in records.columns]
-        probabilities = (found.probabilities or {}) if found else {}
-        own = (
-            [found.probability, *(probabilities[label] for label in labels)] if found and labels else [""] * len(shares)
-        )
-        writer.writerow([*cells, found.label if found else "", *own])
-    return text.getvalue()
+def _found(answer: Answer | None) -> dict[str, Any]:
+    """What is put beside a row."""
+    if answer is None or answer.probabilities is None:
+        return {"prediction": answer.label if answer else None}
+    return {
+        "prediction": answer.label,
+        "probability": answer.probability,
+        "probabilities": answer.probabilities,
+    }
 
 
 def _print(

@@ -76,8 +76,9 @@ def load_examples(
     """
     wording = _wording(template, text_column, label_column, kind)
     line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
-    records = read_records(source, line_column=line_column, line_label=label_column, split=split)
-    remarks = []
+    named = [column for column in (*wording.fields, label_column) if column not in ("text", "label")]
+    records = read_records(source, line_column=line_column, line_label=label_column, named=named, split=split)
+    remarks = [*records.remarks]
     if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, wording, label_column):
         remarks += _without_label_column(records, label_column)
         reading = Reading(wording, label_column, (MESSAGES_COLUMN,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 # What the model usually has to read: parts of a text, what comes beside it, and what is one by itself.
@@ -15,11 +16,23 @@ _OF_THE_TEXT = {*_TEXTS, *_BESIDE, *_WHOLE, "inputs", "instructions", "contexts"
 # What holds the answer, the likelier first.
 _ANSWERS = ("label", "completion", "output", "response", "answer", "target", "ner_tags", "tags", "category", "intent")
 _WORDS = "tokens"
+# And what stands beside both.
+_MORE = (
+    *("id", "index", "date", "datum", "name", "title", "titel", "class", "labels", "sentiment", "topic", "rating"),
+    *("score", "stars", "source", "review", "reviews", "comment", "kommentar", "message", "nachricht", "body"),
+    *("content", "bewertung", "kategorie", "language", "sprache"),
+)
+_SHOWN = 20
 _NUMBERED = re.compile(r"(.+?)_?[0-9ab]")
 
 
 def _plain(column: str) -> str:
     return re.sub(r"[\s_-]+", "_", column.strip().casefold())
+
+
+def is_usual(column: str) -> bool:
+    """Whether a column is often called so."""
+    return _plain(column) in {*_OF_THE_TEXT, *_ANSWERS, *_MORE, _WORDS}
 
 
 def belongs_to_text(column: str, read: Iterable[str]) -> bool:
@@ -95,7 +108,10 @@ def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
         if column not in found:
             likely = likely_columns(found)
             how = "template" if likely.startswith("template") else "text_column"
+            more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+            plain = {_plain(name): name for name in found}
+            near = [f" Did you mean {plain[name]!r}?" for name in get_close_matches(_plain(column), plain, 1, 0.75)]
             raise ValueError(
-                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
-                f"Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
+                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found[:_SHOWN]))}{more}."
+                f"{''.join(near)} Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
             )
