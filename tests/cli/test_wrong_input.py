@@ -59,7 +59,7 @@ WRONG = {
     "no such label column": (f"{TRAIN} {{data}} --label-column tone", "no column 'tone'; its columns are 'text'"),
     "no such text column": (f"{TRAIN} {{data}} --text-column review", "no column 'review'; its columns are 'text'"),
     "one class": (f"{TRAIN} one_class.csv", "have the label 'positive', so there is nothing to tell apart"),
-    "cut UTF-8": (f"{TRAIN} cut.csv", "cut.csv is UTF-8 but for byte 0xc3 at position 28: save it again as UTF-8"),
+    "cut UTF-8": (f"{TRAIN} cut.csv", "cut.csv is UTF-8 but for byte 0xc3 at position 27: save it again as UTF-8"),
     "UTF-16 unmarked": (f"{TRAIN} utf16.csv", "UTF-16 with a byte order mark (zero byte at position 1)"),
     "NaN label": (f"{TRAIN} nan.csv", "line 3: the text has no label"),
     "empty label": (f"{TRAIN} no_label.csv", "line 3: the text has no label"),

@@ -147,6 +147,7 @@ NO_HEADERS = {
     "one row": "Ein Satz mit vielen Wörtern,und noch einer mit mehr\n",
     "a label called as a column": "Was ist das?,question\nDas ist es.,answer\nWer ist da?,question\nIch.,answer\n",
     "rows that are the same": "Gut war das,x\nGut war das,x\nSchlecht war es,y\nNa ja,y\n",
+    "short texts": "the falls\nit rises\nhe stays\n",
     "an empty cell": ",Das gefiel mir nicht,1\na,Das gefiel mir sehr,5\n",
 }
 
@@ -160,11 +161,19 @@ def test_a_first_row_is_not_lost(content: str, write: Callable[..., Path]) -> No
     assert "without a header: its columns are numbers" in records.remarks[0]
 
 
+def test_a_doubtful_first_row_is_neither_lost_nor_taken_for_one(write: Callable[..., Path]) -> None:
+    path = write("the falls\nit rises\nhe stays\n")
+    with pytest.raises(ValueError, match=r"no header with 'text'.*, if the first row is a header, by name; they are 1"):
+        read_records(path)
+    assert len(read_records(path, named=("1",))) == 3
+    assert len(read_records(path, named=("the falls",))) == 2
+
+
 def test_columns_that_must_be_named_are_offered_by_number(write: Callable[..., Path]) -> None:
     path = write("17,Das gefiel mir gar nicht,mies\n18,Das gefiel mir sehr,toll\n19,Na ja,mies\n20,Gut,toll\n")
     expected = (
-        r"a.csv has no header, it seems: .* by number, such as --text-column 1 and --label-column 2, or, if that is a "
-        r"header, by name; they are 1 \('17'\), 2 \('Das gefiel mir gar nicht'\), 3 \('mies'\)\."
+        r"no header with 'text'. Name its columns by number, such as --text-column 1 and --label-column 2, or, if the "
+        r"first row is a header, by name; they are 1 \('17'\), 2 \('Das gefiel mir gar nicht'\), 3 \('mies'\)\."
     )
     with pytest.raises(ValueError, match=expected):
         load_examples(path)
@@ -215,10 +224,12 @@ def test_cells_are_neither_split_nor_joined(
 
 
 def test_thousands_of_columns(write: Callable[..., Path]) -> None:
-    names = [f"c{number}" for number in range(3000)]
+    names = ["label", *(f"c{number}" for number in range(2999))]
     path = write(";".join(names) + "\n" + ";".join("x" * 3000) + "\n")
     assert read_records(path).columns == tuple(names)
-    with pytest.raises(ValueError, match=r"no column 'text'; its columns are 'c0', .* and 2,980 more") as caught:
+    with pytest.raises(
+        ValueError, match=r"no column 'text'; its columns are 'label', 'c0', .* and 2,980 more"
+    ) as caught:
         load_examples(path)
     assert len(str(caught.value)) < 1000
 

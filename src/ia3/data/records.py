@@ -87,7 +87,7 @@ def read_records(
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
     table = _read(name, Wanted(line_column, line_label, tuple(named), split))
     read = list(table.rows)
-    rows = tuple((place, record) for place, record in read if record is not None)
+    rows: Any = tuple(row for row in read if row[1] is not None)
     if not rows:
         raise ValueError(f"{table.source} has no rows: expected at least one.")
     columns = tuple(dict.fromkeys(column for _, record in rows for column in record))

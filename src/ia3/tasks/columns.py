@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -22,7 +23,7 @@ _MORE = (
     *("score", "stars", "source", "review", "reviews", "comment", "kommentar", "message", "nachricht", "body"),
     *("content", "bewertung", "kategorie", "language", "sprache"),
 )
-_SHOWN = 20
+_PARTS, _SHOWN = 5, 20  # at most so many columns are one text, and are listed
 _NUMBERED = re.compile(r"(.+?)_?[0-9ab]")
 
 
@@ -58,10 +59,9 @@ def likely_columns(found: Sequence[str]) -> str:
     answer = next((names[name] for name in _ANSWERS if name in names), None)
     texts = [column for column in found if _plain(column) in _TEXTS]
     if not texts:
-        numbered = [column for column in found if _NUMBERED.fullmatch(_plain(column))]
-        texts = [
-            each for each in numbered if any(_are_siblings(_plain(each), _plain(o)) for o in numbered if o != each)
-        ]
+        stems = {column: match[1] for column in found if (match := _NUMBERED.fullmatch(_plain(column)))}
+        siblings = Counter(stems.values())
+        texts = [column for column, stem in stems.items() if 1 < siblings[stem] <= _PARTS]
     if not texts:
         texts = [names[name] for name in (_WORDS, "text", "sentence") if name in names][:1]
     if not texts or answer is None:
@@ -113,5 +113,6 @@ def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
             near = [f" Did you mean {plain[name]!r}?" for name in get_close_matches(_plain(column), plain, 1, 0.75)]
             raise ValueError(
                 f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found[:_SHOWN]))}{more}."
-                f"{''.join(near)} Name the right ones by {how} and label_column{f', such as {likely}' if likely else ''}."
+                f"{''.join(near)} Name the right ones by {how} and label_column"
+                f"{f', such as {likely}' if likely else ''}."
             )
