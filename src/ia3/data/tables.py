@@ -178,6 +178,7 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
     """Read the first sheet of an `.xlsx`, or that of the name `wanted.part`."""
     require_package("openpyxl", "excel", f"Reading {path}")
     import openpyxl
+    from openpyxl.utils import get_column_letter
 
     try:
         content = path.read_bytes()
@@ -192,10 +193,10 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
         book[name].reset_dimensions()  # some programs write wrong ones
     rows, errors = [], 0
     for number, (shown, written) in enumerate(zip(*(book[name].values for book in books), strict=True), start=1):
-        for index, (cell, formula) in enumerate(zip(shown, written, strict=True)):
+        for index, (cell, formula) in enumerate(zip(shown, written, strict=True), start=1):
             if cell is None and formula is not None:
                 raise ValueError(
-                    f"{path}, cell {_letters(index)}{number} is a formula without its result ({formula!s:.40}): open "
+                    f"{path}, cell {get_column_letter(index)}{number} is a formula without its result ({formula!s:.40}): open "
                     "the file in Excel and save it."
                 )
         errors += sum(cell in _ERRORS for cell in shown)
@@ -213,11 +214,6 @@ def _as_shown(cell: Any) -> Any:
     if isinstance(cell, datetime) and cell.time() == time():
         cell = cell.date()
     return cell if isinstance(cell, int | float) else str(cell).replace("_x000D_", "")
-
-
-def _letters(index: int) -> str:
-    """What Excel calls a column."""
-    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
 def _as_table(source: str, rows: _Rows, wanted: Wanted, dialect: Dialect, said: list[str]) -> Table:
@@ -270,13 +266,15 @@ def _names_in_header(source: str, header: list[str], rows: _Rows, wanted: Wanted
     twice = sorted({column for column in header if column and header.count(column) > 1})
     if twice:
         raise ValueError(f"{source} has several columns named {twice}: give each a name of its own.")
-    if source.lower().endswith(".xlsx"):
-        for index in (index for index, column in enumerate(header) if not column):
-            if any(cells and cells[index] != "" for _, cells in rows):
-                raise ValueError(
-                    f"{source} has no name in the header for column {_letters(index)}: give it one; of merged cells "
-                    "only the first has the name."
-                )
+    if source.lower().endswith(".xlsx") and "" in header:
+        from openpyxl.utils import get_column_letter
+
+        filled = {index for _, cells in rows for index, cell in enumerate(cells) if cell != "" and not header[index]}
+        if filled:
+            raise ValueError(
+                f"{source} has no name in the header for column {get_column_letter(min(filled) + 1)}: give it one; of "
+                "merged cells only the first has the name."
+            )
     return [
         number if not column or (number in wanted.numbers and number not in header) else column
         for number, column in ((str(index), column) for index, column in enumerate(header, start=1))
