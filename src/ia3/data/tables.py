@@ -180,27 +180,33 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
     import openpyxl
     from openpyxl.utils import get_column_letter
 
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
-        books = [openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=only) for only in (True, False)]
+        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
     except Exception as error:  # zipfile's, the XML parser's and openpyxl's own
         raise ValueError(f"{path} is not a whole .xlsx file ({error}); save it in Excel again.") from error
-    names = [sheet.title for sheet in books[0].worksheets]
+    names = [sheet.title for sheet in book.worksheets]
     name = wanted.part or names[0]
     if name not in names:
         raise ValueError(f"{path} has no sheet {name!r}; it has {', '.join(map(repr, names))}.")
-    for book in books:
+
+    def cells_of(book: Any) -> list[tuple[Any, ...]]:
         book[name].reset_dimensions()  # some programs write wrong ones
+        return list(book[name].values)
+
+    shown = written = cells_of(book)
+    if any(None in cells for cells in shown):
+        written = cells_of(openpyxl.load_workbook(io.BytesIO(content), read_only=True))
     rows, errors = [], 0
-    for number, (shown, written) in enumerate(zip(*(book[name].values for book in books), strict=True), start=1):
-        for index, (cell, formula) in enumerate(zip(shown, written, strict=True), start=1):
+    for number, pair in enumerate(zip(shown, written, strict=True), start=1):
+        for index, (cell, formula) in enumerate(zip(*pair, strict=True), start=1):
             if cell is None and formula is not None:
                 raise ValueError(
-                    f"{path}, cell {get_column_letter(index)}{number} is a formula without its result ({formula!s:.40}): open "
-                    "the file in Excel and save it."
+                    f"{path}, cell {get_column_letter(index)}{number} is a formula without its result "
+                    f"({formula!s:.40}): open the file in Excel and save it."
                 )
-        errors += sum(cell in _ERRORS for cell in shown)
-        cells = ["" if cell is None or cell in _ERRORS else _as_shown(cell) for cell in shown]
+        errors += sum(cell in _ERRORS for cell in pair[0])
+        cells = ["" if cell is None or cell in _ERRORS else _as_shown(cell) for cell in pair[0]]
         rows.append((f"row {number}", cells if any(cell != "" for cell in cells) else []))
     width = max((len(cells) for _, cells in rows), default=0)
     rows = [(place, cells + [""] * (width - len(cells)) if cells else []) for place, cells in rows]
