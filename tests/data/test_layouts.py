@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,15 @@ class TestSheets:
         ]
         assert records.blank == 1
         assert records.remarks == ("a.xlsx is read with 1 cells of Excel's errors, such as #N/A, as empty.",)
+
+    def test_a_size_that_is_written_wrong(self, book: Callable[..., Path], tmp_path: Path) -> None:
+        with (
+            zipfile.ZipFile(book(("text", "label"), ("a", "x"))) as right,
+            zipfile.ZipFile(tmp_path / "b.xlsx", "w") as wrong,
+        ):
+            for name in right.namelist():
+                wrong.writestr(name, right.read(name).replace(b'<dimension ref="A1:B2"', b'<dimension ref="A1:A1"'))
+        assert list(read_records(tmp_path / "b.xlsx")) == [("row 2", {"text": "a", "label": "x"})]
 
     def test_another_sheet(self, book: Callable[..., Path]) -> None:
         path = book(("text", "label"), ("a", "x"), more={"2. Blatt": [("text", "label"), ("b", "y")]})
