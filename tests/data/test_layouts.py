@@ -149,6 +149,7 @@ NO_HEADERS = {
     "a label called as a column": "Was ist das?,question\nDas ist es.,answer\nWer ist da?,question\nIch.,answer\n",
     "rows that are the same": "Gut war das,x\nGut war das,x\nSchlecht war es,y\nNa ja,y\n",
     "short texts": "the falls\nit rises\nhe stays\n",
+    "a short text first": "Na ja\nDas gefiel mir sehr\nDas gefiel mir aber gar nicht\n",
     "an empty cell": ",Das gefiel mir nicht,1\na,Das gefiel mir sehr,5\n",
 }
 
@@ -182,6 +183,13 @@ def test_columns_that_must_be_named_are_offered_by_number(write: Callable[..., P
     assert pairs(found)[0] == ("Das gefiel mir gar nicht", "mies")
     assert len(found) == 4
     assert len(load_examples(path, text_column="Das gefiel mir gar nicht", label_column="mies")) == 3
+
+
+def test_a_first_label_that_comes_once_is_no_header(write: Callable[..., Path]) -> None:
+    path = write("So war es.,naja\n" + "".join(f"Text {number},{'xy'[number % 2]}\n" for number in range(8)))
+    found = load_examples(path)
+    assert found.labels == ("naja", "x", "y")
+    assert pairs(found)[0] == ("So war es.", "naja")
 
 
 def test_a_single_column_is_the_text_where_no_label_is_asked_for(write: Callable[..., Path]) -> None:
