@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
+import openpyxl
 import pytest
 import yaml
 from rich.console import Console
@@ -142,6 +143,37 @@ class TestLabelsInSeveralSpellings:
         other = write(tmp_path / "b.csv", [("rises in x", "O O b-loc")])
         refused = call("evaluate", tmp_path / "run" / "adapter", "--data", other)
         assert "Did you mean 'B-LOC' for 'b-loc'?" in message(refused)
+
+
+class TestTablesAsTheyAreSaved:
+    def test_without_a_header_from_training_to_predictions(self, base: Path, data: Path, tmp_path: Path) -> None:
+        rows = [line.replace(",", ";") for line in data.read_text().splitlines()[1:]]
+        table, run = tmp_path / "a.csv", tmp_path / "run"
+        table.write_text("\n".join(rows) + "\n", encoding="utf-16")
+        said = "column 1 is the text, column 2 the label (--text-column 1 --label-column 2)."
+        trained = succeed("train", "--model", base, "--data", table, "--steps", 1, "--output", run)
+        assert said in message(trained)
+        assert f"{len(rows)} rows" in message(trained)
+        evaluated = succeed("evaluate", run / "adapter", "--data", table, "--json")
+        assert json.loads(evaluated.stdout)["examples"] == len(rows)
+        assert said in message(evaluated)
+        by_number = ("--text-column", 1, "--label-column", 2, "--steps", 1, "--output", tmp_path / "numbers")
+        succeed("train", "--model", base, "--data", table, *by_number)
+        found = [succeed("predict", folder / "adapter", "--file", table) for folder in (run, tmp_path / "numbers")]
+        assert found[0].stdout == found[1].stdout
+        assert len(found[0].stdout.splitlines()) == len(rows)
+
+    def test_one_sheet_of_several(self, adapter: Path, data: Path, tmp_path: Path) -> None:
+        book = openpyxl.Workbook()
+        book.worksheets[0].append(["Notes"])
+        page = book.create_sheet("Reviews 2024")
+        for line in data.read_text().splitlines():
+            page.append(line.split(","))
+        book.save(tmp_path / "a.xlsx")
+        plain = json.loads(succeed("evaluate", adapter, "--data", data, "--json").stdout)
+        sheet = json.loads(succeed("evaluate", adapter, "--data", f"{tmp_path}/a.xlsx:Reviews 2024", "--json").stdout)
+        assert {**sheet, "data": plain["data"]} == plain
+        succeed("predict", adapter, "--file", f"{tmp_path}/a.xlsx:Reviews 2024", "--output", tmp_path / "o.xlsx")
 
 
 class TestColumnsThatBelongToTheText:

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import openpyxl
 import pytest
 from running import call, message, succeed
 
@@ -207,3 +208,54 @@ def test_a_text_with_tabs_and_line_breaks_stays_on_its_line(adapter: Path) -> No
     assert label in LABELS
     assert 0 < float(probability) <= 1
     assert text == r"the share\tfalls\nfar \\"
+
+
+def test_a_file_as_excel_saves_it_in_germany(adapter: Path, data: Path, tmp_path: Path) -> None:
+    rows = list(csv.reader(data.open(newline="")))
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    with source.open("w", newline="", encoding="cp1252") as file:
+        csv.writer(file, delimiter=";").writerows([*rows, ["the share fällt", "negative"]])
+    result = succeed("predict", adapter, "--file", source, "--output", output)
+    assert "in.csv is read with semicolons between the cells, as Windows-1252 (not UTF-8)." in message(result)
+    with output.open(newline="", encoding="cp1252") as file:
+        written = list(csv.reader(file, delimiter=";"))
+    assert written[0][:4] == ["text", "label", "prediction", "probability"]
+    assert [row[:2] for row in written[1:-1]] == rows[1:]
+    assert written[-1][0] == "the share fällt"
+
+
+def test_files_without_a_header_lose_no_row(adapter: Path, data: Path, tmp_path: Path) -> None:
+    rows = list(csv.reader(data.open(newline="")))[1:]
+    right = [line.split("\t")[0] for line in succeed("predict", adapter, "--file", data).stdout.splitlines()]
+    layouts: list[tuple[list[int], tuple[object, ...]]] = [
+        ([0], ("--text-column", 1)),
+        ([0, 1], ()),
+        ([1, 0, 1], ("--text-column", 2)),
+    ]
+    for number, (cells, more) in enumerate(layouts):
+        source, output = tmp_path / f"{number}.csv", tmp_path / f"out{number}.csv"
+        with source.open("w", newline="") as file:
+            csv.writer(file).writerows([row[cell] for cell in cells] for row in rows)
+        result = succeed("predict", adapter, "--file", source, "--output", output, *more)
+        assert f"{source.name} is read without a header: " in message(result)
+        with output.open(newline="") as file:
+            assert [row[len(cells)] for row in csv.reader(file)] == right
+    refused = call("predict", adapter, "--file", tmp_path / "2.csv")
+    assert refused.exit_code == 2
+    assert "Name its columns by number, such as --text-column 1" in message(refused)
+
+
+def test_sheets_of_excel(adapter: Path, data: Path, tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    for row in csv.reader(data.open(newline="")):
+        book.worksheets[0].append([*row, 7])
+    book.worksheets[0].cell(1, 3, "id")
+    book.save(tmp_path / "in.xlsx")
+    succeed("predict", adapter, "--file", tmp_path / "in.xlsx", "--output", tmp_path / "out.xlsx")
+    succeed("predict", adapter, "--file", data, "--output", tmp_path / "out.csv")
+    (page,) = openpyxl.load_workbook(tmp_path / "out.xlsx").worksheets
+    header, *rows = page.values
+    assert header[:4] == ("text", "label", "id", "prediction")
+    assert {row[2] for row in rows} == {7}
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert [row[3] for row in rows] == [row["prediction"] for row in csv.DictReader(file)]

@@ -133,7 +133,12 @@ def test_blank_lines_before_the_header(tmp_path: Path) -> None:
         ("a.csv", "\n", "a.csv is empty; expected a header with the columns' names"),
         ("a.csv", "a,b,a,b\n1,2,3,4\n", r"several columns named \['a', 'b'\]: give each a name of its own"),
         ("a.csv", 'a,b\n1,"2\n', "line 2 is not CSV: .* Close each double quote"),
-        ("a.tsv", "a\tb\n", r"kind that is not read: expected .csv, .jsonl, .json, .parquet, .txt, .zip. The data may"),
+        (
+            "a.yaml",
+            "a: b\n",
+            r"not read: expected .csv, .tsv, .xlsx, .jsonl, .json, .parquet, .txt, .zip. The data may",
+        ),
+        ("a.xls", "", r"not read: expected .csv, .* Save it as .xlsx."),
     ],
 )
 def test_what_is_no_table(name: str, content: str, said: str, tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ia3.tasks.examples import Example
     from ia3.tasks.task import Task
 
-_OUTPUTS = (".csv", ".jsonl")
-
 
 def predict(
     adapter: Annotated[
@@ -35,10 +33,12 @@ def predict(
         list[str] | None, typer.Argument(help="What to label; without any, --file or the lines of standard input.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Label the rows of a .csv, .jsonl, .parquet or .txt (a text a line).")
+        Path | None,
+        typer.Option(help="Label the rows of a .csv, .tsv, .xlsx, .jsonl, .parquet or .txt (a text a line)."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the rows with predictions and probabilities: .csv or .jsonl.")
+        Path | None,
+        typer.Option(help="Write the rows with predictions and probabilities: .csv, .tsv, .xlsx or .jsonl."),
     ] = None,
     text_column: TextColumn = None,
     adapter_column: Annotated[
@@ -58,13 +58,16 @@ def predict(
     """Label sentences, a file or standard input with a trained adapter."""
     progress = FlagConsole()
     if output is not None:
-        _check_output(file, output)
+        from ia3.data.writing import check_output, check_rows, write_rows
+
+        check_output(output, file)
     if sentences and file is not None:
         raise ValueError(f"There are both sentences and --file {file}: give one of them.")
     overrides = Overrides(text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=answer_by)
-    records = _read_file(file, text_column) if file is not None else None
     if adapter_column is None:
         expect_adapter(adapter)
+    records = _read_file(file, text_column, adapter, adapter_column, progress) if file is not None else None
+    if adapter_column is None:
         work = _by_one(adapter, sentences, records, overrides, progress, batch_size)
     elif records is None:
         raise ValueError("--adapter-column names a column of a --file: give the file.")
@@ -72,10 +75,13 @@ def predict(
         work = _by_many(Path(adapter), adapter_column, records, overrides, progress, batch_size)
     records, tasks = work.records, work.tasks
     examples = [_example(records, row, task) for row, task in zip(records, tasks, strict=True)]
-    _check_columns(records, tasks, output)
+    if output is not None:
+        shares = (f"probability_{label}" for task in set(tasks) for label in task.labels)
+        check_rows(output, records, {"prediction", "probability", "probabilities", *shares})
     answers = _answer_filled(work, examples)
     if output is not None:
-        _write(output, records, answers)
+        for remark in write_rows(output, records, [_found(each) for each in answers]):
+            typer.echo(remark, err=True)
     texts = [_as_given(records, *each) for each in zip(records, examples, tasks, strict=True)]
     _print(work, adapter, texts, answers, output, as_json=as_json)
 
@@ -108,8 +114,8 @@ def _by_one(
     """The rows of a file, sentences or standard input, all by one adapter."""
     lines = None if records is not None else sentences or _read_lines()
     labeller = load_labeller(adapter, progress, overrides)
-    if records is None or (records.source.lower().endswith(".txt") and overrides.text_column is None):
-        records = _as_records(lines or [record["text"] for _, record in records or ()], labeller.task)
+    if records is None:
+        records = _as_records(lines or [], labeller.task)
     return _Work(
         records,
         [labeller.task] * len(records),
@@ -171,10 +177,21 @@ def _read_lines() -> list[str]:
     return texts
 
 
-def _read_file(path: Path, text_column: str | None) -> Records:
+def _read_file(
+    path: Path, text_column: str | None, adapter: str, adapter_column: str | None, console: Console
+) -> Records:
+    """The rows of a file; texts without a column's name get that which the adapter reads."""
     from ia3.data.records import read_records
+    from ia3.tasks.task import load_task
 
-    return read_records(path, line_column=text_column or "text")
+    task = load_task(adapter) if text_column is None and adapter_column is None else None
+    reads = task.template.fields if task is not None else (text_column or "text",)
+    named = [adapter_column] if adapter_column is not None else []
+    named += reads if len(reads) > 1 or text_column is not None else ()
+    records = read_records(path, line_column=reads[0] if len(reads) == 1 else "text", named=named)
+    for remark in records.remarks:
+        console.print(remark, markup=False, highlight=False)
+    return records
 
 
 def _as_records(lines: list[str], task: Task) -> Records:
@@ -222,26 +239,6 @@ def _as_given(records: Records, row: tuple[str, dict[str, Any]], example: Exampl
     return str(row[1][task.template.fields[0]])
 
 
-def _check_output(file: Path | None, output: Path) -> None:
-    """Refuse, before any work, an output that can't be written."""
-    if output.suffix.lower() not in _OUTPUTS:
-        raise ValueError(f"The output {output} is of no known kind: expected one that ends in {' or '.join(_OUTPUTS)}.")
-    if file is not None and file.exists() and output.exists() and output.samefile(file):
-        raise ValueError(f"The output {output} is the input: it would be overwritten. Name another file.")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ValueError(f"The output {output} can't be written: expected a file name in a folder that exists.")
-
-
-def _check_columns(records: Records, tasks: list[Task], output: Path | None) -> None:
-    labels = {label for task in set(tasks) for label in task.labels}
-    own = {"prediction", "probability", "probabilities", *(f"probability_{label}" for label in labels)}
-    taken = sorted(own & set(records.columns))
-    if output is not None and taken:
-        raise ValueError(
-            f"{records.source} has columns named {taken} already, where the output puts its own: rename them."
-        )
-
-
 def _answer_filled(work: _Work, examples: list[Example]) -> list[Answer | None]:
     """An answer for each text; None for rows without one."""
     places = [place for place, example in enumerate(examples) if example.text]
@@ -255,42 +252,15 @@ def _answer_filled(work: _Work, examples: list[Example]) -> list[Answer | None]:
     return [found.get(place) for place in range(len(examples))]
 
 
-def _write(path: Path, records: Records, answers: list[Answer | None]) -> None:
-    from ia3.files import write_atomically
-
-    write = _as_csv if path.suffix.lower() == ".csv" else _as_jsonl
-    write_atomically(path, write(records, answers).encode())
-
-
-def _as_jsonl(records: Records, answers: list[Answer | None]) -> str:
-    lines = []
-    for (_, record), found in zip(records, answers, strict=True):
-        line = {**record, "prediction": found.label if found else None}
-        if found is not None and found.probabilities is not None:
-            line |= {"probability": found.probability, "probabilities": found.probabilities}
-        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    return "".join(lines)
-
-
-def _as_csv(records: Records, answers: list[Answer | None]) -> str:
-    import csv
-    import io
-
-    labels = tuple(dict.fromkeys(label for found in answers if found for label in found.probabilities or ()))
-    shares = ["probability", *(f"probability_{label}" for label in labels)] if labels else []
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*records.columns, "prediction", *shares])
-    for (_, record), found in zip(records, answers, strict=True):
-        cells = [record.get(column) for column in records.columns]
-        probabilities = (found.probabilities or {}) if found else {}
-        own = (
-            [found.probability, *(probabilities.get(label, "") for label in labels)]
-            if found and labels
-            else [""] * len(shares)
-        )
-        writer.writerow([*cells, found.label if found else "", *own])
-    return text.getvalue()
+def _found(answer: Answer | None) -> dict[str, Any]:
+    """What is put beside a row."""
+    if answer is None or answer.probabilities is None:
+        return {"prediction": answer.label if answer else None}
+    return {
+        "prediction": answer.label,
+        "probability": answer.probability,
+        "probabilities": answer.probabilities,
+    }
 
 
 def _print(

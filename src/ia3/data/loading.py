@@ -78,7 +78,7 @@ def load_examples(
     """
     wording = _wording(template, text_column, label_column, kind)
     records = source if isinstance(source, Records) else read_for(source, wording, label_column, split)
-    remarks = []
+    remarks = [*records.remarks]
     if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, wording, label_column):
         remarks += _without_label_column(records, label_column)
         reading = Reading(wording, label_column, (MESSAGES_COLUMN,))
@@ -105,7 +105,8 @@ def load_examples(
 def read_for(source: str | Path, wording: Template, label_column: str, split: str | None = None) -> Records:
     """Read rows for the texts and labels that are asked for, which columns without a name are called by."""
     line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
-    return read_records(source, line_column=line_column, line_label=label_column, split=split)
+    named = [column for column in (*wording.fields, label_column) if column not in ("text", "label")]
+    return read_records(source, line_column=line_column, line_label=label_column, named=named, split=split)
 
 
 def _without_label_column(records: Records, label_column: str) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
+
+from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
 
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -33,6 +32,8 @@ class Records:
         classes: the names of each column of classes in their source's order; the cells hold names, or lists of
             names, and None where the class is hidden.
         blank: how many blank lines were left out.
+        remarks: how they were read, where that is not as the kind of file tells: a line each.
+        dialect: how a table stands in its file.
     """
 
     source: str
@@ -40,6 +41,8 @@ class Records:
     rows: tuple[tuple[str, dict[str, Any]], ...]
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blank: int = 0
+    remarks: tuple[str, ...] = ()
+    dialect: Dialect | None = field(default=None, compare=False)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return iter(self.rows)
@@ -49,18 +52,25 @@ class Records:
 
 
 def read_records(
-    source: str | Path, *, line_column: str = "text", line_label: str | None = None, split: str | None = None
+    source: str | Path,
+    *,
+    line_column: str = "text",
+    line_label: str | None = None,
+    named: Sequence[str] = (),
+    split: str | None = None,
 ) -> Records:
     """Read rows.
 
     Args:
-        source: a `.csv`, `.jsonl`, `.json` (one object a line, or one list of objects), `.parquet` or `.txt` file;
-            `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub, or PhraseBank's own `.zip`;
-            any other name is a data set on the hub. Its split may follow a colon, as in `"stanfordnlp/imdb:test"`.
-        line_column: what to call the texts of a source without names of columns: a `.txt` file, PhraseBank and
-            the bundled tweets.
+        source: a `.csv`, `.tsv` or `.xlsx` table, `.jsonl`, `.json` (one object a line, or one list of objects),
+            `.parquet` or `.txt` file; `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub, or
+            PhraseBank's own `.zip`; any other name is a data set on the hub. Its split may follow a colon, as in
+            `"stanfordnlp/imdb:test"`, and so may the sheet of an `.xlsx`, whose first is read otherwise.
+        line_column: what to call the texts of a source without names of columns: a `.txt` file, PhraseBank, the
+            bundled tweets, and a table without a header where it is plain which column they are.
         line_label: what to call their labels. A `.txt` is read as PhraseBank's lines, `sentence@label`, if this
             is given, and otherwise as one text a line.
+        named: columns that were asked for. `"2"` is a table's second one, where none has that name.
         split: which split of a data set; by default `"train"`.
 
     Returns:
@@ -68,26 +78,27 @@ def read_records(
 
     Raises:
         FileNotFoundError: no such file or data set, or the hub cannot be reached.
-        ImportError: `datasets` is needed and not installed.
-        ValueError: no rows, another kind of file, an encoding that cannot be read, damaged lines, or a `split` of
-            a source that has none.
+        ImportError: `datasets` or `openpyxl` is needed and not installed.
+        ValueError: no rows, another kind of file, an encoding that cannot be read, damaged lines, a table without a
+            header whose columns must be named, or a `split` of a source that has none.
     """
     name, split = _name_and_split(str(source), split)
     if not name:
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
-    table = _read(name, _LineColumns(line_column, line_label), split)
+    table = _read(name, Wanted(line_column, line_label, tuple(named), split))
     read = list(table.rows)
-    rows = tuple((place, record) for place, record in read if record is not None)
+    rows: Any = tuple(row for row in read if row[1] is not None)
     if not rows:
         raise ValueError(f"{table.source} has no rows: expected at least one.")
     columns = tuple(dict.fromkeys(column for _, record in rows for column in record))
-    return Records(table.source, columns, rows, table.classes, len(read) - len(rows))
+    return Records(table.source, columns, rows, table.classes, len(read) - len(rows), table.remarks, table.dialect)
 
 
 def _name_and_split(source: str, split: str | None) -> tuple[str, str | None]:
-    """Take the split off a name such as `"stanfordnlp/imdb:test"`."""
+    """Take the split or sheet off a name such as `"stanfordnlp/imdb:test"`."""
     name, colon, part = source.rpartition(":")
-    if split is None and colon and name != "bundled" and part.isidentifier() and not Path(source).exists():
+    is_part = part.isidentifier() or name.lower().endswith(".xlsx")
+    if split is None and colon and name != "bundled" and is_part and not Path(source).exists():
         return name, part
     return source, split
 
@@ -106,60 +117,42 @@ def decode_text(content: bytes, source: str) -> str:
         ) from error
 
 
-class _LineColumns(NamedTuple):
-    """What the columns of a source without names of columns are called."""
-
-    text: str
-    label: str | None
-
-    def labelled(self, text: str, label: str) -> dict[str, Any]:
-        return {self.text: text, self._label: label}
-
-    @property
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        return {self._label: SENTIMENTS}
-
-    @property
-    def _label(self) -> str:
-        return self.label or "label"
-
-
 # A row is where it stood and its cells, None for a blank line.
 _Rows = Iterable[tuple[str, dict[str, Any] | None]]
 
 
-class _Table(NamedTuple):
-    source: str
-    rows: _Rows
-    classes: dict[str, tuple[str, ...]]
-
-
-def _read(name: str, lines: _LineColumns, split: str | None) -> _Table:
+def _read(name: str, wanted: Wanted) -> Table:
     if name.startswith("bundled:"):
-        return _read_bundled(name, lines, split)
-    read = _read_zip if name in _PHRASEBANK else _READERS.get(Path(name).suffix.lower())
+        return _read_bundled(name, wanted)
+    suffix = Path(name).suffix.lower()
+    read = _read_zip if name in _PHRASEBANK else _READERS.get(suffix)
     if read is None:
-        return _read_hub(name, split)
-    if split not in (None, "train"):
-        raise ValueError(f"{name} has no splits; split={split!r} is for data sets on the hub.")
+        return _read_hub(name, wanted.part)
+    if wanted.part not in (None, "train") and suffix != ".xlsx":
+        raise ValueError(f"{name} has no splits; split={wanted.part!r} is for data sets on the hub.")
     path = _download_phrasebank() if name in _PHRASEBANK else Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {name}. The data may be {_KINDS}.")
-    return read(path, lines)._replace(source=name)
+    return read(path, wanted)._replace(source=name)
 
 
-def _read_bundled(name: str, lines: _LineColumns, split: str | None) -> _Table:
+def _read_bundled(name: str, wanted: Wanted) -> Table:
+    part = wanted.part or "train"
     if name != TWEETS:
         raise ValueError(f"No bundled data {name!r}; there is {TWEETS!r}.")
-    if split not in (None, "train", "test"):
-        raise ValueError(f"{name} has no split {split!r}; expected 'train' or 'test'.")
-    part = split or "train"
-    rows = (
-        (place, lines.labelled(record["text"], record["label"]))
-        for place, record in _csv_rows(TWEETS_FOLDER / f"{part}.csv")
-        if record is not None
-    )
-    return _Table(f"{name} ({part})", rows, lines.classes)
+    if part not in ("train", "test"):
+        raise ValueError(f"{name} has no split {part!r}; expected 'train' or 'test'.")
+    table = read_csv(TWEETS_FOLDER / f"{part}.csv", Wanted("text", "label"))
+    rows = ((place, _labelled(wanted, *record.values())) for place, record in table.rows if record is not None)
+    return Table(f"{name} ({part})", rows, _sentiments(wanted))
+
+
+def _labelled(wanted: Wanted, text: str, label: str) -> dict[str, Any]:
+    return {wanted.text: text, wanted.label or "label": label}
+
+
+def _sentiments(wanted: Wanted) -> dict[str, tuple[str, ...]]:
+    return {wanted.label or "label": SENTIMENTS}
 
 
 def _download_phrasebank() -> Path:
@@ -175,7 +168,7 @@ def _download_phrasebank() -> Path:
         ) from error
 
 
-def _read_zip(path: Path, lines: _LineColumns) -> _Table:
+def _read_zip(path: Path, wanted: Wanted) -> Table:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -188,24 +181,25 @@ def _read_zip(path: Path, lines: _LineColumns) -> _Table:
             content = archive.read(inside)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a whole .zip file ({error}); download it again.") from error
-    return _Table(str(path), _phrasebank_rows(content, f"{path}/{inside}", lines), lines.classes)
+    return _phrasebank(content, f"{path}/{inside}", wanted)
 
 
-def _read_txt(path: Path, lines: _LineColumns) -> _Table:
-    if lines.label is not None:
-        return _Table(str(path), _phrasebank_rows(path.read_bytes(), str(path), lines), lines.classes)
-    rows = ((place, {lines.text: line} if line else None) for place, line in _stripped_lines(_text_of(path)))
-    return _Table(str(path), rows, {})
+def _read_txt(path: Path, wanted: Wanted) -> Table:
+    if wanted.label is not None:
+        return _phrasebank(path.read_bytes(), str(path), wanted)
+    text, remarks = _text_of(path)
+    rows = ((place, {wanted.text: line} if line else None) for place, line in _stripped_lines(text))
+    return Table(str(path), rows, {}, remarks)
 
 
-def _phrasebank_rows(content: bytes, source: str, lines: _LineColumns) -> _Rows:
-    """`sentence@label` lines, in UTF-8 or, as first published, ISO-8859-1."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("iso-8859-1")
-    if "\0" in text:
-        raise ValueError(f"{source} is not text in UTF-8 or ISO-8859-1 (it has zero bytes); save it as UTF-8.")
+def _phrasebank(content: bytes, source: str, wanted: Wanted) -> Table:
+    """`sentence@label` lines, in UTF-8 or, as first published, ISO-8859-1, which is part of Windows-1252."""
+    text, encoding, _ = decode(content, source)
+    rows = _phrasebank_rows(text, source, wanted)
+    return Table(source, rows, _sentiments(wanted), remark_of(source, ENCODINGS.get(encoding, ())))
+
+
+def _phrasebank_rows(text: str, source: str, wanted: Wanted) -> _Rows:
     for place, line in _stripped_lines(text):
         sentence, at, label = line.rpartition("@")
         if not line:
@@ -216,7 +210,7 @@ def _phrasebank_rows(content: bytes, source: str, lines: _LineColumns) -> _Rows:
                 "A .txt of labelled texts is expected to be Financial PhraseBank's; use .csv or .jsonl for others."
             )
         else:
-            yield place, lines.labelled(sentence.strip(), label.strip())
+            yield place, _labelled(wanted, sentence.strip(), label.strip())
 
 
 def _stripped_lines(text: str) -> Iterator[tuple[str, str]]:
@@ -225,47 +219,18 @@ def _stripped_lines(text: str) -> Iterator[tuple[str, str]]:
         yield f"line {number}", line.strip()
 
 
-def _text_of(path: Path) -> str:
-    return decode_text(path.read_bytes(), str(path))
+def _text_of(path: Path) -> tuple[str, tuple[str, ...]]:
+    """A file's text, and what to say of its encoding."""
+    text, encoding, _ = decode(path.read_bytes(), str(path))
+    return text, remark_of(str(path), ENCODINGS.get(encoding, ()))
 
 
-def _read_csv(path: Path, lines: _LineColumns) -> _Table:
-    return _Table(str(path), _csv_rows(path), {})
+def _read_json(path: Path, wanted: Wanted) -> Table:
+    text, remarks = _text_of(path)
+    return Table(str(path), _json_rows(text, path), {}, remarks)
 
 
-def _csv_rows(path: Path) -> _Rows:
-    csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB
-    reader = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
-    try:
-        header = next((cells for cells in reader if cells), None)
-        if header is None:
-            raise ValueError(
-                f"{path} is empty; expected a header with the columns' names, such as 'text' and 'label', and rows."
-            )
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise ValueError(f"{path} has several columns named {twice}: give each a name of its own.")
-        for cells in reader:
-            place = f"line {reader.line_num}"
-            if cells and len(cells) != len(header):
-                raise ValueError(
-                    f"{path}, {place} has {len(cells)} cells, and the header {len(header)}: "
-                    "put texts with commas in double quotes."
-                )
-            yield place, dict(zip(header, cells, strict=True)) if cells else None
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {reader.line_num} is not CSV: {error}. Close each double quote, and double those that "
-            "are meant as such."
-        ) from error
-
-
-def _read_json(path: Path, lines: _LineColumns) -> _Table:
-    return _Table(str(path), _json_rows(path), {})
-
-
-def _json_rows(path: Path) -> _Rows:
-    text = _text_of(path)
+def _json_rows(text: str, path: Path) -> _Rows:
     if (whole := _objects_of_a_list(text, path)) is not None:
         for number, record in enumerate(whole, start=1):
             yield f"row {number}", record
@@ -298,8 +263,8 @@ def _objects_of_a_list(text: str, path: Path) -> list[dict[str, Any]] | None:
     return whole if all(isinstance(record, dict) for record in whole) else None
 
 
-def _read_parquet(path: Path, lines: _LineColumns) -> _Table:
-    _require_datasets(str(path))
+def _read_parquet(path: Path, wanted: Wanted) -> Table:
+    require_package("datasets", "train", f"Reading {path}")
     import pyarrow.parquet  # type: ignore[import-untyped]
     from datasets import Features
 
@@ -310,15 +275,16 @@ def _read_parquet(path: Path, lines: _LineColumns) -> _Table:
     # Without these metadata `datasets` guesses, and not all of pyarrow's types are known to it.
     features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
     classes = _classes_of(features)
-    return _Table(str(path), _table_rows(table, classes), classes)
+    return Table(str(path), _table_rows(table, classes), classes)
 
 
-def _read_hub(name: str, split: str | None) -> _Table:
+def _read_hub(name: str, split: str | None) -> Table:
     if Path(name).is_file():
         raise ValueError(
-            f"{name} is a file of a kind that is not read: expected {', '.join(_READERS)}. The data may be {_KINDS}."
+            f"{name} is a file of a kind that is not read: expected {', '.join(_READERS)}. "
+            + ("Save it as .xlsx." if Path(name).suffix.lower() in _SHEETS else f"The data may be {_KINDS}.")
         )
-    _require_datasets(name)
+    require_package("datasets", "train", f"Reading {name}")
     from datasets import load_dataset
 
     try:
@@ -330,12 +296,7 @@ def _read_hub(name: str, split: str | None) -> _Table:
             f"The data may be {_KINDS}."
         ) from error
     classes = _classes_of(dataset.features)
-    return _Table(name, _table_rows(dataset.with_format("arrow")[:], classes), classes)
-
-
-def _require_datasets(source: str) -> None:
-    if find_spec("datasets") is None:
-        raise ImportError(f'Reading {source} needs `datasets`: pip install "ia3[train]"')
+    return Table(name, _table_rows(dataset.with_format("arrow")[:], classes), classes)
 
 
 def _classes_of(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -358,15 +319,18 @@ def _class_names(cell: Any, names: tuple[str, ...]) -> Any:
 
 
 _READERS = {
-    ".csv": _read_csv,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".xlsx": read_xlsx,
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
     ".zip": _read_zip,
 }
+_SHEETS = (".xls", ".xlsb", ".xlsm", ".ods", ".numbers")
 
 _KINDS = (
-    f"{TWEETS!r}, {_PHRASEBANK[0]!r}, a .csv, .jsonl, .json or .parquet file, PhraseBank's .zip or .txt, "
+    f"{TWEETS!r}, {_PHRASEBANK[0]!r}, a .csv, .tsv, .xlsx, .jsonl, .json or .parquet file, PhraseBank's .zip or .txt, "
     "or a data set on the hub"
 )

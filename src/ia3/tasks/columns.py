@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from ia3.errors import SettingError
@@ -17,11 +19,23 @@ _OF_THE_TEXT = {*_TEXTS, *_BESIDE, *_WHOLE, "inputs", "instructions", "contexts"
 # What holds the answer, the likelier first.
 _ANSWERS = ("label", "completion", "output", "response", "answer", "target", "ner_tags", "tags", "category", "intent")
 _WORDS = "tokens"
+# And what stands beside both.
+_MORE = (
+    *("id", "index", "date", "datum", "name", "title", "titel", "class", "labels", "sentiment", "topic", "rating"),
+    *("score", "stars", "source", "review", "reviews", "comment", "kommentar", "message", "nachricht", "body"),
+    *("content", "bewertung", "kategorie", "language", "sprache"),
+)
+_PARTS, _SHOWN = 5, 20  # at most so many columns are one text, and are listed
 _NUMBERED = re.compile(r"(.+?)_?[0-9ab]")
 
 
 def _plain(column: str) -> str:
     return re.sub(r"[\s_-]+", "_", column.strip().casefold())
+
+
+def is_usual(column: str) -> bool:
+    """Whether a column is often called so."""
+    return _plain(column) in {*_OF_THE_TEXT, *_ANSWERS, *_MORE, _WORDS}
 
 
 def belongs_to_text(column: str, read: Iterable[str]) -> bool:
@@ -47,10 +61,9 @@ def likely_columns(found: Sequence[str]) -> str:
     answer = next((names[name] for name in _ANSWERS if name in names), None)
     texts = [column for column in found if _plain(column) in _TEXTS]
     if not texts:
-        numbered = [column for column in found if _NUMBERED.fullmatch(_plain(column))]
-        texts = [
-            each for each in numbered if any(_are_siblings(_plain(each), _plain(o)) for o in numbered if o != each)
-        ]
+        stems = {column: match[1] for column in found if (match := _NUMBERED.fullmatch(_plain(column)))}
+        siblings = Counter(stems.values())
+        texts = [column for column, stem in stems.items() if 1 < siblings[stem] <= _PARTS]
     if not texts:
         texts = [names[name] for name in (_WORDS, "text", "sentence") if name in names][:1]
     if not texts or answer is None:
@@ -97,7 +110,11 @@ def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
         if column not in found:
             likely = likely_columns(found)
             how = "template" if likely.startswith("`template") else "text_column"
+            more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+            plain = {_plain(name): name for name in found}
+            near = [f" Did you mean {plain[name]!r}?" for name in get_close_matches(_plain(column), plain, 1, 0.75)]
             raise SettingError(
-                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found))}. "
-                f"Name the right ones by `{how}` and `label_column`{f', such as {likely}' if likely else ''}."
+                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found[:_SHOWN]))}{more}."
+                f"{''.join(near)} Name the right ones by `{how}` and `label_column`"
+                f"{f', such as {likely}' if likely else ''}."
             )
