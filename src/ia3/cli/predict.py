@@ -112,15 +112,17 @@ def _as_records(lines: list[str], labeller: Labeller) -> Records:
 
 def _examples(records: Records, labeller: Labeller) -> list[Example]:
     """What the model reads of each row; of a text whose words get tags the cell may be a list."""
-    from ia3.data.loading import conversation_to_answer, words_of
+    from ia3.data.conversations import format_to_answer, read_to_answer
+    from ia3.data.loading import words_of
     from ia3.tasks.columns import require_columns
     from ia3.tasks.examples import Example
     from ia3.tasks.task import TaskKind
 
     template = labeller.task.template
     places = [(f"{records.source}, {place}", record) for place, record in records]
-    if _holds_conversations(records, labeller):
-        return [conversation_to_answer(record, place) for place, record in places]
+    if labeller.task.kind is TaskKind.INSTRUCTIONS:
+        how = format_to_answer(records, template)
+        return [read_to_answer(record, place, how) for place, record in places]
     if labeller.task.kind is not TaskKind.TOKEN_CLASSIFICATION:
         return [Example(template.render(record, place), "") for place, record in places]
     (column,) = template.fields
@@ -128,20 +130,11 @@ def _examples(records: Records, labeller: Labeller) -> list[Example]:
     return [Example(" ".join(words_of(record.get(column), place, column)), "") for place, record in places]
 
 
-def _holds_conversations(records: Records, labeller: Labeller) -> bool:
-    from ia3.tasks.examples import MESSAGES_COLUMN
-    from ia3.tasks.task import TaskKind
-
-    reads = labeller.task.template.fields
-    is_chat = labeller.task.kind is TaskKind.INSTRUCTIONS and MESSAGES_COLUMN in records.columns
-    return is_chat and not any(field in records.columns for field in reads)
-
-
 def _as_given(records: Records, texts: list[str], labeller: Labeller) -> list[str]:
     """The texts without the template's words, where one column is all that it reads."""
-    if len(labeller.task.template.fields) > 1 or _holds_conversations(records, labeller):
+    field, *more = labeller.task.template.fields
+    if more or any(isinstance(record.get(field, []), list) for _, record in records):
         return texts
-    (field,) = labeller.task.template.fields
     return [str(record[field]) for _, record in records]
 
 
