@@ -155,7 +155,7 @@ def _scores(figures: Sequence[dict[str, float]], name: str) -> list[str]:
 
 
 def _format(value: float | None, pattern: str) -> str:
-    return _NONE if value is None else pattern.format(value)
+    return _NONE if value is None or value != value else pattern.format(value)
 
 
 def _range(low: float, high: float) -> str:

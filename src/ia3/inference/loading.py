@@ -128,7 +128,7 @@ def load_base(
     with reading_weights(model_name):
         if not kind.writes:
             return load_classifier(model_name, kind, labels, dtype, seed=seed)
-        auto_class = AutoModelForCausalLM if kind is TaskKind.INSTRUCTIONS else AutoModelForSeq2SeqLM
+        auto_class = AutoModelForCausalLM if kind.task_type is TaskType.CAUSAL_LM else AutoModelForSeq2SeqLM
         return load_model(model_name, auto_class, dtype=dtype)
 
 

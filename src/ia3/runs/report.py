@@ -18,7 +18,7 @@ from rich.table import Table
 from ia3.card import add_results
 from ia3.files import write_atomically
 from ia3.runs.picture import BLUE, GREY, LOSSES, ORANGE, STYLE, log_ticks
-from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Run
+from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, Evaluation, Run
 from ia3.tasks.metrics import confusion_matrix, write_score
 from ia3.tasks.task import TaskKind
 
@@ -116,11 +116,12 @@ def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ 
         halves: Any = figure.subfigures(2, 1, height_ratios=[4.2, heat_height], hspace=0.04)
         top, bottom = halves
         confusion = 0 < len(run.labels) <= _MOST_LABELS
-        axes = top.subplots(1, 3 if confusion else 2, width_ratios=[1.15, 1, 1.1] if confusion else [1.15, 1])
-        _draw_losses(axes[0], run)
-        _draw_accuracy(axes[1], run)
-        if confusion:
-            _draw_confusion(axes[2], run)
+        panels = [(_draw_losses, 1.15)]
+        panels += [(_draw_accuracy, 1)] if run.final.total else []
+        panels += [(_draw_confusion, 1.1)] if confusion else []
+        axes = top.subplots(1, len(panels), width_ratios=[width for _, width in panels], squeeze=False)[0]
+        for (draw, _), own in zip(panels, axes, strict=True):
+            draw(own, run)
         _draw_vectors(bottom, maps)
         figure.suptitle(_headline(run, title), x=0.012, ha="left", fontsize=14, fontweight="bold")
         figure.savefig(path)
@@ -128,6 +129,8 @@ def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ 
 
 
 def _headline(run: Run, title: str) -> str:
+    if not run.final.total:
+        return f"{title}: perplexity {run.final.perplexity:.4g}, before training {run.evaluations[0].perplexity:.4g}"
     low, high = run.final.interval
     majority = "" if run.majority is None else f", majority {run.majority:.1%}"
     return f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}){majority}"
@@ -263,26 +266,30 @@ def result_table(run: Run, picture: Path | None = None) -> Table:
 
 def _results(run: Run) -> dict[str, str]:
     """The run's figures by their names."""
-    low, high = run.final.interval
     share = run.trainable_parameters / run.all_parameters
     what = "words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else "held out"
-    rows = {
-        "accuracy": f"{run.final.accuracy:.1%} of {run.final.total:,} {what} (95 % interval {low:.1%} to {high:.1%})",
-        "asked for": run.task.method,
-    }
+    rows = {"accuracy": _accuracy(run.final, what)} if run.final.total else {}
+    rows["asked for"] = run.task.method
     rows |= {name.replace("_", " "): write_score(name, value) for name, value in run.final.scores.items()}
     if run.final.macro_f1 is not None:
         rows["macro-F1"] = f"{run.final.macro_f1:.3f}"
     if run.majority is not None:
         rows["majority class"] = f"{run.majority:.1%}"
-    rows["before training"] = f"{run.evaluations[0].accuracy:.1%}"
+    before = run.evaluations[0]
+    rows["before training"] = f"{before.accuracy:.1%}" if before.total else f"perplexity {before.perplexity:.4g}"
     rows["held-out loss"] = f"{run.final.loss:.3f} (perplexity {run.final.perplexity:.4g})"
     if run.best.step != run.final.step:
-        rows["best"] = f"{run.best.accuracy:.1%}, loss {run.best.loss:.3f}, after step {run.best.step}"
+        share_right = f"{run.best.accuracy:.1%}, " if run.best.total else ""
+        rows["best"] = f"{share_right}loss {run.best.loss:.3f}, after step {run.best.step}"
     early = " (stopped early)" if run.progress.stopped_early else ""
     rows["training"] = f"{run.train_seconds:.0f} s, {len(run.losses):,} steps{early}, {run.train_examples:,} examples"
     rows["trained numbers"] = f"{run.trainable_parameters:,} of {run.all_parameters:,} ({share:.3%})"
     return rows
+
+
+def _accuracy(evaluation: Evaluation, what: str) -> str:
+    low, high = evaluation.interval
+    return f"{evaluation.accuracy:.1%} of {evaluation.total:,} {what} (95 % interval {low:.1%} to {high:.1%})"
 
 
 def write_report(run: Run, title: str) -> Path:
@@ -320,10 +327,9 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
     step_size = settings.batch_size * settings.gradient_accumulation
     rate = f"{settings.optimizer}, {settings.learning_rate:g}, falling linearly after {settings.warmup_steps} steps"
     for folder, evaluation in ((run.adapter_dir, run.final), (run.best_dir, run.best)):
-        low, high = evaluation.interval
         facts = {
             "task": run.task.kind.value,
-            "accuracy": f"{evaluation.accuracy:.1%} of {evaluation.total:,} (95 % interval {low:.1%} to {high:.1%})",
+            "accuracy": _accuracy(evaluation, "held out") if evaluation.total else "",
             "asked for": run.task.method,
             **{name.replace("_", " "): write_score(name, value) for name, value in evaluation.scores.items()},
             "majority class": "" if majority is None else f"{majority:.1%}",
@@ -337,7 +343,7 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
         add_results(
             folder,
             {name: value for name, value in facts.items() if value},
-            accuracy=evaluation.accuracy,
+            accuracy=evaluation.accuracy if evaluation.total else None,
             task=_HUB_TASKS[run.task.kind],
             data=data,
             named=named,
@@ -347,6 +353,7 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
 _HUB_TASKS = {
     TaskKind.LABEL_WORDS: "text-classification",
     TaskKind.GENERATION: "text-generation",
+    TaskKind.LANGUAGE_MODELLING: "text-generation",
     TaskKind.INSTRUCTIONS: "text-generation",
     TaskKind.SEQUENCE_CLASSIFICATION: "text-classification",
     TaskKind.TOKEN_CLASSIFICATION: "token-classification",

@@ -31,7 +31,8 @@ class TrainSettings:
         max_label_length: the most tokens a label may have; None for any number. Labels are never cut.
         balance: draw the same number of examples of each label in each epoch, rare ones more than once.
         group_by_length: put examples of like length into one batch, to save padding.
-        packing: put several examples into one row of `max_length`, in instruction tuning.
+        packing: put several examples into one row of `max_length`, where a causal model learns conversations or texts.
+        train_on: which of the assistant's answers in a conversation are learned, `all` or the `last`.
         dropout: train with the base model's own dropout. Without it the base runs in evaluation mode, where
             transformers doesn't checkpoint gradients.
         pad_to_multiple_of: round the padded lengths of training's batches up to a multiple of this.
@@ -67,6 +68,7 @@ class TrainSettings:
     balance: bool = False
     group_by_length: bool = True
     packing: bool = False
+    train_on: Literal["all", "last"] = "all"
     dropout: bool = True
     pad_to_multiple_of: int | None = None
     evaluate_every: int | None = None

@@ -285,12 +285,16 @@ def load_adapted(recipe: Recipe, kind: TaskKind, labels: tuple[str, ...]) -> Any
 
 # What a chat template puts after an answer, and what the answer's first blank may cost.
 _ROOM_FOR_THE_END = 8
+# How many tokens a text is gone on with where nothing else is asked for.
+_CONTINUATION = 128
 
 
 def _longest_answer(kind: TaskKind, answers: Iterable[str], tokenizer: Any, settings: TrainSettings) -> int | None:
     """The most tokens that an answer takes, its end token included."""
     if not kind.writes:
         return None
+    if not kind.has_answers:
+        return _CONTINUATION
     if kind is TaskKind.INSTRUCTIONS:
         return _ROOM_FOR_THE_END + max(
             len(ids) for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]
