@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ia3.cli.labelling import answer, answer_by, load_labeller
+from ia3.cli.labelling import Labeller, answer, answer_by, load_labeller
 from ia3.cli.names import ANSWER_BY_HELP
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def evaluate(
         _expect_known(examples, task)
     task = answer_by(task, way)
     labeller = replace(labeller, task=task)
+    if not kind.has_answers:
+        _tell_loss(labeller, examples, {"adapter": adapter, "data": examples.source}, batch_size, as_json=as_json)
+        return
     result = _result(task, examples, answer(labeller, examples, progress, batch_size=batch_size))
     if kind is TaskKind.LABEL_WORDS and not task.ranks:
         ranking = replace(labeller, task=task.answered_by("rank"))
@@ -71,6 +74,25 @@ def evaluate(
         typer.echo(json.dumps({"adapter": adapter, "data": examples.source, **result.summary()}, ensure_ascii=False))
     else:
         _print(result)
+
+
+def _tell_loss(
+    labeller: Labeller, examples: Examples, source: dict[str, str], batch_size: int, *, as_json: bool
+) -> None:
+    """What is told of texts without answers: the mean loss of their tokens, and e to its power."""
+    import math
+
+    from ia3.runs.settings import TrainSettings
+    from ia3.training.learners.making import make_learner
+
+    settings = TrainSettings(evaluation_batch_size=batch_size)
+    learner = make_learner(labeller.model, labeller.tokenizer, labeller.task, settings)
+    loss = learner.measure(learner.tokenise(examples), lambda rows: None).loss
+    figures = {"examples": len(examples), "loss": loss, "method": labeller.task.method, "perplexity": math.exp(loss)}
+    if as_json:
+        typer.echo(json.dumps({**source, **figures}, ensure_ascii=False))
+    else:
+        typer.echo(f"loss {loss:.3f} (perplexity {math.exp(loss):.4g}) of each token of {len(examples):,} texts")
 
 
 def _result(task: Task, examples: Examples, answers: Sequence[Answer]) -> Result:

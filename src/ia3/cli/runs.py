@@ -81,7 +81,7 @@ def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[
         records, names, {key: differing[key] for key in differing if key not in further[_MOST_KEYS:]}
     )
     shared = [f"{key} {Path(_write(records[0].recipe[key])).name}" for key in _FIRST if key not in differing]
-    methods = {record.method for record in records}
+    methods = {record.method for record in records if record.kind.has_answers}
     shared += [f"accuracy by {methods.pop()}"] if len(methods) == 1 else []
     count = "1 run" if len(records) == 1 else f"{len(records)} runs"
     _say(console, ", ".join([f"{count} in {_from_here(folder)}", *shared]))

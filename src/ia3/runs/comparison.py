@@ -387,9 +387,11 @@ def draw_runs(records: Sequence[RunRecord], path: str | Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+        answered = [line for line in lines if line.record.kind.has_answers]
+        left, *right = figure.subplots(1, 2 if answered else 1, squeeze=False)[0]
         _draw_losses(left, lines)
-        _draw_accuracies(right, lines)
+        if answered:
+            _draw_accuracies(right[0], answered)
         figure.legend(
             *left.get_legend_handles_labels(),
             loc="outside right upper",
