@@ -304,12 +304,13 @@ class TestUnusualConversations:
         more = [*SEVERAL[0], ("user", "And?"), ("system", "Stop")]
         found = self.read(tmp_path / "a.jsonl", chat(more), chat(SEVERAL[1]))
         assert found.digest() == as_examples(SEVERAL[:2]).digest()
-        assert "1 conversation goes on after its last answer, up to which it is read." in found.describe()
+        assert "Conversations that go on after their last answer, where they are cut: 1." in found.describe()
 
     def test_the_assistant_begins_and_the_user_speaks_twice(self, tmp_path: Path) -> None:
         turns = [("assistant", "Hello"), ("user", "a"), ("user", "b"), ("assistant", "c")]
         found = self.read(tmp_path / "a.jsonl", chat(turns))
         assert list(found) == list(as_examples([turns]))
+        assert "that answer no user's, so that they are not learned: 1." in found.describe()
 
     def test_numbers_are_their_digits_and_an_empty_system_message_stays(self, tmp_path: Path) -> None:
         found = self.read(tmp_path / "a.jsonl", chat([("system", ""), ("user", 7), ("assistant", 3.0)]))

@@ -14,10 +14,11 @@ from ia3 import IA3Config, get_peft_model
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.complete import complete
 from ia3.runs.settings import TrainSettings
-from ia3.tasks.examples import Example
+from ia3.tasks.examples import Example, Examples
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 from ia3.training.learners.instructions import Dialogue, Instructions, Texts, count_cut, find_separation, pack
+from ia3.training.loop import Training, fit
 
 TURNS = (("user", "say one"), ("assistant", "two"))
 
@@ -89,6 +90,12 @@ def test_an_end_token_is_added_where_the_template_has_none(learner) -> None:
     assert learned(made, dialogue) == ["two </s>"]
 
 
+def test_an_answer_ends_where_writing_it_does(learner) -> None:
+    twice = learner(template=tiny_causal.CHATS + "{% if not add_generation_prompt %}</s>{% endif %}")
+    (row,) = twice.tokenise([Example("then two", "three </s> four", TURNS)])
+    assert learned(twice, row[0]) == ["two </s>", "three </s> four </s>"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_the_loss_is_the_models_own_on_the_completions(learner, family: str) -> None:
     made = learner(family, dtype=torch.float32, pad_to_multiple_of=8)
@@ -147,6 +154,40 @@ def test_every_answer_is_learned_as_prefixes_of_the_conversation_tell(learner, p
     assert made.targets(batch) == count
     # transformers computes its loss in float32.
     assert float(made.loss(batch).detach()) == pytest.approx(losses / count, abs=1e-6)
+
+
+MARKED = (
+    "{% for message in messages %}<{{ message['role'] }}> {% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }} </s>{% endgeneration %}{% else %}{{ message['content'] }} </s>{% endif %}"
+    " <line> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def test_what_is_learned_are_the_tokens_that_a_template_marks_as_the_assistants(learner) -> None:
+    made = learner(template=MARKED)
+    examples = [SEVERAL[0], SEVERAL[2]]
+    for example, (dialogue,) in zip(examples, made.tokenise(examples), strict=True):
+        turns = [*example.turns, ("user", example.text), ("assistant", example.label)]
+        marked = made.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert 1 in marked["assistant_masks"]
+        assert [int(label != IGNORE_INDEX) for label in dialogue.labels] == marked["assistant_masks"][:-1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_on_several_answers_are_those_of_the_models_own_loss(learner, tmp_path, packing: bool) -> None:
+    """The run's first loss, by the step that leaves padding out or by the ordinary one, against the batch's own."""
+    made = learner(dtype=torch.float32, packing=packing, steps=2, batch_size=3, dropout=False)
+    batch = made.collate(made.tokenise(SEVERAL))
+    expected = float(made.loss(batch).detach())
+    rows = Examples(tuple(SEVERAL), (), "three", 0, 0, TaskKind.INSTRUCTIONS)
+    if not packing:
+        assert "no padding" in Training(made, rows, rows, tmp_path).describe_path()
+    run = fit(made, rows, rows, output_dir=tmp_path / "run")
+    assert run.losses[0] == pytest.approx(expected, rel=1e-5)
 
 
 FORGETFUL = tiny_causal.CHATS.replace(

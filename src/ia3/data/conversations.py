@@ -157,10 +157,12 @@ class Learnable(NamedTuple):
     Args:
         example: the last question and its answer, with what stands before them; None of a row without a text.
         is_cut: whether there were messages after the last answer, which are left out.
+        unasked: how many messages of the assistant answer no user's.
     """
 
     example: Example | None
     is_cut: bool = False
+    unasked: int = 0
 
 
 def read_to_learn(record: Mapping[str, Any], place: str, how: Format) -> Learnable:
@@ -193,7 +195,8 @@ def read_to_learn(record: Mapping[str, Any], place: str, how: Format) -> Learnab
         if role == "user" and not content:
             raise ValueError(f"{place}: a user's message is empty: give it a text, or remove the row.")
     *before, (_, text), (_, label) = turns[:end]
-    return Learnable(Example(text, label, tuple(before)), end < len(roles))
+    unasked = sum(role == "assistant" and former != "user" for former, role in pairwise(["", *roles[:end]]))
+    return Learnable(Example(text, label, tuple(before)), end < len(roles), unasked)
 
 
 def read_to_answer(record: Mapping[str, Any], place: str, how: Format) -> Example:

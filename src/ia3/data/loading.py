@@ -93,12 +93,9 @@ def load_examples(
         what = "labelled texts" if kind.has_answers else "texts"
         raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected {what}.")
     if cut := sum(each.is_cut for each in found):
-        goes = (
-            "conversation goes on after its last answer, up to which it is"
-            if cut == 1
-            else ("conversations go on after their last answers, up to which they are")
-        )
-        remarks.append(f"{cut:,} {goes} read.")
+        remarks.append(f"Conversations that go on after their last answer, where they are cut: {cut:,}.")
+    if unasked := sum(each.unasked for each in found):
+        remarks.append(f"Messages of the assistant that answer no user's, so that they are not learned: {unasked:,}.")
     label_column = how.answer or label_column
     # The questions that are asked afterwards come in a column of texts.
     asked = wording if how.name and how.answer is None else how.template

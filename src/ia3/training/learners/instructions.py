@@ -249,8 +249,11 @@ class Instructions(Writer[Row]):
         else:  # a token reaches over the border, which it never does in generating
             completion = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
         ends = end_tokens(self.model, self.tokenizer)
-        last = max((place for place, token in enumerate(completion) if token in ends), default=None)
-        return [*completion, ends[0]] if last is None else completion[: last + 1]
+        for place, token in enumerate(completion):
+            # What some templates put behind, such as another end, would never be written.
+            if token in ends and not self.tokenizer.decode(completion[place + 1 :], skip_special_tokens=True).strip():
+                return completion[: place + 1]
+        return [*completion, ends[0]]
 
     def _joined(self, place: int, answers: Sequence[tuple[Example, list[int], list[int]]]) -> Iterator[Dialogue]:
         """Answers with their prompts in one dialogue as long as each prompt begins with all before it, and it fits."""
