@@ -8,9 +8,8 @@ from typing import Any
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.task import Task, TaskKind
 from ia3.training.learner import Learner
-from ia3.training.learners.classes import SequenceClasses
+from ia3.training.learners.heads import SequenceClasses, TokenClasses
 from ia3.training.learners.instructions import Instructions, Texts
-from ia3.training.learners.tags import TokenClasses
 from ia3.training.learners.words import Words
 
 _LEARNERS: dict[TaskKind, type[Learner[Any]]] = {
