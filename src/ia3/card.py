@@ -130,7 +130,7 @@ def add_results(
     name = data if on_hub else Path(data).name
     metadata.datasets = [data] if on_hub else None
     metadata.model_name = f"(IA)³ on {name}"
-    of_data = {"task_type": task, "dataset_type": name, "dataset_name": name}
+    of_data: dict[str, Any] = {"task_type": task, "dataset_type": name, "dataset_name": name}
     metadata.eval_results = None
     if accuracy is not None:
         metadata.eval_results = [EvalResult(**of_data, metric_type="accuracy", metric_value=round(accuracy, 4))]

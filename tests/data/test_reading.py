@@ -49,9 +49,10 @@ class TestInstructionsWithMoreBelow:
             {"instruction": "Add", "input": "1", "output": "2", "text": "### Add\n### 1\n### 2"},
             {"instruction": "Say hi", "output": "hi", "text": "### Say hi\n### hi"},
         ]
-        found = load(tmp_path / "a.jsonl", rows, kind=TaskKind.INSTRUCTIONS)
-        assert found.texts == ["Add\n\n1", "Say hi"]
-        assert "not read" not in found.describe()
+        for named in ({}, {"label_column": "output"}):
+            found = load(tmp_path / "a.jsonl", rows, kind=TaskKind.INSTRUCTIONS, **named)
+            assert found.texts == ["Add\n\n1", "Say hi"]
+            assert "not read" not in found.describe()
 
     def test_dolly(self, tmp_path: Path) -> None:
         rows = [{"instruction": "Who?", "context": "Ann.", "response": "She", "category": "qa"}]
@@ -293,6 +294,8 @@ class TestFormatsOfTheSameConversations:
         ):
             found = load_examples(path, kind=TaskKind.INSTRUCTIONS, **named)
             assert [each.label for each in found] == [answer]
+        with pytest.raises(ValueError, match="has conversations in 'messages' and 'conversations': name one"):
+            format_to_answer(read_records(path), Template("{text}"))
 
 
 class TestUnusualConversations:

@@ -56,14 +56,17 @@ class Format:
         system = [_SYSTEM] if self.reads_system and _SYSTEM in found else []
         return (*self.template.fields, *([self.answer] if self.answer else []), *system)
 
-    def describe(self, found: Iterable[str]) -> str:
-        """A line that says how records are read."""
+    def describe(self, found: Iterable[str]) -> list[str]:
+        """How records are read, and that their answers aren't in a column `label`, in a line each."""
         asked, *below = self.template.fields
         parts = [repr(asked) + (f", below it {below[0]!r} where there is one" if below else "")]
         parts += [f"the answer is {self.answer!r}"] if self.answer else []
         parts += [f"the system message is {_SYSTEM!r} where there is one"] if _SYSTEM in self.columns(found) else []
         alone = f" The template '{{{asked}}}' would read that column alone." if below else ""
-        return f"Read as {self.name}: {'; '.join(parts)}.{alone}"
+        lines = [f"Read as {self.name}: {'; '.join(parts)}.{alone}"]
+        if self.answer is None and "label" in found:
+            lines.append(f"The column 'label' is not read: the answers are the messages in {asked!r}.")
+        return lines
 
     @property
     def arguments(self) -> str:
@@ -102,9 +105,7 @@ def find_format(
     """
     columns, default = {*records.columns}, Template.of_column("text")
     asked = template if template is not None else Template.of_column(text_column)
-    named = label_column != "label"
-    if asked == default and {"text", label_column} <= columns:
-        return None
+    named, system = label_column != "label", chats
 
     def fits(each: Format) -> bool:
         by_column = template is None and text_column == each.template.fields[0]
@@ -112,9 +113,11 @@ def find_format(
 
     answers = {label_column} if named else {each.answer for each in _PAIRS if "label" not in columns}
     pairs = [each for each in _PAIRS if fits(each) and each.answer in answers]
+    if asked == default and {"text", label_column} <= columns:
+        chats = False  # a text and its answer come first
     lists = [each for each in CHATS if chats and fits(each)]
     if chats and not pairs and not lists and label_column not in columns and not named and asked.is_one_column:
-        lists = [Format("conversations", asked)] if _holds_lists(records, asked.fields[0]) else []
+        lists = [Format("conversations", asked)] if holds_lists(records, asked.fields[0]) else []
     if named and lists and not pairs:
         column = lists[0].template.fields[0]
         raise ValueError(
@@ -129,7 +132,7 @@ def find_format(
             f"{', or by '.join(each.arguments for each in found)}; rows of several formats belong into files of their "
             "own."
         )
-    return replace(found[0], reads_system=chats) if found else None
+    return replace(found[0], reads_system=system) if found else None
 
 
 def format_to_answer(records: Records, template: Template) -> Format:
@@ -138,16 +141,23 @@ def format_to_answer(records: Records, template: Template) -> Format:
     Args:
         records: what to answer.
         template: what the adapter reads.
+
+    Raises:
+        ValueError: there are several columns of conversations, and none is what the adapter reads.
     """
     chats = [each for each in CHATS if {*each.wanted} <= {*records.columns}]
     if chats and not {*template.fields} & {*records.columns}:
+        if len(chats) > 1:
+            both = " and ".join(repr(each.template.fields[0]) for each in chats)
+            raise ValueError(f"{records.source} has conversations in {both}: name one column of them by text_column.")
         return chats[0]
     # In training its column `system` was read, too.
     known = next((each for each in _PAIRS if each.template == template), None)
-    return Format("", template, reads_system=known is not None or _holds_lists(records, template.fields[0]))
+    return Format("", template, reads_system=known is not None or holds_lists(records, template.fields[0]))
 
 
-def _holds_lists(records: Records, column: str) -> bool:
+def holds_lists(records: Records, column: str) -> bool:
+    """Whether a column has messages instead of texts."""
     return any(isinstance(record.get(column), list) for _, record in records)
 
 

@@ -8,11 +8,11 @@ become one label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia3.data.conversations import Format, Learnable, find_format, missing_answer, read_to_learn
+from ia3.data.conversations import Format, Learnable, find_format, holds_lists, missing_answer, read_to_learn
 from ia3.data.reading import with_unread
 from ia3.data.records import TWEETS, read_records
 from ia3.tasks.columns import as_text, require_columns
@@ -77,13 +77,11 @@ def load_examples(
     line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
     line_label = label_column if kind.has_answers else None
     records = read_records(source, line_column=line_column, line_label=line_label, split=split)
-    chats, free = kind is TaskKind.INSTRUCTIONS, kind.has_answers and not kind.has_labels
-    how = find_format(records, template, text_column, label_column, chats=chats) if free else None
-    remarks = [] if how is None else [how.describe(records.columns)]
-    if how is None:
-        how = Format("", wording, label_column if kind.has_answers else None, reads_system=False)
-    elif how.answer is None and "label" in records.columns:
-        remarks.append(f"The column 'label' is not read: the answers are the messages in {how.template.fields[0]!r}.")
+    chats, known = kind is TaskKind.INSTRUCTIONS, None
+    if kind.has_answers and not kind.has_labels:
+        known = find_format(records, template, text_column, label_column, chats=chats)
+    system = chats and holds_lists(records, wording.fields[0])
+    how = known or Format("", wording, label_column if kind.has_answers else None, reads_system=system)
     require_columns(records.source, records.columns, *how.wanted)
     read = read_to_learn if chats else _reader(kind)
     found = [read(record, f"{records.source}, {place}", how) for place, record in records]
@@ -92,18 +90,26 @@ def load_examples(
     if not rows:
         what = "labelled texts" if kind.has_answers else "texts"
         raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected {what}.")
-    if cut := sum(each.is_cut for each in found):
-        remarks.append(f"Conversations that go on after their last answer, where they are cut: {cut:,}.")
-    if unasked := sum(each.unasked for each in found):
-        remarks.append(f"Messages of the assistant that answer no user's, so that they are not learned: {unasked:,}.")
     label_column = how.answer or label_column
     # The questions that are asked afterwards come in a column of texts.
-    asked = wording if how.name and how.answer is None else how.template
+    asked = wording if known is not None and how.answer is None else how.template
     reading = Reading(asked, label_column, how.columns(records.columns), label_column in records.classes)
     reading = with_unread(reading, records, ["" if each.example is None else _whole(each.example) for each in found])
     labels = ordered_labels(rows, records.classes.get(label_column), kind)
-    examples = Examples(rows, labels, records.source, count_duplicates(rows), empty, kind, reading, tuple(remarks))
+    remarks = (*([] if known is None else known.describe(records.columns)), *_oddities(found))
+    examples = Examples(rows, labels, records.source, count_duplicates(rows), empty, kind, reading, remarks)
     return merge_labels_of(examples) if merge_labels else examples
+
+
+def _oddities(found: Sequence[Learnable]) -> list[str]:
+    """Lines on what conversations have beside questions and answers."""
+    counts = {
+        "Conversations that go on after their last answer, where they are cut": sum(each.is_cut for each in found),
+        "Messages of the assistant that answer no user's, so that they are not learned": sum(
+            each.unasked for each in found
+        ),
+    }
+    return [f"{what}: {count:,}." for what, count in counts.items() if count]
 
 
 def _whole(row: Example) -> str:
