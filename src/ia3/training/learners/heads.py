@@ -111,8 +111,8 @@ class HeadLearner(Learner[HeadRow]):
         )
         units = [unit for row in rows for unit in row.units]
         scores = self.scores(references, predictions, sum(row.unread for row in rows))
-        flat = [list(chain.from_iterable(each)) for each in (references, predictions)]
-        return EvalOutput(loss / len(units), units, *flat, scores)
+        right, found = (list(chain.from_iterable(each)) for each in (references, predictions))
+        return EvalOutput(loss / len(units), units, right, found, scores)
 
     def scores(self, references: list[list[str]], predictions: list[list[str]], unread: int) -> dict[str, float]:
         """Further figures of an evaluation, from the labels of each text."""
@@ -150,7 +150,8 @@ class TokenClasses(HeadLearner):
                     f"{self.task.max_length}: raise max_length, or remove the text."
                 )
             read = sorted(piece.starts)
-            units, ids, starts = ([each[place] for place in read] for each in (own, classes, piece.starts))
+            units, ids = [own[place] for place in read], [classes[place] for place in read]
+            starts = [piece.starts[place] for place in read]
             rows.append(HeadRow(piece.input_ids, units, ids, starts, len(own) - len(read)))
         return rows
 
