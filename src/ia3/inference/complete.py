@@ -296,17 +296,20 @@ def write(
 
 def compile_answers(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:
     """What generates a model's answers greedily; see `compile_generate`."""
+    return compile_generate(model, **_settings(model, tokenizer, max_new_tokens))
+
+
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
     ends = end_tokens(model, tokenizer)
-    return compile_generate(
-        model,
-        max_new_tokens=max_new_tokens,
-        num_beams=1,
-        do_sample=False,
+    return {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": 1,
+        "do_sample": False,
         # A model's own repetition penalty would count the padding, and so make an answer depend on its neighbours.
-        repetition_penalty=1.0,
-        eos_token_id=ends,
-        pad_token_id=_padding(tokenizer, ends),
-    )
+        "repetition_penalty": 1.0,
+        "eos_token_id": ends,
+        "pad_token_id": _padding(tokenizer, ends),
+    }
 
 
 def _padding(tokenizer: Any, ends: Sequence[int]) -> int:
