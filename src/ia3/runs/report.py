@@ -267,7 +267,7 @@ def result_table(run: Run, picture: Path | None = None) -> Table:
 def _results(run: Run) -> dict[str, str]:
     """The run's figures by their names."""
     share = run.trainable_parameters / run.all_parameters
-    what = "words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else "held out"
+    what = " words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else " held out"
     rows = {"accuracy": _accuracy(run.final, what)} if run.final.total else {}
     rows["asked for"] = run.task.method
     rows |= {name.replace("_", " "): write_score(name, value) for name, value in run.final.scores.items()}
@@ -287,9 +287,9 @@ def _results(run: Run) -> dict[str, str]:
     return rows
 
 
-def _accuracy(evaluation: Evaluation, what: str) -> str:
+def _accuracy(evaluation: Evaluation, what: str = "") -> str:
     low, high = evaluation.interval
-    return f"{evaluation.accuracy:.1%} of {evaluation.total:,} {what} (95 % interval {low:.1%} to {high:.1%})"
+    return f"{evaluation.accuracy:.1%} of {evaluation.total:,}{what} (95 % interval {low:.1%} to {high:.1%})"
 
 
 def write_report(run: Run, title: str) -> Path:
@@ -329,7 +329,7 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
     for folder, evaluation in ((run.adapter_dir, run.final), (run.best_dir, run.best)):
         facts = {
             "task": run.task.kind.value,
-            "accuracy": _accuracy(evaluation, "held out") if evaluation.total else "",
+            "accuracy": _accuracy(evaluation) if evaluation.total else "",
             "asked for": run.task.method,
             **{name.replace("_", " "): write_score(name, value) for name, value in evaluation.scores.items()},
             "majority class": "" if majority is None else f"{majority:.1%}",
