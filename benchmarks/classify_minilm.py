@@ -40,7 +40,7 @@ from ia3.tasks.metrics import confusion_matrix, count_correct, f1_scores, majori
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 from ia3.training.collate import shuffled_batches
-from ia3.training.learners.classes import SequenceClasses
+from ia3.training.learners.heads import SequenceClasses
 
 RESULTS = Path(__file__).parent / "results" / "classify_minilm.txt"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

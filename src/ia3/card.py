@@ -112,14 +112,14 @@ def add_tags(directory: Path, tags: Iterable[str]) -> None:
 
 
 def add_results(
-    directory: Path, facts: Mapping[str, str], *, accuracy: float, task: str, data: str, named: bool = True
+    directory: Path, facts: Mapping[str, str], *, accuracy: float | None, task: str, data: str, named: bool = True
 ) -> None:
     """Put a training and what it reached into the card that `write_card` wrote, in place of an earlier one.
 
     Args:
         directory: the adapter's.
         facts: the section's table.
-        accuracy: what the hub shows beside the model's name.
+        accuracy: what the hub shows beside the model's name; None where there is none.
         task: the hub's name of the task, such as `text-classification`.
         data: the data's name; of a path its last part, since the rest is nobody else's business.
         named: whether the name can be a hub data set's.
@@ -133,15 +133,10 @@ def add_results(
     name = data if on_hub else Path(data).name
     metadata.datasets = [data] if on_hub else None
     metadata.model_name = f"(IA)³ on {name}"
-    metadata.eval_results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=name,
-            dataset_name=name,
-            metric_type="accuracy",
-            metric_value=round(accuracy, 4),
-        )
-    ]
+    of_data: dict[str, Any] = {"task_type": task, "dataset_type": name, "dataset_name": name}
+    metadata.eval_results = None
+    if accuracy is not None:
+        metadata.eval_results = [EvalResult(**of_data, metric_type="accuracy", metric_value=round(accuracy, 4))]
     rows = "\n".join(f"| {what} | {value} |" for what, value in {"data": name, **facts}.items())
     section = f"{_RESULTS}\n\n| | |\n|---|---|\n{rows}\n"
     text = re.split(rf"^{_RESULTS}$", card.text, maxsplit=1, flags=re.MULTILINE)

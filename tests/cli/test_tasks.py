@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,61 @@ def test_instructions(decoder: Path, tmp_path: Path, packing: bool) -> None:
     texts = [each["text"] for each in held_out]
     answered = json.loads(succeed("predict", run / "adapter", "--json", *texts).stdout)["predictions"]
     assert [each["label"] for each in answered] == [each["prediction"] for each in held_out]
+
+
+def test_texts_alone(decoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.txt"
+    texts = [f"{row.text} {row.label} " * 4 for row in tiny_causal.examples(40)]
+    data.write_text("\n".join(texts) + "\n")
+    run = tmp_path / "runs" / "one"
+    how = ("--task", "language-modelling", "--epochs", 2, "--max-length", 16, "--batch-size", 4)
+    ran = succeed("train", "--model", decoder, "--data", data, *how, "--output", run)
+    assert "perplexity" in ran.stdout
+    assert "accuracy" not in ran.stdout
+    assert "nan" not in ran.stdout.casefold()
+    content = json.loads((run / "result.json").read_text())
+    assert content["loss"] < content["evaluations"][0]["loss"]
+    assert content["accuracy"] is content["accuracy_interval_95"] is content["best"].get("accuracy") is None
+    assert content["predictions"] == []
+    for name in ("report.md", "adapter/README.md"):
+        text = (run / name).read_text()
+        assert "ccuracy" not in text.replace("![Loss, accuracy and", "")
+        assert " nan" not in text.casefold()
+    compared = succeed("runs", run.parent).stdout
+    assert "accuracy" not in compared
+    assert f"{content['loss']:.3f}" in compared
+    assert "nan" not in compared.replace("language", "")
+    evaluated = json.loads(succeed("evaluate", run / "adapter", "--data", data, "--json").stdout)
+    model, tokenizer = load_adapter(run / "adapter")
+    losses, count = 0.0, 0
+    for text in texts:
+        whole = [3, *tokenizer(text, add_special_tokens=False)["input_ids"], 1]
+        for start in range(0, len(whole) - 1, 15):
+            ids = torch.tensor([whole[start : start + 16]])
+            with torch.no_grad():
+                losses += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert evaluated["loss"] == pytest.approx(losses / count, rel=1e-5)
+    assert evaluated["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-4)
+    # The tokenizer has a chat template; a text is gone on with as it is.
+    asked = ("--max-new-tokens", 5, "--json", "say the number")
+    (answered,) = json.loads(succeed("predict", run / "adapter", *asked).stdout)["predictions"]
+    start = torch.tensor([[3, *tokenizer("say the number", add_special_tokens=False)["input_ids"]]])
+    wanted = model.generate(input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=5, eos_token_id=1)
+    assert answered["label"] == tokenizer.decode(wanted[0, start.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_a_sweep_of_texts_alone_tells_their_loss(decoder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.txt"
+    data.write_text("\n".join(f"{row.text} {row.label} " * 4 for row in tiny_causal.examples(30)) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: language-modelling\nmax_length: 16\nbatch_size: 4\nsteps: 6\n")
+    flags = ("--recipe", recipe, "--over", "learning_rate=0.01,0.05", "--output", tmp_path / "sweep")
+    ran = succeed("sweep", decoder, data, *flags)
+    assert "accuracy" not in ran.stdout
+    assert "nan" not in ran.stdout.casefold()
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [each["accuracy"] for each in found["runs"]] == [None, None]
 
 
 def test_whole_conversations(decoder: Path, tmp_path: Path) -> None:

@@ -476,7 +476,10 @@ class TestFreeText:
         found = load_examples(path, text_column="prompt", label_column="completion", kind=kind)
         assert pairs(found) == [("a\nb", "1.\n\n 2."), ("c", "7"), ("c", "nan")]
         assert (found.labels, found.kind) == ((), kind)
-        assert found.describe() == f"{path}: 3 rows; 1 duplicate kept; 1 empty row dropped"
+        assert found.describe().split("\n") == [
+            f"{path}: 3 rows; 1 duplicate kept; 1 empty row dropped",
+            "Read as prompts and completions: 'prompt'; the answer is 'completion'.",
+        ]
 
     @pytest.mark.parametrize("kind", OPEN_KINDS)
     def test_a_missing_completion(self, kind, write):
@@ -490,9 +493,9 @@ class TestFreeText:
         assert (pairs(found), found.labels) == ([("a", "down")], ())
 
     def test_a_missing_column_names_the_likely_pair(self, write):
-        path = write("a.csv", "prompt,completion\na,b\n")
+        path = write("a.csv", "question,answer\na,b\n")
         with pytest.raises(
-            ValueError, match=r"a.csv has no column 'text'.*`text_column='prompt'` and `label_column='compl"
+            ValueError, match=r"a.csv has no column 'text'.*`text_column='question'` and `label_column='answ"
         ):
             load_examples(path, kind=TaskKind.INSTRUCTIONS)
 
@@ -550,12 +553,36 @@ class TestConversations:
         [
             (said("s", "u"), r"line 1: the conversation ends in system and user, expected a user's message and the"),
             (said("s", "u", "a")[2:], "line 1: the conversation ends in assistant, expected a user's message"),
+            (said("s", "u", "", "v", "a"), r"line 1: the text has no completion \('u'\)"),
+            (said("s", "u", "a", "", "a"), "line 1: a user's message is empty"),
             (said("s", "u", "a") + said("s", "u", "a")[2:], "ends in assistant and assistant, expected"),
             ("u: hi", "line 1: 'messages' is a str, expected a list of objects with role and content"),
             (["hi"], "line 1: message 1 is 'hi', expected an object with role and content"),
-            ([{"from": "human", "value": "hi"}], r"message 1 is \{'from': 'human'.*expected an object with role and"),
-            ([{"role": "tool", "content": "x"}], "message 1 has the role 'tool', expected one of system, user, assist"),
-            ([{"role": "user", "content": ["x"]}], "message 1: the content is a list, expected a text or a number"),
+            (
+                [{"from": "human", "content": "hi"}],
+                r"message 1 is \{'from': 'human'.*with role and content, or w",
+            ),
+            (
+                [{"role": "tool", "content": "x"}],
+                "message 1 has the role 'tool', expected one of system, developer",
+            ),
+            ([{"from": "observation", "value": "x"}], "message 1 has the role 'observation', expected one of"),
+            ([{"role": "user", "content": None}], r"message 1 has no content \('content' is None\)"),
+            ([{"role": "user", "content": float("nan")}], r"message 1 has no content \('content' is nan\)"),
+            (
+                [{"role": "user", "content": {"text": "x"}}],
+                "message 1: the content is a dict, expected a text or",
+            ),
+            (
+                [{"role": "user", "content": ["x"]}],
+                "message 1: the content, part 1 is 'x', expected .*nothing but",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": "u"}]}],
+                r"line 1: message 1: the content, part 2 is \{'type': 'image_url'",
+            ),
+            ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}], r"\['weight'\]"),
+            ([*said("s", "u", "a"), {"role": "assistant", "content": None, "tool_calls": [1]}], r"\['tool_calls'\]"),
             (
                 [{"role": "user", "content": "x", "tool_calls": [1], "name": None}],
                 r"message 1 has \['tool_calls'\], wh",

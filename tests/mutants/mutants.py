@@ -224,6 +224,10 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_up_to_end", Instead("token in ends", "False"), "an answer goes on behind its end"),
         Mutant("prompt_batches", Instead("rooms[i] == room", "True"), "prompts are answered twice"),
         Mutant("check_positions", Never("longest"), "prompts are longer than the model can read"),
+        Mutant("Instructions._joined", Instead("prompt[: len(ids)] != ids", "False"),
+               "earlier answers are learned after what the template doesn't write"),
+        Mutant("Texts._dialogues", Instead("self.task.max_length - 1", "self.task.max_length"),
+               "a piece is longer than the task's length"),
     ],
     ("inference/test_classify.py", "training/test_classes.py", "training/test_tags.py"): [
         Mutant("_expect_the_base", Never("foreign"), "damaged base weights are newly drawn in silence"),

@@ -318,7 +318,7 @@ def test_the_report(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"packing": True}, "`packing` is for instructions, and this task is label-words"),
+        ({"packing": True}, "`packing` is for instructions and language-modelling, and this task is label-words"),
         ({"task": "generation", "balance": True}, "`balance` is for label-words and sequence-classification"),
         ({"task": "generation", "objective": "t-few"}, "`objective='t-few'` is for label-words"),
         ({"task": "generation", "answer_by": "rank"}, "`answer_by='rank'` is for label-words"),
@@ -424,7 +424,8 @@ def test_after_divergence_the_folder_is_free(base: str, tmp_path: Path) -> None:
 
 
 def test_heads_are_not_trained_in_bf16(base: str) -> None:
-    with pytest.raises(ValueError, match="`precision='bf16'` is for label-words and generation and instructions"):
+    message = "`precision='bf16'` is for label-words and generation and language-modelling and instructions"
+    with pytest.raises(ValueError, match=message):
         train(base, tiny_seq2seq.examples(12), task="sequence-classification", precision="bf16", console=quiet())
 
 

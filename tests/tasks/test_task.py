@@ -24,6 +24,9 @@ TEXT = Template.of_column("text")
 TASKS = {
     TaskKind.LABEL_WORDS: TASK,
     TaskKind.GENERATION: Task(kind=TaskKind.GENERATION, template=TEXT, max_length=512, max_new_tokens=128),
+    TaskKind.LANGUAGE_MODELLING: Task(
+        kind=TaskKind.LANGUAGE_MODELLING, template=TEXT, max_length=512, max_new_tokens=128
+    ),
     TaskKind.INSTRUCTIONS: Task(
         kind=TaskKind.INSTRUCTIONS, template=TEXT, max_length=512, max_new_tokens=128, system="Sei kurz – bitte."
     ),
@@ -45,7 +48,7 @@ def test_each_kind_comes_back(kind: TaskKind, tmp_path: Path) -> None:
     assert list(content) == sorted(content)
     assert ("labels" in content, "generation" in content, "system" in content) == (
         kind in (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.TOKEN_CLASSIFICATION),
-        kind in (TaskKind.LABEL_WORDS, TaskKind.GENERATION, TaskKind.INSTRUCTIONS),
+        kind not in (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.TOKEN_CLASSIFICATION),
         kind is TaskKind.INSTRUCTIONS,
     )
 
@@ -67,6 +70,7 @@ def test_what_each_kind_is_to_the_configuration() -> None:
     assert {kind.value: kind.task_type for kind in TaskKind} == {
         "label-words": TaskType.SEQ_2_SEQ_LM,
         "generation": TaskType.SEQ_2_SEQ_LM,
+        "language-modelling": TaskType.CAUSAL_LM,
         "instructions": TaskType.CAUSAL_LM,
         "sequence-classification": TaskType.SEQ_CLS,
         "token-classification": TaskType.TOKEN_CLS,

@@ -10,7 +10,7 @@ from ia3 import IA3Config, get_peft_model
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Example
 from ia3.tasks.task import TaskKind
-from ia3.training.learners.classes import SequenceClasses
+from ia3.training.learners.heads import SequenceClasses
 from tiny_classifier import LABELS, labelled, names
 
 KIND = TaskKind.SEQUENCE_CLASSIFICATION

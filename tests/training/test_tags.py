@@ -12,7 +12,7 @@ from ia3.tasks.entities import entity_scores
 from ia3.tasks.examples import Example
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
-from ia3.training.learners.tags import TokenClasses
+from ia3.training.learners.heads import TokenClasses
 from tiny_classifier import TAGS, names
 
 KIND = TaskKind.TOKEN_CLASSIFICATION

@@ -41,7 +41,10 @@ def evaluate(
     saved = load_task(adapter)
     wording = saved.template if saved is not None else Template.of_column("text")
     wording = wording if text_column is None else wording.with_column(text_column)
-    records = read_for(data, wording, label_column or (saved.label_column if saved is not None else "label"))
+    answers = None if saved is not None and not saved.kind.has_answers else label_column or "label"
+    if answers is not None and saved is not None:
+        answers = label_column or saved.label_column
+    records = read_for(data, wording, answers)
     labeller = load_labeller(adapter, progress, Overrides(text_column=text_column))
     task = labeller.task
     # Data alone tell the labels of an adapter that came without a task.
@@ -61,7 +64,11 @@ def evaluate(
     elif kind.has_labels:
         _expect_known(examples, task)
     task = answered_by(task, answer_by)
-    figures = _figures(replace(labeller, task=task), examples, progress, batch_size)
+    labeller = replace(labeller, task=task)
+    if not kind.has_answers:
+        _tell_loss(labeller, examples, {"adapter": adapter, "data": examples.source}, batch_size, as_json=as_json)
+        return
+    figures = _figures(labeller, examples, progress, batch_size)
     if kind is TaskKind.LABEL_WORDS and not task.ranks:
         ranking = replace(labeller, task=task.answered_by("rank"))
         figures["accuracy_by_rank"] = _figures(ranking, examples, progress, batch_size)["accuracy"]
@@ -69,6 +76,25 @@ def evaluate(
         print_json({"adapter": adapter, "data": examples.source, **figures})
     else:
         print_figures(figures)
+
+
+def _tell_loss(
+    labeller: Labeller, examples: Examples, source: dict[str, str], batch_size: int, *, as_json: bool
+) -> None:
+    """What is told of texts without answers: the mean loss of their tokens, and e to its power."""
+    import math
+
+    from ia3.runs.settings import TrainSettings
+    from ia3.training.learners.making import make_learner
+
+    settings = TrainSettings(evaluation_batch_size=batch_size)
+    learner = make_learner(labeller.model, labeller.tokenizer, labeller.task, settings)
+    loss = learner.measure(learner.tokenise(examples), lambda rows: None).loss
+    figures = {"examples": len(examples), "loss": loss, "method": labeller.task.method, "perplexity": math.exp(loss)}
+    if as_json:
+        print_json({**source, **figures})
+    else:
+        typer.echo(f"loss {loss:.3f} (perplexity {math.exp(loss):.4g}) of each token of {len(examples):,} texts")
 
 
 def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_size: int) -> dict[str, Any]:

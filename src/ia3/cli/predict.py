@@ -74,7 +74,8 @@ def predict(
     else:
         work = _by_many(Path(adapter), adapter_column, records, overrides, progress, batch_size)
     records, tasks = work.records, work.tasks
-    examples = [_example(records, row, task) for row, task in zip(records, tasks, strict=True)]
+    readers = {task: _reader(records, task) for task in set(tasks)}
+    examples = [readers[task](row) for row, task in zip(records, tasks, strict=True)]
     if output is not None:
         shares = (f"probability_{label}" for task in set(tasks) for label in task.labels)
         check_rows(output, records, {"prediction", "probability", "probabilities", *shares})
@@ -82,7 +83,7 @@ def predict(
     if output is not None:
         for remark in write_rows(output, records, [_found(each) for each in answers]):
             typer.echo(remark, err=True)
-    texts = [_as_given(records, *each) for each in zip(records, examples, tasks, strict=True)]
+    texts = [_as_given(*each) for each in zip(records, examples, tasks, strict=True)]
     _print(work, adapter, texts, answers, output, as_json=as_json)
 
 
@@ -207,36 +208,29 @@ def _as_records(lines: list[str], task: Task) -> Records:
     return Records("the sentences", fields, rows)
 
 
-def _example(records: Records, row: tuple[str, dict[str, Any]], task: Task) -> Example:
-    """What the model reads of a row; of a text whose words get tags the cell may be a list."""
-    from ia3.data.loading import conversation_to_answer, words_of
+def _reader(records: Records, task: Task) -> Callable[[tuple[str, dict[str, Any]]], Example]:
+    """What makes of a row what the model reads of it; of a text whose words get tags the cell may be a list."""
+    from ia3.data.conversations import format_to_answer, read_to_answer
+    from ia3.data.loading import words_of
     from ia3.tasks.columns import require_columns
     from ia3.tasks.examples import Example
     from ia3.tasks.task import TaskKind
 
-    place, record = f"{records.source}, {row[0]}", row[1]
-    if _holds_conversations(records, task):
-        return conversation_to_answer(record, place)
+    if task.kind is TaskKind.INSTRUCTIONS:
+        how = format_to_answer(records, task.template)
+        return lambda row: read_to_answer(row[1], f"{records.source}, {row[0]}", how)
     if task.kind is not TaskKind.TOKEN_CLASSIFICATION:
-        return Example(task.template.render(record, place), "")
+        return lambda row: Example(task.template.render(row[1], f"{records.source}, {row[0]}"), "")
     (column,) = task.template.fields
     require_columns(records.source, records.columns, column)
-    return Example(" ".join(words_of(record.get(column), place, column)), "")
+    return lambda row: Example(" ".join(words_of(row[1].get(column), f"{records.source}, {row[0]}", column)), "")
 
 
-def _holds_conversations(records: Records, task: Task) -> bool:
-    from ia3.tasks.examples import MESSAGES_COLUMN
-    from ia3.tasks.task import TaskKind
-
-    is_chat = task.kind is TaskKind.INSTRUCTIONS and MESSAGES_COLUMN in records.columns
-    return is_chat and not any(field in records.columns for field in task.template.fields)
-
-
-def _as_given(records: Records, row: tuple[str, dict[str, Any]], example: Example, task: Task) -> str:
+def _as_given(row: tuple[str, dict[str, Any]], example: Example, task: Task) -> str:
     """The text without the template's words, where one column is all that it reads."""
-    if len(task.template.fields) > 1 or _holds_conversations(records, task):
-        return example.text
-    return str(row[1][task.template.fields[0]])
+    field, *more = task.template.fields
+    cell = row[1].get(field, [])
+    return example.text if more or isinstance(cell, list) else str(cell)
 
 
 def _answer_filled(work: _Work, examples: list[Example]) -> list[Answer | None]:

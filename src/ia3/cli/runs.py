@@ -75,7 +75,7 @@ def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[
     differing = differences(records)
     further = [key for key in differing if key not in _FIRST][_MOST_KEYS:]
     shared = [f"{key} {Path(_write(records[0].recipe[key])).name}" for key in _FIRST if key not in differing]
-    methods = {record.method for record in records}
+    methods = {record.method for record in records if record.kind.has_answers}
     shared += [f"accuracy by {methods.pop()}"] if len(methods) == 1 else []
     count = "1 run" if len(records) == 1 else f"{len(records)} runs"
     here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
@@ -139,7 +139,8 @@ def _repeat_columns(groups: Sequence[Repeats], figure: str, pattern: str) -> lis
 
 
 def _figures(title: str, rows: Sequence[dict[str, Any]], name: str, pattern: str, rank: int = 0) -> Column:
-    return Column(title, [NONE if row.get(name) is None else pattern.format(row[name]) for row in rows], rank)
+    values = [row.get(name) for row in rows]
+    return Column(title, [NONE if each is None or each != each else pattern.format(each) for each in values], rank)
 
 
 def _scores(rows: Sequence[dict[str, Any]], name: str) -> list[str]:

@@ -8,17 +8,16 @@ become one label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ia3.data.reading import recognise, with_unread
+from ia3.data.conversations import Format, Learnable, find_format, holds_lists, missing_answer, read_to_learn
+from ia3.data.reading import with_unread
 from ia3.data.records import TWEETS, Records, read_records
 from ia3.errors import SettingError
 from ia3.tasks.columns import as_text, require_columns
 from ia3.tasks.examples import (
-    MESSAGES_COLUMN,
     Example,
     Examples,
     Reading,
@@ -28,8 +27,6 @@ from ia3.tasks.examples import (
 )
 from ia3.tasks.task import TaskKind
 from ia3.tasks.template import Template
-
-_ROLES = ("system", "user", "assistant")
 
 
 def load_examples(
@@ -45,10 +42,12 @@ def load_examples(
     """Read texts with their answers, as the model will see them.
 
     For token classification a cell holds a list of words, or of their tags, or a text that is split at white space.
-    For instructions without text and label columns, the conversations of a column `messages` are read: lists of
-    `{"role": …, "content": …}` whose last answer is the one to learn. Where the answers are free text, the rows of
-    Alpaca and of Dolly are known by their columns: `instruction`, below it `input` or `context` where there is one, and
-    the answer in `output` or `response`.
+    Where the answers are free text, known formats are read by their columns, and a remark says which: the rows of
+    Alpaca and of Dolly (`instruction`, below it `input` or `context` where there is one, and the answer in `output`
+    or `response`), and `prompt` with `completion`. For instructions a cell may also be a list of messages,
+    `{"role": …, "content": …}` or `{"from": …, "value": …}`, such as a whole conversation in `messages` or
+    `conversations`, or in the text column that is named; a column `system` is its system message. A conversation is
+    read up to its last answer.
 
     Args:
         source: `"bundled:tweets"`; `"financial_phrasebank"`, its all-agree part from the hub; PhraseBank's
@@ -58,9 +57,9 @@ def load_examples(
             them.
         template: the text around the columns; instead of `text_column`.
         text_column: the column with the text.
-        label_column: the column with the label, the completion or the tags. Numbers of a `ClassLabel` become
-            their names.
-        kind: what the label is: one of a closed set, free text, or one tag a word. White space around a text or
+        label_column: the column with the label, the completion or the tags, unread where the texts alone are learned.
+            Numbers of a `ClassLabel` become their names.
+        kind: what the label is: one of a closed set, free text, one tag a word, or none. White space around a text or
             a completion is dropped, inside it is kept.
         split: which split of a data set; by default `"train"`.
         merge_labels: read the spellings of a label that differ in case, white space or Unicode form alone as one, the
@@ -73,57 +72,53 @@ def load_examples(
         FileNotFoundError: no such file or data set, or the hub cannot be reached.
         ValueError: nothing in the file, a missing column, a row without label, an encoding that cannot be
             read, a line without `@`, a `split` of a source that has none, a template that shows the label,
-            another number of tags than words, a conversation that doesn't end in a user's message and its
-            answer, or conversations and a label column.
+            another number of tags than words, a conversation without an answer to a user's message or with more
+            than texts in it, columns of several formats, or conversations and a label column.
     """
     wording = _wording(template, text_column, label_column, kind)
-    records = source if isinstance(source, Records) else read_for(source, wording, label_column, split)
-    remarks = [*records.remarks]
-    if kind is TaskKind.INSTRUCTIONS and _holds_conversations(records, wording, label_column):
-        remarks += _without_label_column(records, label_column)
-        reading = Reading(wording, label_column, (MESSAGES_COLUMN,))
-        read: _RowReader = _read_conversation
-    else:
-        known = recognise(records.columns, text_column, label_column)
-        if known is not None and template is None and not kind.has_labels:
-            wording, label_column, said = known
-            remarks.append(said)
-        class_names = label_column in records.classes
-        reading = Reading(wording, label_column, (*wording.fields, label_column), class_names)
-        read = _row_reader(records, reading, kind)
-    found = [read(record, f"{records.source}, {place}") for place, record in records]
-    rows = tuple(row for row in found if row is not None)
+    answers = label_column if kind.has_answers else None
+    records = source if isinstance(source, Records) else read_for(source, wording, answers, split)
+    chats, known = kind is TaskKind.INSTRUCTIONS, None
+    if kind.has_answers and not kind.has_labels:
+        known = find_format(records, template, text_column, label_column, chats=chats)
+    system = chats and holds_lists(records, wording.fields[0])
+    how = known or Format("", wording, label_column if kind.has_answers else None, reads_system=system)
+    require_columns(records.source, records.columns, *how.wanted)
+    read = read_to_learn if chats else _reader(kind)
+    found = [read(record, f"{records.source}, {place}", how) for place, record in records]
+    rows = tuple(each.example for each in found if each.example is not None)
     empty = len(found) - len(rows) + records.blank
     if not rows:
-        raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected labelled texts.")
-    reading = with_unread(reading, records, ["" if row is None else _whole(row) for row in found])
+        what = "labelled texts" if kind.has_answers else "texts"
+        raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected {what}.")
+    label_column = how.answer or label_column
+    # The questions that are asked afterwards come in a column of texts.
+    asked = wording if known is not None and how.answer is None else how.template
+    reading = Reading(asked, label_column, how.columns(records.columns), label_column in records.classes)
+    reading = with_unread(reading, records, ["" if each.example is None else _whole(each.example) for each in found])
     labels = ordered_labels(rows, records.classes.get(label_column), kind)
-    examples = Examples(rows, labels, records.source, count_duplicates(rows), empty, kind, reading, tuple(remarks))
+    said = [] if known is None else known.describe(records.columns)
+    remarks = (*records.remarks, *said, *_oddities(found))
+    examples = Examples(rows, labels, records.source, count_duplicates(rows), empty, kind, reading, remarks)
     return merge_labels_of(examples) if merge_labels else examples
 
 
-def read_for(source: str | Path, wording: Template, label_column: str, split: str | None = None) -> Records:
-    """Read rows for the texts and labels that are asked for, which columns without a name are called by."""
+def read_for(source: str | Path, wording: Template, label_column: str | None, split: str | None = None) -> Records:
+    """Read rows for the texts and answers that are asked for, which columns without a name are called by."""
     line_column = wording.fields[0] if len(wording.fields) == 1 else "text"
-    named = [column for column in (*wording.fields, label_column) if column not in ("text", "label")]
+    named = [column for column in (*wording.fields, label_column) if column not in ("text", "label", None)]
     return read_records(source, line_column=line_column, line_label=label_column, named=named, split=split)
 
 
-def _without_label_column(records: Records, label_column: str) -> list[str]:
-    """A remark on a column of labels beside conversations, which hold their answers.
-
-    Raises:
-        ValueError: the column was asked for.
-    """
-    if label_column != "label":
-        raise ValueError(
-            f"{records.source} has conversations in {MESSAGES_COLUMN!r}, whose last messages are the answers, and "
-            f"`label_column={label_column!r}` asks for others: leave `label_column` out, or name the texts' column, "
-            "too."
-        )
-    if "label" not in records.columns:
-        return []
-    return [f"The column 'label' is not read: the answers are the last messages in {MESSAGES_COLUMN!r}."]
+def _oddities(found: Sequence[Learnable]) -> list[str]:
+    """Lines on what conversations have beside questions and answers."""
+    counts = {
+        "Conversations that go on after their last answer, where they are cut": sum(each.is_cut for each in found),
+        "Messages of the assistant that answer no user's, so that they are not learned": sum(
+            each.unasked for each in found
+        ),
+    }
+    return [f"{what}: {count:,}." for what, count in counts.items() if count]
 
 
 def _whole(row: Example) -> str:
@@ -156,7 +151,7 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
             f"The template {template.pattern!r} shows the label column {label_column!r} to the model, which would "
             "only copy it: take it out, or name another `label_column`."
         )
-    if kind is TaskKind.TOKEN_CLASSIFICATION and template != Template.of_column(template.fields[0]):
+    if kind is TaskKind.TOKEN_CLASSIFICATION and not template.is_one_column:
         raise ValueError(
             f"The template {template.pattern!r} has more than the words of one column, and only these have tags: "
             f"expected one column alone, such as '{{{template.fields[0]}}}'."
@@ -164,62 +159,39 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
     return template
 
 
-# What makes an example of a record and its place, None of one without a text.
-_RowReader = Callable[[Mapping[str, Any], str], Example | None]
-
-
-def _row_reader(records: Records, reading: Reading, kind: TaskKind) -> _RowReader:
-    template, label_column = reading.template, reading.label_column
-    require_columns(records.source, records.columns, *template.required, label_column)
+def _reader(kind: TaskKind) -> Callable[[Mapping[str, Any], str, Format], Learnable]:
+    """What makes an example of a record, its place and its columns."""
     if kind is TaskKind.TOKEN_CLASSIFICATION:
-        return lambda record, place: _read_tagged_words(record, place, template.fields[0], label_column)
-    return lambda record, place: _read_text(record, place, template, label_column, kind)
+        return _read_tagged_words
+    return lambda record, place, how: _read_text(record, place, how, kind)
 
 
-def _holds_conversations(records: Records, template: Template, label_column: str) -> bool:
-    # A text column that was named and isn't there is a mistake, not a wish for conversations.
-    named = template != Template.of_column("text")
-    has_pairs = {"text", label_column} <= set(records.columns)
-    return MESSAGES_COLUMN in records.columns and not named and not has_pairs
-
-
-def _read_text(
-    record: Mapping[str, Any], place: str, template: Template, label_column: str, kind: TaskKind
-) -> Example | None:
-    require_columns(place, record, label_column)
-    text = template.render(record, place)
+def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKind) -> Learnable:
+    require_columns(place, record, *how.wanted)
+    text = how.template.render(record, place)
     if not text:
-        return None
-    label = as_text(record[label_column], f"{place}: the {_answer_noun(kind)}")
+        return Learnable(None)
+    if how.answer is None:
+        return Learnable(Example(text, ""))
+    noun = "label" if kind.has_labels else "completion"
+    label = as_text(record[how.answer], f"{place}: the {noun}")
     # Tables of classes write a gap as NaN; as free text it may be a word.
     if not label or (kind.has_labels and label.casefold() == "nan"):
-        raise _missing_answer(text, place, kind)
-    return Example(text, label)
+        raise missing_answer(text, place, noun)
+    return Learnable(Example(text, label))
 
 
-def _answer_noun(kind: TaskKind) -> str:
-    return "label" if kind.has_labels else "completion"
-
-
-def _missing_answer(text: str, place: str, kind: TaskKind) -> ValueError:
-    return ValueError(
-        f"{place}: the text has no {_answer_noun(kind)} ({text[:60]!r}); every row needs one. "
-        "Give it one, or remove the row."
-    )
-
-
-def _read_tagged_words(record: Mapping[str, Any], place: str, column: str, label_column: str) -> Example | None:
-    require_columns(place, record, column, label_column)
-    words = words_of(record[column], place, column)
+def _read_tagged_words(record: Mapping[str, Any], place: str, how: Format) -> Learnable:
+    require_columns(place, record, *how.wanted)
+    words, tags = (words_of(record[column], place, column) for column in how.wanted)
     if not words:
-        return None
-    tags = words_of(record[label_column], place, label_column)
+        return Learnable(None)
     if len(words) != len(tags):
         raise ValueError(
             f"{place} has {len(words)} words and {len(tags)} tags ({' '.join(words)[:60]!r}): expected one tag a word. "
             "Correct the row, or remove it."
         )
-    return Example(" ".join(words), " ".join(tags))
+    return Learnable(Example(" ".join(words), " ".join(tags)))
 
 
 def words_of(cell: Any, place: str, column: str) -> list[str]:
@@ -234,61 +206,3 @@ def words_of(cell: Any, place: str, column: str) -> list[str]:
                 "out with its counterpart, or join its parts, as by '_'."
             )
     return pieces
-
-
-def conversation_to_answer(record: Mapping[str, Any], place: str) -> Example:
-    """The last question of a conversation with what stands before it; an answer behind it is left out.
-
-    Args:
-        record: the row; its column `messages` holds the conversation.
-        place: where the row was read, for the error.
-
-    Raises:
-        ValueError: a conversation of another shape.
-    """
-    messages = list(record.get(MESSAGES_COLUMN) or ())
-    if not messages or not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
-        messages.append({"role": "assistant", "content": "…"})
-    example = _read_conversation({MESSAGES_COLUMN: messages}, place)
-    return Example("", "") if example is None else replace(example, label="")
-
-
-def _read_conversation(record: Mapping[str, Any], place: str) -> Example | None:
-    require_columns(place, record, MESSAGES_COLUMN)
-    if not record[MESSAGES_COLUMN]:
-        return None
-    messages = _messages(record[MESSAGES_COLUMN], place)
-    roles = [role for role, _ in messages]
-    if roles[-2:] != ["user", "assistant"]:
-        raise ValueError(
-            f"{place}: the conversation ends in {' and '.join(roles[-2:])}, expected a user's message and the "
-            "assistant's answer to it: take off what comes after the last answer, or remove the row."
-        )
-    *turns, (_, text), (_, answer) = messages
-    if not text:
-        return None
-    if not answer:
-        raise _missing_answer(text, place, TaskKind.INSTRUCTIONS)
-    return Example(text, answer, tuple(turns))
-
-
-def _messages(cell: Any, place: str) -> list[tuple[str, str]]:
-    """The messages of a conversation as (role, content)."""
-    if not isinstance(cell, list):
-        raise ValueError(
-            f"{place}: {MESSAGES_COLUMN!r} is a {type(cell).__name__}, expected a list of objects with role and "
-            "content."
-        )
-    return [_message(each, f"{place}: message {number}") for number, each in enumerate(cell, start=1)]
-
-
-def _message(message: Any, place: str) -> tuple[str, str]:
-    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise ValueError(f"{place} is {message!r:.80}, expected an object with role and content.")
-    if message["role"] not in _ROLES:
-        raise ValueError(f"{place} has the role {message['role']!r}, expected one of {', '.join(_ROLES)}.")
-    # A table has a column for what any of its messages has, empty in the others.
-    unread = sorted(key for key, value in message.items() if key not in ("role", "content") and value)
-    if unread:
-        raise ValueError(f"{place} has {unread}, which can't be learned: expected role and content alone.")
-    return message["role"], as_text(message["content"], f"{place}: the content")

@@ -1,52 +1,15 @@
-"""How records are read: by which columns, in whose format, and what is left unread."""
+"""What a reading of records leaves unread."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ia3.data.records import Records
 from ia3.tasks.columns import belongs_to_text, template_of
 from ia3.tasks.examples import Reading
 from ia3.tasks.template import Template
-
-
-class _Format(NamedTuple):
-    """Instructions, with more below them in some rows, and answers."""
-
-    name: str
-    instruction: str
-    below: str
-    answer: str
-
-
-_FORMATS = (
-    _Format("Alpaca", "instruction", "input", "output"),
-    _Format("Dolly", "instruction", "context", "response"),
-)
-
-
-def recognise(columns: Sequence[str], text_column: str, label_column: str) -> tuple[Template, str, str] | None:
-    """A known format of instructions, where no other columns are named.
-
-    Args:
-        columns: the columns that there are.
-        text_column: the column of the text; `text`, the default, asks for none.
-        label_column: the column of the answer; `label`, the default, asks for none unless it is there.
-
-    Returns:
-        The template and the column of the answer, and a line that says so; None for other columns.
-    """
-    for each in _FORMATS:
-        names_answer = label_column == each.answer or (label_column == "label" and "label" not in columns)
-        if {each.instruction, each.answer} <= {*columns} and text_column in ("text", each.instruction) and names_answer:
-            said = (
-                f"Read as {each.name}'s rows: {each.instruction!r}, below it {each.below!r} where there is one; the "
-                f"answer is {each.answer!r}. The template '{{{each.instruction}}}' would read that column alone."
-            )
-            return Template(f"{{{each.instruction}}}{{\n\n{each.below}}}"), each.answer, said
-    return None
 
 
 def with_unread(reading: Reading, records: Records, texts: Sequence[str]) -> Reading:

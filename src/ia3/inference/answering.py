@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ia3.config import TaskType
 from ia3.inference.classify import classify, tag
-from ia3.inference.complete import compile_answers, complete, encode, prompt_text
+from ia3.inference.complete import compile_answers, complete, encode, prompt_text, without_template
 from ia3.inference.predict import Beat, compile_words, count_truncated, predict
 from ia3.inference.rank import LabelScorer, rankings
 from ia3.tasks.examples import Example
@@ -58,7 +59,7 @@ class Answerer:
         if task.ranks:
             sizes: dict[str, Any] = {"max_length": task.max_length, "batch_size": batch_size}
             self.scorer = LabelScorer(model, tokenizer, task.labels, **sizes)
-        elif task.kind is TaskKind.INSTRUCTIONS:
+        elif task.kind.task_type is TaskType.CAUSAL_LM:
             self.generate = compile_answers(model, tokenizer, _longest(task))
         elif task.kind.writes:
             self.generate = compile_words(model, _longest(task))
@@ -107,7 +108,8 @@ class Answerer:
             tags = [tuple(word.tag for word in words) for words in tagged]
             return [Answer(" ".join(each or _UNREAD for each in own), tags=own) for own in tags]
         how |= {"max_new_tokens": _longest(task), "generate": self.generate, "adapter_names": adapter_names}
-        if task.kind is TaskKind.INSTRUCTIONS:
+        if task.kind.task_type is TaskType.CAUSAL_LM:
+            tokenizer = tokenizer if task.kind.has_answers else without_template(tokenizer)
             turns = [example.turns for example in examples]
             written = complete(model, tokenizer, texts, system=task.system, turns=turns, **how)
         else:

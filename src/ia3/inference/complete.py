@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -103,6 +104,15 @@ def prompt_text(tokenizer: Any, text: str, turns: Turns = (), system: str | None
 def has_template(tokenizer: Any) -> bool:
     """Whether the tokenizer knows how a conversation is written."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def without_template(tokenizer: Any) -> Any:
+    """The tokenizer without its chat template, for plain texts; it stays as it is itself."""
+    if not has_template(tokenizer):
+        return tokenizer
+    plain = copy(tokenizer)
+    plain.chat_template = None
+    return plain
 
 
 def messages(text: str, turns: Turns = (), system: str | None = None) -> list[dict[str, str]]:

@@ -109,7 +109,7 @@ class Base:
         with reading_weights(self.name):
             if not kind.writes:
                 return load_classifier(self.name, kind, labels, dtype, seed=seed)
-            auto_class = AutoModelForCausalLM if kind is TaskKind.INSTRUCTIONS else AutoModelForSeq2SeqLM
+            auto_class = AutoModelForCausalLM if kind.task_type is TaskType.CAUSAL_LM else AutoModelForSeq2SeqLM
             return load_model(self.name, auto_class, dtype=dtype)
 
 

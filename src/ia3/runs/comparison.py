@@ -183,7 +183,7 @@ def _read_run(folder: Path) -> RunRecord:
         return RunRecord(folder, recipe, UNFINISHED, steps, evaluations)
     with _reading(path):
         result = json.loads(path.read_bytes())
-        low, high = result["accuracy_interval_95"]
+        interval = result["accuracy_interval_95"]  # None of texts alone
         if not result["evaluations"]:
             raise ValueError("it has no evaluation")
         return RunRecord(
@@ -192,8 +192,8 @@ def _read_run(folder: Path) -> RunRecord:
             STOPPED_EARLY if result["stopped_early"] else FINISHED,
             result["steps"],
             [_figures(each) for each in result["evaluations"]],
-            interval=(low, high),
-            best_accuracy=result["best"]["accuracy"],
+            interval=None if interval is None else (interval[0], interval[1]),
+            best_accuracy=_figures(result["best"])["accuracy"],
             seconds=result["train_seconds"],
         )
 
@@ -240,8 +240,8 @@ def _read_metrics(path: Path) -> tuple[int, list[dict[str, float]]]:
 
 
 def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
-    """An evaluation's figures, those of every run among them."""
-    return {name: float(evaluation[name]) for name in ("step", "accuracy", "loss", *evaluation)}
+    """An evaluation's figures, those of every run among them; of texts alone there is no accuracy."""
+    return {"accuracy": math.nan} | {name: float(evaluation[name]) for name in ("step", "loss", *evaluation)}
 
 
 def _rank(record: RunRecord) -> tuple[Any, ...]:

@@ -15,6 +15,8 @@ from ia3.runs.recipe import Recipe
 from ia3.runs.run import check_output
 from ia3.tasks.task import TaskKind
 
+# What a model may be meant for where no task is named.
+_DEFAULTS = [kind for kind in TaskKind if kind.has_answers]
 # The rows that tell whether the columns can be read.
 _FEW = 20
 
@@ -40,7 +42,8 @@ def look_before(*recipes: Recipe) -> Looked:
             expect_folder_or_hub(recipe.model, "model", "config.json")
         for name in (recipe.data, recipe.test_data):
             if isinstance(name, str) and (key := key_of(recipe, name)) not in looked:
-                looked[key] = read_for(name, recipe.wording, recipe.label_column)
+                answers = None if recipe.task is TaskKind.LANGUAGE_MODELLING else recipe.label_column
+                looked[key] = read_for(name, recipe.wording, answers)
                 _expect_columns(looked[key], recipe)
     return looked
 
@@ -81,6 +84,6 @@ def _kinds(model: str) -> list[TaskKind]:
     try:
         written = json.loads((Path(model) / "config.json").read_bytes())
     except (OSError, ValueError):  # of the hub, or damaged, which its loading tells
-        return list(TaskKind)
+        return _DEFAULTS
     whole = isinstance(written, dict) and written.get("is_encoder_decoder")
-    return [TaskKind.LABEL_WORDS] if whole else list(TaskKind)
+    return [TaskKind.LABEL_WORDS] if whole else _DEFAULTS

@@ -38,6 +38,7 @@ _STYLE = {
 LOSSES = {
     TaskKind.LABEL_WORDS: "cross-entropy (nats a label token)",
     TaskKind.GENERATION: "cross-entropy (nats an answer's token)",
+    TaskKind.LANGUAGE_MODELLING: "cross-entropy (nats a token)",
     TaskKind.INSTRUCTIONS: "cross-entropy (nats a completion's token)",
     TaskKind.SEQUENCE_CLASSIFICATION: "cross-entropy (nats a text)",
     TaskKind.TOKEN_CLASSIFICATION: "cross-entropy (nats a word)",

@@ -47,19 +47,24 @@ def draw_report(run: Run, model: Any, path: str | Path, *, title: str = "(IA)³ 
     """
     maps = vector_maps(dict(site_vectors(model, get_adapter(model, "default"))))
     heat_height = 1.2 + 0.34 * max(len(each.blocks) for each in maps)
-    low, high = run.final.interval
-    majority = "" if run.majority is None else f", majority {run.majority:.1%}"
-    headline = f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}){majority}"
-    with picture(Path(path), (13, 5.0 + heat_height), headline) as figure:
+    panels = [(_draw_losses, 1.15)]
+    panels += [(_draw_accuracy, 1.0)] if run.final.total else []
+    panels += [(_draw_confusion, 1.1)] if 0 < len(run.labels) <= _MOST_LABELS else []
+    with picture(Path(path), (13, 5.0 + heat_height), _headline(run, title)) as figure:
         top, bottom = figure.subfigures(2, 1, height_ratios=[4.2, heat_height], hspace=0.04)
-        widths = [1.15, 1, 1.1] if 0 < len(run.labels) <= _MOST_LABELS else [1.15, 1]
-        losses, accuracy, *confusion = top.subplots(1, len(widths), width_ratios=widths)
-        _draw_losses(losses, run)
-        _draw_accuracy(accuracy, run)
-        for axes in confusion:
-            _draw_confusion(axes, run)
+        axes = top.subplots(1, len(panels), width_ratios=[width for _, width in panels], squeeze=False)[0]
+        for (draw, _), own in zip(panels, axes, strict=True):
+            draw(own, run)
         _draw_vectors(bottom, maps)
     return Path(path)
+
+
+def _headline(run: Run, title: str) -> str:
+    if not run.final.total:
+        return f"{title}: perplexity {run.final.perplexity:.4g}, before training {run.evaluations[0].perplexity:.4g}"
+    low, high = run.final.interval
+    majority = "" if run.majority is None else f", majority {run.majority:.1%}"
+    return f"{title}: {run.final.accuracy:.1%} right ({low:.1%} to {high:.1%}){majority}"
 
 
 def _draw_losses(axes: Any, run: Run) -> None:
@@ -165,10 +170,12 @@ def _results(run: Run) -> dict[str, str]:
     """The run's figures by their names."""
     share = run.trainable_parameters / run.all_parameters
     rows = _describe(run, run.final, " words" if run.task.kind is TaskKind.TOKEN_CLASSIFICATION else " held out")
-    rows["before training"] = f"{run.evaluations[0].accuracy:.1%}"
+    before = run.evaluations[0]
+    rows["before training"] = f"{before.accuracy:.1%}" if before.total else f"perplexity {before.perplexity:.4g}"
     rows["held-out loss"] = f"{run.final.loss:.3f} (perplexity {run.final.perplexity:.4g})"
     if run.best.step != run.final.step:
-        rows["best"] = f"{run.best.accuracy:.1%}, loss {run.best.loss:.3f}, after step {run.best.step}"
+        share_right = f"{run.best.accuracy:.1%}, " if run.best.total else ""
+        rows["best"] = f"{share_right}loss {run.best.loss:.3f}, after step {run.best.step}"
     early = " (stopped early)" if run.progress.stopped_early else ""
     rows["training"] = f"{run.train_seconds:.0f} s, {len(run.losses):,} steps{early}, {run.train_examples:,} examples"
     rows["trained numbers"] = f"{run.trainable_parameters:,} of {run.all_parameters:,} ({share:.3%})"
@@ -225,7 +232,7 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
         add_results(
             folder,
             rows,
-            accuracy=evaluation.accuracy,
+            accuracy=evaluation.accuracy if evaluation.total else None,
             task=_HUB_TASKS[run.task.kind],
             data=data,
             named=named,
@@ -235,6 +242,7 @@ def complete_cards(run: Run, data: str, *, named: bool) -> None:
 _HUB_TASKS = {
     TaskKind.LABEL_WORDS: "text-classification",
     TaskKind.GENERATION: "text-generation",
+    TaskKind.LANGUAGE_MODELLING: "text-generation",
     TaskKind.INSTRUCTIONS: "text-generation",
     TaskKind.SEQUENCE_CLASSIFICATION: "text-classification",
     TaskKind.TOKEN_CLASSIFICATION: "token-classification",

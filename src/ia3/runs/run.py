@@ -43,7 +43,7 @@ class Evaluation:
         step: how many steps the model had been trained for.
         loss: the mean a target (a label token, a text, a word).
         correct: how many answers equal the references.
-        total: out of how many.
+        total: out of how many; 0 where texts alone are learned, which have none.
         macro_f1: the mean F1 of the labels; None where answers are free text.
         seconds: how long it took.
         predictions: the answers; kept of the last and the best evaluation.
@@ -61,13 +61,13 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The share of answers that equal the references."""
-        return self.correct / self.total
+        """The share of answers that equal the references; NaN where there are none."""
+        return self.correct / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
         """The accuracy's 95 % interval (Wilson)."""
-        return wilson_interval(self.correct, self.total)
+        return wilson_interval(self.correct, self.total) if self.total else (math.nan, math.nan)
 
     @property
     def perplexity(self) -> float:
@@ -76,7 +76,8 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Its figures as JSON writes them."""
-        figures = {"accuracy": self.accuracy, "loss": self.loss, "seconds": self.seconds, "step": self.step}
+        figures = {"accuracy": self.accuracy} if self.total else {}
+        figures |= {"loss": self.loss, "seconds": self.seconds, "step": self.step}
         if self.macro_f1 is not None:
             figures["macro_f1"] = self.macro_f1
         return figures | self.scores
@@ -200,8 +201,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The run's numbers as JSON writes them."""
         return {
-            "accuracy": self.final.accuracy,
-            "accuracy_interval_95": list(self.final.interval),
+            "accuracy": self.final.accuracy if self.final.total else None,
+            "accuracy_interval_95": list(self.final.interval) if self.final.total else None,
             "adapter_bytes": self.adapter_bytes,
             "advice": self.advice,
             "all_parameters": self.all_parameters,
@@ -219,7 +220,7 @@ class Run:
             "steps": len(self.losses),
             "stopped_early": self.progress.stopped_early,
             "task": self.task.kind.value,
-            "test_examples": self.final.total,
+            "test_examples": self.final.total or None,
             "train_examples": self.train_examples,
             "train_seconds": self.train_seconds,
             "trainable_parameters": self.trainable_parameters,

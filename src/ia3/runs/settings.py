@@ -153,7 +153,9 @@ class TrainSettings:
     group_by_length: Annotated[bool, _STEPS] = True
     """Put examples of like length into one batch, to save padding."""
     packing: Annotated[bool, _TASK] = False
-    """Put several examples into one row of `max_length`, in instruction tuning."""
+    """Put several examples into one row of `max_length`, where a causal model learns conversations or texts."""
+    train_on: Annotated[Literal["all", "last"], _TASK] = "all"
+    """Which of the assistant's answers in a conversation are learned: all, or the last."""
     dropout: Annotated[bool, _STEPS] = True
     """Train with the base model's own dropout. Without it the base runs in evaluation mode, where transformers doesn't
     checkpoint gradients."""

@@ -33,8 +33,6 @@ _IMBALANCE = 5
 # So many different answers to one text are said, where answers are free text and two may be as right.
 _MANY_ANSWERS = 3
 
-MESSAGES_COLUMN = "messages"
-
 ONE_LABEL_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
 
 # What makes two rows the same to the model, see `_what_is_read`.
@@ -92,8 +90,8 @@ class Reading:
 
     @property
     def of_conversations(self) -> bool:
-        """Whether the answers are the last messages of conversations."""
-        return self.columns == (MESSAGES_COLUMN,)
+        """Whether the questions and answers are messages of conversations in a column of their own."""
+        return not {*self.template.fields} & {*self.columns}
 
     @property
     def remedy(self) -> str:
@@ -102,7 +100,7 @@ class Reading:
             which = "both" if len(self.suggested.fields) == 2 else "all"
             return f"`template={self.suggested.pattern!r}` reads {which}."
         if self.of_conversations:
-            return f"Of {MESSAGES_COLUMN!r} the messages alone are read: write into them what belongs there."
+            return f"Of {self.columns[0]!r} the messages alone are read: write into them what belongs there."
         return "No template shows lists: write what they hold into a column of text."
 
 

@@ -122,7 +122,7 @@ def figures_of(references: Sequence[str], predictions: Sequence[str], labels: Se
     """The figures of answers, as JSON writes them.
 
     Args:
-        references: the right labels, at least one.
+        references: the right labels; none where texts alone are learned, and then there is nothing but their number.
         predictions: what was answered.
         labels: the label words; none where answers are free text.
 
@@ -134,6 +134,8 @@ def figures_of(references: Sequence[str], predictions: Sequence[str], labels: Se
         ValueError: what the figures' own functions raise.
     """
     correct, total = count_correct(references, predictions), len(references)
+    if not total:
+        return {"correct": 0, "examples": 0}
     interval = wilson_interval(correct, total)
     figures = {
         "accuracy": correct / total,
@@ -166,12 +168,12 @@ def describe(figures: Mapping[str, Any], unit: str = "") -> dict[str, str]:
         figures: as `figures_of` gives them, with `method`, how the answers were found, and any further scores.
         unit: what was counted, with a space before it.
     """
-    low, high = figures["accuracy_interval_95"]
-    interval = f"95 % interval {low:.1%} to {high:.1%}"
-    rows = {
-        "accuracy": f"{figures['accuracy']:.1%} of {figures['examples']:,}{unit} ({interval})",
-        "asked for": str(figures["method"]),
-    }
+    rows = {}
+    if figures["examples"]:
+        low, high = figures["accuracy_interval_95"]
+        interval = f"95 % interval {low:.1%} to {high:.1%}"
+        rows["accuracy"] = f"{figures['accuracy']:.1%} of {figures['examples']:,}{unit} ({interval})"
+    rows["asked for"] = str(figures["method"])
     rows |= {name.replace("_", " "): write_score(name, value) for name, value in further_scores(figures).items()}
     if figures.get("macro_f1") is not None:
         rows["macro-F1"] = f"{figures['macro_f1']:.3f}"

@@ -27,6 +27,7 @@ class TaskKind(StrEnum):
 
     LABEL_WORDS = "label-words"
     GENERATION = "generation"
+    LANGUAGE_MODELLING = "language-modelling"
     INSTRUCTIONS = "instructions"
     SEQUENCE_CLASSIFICATION = "sequence-classification"
     TOKEN_CLASSIFICATION = "token-classification"
@@ -39,7 +40,12 @@ class TaskKind(StrEnum):
     @property
     def has_labels(self) -> bool:
         """Whether the answers are of a closed set, against free text."""
-        return self not in (TaskKind.GENERATION, TaskKind.INSTRUCTIONS)
+        return self not in (TaskKind.GENERATION, TaskKind.LANGUAGE_MODELLING, TaskKind.INSTRUCTIONS)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether there is a right answer to each text, against texts alone, of which every token is learned."""
+        return self is not TaskKind.LANGUAGE_MODELLING
 
     @property
     def answer_by(self) -> AnswerBy | None:
@@ -55,6 +61,7 @@ class TaskKind(StrEnum):
 _TASK_TYPES = {
     TaskKind.LABEL_WORDS: TaskType.SEQ_2_SEQ_LM,
     TaskKind.GENERATION: TaskType.SEQ_2_SEQ_LM,
+    TaskKind.LANGUAGE_MODELLING: TaskType.CAUSAL_LM,
     TaskKind.INSTRUCTIONS: TaskType.CAUSAL_LM,
     TaskKind.SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS,
     TaskKind.TOKEN_CLASSIFICATION: TaskType.TOKEN_CLS,
@@ -66,8 +73,8 @@ class Task:
     """What the model reads and how it answers.
 
     Args:
-        kind: label words or free text from a seq2seq model, completions from a causal one, classes of texts or
-            of their words from a head.
+        kind: label words or free text from a seq2seq model, texts or completions from a causal one, classes of texts
+            or of their words from a head.
         template: what the model reads; in instruction tuning the user's message.
         labels: the label words in the order of their source, which is the order of a head's classes; empty
             where the answers are free text.
@@ -128,6 +135,8 @@ def method_of(kind: TaskKind, answer_by: AnswerBy) -> str:
         return "the head's likeliest label"
     if kind is TaskKind.TOKEN_CLASSIFICATION:
         return "the head's likeliest tag of each word"
+    if not kind.has_answers:
+        return "the loss of each token"
     ranked = kind is TaskKind.LABEL_WORDS and answer_by == "rank"
     return "the likeliest label" if ranked else "written answers, exact match"
 

@@ -50,6 +50,11 @@ class Template:
         """The columns that it names, in order."""
         return tuple(dict.fromkeys(piece["column"] for piece in _PIECES.finditer(self.pattern) if piece["column"]))
 
+    @property
+    def is_one_column(self) -> bool:
+        """Whether it shows the text of one column as it is."""
+        return self == Template.of_column(self.fields[0])
+
     @cached_property
     def required(self) -> tuple[str, ...]:
         """The columns among them that a record must have."""

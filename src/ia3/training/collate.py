@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ia3.fast.ragged import IGNORE_INDEX
+from ia3.inference.predict import pad_rows
 from ia3.tasks.examples import Example
 
-# What the loss ignores, as in torch's cross-entropy.
-IGNORE_INDEX = -100
 # Batches in one stretch of the shuffled order that is sorted by length.
 _BATCHES_A_GROUP = 50
 
@@ -107,19 +106,8 @@ def collate(
     Returns:
         `input_ids` and `attention_mask` `[batch, length]`, `labels` `[batch, label length]` padded with -100.
     """
-    length = max(len(row.input_ids) for row in examples)
-    if pad_to_multiple_of is not None:
-        length += -length % pad_to_multiple_of
-    label_length = max(len(row.label_ids) for row in examples)
-    return {
-        "input_ids": torch.tensor([_pad(row.input_ids, length, pad_token_id) for row in examples]),
-        "attention_mask": torch.tensor([_pad([1] * len(row.input_ids), length, 0) for row in examples]),
-        "labels": torch.tensor([_pad(row.label_ids, label_length, IGNORE_INDEX) for row in examples]),
-    }
-
-
-def _pad(ids: list[int], length: int, filler: int) -> list[int]:
-    return ids + [filler] * (length - len(ids))
+    batch = pad_rows([row.input_ids for row in examples], pad_token_id, pad_to_multiple_of)
+    return batch | {"labels": pad_rows([row.label_ids for row in examples], IGNORE_INDEX)["input_ids"]}
 
 
 def shuffled_batches(

@@ -94,7 +94,8 @@ def _read_one(
         console.print(each.describe(), markup=False, highlight=False)
     overlap = len(set(training.texts) & set(test.texts))
     if overlap:
-        console.print(f"{overlap:,} held-out texts also occur in training: the accuracy will flatter.", style="yellow")
+        figure = "accuracy" if kind.has_answers else "loss"
+        console.print(f"{overlap:,} held-out texts also occur in training: the {figure} will flatter.", style="yellow")
     return training, test
 
 

@@ -25,7 +25,7 @@ class EvalOutput:
 
     Args:
         loss: the mean over all targets: label tokens, completion tokens, texts or words.
-        shown: the units that were answered: the texts, or the words of a token classification.
+        shown: the units that were answered: the texts, or the words of a token classification; none of texts alone.
         references: the right answer of each unit.
         predictions: the model's answer to each.
         scores: further figures by name, such as `entity_f1`.
@@ -44,7 +44,7 @@ class Answered:
 
     Args:
         text: what was read.
-        reference: the right answer.
+        reference: the right answer; None where none was asked for.
         prediction: the model's.
         loss: of the right answer, summed over its targets.
         targets: how many these are.
@@ -52,7 +52,7 @@ class Answered:
     """
 
     text: str
-    reference: str
+    reference: str | None
     prediction: str
     loss: float
     targets: int
@@ -148,10 +148,10 @@ class Writer(Learner[RowT]):
 def measurement(answers: Sequence[Answered]) -> EvalOutput:
     """What the answers to all held-out examples come to; where some were ranked too, `accuracy_by_rank`."""
     loss, targets = sum(each.loss for each in answers), sum(each.targets for each in answers)
-    references, ranked = (
-        [each.reference for each in answers],
-        [each.ranked for each in answers if each.ranked is not None],
-    )
+    asked = [each for each in answers if each.reference is not None]
+    references = [str(each.reference) for each in asked]
+    ranked = [each.ranked for each in asked if each.ranked is not None]
     scores = {"accuracy_by_rank": count_correct(references, ranked) / len(references)} if ranked else {}
-    shown, predictions = [each.text for each in answers], [each.prediction for each in answers]
-    return EvalOutput(loss / targets, shown, references, predictions, scores)
+    return EvalOutput(
+        loss / targets, [each.text for each in asked], references, [each.prediction for each in asked], scores
+    )

@@ -32,6 +32,8 @@ from ia3.training.optimise import linear_schedule, trainable_parameters
 
 # What a chat template puts after an answer, and what the answer's first blank may cost.
 _ROOM_FOR_THE_END = 8
+# How many tokens a text is gone on with where nothing else is asked for.
+_CONTINUATION = 128
 
 
 def prepare(
@@ -125,6 +127,8 @@ def _longest_answer(recipe: Recipe, answers: Iterable[str], tokenizer: Any) -> i
     assert kind is not None
     if not kind.writes:
         return None
+    if not kind.has_answers:
+        return _CONTINUATION
     if kind is TaskKind.INSTRUCTIONS:
         return _ROOM_FOR_THE_END + max(len(ids) for ids in tokenizer(distinct, add_special_tokens=False)["input_ids"])
     words, longest = kind is TaskKind.LABEL_WORDS, recipe.max_label_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -93,7 +94,7 @@ class Sweep:
             "method": self.best.task.method,
             "runs": [
                 {
-                    "accuracy": run.final.accuracy,
+                    "accuracy": run.final.accuracy if run.final.total else None,
                     "best": run.best.summary(),
                     "folder": str(run.output_dir),
                     "loss": run.final.loss,
@@ -441,7 +442,9 @@ def ranking_table(sweep: Sweep) -> Table:
     for key in keys:
         table.add_column(key, overflow="fold")
     by_rank = any("accuracy_by_rank" in run.best.scores for run in sweep.runs)
-    for title in ("accuracy", "95 % interval", *(["by rank"] if by_rank else []), "loss", "at step", "last accuracy"):
+    titles = ["accuracy", "95 % interval", *(["by rank"] if by_rank else []), "loss", "at step", "last accuracy"]
+    shown = [run.best.total > 0 or title in ("loss", "at step") for title in titles for run in sweep.runs[:1]]
+    for title in itertools.compress(titles, shown):
         table.add_column(title, justify="right", no_wrap=True)
     for run, given in zip(sweep.runs, sweep.settings, strict=True):
         low, high = run.best.interval
@@ -453,7 +456,7 @@ def ranking_table(sweep: Sweep) -> Table:
             f"{run.best.step:,}{' (stopped)' if run.progress.stopped_early else ''}",
             f"{run.final.accuracy:.1%}",
         ]
-        table.add_row(*(_write(given[key]) for key in keys), *figures)
+        table.add_row(*(_write(given[key]) for key in keys), *itertools.compress(figures, shown))
     for given, _ in sweep.failed:
         table.add_row(*(_write(given[key]) for key in keys), "diverged", style="red")
     return table

@@ -1,12 +1,14 @@
-"""Instruction tuning: a causal model learns completions after prompts, one or several conversations a row."""
+"""What a causal model learns to write: the answers in conversations, or texts; one or several of them a row."""
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import torch
@@ -25,37 +27,42 @@ from ia3.inference.complete import (
     prompt_batches,
     prompt_text,
     render,
+    without_template,
     write,
 )
+from ia3.inference.predict import pad_rows
 from ia3.tasks.examples import Example
 from ia3.tasks.losses import token_log_probabilities
 from ia3.training.learner import Answered, EvalOutput, Writer
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One conversation as tokens.
+    """One conversation as tokens, or a part of one.
 
     Args:
-        prompt: what is read in training, cut so that prompt and completion fit into the task's length.
-        completion: what is learned, the end token included.
-        asked: what is answered in evaluation: the prompt as `complete` makes it, whatever its right answer.
-        cut: whether the prompt was cut for training.
+        ids: what is read in training, cut so that it fits into the task's length.
+        labels: the tokens that are learned, in their places: of answers, end tokens included; -100 elsewhere.
         place: which of the examples this is.
-        text: the user's message.
-        label: the right answer.
+        cut: whether its beginning was cut for training.
+        asked: what is answered in evaluation: the last prompt as `complete` makes it, whatever its right answer; none
+            where nothing is asked.
+        text: the user's message there.
+        label: the right answer to it.
     """
 
-    prompt: list[int]
-    completion: list[int]
-    asked: list[int]
-    cut: bool
+    ids: list[int]
+    labels: list[int]
     place: int
-    text: str
-    label: str
+    cut: bool = False
+    asked: Sequence[int] = ()
+    text: str = ""
+    label: str = ""
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
+        return len(self.ids)
 
 
 # One dialogue, or with packing as many as fit.
@@ -69,7 +76,7 @@ def count_cut(rows: Sequence[Row]) -> int:
 
 @dataclass(frozen=True)
 class Instructions(Writer[Row]):
-    """Completions after prompts; the loss is that of the completions' tokens alone."""
+    """The assistant's answers in conversations; the loss is that of their tokens alone."""
 
     @property
     def is_the_models_loss(self) -> bool:
@@ -77,15 +84,17 @@ class Instructions(Writer[Row]):
         return not self.settings.packing
 
     def tokenise(self, examples: Sequence[Example]) -> list[Row]:
-        """Prompts by the chat template, or plain where the tokenizer has none, and whole completions.
+        """Conversations by the chat template, or prompts and answers plain where the tokenizer has none.
 
-        Prompts are cut as `ia3.inference.complete` does it; completions never are.
+        Prompts are cut as `ia3.inference.complete` does it; answers never are. A conversation becomes several rows
+        where it is too long for one, and where the template writes earlier answers in another way than it asks for
+        them; a warning counts these.
 
         Raises:
-            ValueError: a completion longer than the task's length or changed by the chat template, a template
+            ValueError: an answer longer than the task's length or changed by the chat template, a template
                 that refuses the messages, or, with packing, a model whose rows would read each other.
         """
-        dialogues = self._dialogues(examples)
+        dialogues = list(self._dialogues(examples))
         check_positions(self.model, max(map(len, dialogues), default=0))
         if not self.settings.packing:
             return [(dialogue,) for dialogue in dialogues]
@@ -96,7 +105,7 @@ class Instructions(Writer[Row]):
         ]
 
     def length(self, row: Row) -> int:
-        """Of all prompts and completions."""
+        """Of all that is read."""
         return sum(map(len, row))
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -104,27 +113,23 @@ class Instructions(Writer[Row]):
 
         With packing, `position_ids` that count from 0 in each conversation; without, the `attention_mask`.
         """
-        length = max(self.length(row) for row in rows)
-        if self.settings.pad_to_multiple_of is not None:
-            length += -length % self.settings.pad_to_multiple_of
-        filler = self._filler()
-        batch = {
-            "input_ids": torch.tensor([_ids(row) + [filler] * (length - self.length(row)) for row in rows]),
-            "labels": torch.tensor([_labels(row) + [IGNORE_INDEX] * (length - self.length(row)) for row in rows]),
-        }
+        ids, labels = (
+            [[token for dialogue in row for token in getattr(dialogue, name)] for row in rows]
+            for name in ("ids", "labels")
+        )
+        batch = pad_rows(ids, self._filler(), self.settings.pad_to_multiple_of)
+        batch["labels"] = pad_rows(labels, IGNORE_INDEX, self.settings.pad_to_multiple_of)["input_ids"]
         if self.settings.packing:
+            length = batch.pop("attention_mask").shape[1]
             batch["position_ids"] = torch.tensor([_positions(row, length) for row in rows])
-        else:
-            lengths = torch.tensor([self.length(row) for row in rows])
-            batch["attention_mask"] = (torch.arange(length) < lengths.unsqueeze(-1)).long()
         return batch
 
     def targets(self, batch: dict[str, Tensor]) -> int:
-        """The completions' tokens."""
+        """The tokens that are learned."""
         return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The cross-entropy a token of the completions, in float32 where the model is of half precision."""
+        """The cross-entropy a learned token, in float32 where the model is of half precision."""
         losses, learned = self.token_losses(batch)
         return losses.sum() / learned.sum()
 
@@ -136,7 +141,7 @@ class Instructions(Writer[Row]):
         return -token_log_probabilities(self._logits(places, batch), following), following != IGNORE_INDEX
 
     def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> EvalOutput:
-        """The loss of the right completions, and the answers, written greedily, in the examples' order."""
+        """The loss of all that is learned, and the last answers, written greedily, in the examples' order."""
         dialogues = sorted((dialogue for row in rows for dialogue in row), key=lambda dialogue: dialogue.place)
         per_row = len(rows) / len(dialogues)
         done = 0
@@ -149,8 +154,8 @@ class Instructions(Writer[Row]):
         return super().measure([(dialogue,) for dialogue in dialogues], beat_rows)
 
     def asked(self, row: Row) -> int:
-        """Of the prompt as it is asked."""
-        return len(row[0].asked)
+        """Of the prompt as it is asked, or of all that is read where none is."""
+        return len(row[0].asked or row[0])
 
     def batches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
         """As `complete` makes them."""
@@ -162,11 +167,18 @@ class Instructions(Writer[Row]):
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collate(rows).items()}
         losses, learned = self.token_losses(batch)
         dialogues = [dialogue for (dialogue,) in rows]
-        asked = [dialogue.asked for dialogue in dialogues]
-        check_positions(self.model, max(map(len, asked)) + 1)
-        written = write(self.model, self.tokenizer, asked, self._max_new_tokens, self._generate)
-        figures = zip(dialogues, written, losses.double().sum(1).tolist(), learned.sum(1).tolist(), strict=True)
-        return [Answered(each.text, each.label, answer, loss, count) for each, answer, loss, count in figures]
+        written = iter(self._write([dialogue.asked for dialogue in dialogues if dialogue.asked]))
+        figures = zip(dialogues, losses.double().sum(1).tolist(), learned.sum(1).tolist(), strict=True)
+        return [
+            Answered(each.text, each.label, next(written), *of_all) if each.asked else Answered("", None, "", *of_all)
+            for each, *of_all in figures
+        ]
+
+    def _write(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        if not prompts:
+            return []
+        check_positions(self.model, max(map(len, prompts)) + 1)
+        return write(self.model, self.tokenizer, prompts, self._max_new_tokens, self._generate)
 
     @property
     def _max_new_tokens(self) -> int:
@@ -196,13 +208,29 @@ class Instructions(Writer[Row]):
         pad: int | None = self.tokenizer.pad_token_id
         return end_tokens(self.model, self.tokenizer)[0] if pad is None else pad
 
-    def _dialogues(self, examples: Sequence[Example]) -> list[Dialogue]:
-        prompt_texts = [prompt_text(self.tokenizer, row.text, row.turns, self.task.system) for row in examples]
-        whole_texts = [self._whole_text(row, prompt) for row, prompt in zip(examples, prompt_texts, strict=True)]
+    def _dialogues(self, examples: Sequence[Example]) -> Iterator[Dialogue]:
+        learns_all = self.settings.train_on == "all"
+        questions = [
+            (place, each) for place, row in enumerate(examples) for each in (answers_of(row) if learns_all else [row])
+        ]
+        prompt_texts = [prompt_text(self.tokenizer, row.text, row.turns, self.task.system) for _, row in questions]
+        whole_texts = [self._whole_text(row, prompt) for (_, row), prompt in zip(questions, prompt_texts, strict=True)]
         tails = [whole[len(prompt) :] for whole, prompt in zip(whole_texts, prompt_texts, strict=True)]
         prompts = encode(self.tokenizer, prompt_texts)
         completions = map(self._completion, prompts, encode(self.tokenizer, whole_texts), tails)
-        return list(map(self._dialogue, range(len(examples)), examples, prompts, completions))
+        split = 0
+        for place, answered in groupby(zip(questions, prompts, completions, strict=True), key=lambda each: each[0][0]):
+            found = list(self._joined(place, [(row, prompt, answer) for (_, row), prompt, answer in answered]))
+            split += len(found) > 1
+            yield from found
+        if split:
+            _logger.warning(
+                "%d of %d conversations are learned in parts, an answer with all that stands before it in each: they "
+                "are longer than %d tokens, or the chat template changes earlier answers.",
+                split,
+                len(examples),
+                self.task.max_length,
+            )
 
     def _whole_text(self, row: Example, prompt: str) -> str:
         """The prompt with its answer."""
@@ -221,24 +249,72 @@ class Instructions(Writer[Row]):
         else:  # a token reaches over the border, which it never does in generating
             completion = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
         ends = end_tokens(self.model, self.tokenizer)
-        last = max((place for place, token in enumerate(completion) if token in ends), default=None)
-        return [*completion, ends[0]] if last is None else completion[: last + 1]
+        for place, token in enumerate(completion):
+            # What some templates put behind, such as another end, would never be written.
+            if token in ends and not self.tokenizer.decode(completion[place + 1 :], skip_special_tokens=True).strip():
+                return completion[: place + 1]
+        return [*completion, ends[0]]
 
-    def _dialogue(self, place: int, row: Example, prompt: list[int], completion: list[int]) -> Dialogue:
+    def _joined(self, place: int, answers: Sequence[tuple[Example, list[int], list[int]]]) -> Iterator[Dialogue]:
+        """Answers with their prompts in one dialogue as long as each prompt begins with all before it, and it fits."""
+        ids: list[int] = []
+        labels: list[int] = []
+        cut = False
+        for row, prompt, completion in answers:
+            if ids and (prompt[: len(ids)] != ids or len(prompt) + len(completion) > self.task.max_length):
+                yield Dialogue(ids, labels, place, cut)
+                ids, labels = [], []
+            if not ids:
+                whole, prompt = prompt, self._cut_to(self._room(row, completion), prompt, row)
+                cut = prompt is not whole
+            labels = [*labels, *[IGNORE_INDEX] * (len(prompt) - len(ids)), *completion]
+            ids = prompt + completion
+        row, prompt, _ = answers[-1]
+        asked = self._cut_to(self.task.max_length, prompt, row)
+        yield Dialogue(ids, labels, place, cut, asked, row.text, row.label)
+
+    def _room(self, row: Example, completion: list[int]) -> int:
+        """What is left for the prompt."""
         length = self.task.max_length
         if len(completion) >= length:
             raise ValueError(
                 f"The completion {row.label[:60]!r} takes {len(completion)} tokens, its end token included, and the "
                 f"length is {length} with its prompt: completions are never cut. Raise max_length, or shorten it."
             )
-        fit = self._cut_to(length - len(completion), prompt, row)
-        asked = self._cut_to(length, prompt, row)
-        return Dialogue(fit, completion, asked, fit is not prompt, place, row.text, row.label)
+        return length - len(completion)
 
     def _cut_to(self, room: int, prompt: list[int], row: Example) -> list[int]:
         if len(prompt) <= room:
             return prompt
         return cut_prompt(self.tokenizer, row.text, row.turns, self.task.system, room=room)
+
+
+def answers_of(row: Example) -> list[Example]:
+    """Each answer to a user's message in a conversation, with what stands before it; the last is the example."""
+    turns = [*row.turns, ("user", row.text), ("assistant", row.label)]
+    return [
+        Example(text, content, tuple(turns[:place]))
+        for place, ((asking, text), (role, content)) in enumerate(pairwise(turns))
+        if (asking, role) == ("user", "assistant")
+    ]
+
+
+@dataclass(frozen=True)
+class Texts(Instructions):
+    """Texts without answers: every token is learned that has one before it, the end token behind a text included."""
+
+    def _dialogues(self, examples: Sequence[Example]) -> Iterator[Dialogue]:
+        """Pieces of the task's length; each begins with the last token of the one before, so that none is lost."""
+        step = self.task.max_length - 1
+        if step < 1:
+            raise ValueError(f"max_length is {self.task.max_length}: expected at least 2, a token and the next.")
+        end = end_tokens(self.model, self.tokenizer)[0]
+        texts = encode(without_template(self.tokenizer), [row.text for row in examples])
+        for place, ids in enumerate(texts):
+            whole = [*ids, end]
+            for start in range(0, len(ids), step):
+                piece = whole[start : start + step + 1]
+                yield Dialogue(piece, [IGNORE_INDEX, *piece[1:]], place)
 
 
 def _check_rendering(prompt: str, whole: str, label: str) -> None:
@@ -262,14 +338,6 @@ def _check_rendering(prompt: str, whole: str, label: str) -> None:
             f"The tokenizer's chat template writes {before[:60]!r} before an answer, but doesn't when it asks for one, "
             f"so the model would write it into every answer: {remedy}."
         )
-
-
-def _ids(row: Row) -> list[int]:
-    return [token for dialogue in row for token in (*dialogue.prompt, *dialogue.completion)]
-
-
-def _labels(row: Row) -> list[int]:
-    return [label for dialogue in row for label in (*[IGNORE_INDEX] * len(dialogue.prompt), *dialogue.completion)]
 
 
 def _positions(row: Row, length: int) -> list[int]:

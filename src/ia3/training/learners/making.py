@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.task import Task, TaskKind
 from ia3.training.learner import Learner
-from ia3.training.learners.classes import SequenceClasses
-from ia3.training.learners.instructions import Instructions
-from ia3.training.learners.tags import TokenClasses
+from ia3.training.learners.heads import SequenceClasses, TokenClasses
+from ia3.training.learners.instructions import Instructions, Texts
 from ia3.training.learners.words import Words
 
 _LEARNERS: dict[TaskKind, type[Learner[Any]]] = {
     TaskKind.LABEL_WORDS: Words,
     TaskKind.GENERATION: Words,
+    TaskKind.LANGUAGE_MODELLING: Texts,
     TaskKind.INSTRUCTIONS: Instructions,
     TaskKind.SEQUENCE_CLASSIFICATION: SequenceClasses,
     TaskKind.TOKEN_CLASSIFICATION: TokenClasses,
@@ -50,7 +50,9 @@ def settings_of(settings: SettingsT, kind: TaskKind) -> SettingsT:
         (settings.answer_by == "generation", "answer_by='generation'", _ALL_WRITTEN),
         (settings.balance, "balance", _TEXTS_WITH_LABELS),
         (settings.best_by == "macro_f1", "best_by='macro_f1'", _LABELS),
-        (settings.packing, "packing", (TaskKind.INSTRUCTIONS,)),
+        (settings.packing, "packing", (TaskKind.INSTRUCTIONS, TaskKind.LANGUAGE_MODELLING)),
+        (settings.train_on == "last", "train_on='last'", (TaskKind.INSTRUCTIONS,)),
+        (settings.best_by == "accuracy", "best_by='accuracy'", tuple(kind for kind in TaskKind if kind.has_answers)),
         (settings.max_label_length is not None, "max_label_length", _WRITTEN),
         # A head is trained in the base's precision, where most of its small steps would be lost.
         (settings.precision == "bf16", "precision='bf16'", _ALL_WRITTEN),

@@ -1,0 +1,173 @@
+"""Classes that a head chooses: of texts, or of their words, such as named entities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ia3.fast.ragged import IGNORE_INDEX
+from ia3.inference.classify import batched_logits, class_labels, padding_token, split_words, tokenise_texts
+from ia3.inference.predict import pad_rows
+from ia3.inference.rank import likeliest
+from ia3.tasks.entities import tag_scores
+from ia3.tasks.examples import Example
+from ia3.training.learner import EvalOutput, Learner
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """The tokens of a text and what the head is to answer.
+
+    Args:
+        input_ids: the tokens, cut at the longest length allowed.
+        units: what has a class: the text, or the words that have a token.
+        class_ids: their classes.
+        starts: where the first token of each word stands; None where the class is the text's.
+        unread: how many words have no token, as those behind the cut.
+    """
+
+    input_ids: list[int]
+    units: list[str]
+    class_ids: list[int]
+    starts: list[int] | None = None
+    unread: int = 0
+
+
+class HeadLearner(Learner[HeadRow]):
+    """One class a text or a word, by the cross-entropy of a head's answers.
+
+    Raises:
+        ValueError: the model's labels are not the task's, or its configuration names no padding token.
+    """
+
+    def __post_init__(self) -> None:
+        padding_token(self.model)
+        found = class_labels(self.model)
+        if found != self.task.labels:
+            raise ValueError(
+                f"The model's head is for the labels {list(found)}, and the task has {list(self.task.labels)}: load it "
+                "with load_classifier(model_name, kind, labels)."
+            )
+
+    def class_of(self, label: str, text: str) -> int:
+        """The class of a label.
+
+        Raises:
+            ValueError: it is not among the task's.
+        """
+        if label not in self.task.labels:
+            raise ValueError(
+                f"The label {label!r} of the text {text[:60]!r} is not among the task's labels "
+                f"{list(self.task.labels)}: correct it, or give the text another."
+            )
+        return self.task.labels.index(label)
+
+    def length(self, row: HeadRow) -> int:
+        """Of the text."""
+        return len(row.input_ids)
+
+    def collate(self, rows: Sequence[HeadRow]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` `[batch, length]`, padded at the right, and `labels`.
+
+        These are `[batch]`, or for words `[batch, length]`: a word's class at its first token, -100 at all others.
+        """
+        batch = pad_rows([row.input_ids for row in rows], padding_token(self.model), self.settings.pad_to_multiple_of)
+        if all(row.starts is None for row in rows):
+            return batch | {"labels": torch.tensor([row.class_ids[0] for row in rows])}
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        for index, row in enumerate(rows):
+            labels[index, row.starts] = torch.tensor(row.class_ids)
+        return batch | {"labels": labels}
+
+    def targets(self, batch: dict[str, Tensor]) -> int:
+        """The texts, or the words."""
+        return int((batch["labels"] != IGNORE_INDEX).sum())
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The cross-entropy a text or a word; of half-precision logits in fp32, so that it is exact."""
+        logits = self.model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
+
+    def measure(self, rows: Sequence[HeadRow], beat: Callable[[int], None]) -> EvalOutput:
+        """The cross-entropy a text or a word, and the likeliest labels."""
+        answers: list[list[int]] = [[] for _ in rows]
+        loss = 0.0
+        tokens = [row.input_ids for row in rows]
+        for indices, logits in batched_logits(self.model, tokens, self.settings.evaluation_batch_size, beat):
+            for index, own in zip(indices, logits, strict=True):
+                row = rows[index]
+                answered = own.unsqueeze(0) if row.starts is None else own[row.starts]
+                loss += float(cross_entropy(answered, torch.tensor(row.class_ids), reduction="sum"))
+                answers[index] = likeliest(answered)
+        references, predictions = (
+            [[self.task.labels[index] for index in own] for own in ids]
+            for ids in ([row.class_ids for row in rows], answers)
+        )
+        units = [unit for row in rows for unit in row.units]
+        scores = self.scores(references, predictions, sum(row.unread for row in rows))
+        right, found = (list(chain.from_iterable(each)) for each in (references, predictions))
+        return EvalOutput(loss / len(units), units, right, found, scores)
+
+    def scores(self, references: list[list[str]], predictions: list[list[str]], unread: int) -> dict[str, float]:
+        """Further figures of an evaluation, from the labels of each text."""
+        return {}
+
+
+@dataclass(frozen=True)
+class SequenceClasses(HeadLearner):
+    """One class a text."""
+
+    def tokenise(self, examples: Sequence[Example]) -> list[HeadRow]:
+        """Texts cut at the task's length; a label must be one of the task's."""
+        classes = [self.class_of(row.label, row.text) for row in examples]
+        rows = tokenise_texts([row.text for row in examples], self.model, self.tokenizer, self.task.max_length)
+        return [HeadRow(ids, [row.text], [own]) for ids, row, own in zip(rows, examples, classes, strict=True)]
+
+
+@dataclass(frozen=True)
+class TokenClasses(HeadLearner):
+    """One class a word.
+
+    An example's text holds its words with single blanks between them, and its label their tags in the same way.
+    """
+
+    def tokenise(self, examples: Sequence[Example]) -> list[HeadRow]:
+        """Texts cut at the task's length; a warning counts the words that are cut, which are left out."""
+        tags = [self._tags(row) for row in examples]
+        words = [row.text.split(" ") for row in examples]
+        pieces = split_words(words, self.model, self.tokenizer, self.task.max_length)
+        rows = []
+        for own, classes, piece in zip(words, tags, pieces, strict=True):
+            if not piece.starts:
+                raise ValueError(
+                    f"No word of the text {' '.join(own)[:60]!r} has a token within the first "
+                    f"{self.task.max_length}: raise max_length, or remove the text."
+                )
+            read = sorted(piece.starts)
+            units, ids = [own[place] for place in read], [classes[place] for place in read]
+            starts = [piece.starts[place] for place in read]
+            rows.append(HeadRow(piece.input_ids, units, ids, starts, len(own) - len(read)))
+        return rows
+
+    def _tags(self, row: Example) -> list[int]:
+        words, tags = row.text.split(" "), row.label.split(" ")
+        if len(words) != len(tags):
+            raise ValueError(
+                f"The text {row.text[:60]!r} has {len(words)} words and {len(tags)} tags: expected one tag a word, "
+                "single blanks between them."
+            )
+        return [self.class_of(tag, row.text) for tag in tags]
+
+    def scores(self, references: list[list[str]], predictions: list[list[str]], unread: int) -> dict[str, float]:
+        """For IOB2 tags the scores of the entities they mark, and how many words had no token.
+
+        These are `entity_precision`, `entity_recall` and `entity_f1`, and `words_left_out`: words without a token
+        within the task's length are in no other figure.
+        """
+        return tag_scores(references, predictions, self.task.labels, words_left_out=unread)
