@@ -150,7 +150,7 @@ class TestTablesAsTheyAreSaved:
         rows = [line.replace(",", ";") for line in data.read_text().splitlines()[1:]]
         table, run = tmp_path / "a.csv", tmp_path / "run"
         table.write_text("\n".join(rows) + "\n", encoding="utf-16")
-        said = "column 1 is the text, column 2 the label (--text-column 1 --label-column 2)."
+        said = "column 1 is the text, column 2 the label (--text-column 1, --label-column 2)."
         trained = succeed("train", "--model", base, "--data", table, "--steps", 1, "--output", run)
         assert said in message(trained)
         assert f"{len(rows)} rows" in message(trained)

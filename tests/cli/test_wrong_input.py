@@ -157,7 +157,7 @@ WRONG = {
 
 # What is found before anything heavy is imported.
 EARLY = (
-    *("no data file", "no data at all", "no model at all", "empty file", "header alone", "Latin-1", "open quote"),
+    *("no data file", "no data at all", "no model at all", "empty file", "header alone", "open quote"),
     *("no such label column", "no such text column", "unquoted commas", "broken JSON", "unknown kind", "test size"),
     *("learning rate", "limit", "output is a file", "stray brace", "template without field", "template with the label"),
     *(

@@ -20,10 +20,10 @@ from ia3.bundled import TITLER, resolve_model
 from ia3.data import records, tables
 from ia3.data.loading import bundled_tweets, load_examples
 from ia3.data.records import SENTIMENTS
+from ia3.inference.predict import count_truncated
 from ia3.tasks.examples import Example, Examples, _normalised, split_examples
 from ia3.tasks.task import TaskKind
 from ia3.tasks.template import Template
-from ia3.training.collate import count_truncated
 
 ROOT = Path(__file__).parents[2]
 

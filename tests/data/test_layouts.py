@@ -54,7 +54,7 @@ def ragged() -> str:
     return ";\r\n\r\n".join(lines) + ";\r\n"
 
 
-PAIR = "column 1 is the text, column 2 the label (--text-column 1 --label-column 2)"
+PAIR = "column 1 is the text, column 2 the label (`text_column='1'`, `label_column='2'`)"
 LAYOUTS: dict[str, tuple[str, Callable[[], bytes], str | None]] = {
     "plain": ("a.csv", lambda: table().encode(), None),
     "with a byte order mark": ("a.csv", lambda: table(line_end="\r\n").encode("utf-8-sig"), None),
@@ -174,8 +174,8 @@ def test_a_doubtful_first_row_is_neither_lost_nor_taken_for_one(write: Callable[
 def test_columns_that_must_be_named_are_offered_by_number(write: Callable[..., Path]) -> None:
     path = write("17,Das gefiel mir gar nicht,mies\n18,Das gefiel mir sehr,toll\n19,Na ja,mies\n20,Gut,toll\n")
     expected = (
-        r"no header with 'text'. Name its columns by number, such as --text-column 1 and --label-column 2, or, if the "
-        r"first row is a header, by name; they are 1 \('17'\), 2 \('Das gefiel mir gar nicht'\), 3 \('mies'\)\."
+        r"no header with 'text'. Name its columns by number, such as `text_column='1'` and `label_column='2'`, or, if "
+        r"the first row is a header, by name; they are 1 \('17'\), 2 \('Das gefiel mir gar nicht'\), 3 \('mies'\)\."
     )
     with pytest.raises(ValueError, match=expected):
         load_examples(path)

@@ -267,6 +267,9 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Template.render", Instead('piece["breaks"] + cell if cell else ""', 'piece["breaks"] + cell'),
                "an empty column leaves its line breaks"),
     ],
+    ("data/test_layouts.py",): [
+        Mutant("_as_header", Instead("column.count(cell) == copies", "False"), "a header without contrast is a row"),
+    ],
     ("data/test_data.py", "data/test_records.py"): [
         Mutant("split_examples", Skip("shuffle"), "held out are the first rows of a sorted file"),
         Mutant("_normalised", Skip("casefold"), "a text is trained on and held out, in another case"),
@@ -292,7 +295,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_common_task", Instead("len({*tasks}) == 1", "True"), "a combination answers one of two tasks"),
         Mutant("_upload", Instead("list(_FILES)", "None"), "all that lies in the folder is published"),
         Mutant("_runs", Instead("runs[-1][1] == child", "True"), "layers that differ are shown as one"),
-        Mutant("module_names", Never("all"), "an empty name between two commas is ignored"),
+        Mutant("parts", Never("all"), "an empty name between two commas is ignored"),
     ],
     ("cli/test_labelling.py", "cli/test_predict_command.py", "cli/test_evaluate.py", "cli/test_tasks.py"): [
         Mutant("_on_one_line", Never("cell"), "a text with a tab has more columns than the header"),

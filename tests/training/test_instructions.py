@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tiny_causal
 from builders import vector_gradients
+from fitted import fit
 from ia3 import IA3Config, get_peft_model
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.complete import complete
@@ -18,7 +19,8 @@ from ia3.tasks.examples import Example, Examples
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 from ia3.training.learners.instructions import Dialogue, Instructions, Texts, count_cut, find_separation, pack
-from ia3.training.loop import Training, fit
+from ia3.training.loop import Training
+from ia3.training.plan import RunPlan
 
 TURNS = (("user", "say one"), ("assistant", "two"))
 
@@ -185,8 +187,8 @@ def test_steps_on_several_answers_are_those_of_the_models_own_loss(learner, tmp_
     expected = float(made.loss(batch).detach())
     rows = Examples(tuple(SEVERAL), (), "three", 0, 0, TaskKind.INSTRUCTIONS)
     if not packing:
-        assert "no padding" in Training(made, rows, rows, tmp_path).describe_path()
-    run = fit(made, rows, rows, output_dir=tmp_path / "run")
+        assert "no padding" in Training(RunPlan(made, rows, rows)).describe_path()
+    run = fit(made, rows, rows, tmp_path / "run")
     assert run.losses[0] == pytest.approx(expected, rel=1e-5)
 
 

@@ -14,7 +14,7 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "
 
 
 def push(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", callback=expect_adapter)],
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     repository: Annotated[str, typer.Argument(help="The hub repository, such as you/reviews-ia3; made if new.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     as_json: AsJson = False,
@@ -26,6 +26,7 @@ def push(
 
     if not adapter.is_dir():
         raise FileNotFoundError(f"There is no folder {adapter}: expected an adapter saved by `ia3 train`.")
+    expect_adapter(adapter)
     base = read_adapter(adapter).config.base_model_name_or_path
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} holds a pickle, which nobody should have to trust: save it as safetensors first.")

@@ -122,7 +122,8 @@ def find_format(
         column = lists[0].template.fields[0]
         raise ValueError(
             f"{records.source} has conversations in {column!r}, whose last messages are the answers, and "
-            f"label_column={label_column!r} asks for others: leave label_column out, or name the texts' column, too."
+            f"`label_column={label_column!r}` asks for others: leave `label_column` out, or name the texts' column, "
+            "too."
         )
     found = pairs if named else [*pairs, *lists]
     if len(found) > 1:
@@ -149,7 +150,7 @@ def format_to_answer(records: Records, template: Template) -> Format:
     if chats and not {*template.fields} & {*records.columns}:
         if len(chats) > 1:
             both = " and ".join(repr(each.template.fields[0]) for each in chats)
-            raise ValueError(f"{records.source} has conversations in {both}: name one column of them by text_column.")
+            raise ValueError(f"{records.source} has conversations in {both}: name one column of them by `text_column`.")
         return chats[0]
     # In training its column `system` was read, too.
     known = next((each for each in _PAIRS if each.template == template), None)

@@ -56,7 +56,7 @@ def linear_schedule(settings: TrainSettings, total_steps: int) -> Callable[[int]
     """
     warmup = settings.warmup_steps
     if warmup >= total_steps:
-        raise ValueError(f"warmup_steps is {warmup} and the training has {total_steps} steps: expected fewer.")
+        raise ValueError(f"`warmup_steps` is {warmup} and the training has {total_steps} steps: expected fewer.")
     return lambda step: step / warmup if step < warmup else max(0.0, (total_steps - step) / (total_steps - warmup))
 
 
