@@ -33,7 +33,7 @@ def _command(
         list[str] | None,
         typer.Option(
             help="What to try, as in learning_rate=3e-3,8e-3; of several every combination.",
-            show_default="four learning rates",
+            show_default="five learning rates",
         ),
     ] = None,
     as_json: AsJson = False,

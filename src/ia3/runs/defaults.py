@@ -1,22 +1,55 @@
-"""What holds where a setting is left to the data: the one place of these numbers."""
+"""What holds where a setting is left to the data: the one place of these numbers.
+
+Chosen by `benchmarks/defaults.py`; docs/learning-rate.md has the figures.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ia3.tasks.task import TaskKind
 
-LEFT_TO_THE_DATA = ("learning_rate", "warmup_steps", "dropout", "epochs")
+LEFT_TO_THE_DATA = ("learning_rate", "warmup_steps", "dropout", "epochs", "steps")
+
+_EPOCHS = 3
+# Few rows are passed over more often, up to so many steps, or so many a label where labels are many.
+_LEAST_STEPS, _STEPS_A_LABEL = 500, 13
+_LEAST_STEPS_OF_A_CAUSAL_MODEL = 200
+# From so many labels on, a head's own weights need a lower rate.
+_MANY_LABELS = 20
 
 
-def default_settings(kind: TaskKind, rows: int) -> dict[str, Any]:
+def default_settings(kind: TaskKind, rows: int, labels: int, rows_a_step: int) -> dict[str, Any]:
     """The settings of a training that names none.
 
     Args:
         kind: what is learned.
         rows: how many examples there are to train on.
+        labels: how many different labels they have; 0 where answers are free text.
+        rows_a_step: how many examples a step takes.
 
     Returns:
-        A value for each of `LEFT_TO_THE_DATA`.
+        A value for each of `LEFT_TO_THE_DATA`; None of `epochs` or of `steps`.
     """
-    return {"learning_rate": 8e-3, "warmup_steps": 0, "dropout": True, "epochs": 3}
+    least = _least_steps(kind, labels)
+    few = _EPOCHS * math.ceil(rows / rows_a_step) < least
+    return {
+        "learning_rate": _learning_rate(kind, labels),
+        "warmup_steps": 0,
+        "dropout": False,
+        "epochs": None if few else _EPOCHS,
+        "steps": least if few else None,
+    }
+
+
+def _learning_rate(kind: TaskKind, labels: int) -> float:
+    if kind in (TaskKind.LABEL_WORDS, TaskKind.GENERATION):
+        return 4e-2
+    return 2e-2 if 0 < labels < _MANY_LABELS else 8e-3
+
+
+def _least_steps(kind: TaskKind, labels: int) -> int:
+    if kind in (TaskKind.INSTRUCTIONS, TaskKind.LANGUAGE_MODELLING):
+        return _LEAST_STEPS_OF_A_CAUSAL_MODEL
+    return max(_LEAST_STEPS, _STEPS_A_LABEL * labels)

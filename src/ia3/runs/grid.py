@@ -11,7 +11,7 @@ from ia3.runs.recipe import Recipe, make_recipe
 from ia3.runs.settings import field_names, nearest
 
 # What is tried where nothing else is asked for: from a little low to a little high, see docs/learning-rate.md.
-LEARNING_RATES = (3e-3, 8e-3, 2e-2, 4e-2)
+LEARNING_RATES = (3e-3, 8e-3, 2e-2, 4e-2, 8e-2)
 # What the runs of a sweep may differ in. All else is the model's or is shared by the batch.
 SWEPT = (
     "learning_rate",

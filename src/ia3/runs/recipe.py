@@ -90,6 +90,7 @@ class Recipe(TrainSettings):
     warmup_steps: Annotated[int | None, Field(ge=0), _LEFT] = None  # type: ignore[assignment]
     dropout: Annotated[bool | None, _LEFT] = None  # type: ignore[assignment]
     epochs: Annotated[Positive | None, _LEFT] = None  # type: ignore[assignment]
+    steps: Annotated[Positive | None, _LEFT] = None
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
@@ -132,18 +133,19 @@ class Recipe(TrainSettings):
         return {name: value for name, value in own.items() if value is not None}
 
 
-def resolve(recipe: Recipe, kind: TaskKind, rows: int) -> Recipe:
+def resolve(recipe: Recipe, kind: TaskKind, rows: int, labels: int) -> Recipe:
     """The recipe with a value for each setting that it leaves to the data.
 
     Args:
         recipe: what was asked for.
         kind: what is learned.
         rows: how many examples there are to train on.
+        labels: how many different labels they have; 0 where answers are free text.
     """
     left = {name for name in LEFT_TO_THE_DATA if getattr(recipe, name) is None}
-    if recipe.steps is not None:
-        left.discard("epochs")
-    defaults = default_settings(kind, rows)
+    if recipe.steps is not None or recipe.epochs is not None:
+        left -= {"epochs", "steps"}
+    defaults = default_settings(kind, rows, labels, recipe.batch_size * recipe.gradient_accumulation)
     return dataclasses.replace(recipe, **{name: defaults[name] for name in left})
 
 

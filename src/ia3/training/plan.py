@@ -66,7 +66,10 @@ def prepare(
     if common.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
     data = read_data(recipes, kind, console, resuming=resuming, looked=looked)
-    complete = [resolve(each, kind, len(parts[0])) for each, parts in zip(complete, data, strict=True)]
+    complete = [
+        resolve(each, kind, len(training), len(_labels(kind, training, test)))
+        for each, (training, test) in zip(complete, data, strict=True)
+    ]
     with console.status(f"Loading {base.name}"):
         tasks = [_make_task(each, *parts, base.tokenizer) for each, parts in zip(complete, data, strict=True)]
         model = _load_adapted(base, common, tasks[0].labels)

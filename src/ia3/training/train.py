@@ -185,7 +185,7 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     if former.task is not None:  # which the folder's recipe names, with what follows from it
         recipe = settings_of(recipe, former.task)
     result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
-    recipe = resolve(recipe, TaskKind(result["task"]), result["train_examples"])
+    recipe = resolve(recipe, TaskKind(result["task"]), result["train_examples"], len(result["labels"]))
     if replace(former, task=None).content() != replace(recipe, task=None).content():
         raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
     del result["predictions"]
