@@ -44,6 +44,8 @@ import ia3.inference.rank as ranking
 from bench import machine, say_machine
 from classify_minilm import minilm
 from ia3.bundled import TITLER
+from ia3.runs import defaults
+from ia3.tasks.task import TaskKind
 from instruct_smollm2 import HELD_OUT_NAMES, NAMES, gguf_file, orders
 
 WORDS, HEAD, CHAT = "label-words", "sequence-classification", "instructions"
@@ -64,18 +66,17 @@ TWEET = "What does this tweet mean for the price: negative, neutral or positive?
 Row = tuple[str, str]
 
 
-def default_settings(kind: str, rows: int) -> dict[str, Any]:
-    """What is trained with where nothing is said; the table judges it.
+LABELS = {"PhraseBank": 3, "tweets": 3, "BANKING77": 77, "CLINC150": 150, "RAFT": 2, "orders": 0}
 
-    Args:
-        kind: the task's.
-        rows: training rows.
+
+def default_settings(kind: str, rows: int, labels: int) -> dict[str, Any]:
+    """What `ia3 train` takes where nothing is said; the table judges it.
 
     Returns:
         `learning_rate`, `dropout`, `warmup_steps` and `steps`, as `ia3.train` takes them.
     """
-    rate = {WORDS: 2e-2, HEAD: 8e-3, CHAT: 2e-2}[kind]
-    return {"learning_rate": rate, "dropout": False, "warmup_steps": 0, "steps": steps_of(rows, 500)}
+    found = defaults.default_settings(TaskKind(kind), rows, 0 if kind == CHAT else labels, BATCH)
+    return found | {"steps": found["steps"] or steps_of(rows, 0)}
 
 
 def former_settings(kind: str, rows: int) -> dict[str, Any]:
@@ -435,14 +436,15 @@ def propose(results: Results, kind: str) -> Rule:
     return min(near, key=lambda each: (each[1][2], statistics.mean(each[0])))[1]
 
 
-Settings = Callable[[str, int], dict[str, Any]]
+Settings = Callable[[str, int, int], dict[str, Any]]
 
 
 def table(results: Results, title: str, settings: Settings) -> list[dict[str, Any]]:
     """Judge settings on the other half: a row a case, printed as Markdown."""
     judged = []
     for case, rows in results.rows.items():
-        given, former = settings(results.kinds[case], rows), former_settings(results.kinds[case], rows)
+        kind, labels = results.kinds[case], LABELS[case.split(", ")[1]]
+        given, former = settings(kind, rows, labels), former_settings(kind, rows)
         choosing, judging = (results.by_rate(case, given["dropout"], given["steps"], half) for half in (0, 1))
         picked = max(choosing, key=lambda rate: statistics.mean(choosing[rate]))
         grid = results.whole_grid(case, 0)
@@ -497,7 +499,7 @@ def analyse(report: dict[str, Any]) -> dict[str, Any]:
     print(f"\nwith a warm-up of {WARM_UP:.0%} of the steps, without dropout:")
     say_warm_up(results)
 
-    def proposed(kind: str, rows: int) -> dict[str, Any]:
+    def proposed(kind: str, rows: int, labels: int) -> dict[str, Any]:
         rate, dropout, least = rules[kind]
         return {"learning_rate": rate, "dropout": dropout, "warmup_steps": 0, "steps": steps_of(rows, least)}
 

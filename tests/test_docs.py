@@ -33,6 +33,7 @@ from ia3 import IA3Config, PeftConfig, PeftModel, find_sites, get_peft_model
 from ia3.bundled import _FOLDER
 from ia3.cache import seal
 from ia3.families import FAMILIES
+from ia3.runs.defaults import least_steps  # as it is for users, before other tests train less
 from ia3.tasks.examples import Examples
 from tiny_seq2seq import examples, save_base
 
@@ -267,6 +268,34 @@ def test_the_families_are_those_of_the_library() -> None:
         for kind, family in FAMILIES.items()
     ]
     assert table_after("method.md", "Which modules") == expected
+
+
+def test_the_defaults_are_those_of_the_page_and_measured() -> None:
+    from ia3.runs.defaults import default_settings
+    from ia3.tasks.task import TaskKind
+
+    def written(kind: TaskKind, labels: int) -> list[str]:
+        many, least = default_settings(kind, 100_000, labels, 8), least_steps(kind, labels)
+        return [f"{many['learning_rate']:g}", str(many["epochs"]), f"{least} steps"]
+
+    kinds = ((TaskKind.LABEL_WORDS, 2), (TaskKind.SEQUENCE_CLASSIFICATION, 19), (TaskKind.SEQUENCE_CLASSIFICATION, 20))
+    kinds = (*kinds, (TaskKind.INSTRUCTIONS, 0))
+    text = (DOCS / "learning-rate.md").read_text()
+    rules = [
+        [cell.split(",")[0] for cell in row[1:]]
+        for row in table_after("learning-rate.md", "What is taken where nothing is said")
+    ]
+    assert rules == [written(*kind) for kind in kinds]
+    assert least_steps(TaskKind.LABEL_WORDS, 100) == 1300
+
+    cells = re.findall(r"^\| (?:T5|MiniLM|SmolLM2), (.*?) \|$", text, re.MULTILINE)
+    judged = json.loads((RESULTS / "defaults.json").read_text())["judged"]["default_settings"]
+    assert len(cells) == len(judged)
+    for row, found in zip(cells, judged, strict=True):
+        data, *rest = row.split(" | ")
+        rates = [found["rates"].get(rate, "") for rate in ("0.001", "0.003", "0.008", "0.02", "0.04", "0.08", "0.16")]
+        figures = [*rates, found["steps"], found["default"], found["best"], found["former"]]
+        assert (found["case"].split(", ", 1)[1], [cell.strip() for cell in rest]) == (data, [str(f) for f in figures])
 
 
 @pytest.mark.parametrize("heading", ["With dropout", "Without dropout", "Larger batches"])

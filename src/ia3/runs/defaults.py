@@ -32,7 +32,7 @@ def default_settings(kind: TaskKind, rows: int, labels: int, rows_a_step: int) -
     Returns:
         A value for each of `LEFT_TO_THE_DATA`; None of `epochs` or of `steps`.
     """
-    least = _least_steps(kind, labels)
+    least = least_steps(kind, labels)
     few = _EPOCHS * math.ceil(rows / rows_a_step) < least
     return {
         "learning_rate": _learning_rate(kind, labels),
@@ -49,7 +49,8 @@ def _learning_rate(kind: TaskKind, labels: int) -> float:
     return 2e-2 if 0 < labels < _MANY_LABELS else 8e-3
 
 
-def _least_steps(kind: TaskKind, labels: int) -> int:
+def least_steps(kind: TaskKind, labels: int) -> int:
+    """How many steps a training has at least, however few its rows."""
     if kind in (TaskKind.INSTRUCTIONS, TaskKind.LANGUAGE_MODELLING):
         return _LEAST_STEPS_OF_A_CAUSAL_MODEL
     return max(_LEAST_STEPS, _STEPS_A_LABEL * labels)
