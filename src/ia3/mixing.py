@@ -192,6 +192,8 @@ class Mixing(Swapped):
         names = kwargs.pop("adapter_names", None)
         if names is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+        if None in names:
+            raise ValueError(f"adapter_names[{list(names).index(None)}] is None: pass {BASE!r} for no adapter.")
         if any(not isinstance(name, str) for name in names):
             raise ValueError(
                 "generate continues one example a row, so it takes one name a row, not one a token: unpack the "

@@ -24,7 +24,6 @@ from ia3.config import CONFIG_NAME, IA3Config
 from ia3.factory import become_adapted
 from ia3.heads import check_brought, with_head
 from ia3.loading import warn_of_other_base
-from ia3.mixing import unknown_names
 from ia3.peft_model import PeftModel
 from ia3.rows import BASE
 from ia3.sites import Layout, Site, find_sites
@@ -165,7 +164,7 @@ class AdapterTable:
         """
         with self.lock:
             if name not in self._registered:
-                raise unknown_names([name], self._registered)
+                raise ValueError(f"No adapter {name!r} is registered in this table, which has {len(self):,}.")
             self._leave_slot(self._registered.pop(name))
 
     def close(self) -> None:
@@ -392,7 +391,9 @@ def _read(folder: Path) -> tuple[bytes, bytes, bytearray]:
         text = (folder / CONFIG_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         where = f"No {CONFIG_NAME} in {folder}" if folder.is_dir() else f"{folder} is no folder"
-        raise FileNotFoundError(f"{where}: expected an adapter saved by `save_pretrained`.") from error
+        inside = sorted(folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f" It holds {len(inside):,}, such as {inside[0].parent}: register these." if inside else ""
+        raise FileNotFoundError(f"{where}: expected an adapter saved by `save_pretrained`.{hint}") from error
     try:
         return text, *read_in_parts(folder / SAFETENSORS_NAME)
     except FileNotFoundError as error:

@@ -48,7 +48,8 @@ def printed(console: Console) -> str:
 def test_the_python_twin_leaves_an_adapter_with_its_task(base: str, tmp_path: Path) -> None:
     data = tiny_seq2seq.write_csv(tmp_path / "sentences.csv")
     run = train(base, data, output=tmp_path / "run", epochs=1, max_length=32, template="very {text}", console=quiet())
-    assert run.settings == TrainSettings(epochs=1, max_length=32, answer_by="rank")
+    chosen = {"learning_rate": 0.04, "dropout": False}
+    assert run.settings == TrainSettings(epochs=1, max_length=32, answer_by="rank", **chosen)
     assert all(text.startswith("very ") for text in run.shown)
     task = load_task(run.adapter_dir)
     assert task is not None
@@ -104,7 +105,9 @@ def test_without_an_output_the_folder_is_new(base: str, tmp_path: Path, monkeypa
 def test_every_setting_is_a_key_and_has_its_default() -> None:
     recipe = make_recipe({"model": "m", "data": "d"})
     assert recipe == Recipe(model="m", data="d")
-    assert recipe.settings == resolve(recipe, TaskKind.LABEL_WORDS, 100).settings == TrainSettings()
+    assert recipe.settings == TrainSettings()
+    chosen = resolve(recipe, TaskKind.LABEL_WORDS, 100, 3).settings
+    assert chosen == replace(TrainSettings(), learning_rate=0.04, dropout=False)
     for field in fields(TrainSettings):
         value = getattr(recipe, field.name)
         assert make_recipe({"model": "m", "data": "d", field.name: value}) == recipe

@@ -128,9 +128,11 @@ def _by_many(
     folder: Path, column: str, records: Records, overrides: Overrides, progress: Console, batch_size: int
 ) -> _Work:
     """The rows of a file, each by the adapter that it names, out of a folder of adapters."""
-    from ia3.tasks.columns import as_text, require_columns
+    from ia3.tasks.columns import as_text
 
-    require_columns(records.source, records.columns, column)
+    if column not in records.columns:
+        there = ", ".join(map(repr, records.columns))
+        raise ValueError(f"{records.source} has no column {column!r}: name one of {there} by --adapter-column.")
     names = [as_text(record.get(column), f"{records.source}, {place}: {column!r}") for place, record in records]
     if "" in names:
         place = records.rows[names.index("")][0]
@@ -141,7 +143,7 @@ def _by_many(
     with progress.status(f"Reading {folder}"):
         from ia3.inference.many import answer_each, find_adapters
 
-        folders = find_adapters(folder, names)
+        folders = find_adapters(folder, names, [f"{records.source}, {place}" for place, _ in records])
         tasks = {name: overrides.over(_saved_task(path)) for name, path in folders.items()}
 
     def answer_some(places: list[int], examples: list[Example]) -> list[Answer]:
@@ -186,7 +188,7 @@ def _read_file(
     from ia3.tasks.task import load_task
 
     task = load_task(adapter) if text_column is None and adapter_column is None else None
-    reads = task.template.fields if task is not None else (text_column or "text",)
+    reads = task.template.required or task.template.fields if task is not None else (text_column or "text",)
     named = [adapter_column] if adapter_column is not None else []
     named += reads if len(reads) > 1 or text_column is not None else ()
     records = read_records(path, line_column=reads[0] if len(reads) == 1 else "text", named=named)

@@ -71,8 +71,8 @@ class Format:
     @property
     def arguments(self) -> str:
         """What names it to `load_examples`."""
-        answer = f" and label_column={self.answer!r}" if self.answer else ""
-        return f"text_column={self.template.fields[0]!r}{answer}"
+        answer = f" and `label_column={self.answer!r}`" if self.answer else ""
+        return f"`text_column={self.template.fields[0]!r}`{answer}"
 
 
 _PAIRS = (
@@ -182,7 +182,7 @@ def read_to_learn(record: Mapping[str, Any], place: str, how: Format) -> Learnab
     Raises:
         ValueError: a conversation of another shape, or without an answer.
     """
-    require_columns(place, record, *how.wanted)
+    require_columns(place, record, *how.wanted, labelled=how.answer is not None)
     turns = _turns(record, place, how)
     if not turns:
         return Learnable(None)

@@ -83,7 +83,7 @@ def load_examples(
         known = find_format(records, template, text_column, label_column, chats=chats)
     system = chats and holds_lists(records, wording.fields[0])
     how = known or Format("", wording, label_column if kind.has_answers else None, reads_system=system)
-    require_columns(records.source, records.columns, *how.wanted)
+    require_columns(records.source, records.columns, *how.wanted, labelled=how.answer is not None)
     read = read_to_learn if chats else _reader(kind)
     found = [read(record, f"{records.source}, {place}", how) for place, record in records]
     rows = tuple(each.example for each in found if each.example is not None)
@@ -167,7 +167,7 @@ def _reader(kind: TaskKind) -> Callable[[Mapping[str, Any], str, Format], Learna
 
 
 def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKind) -> Learnable:
-    require_columns(place, record, *how.wanted)
+    require_columns(place, record, *how.wanted, labelled=how.answer is not None)
     text = how.template.render(record, place)
     if not text:
         return Learnable(None)
@@ -182,7 +182,7 @@ def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKin
 
 
 def _read_tagged_words(record: Mapping[str, Any], place: str, how: Format) -> Learnable:
-    require_columns(place, record, *how.wanted)
+    require_columns(place, record, *how.wanted, labelled=how.answer is not None)
     words, tags = (words_of(record[column], place, column) for column in how.wanted)
     if not words:
         return Learnable(None)

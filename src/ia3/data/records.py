@@ -207,7 +207,8 @@ def _phrasebank_rows(text: str, source: str, wanted: Wanted) -> _Rows:
         elif not at or label.strip() not in SENTIMENTS:
             raise ValueError(
                 f"{source}, {place} does not end in @ and one of {', '.join(SENTIMENTS)}: {line[-60:]!r}. "
-                "A .txt of labelled texts is expected to be Financial PhraseBank's; use .csv or .jsonl for others."
+                "A .txt of labelled texts is expected to be Financial PhraseBank's; use .csv or .jsonl for others. To "
+                "learn its lines alone, as texts: `task='language-modelling'`, with a causal model."
             )
         else:
             yield place, _labelled(wanted, sentence.strip(), label.strip())

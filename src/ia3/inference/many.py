@@ -26,15 +26,22 @@ _CAPACITY = 256
 _NAMED = 5
 
 
-def find_adapters(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+def find_adapters(folder: Path, names: Sequence[str], places: Sequence[str]) -> dict[str, Path]:
     """Where the adapters of these names are, below a folder; a run's goes by the run's name.
 
     A name is only looked up among the folders that hold an adapter, so it can't lead out of the folder.
+
+    Args:
+        folder: what holds the folders of adapters.
+        names: the adapters', as often as they are asked for.
+        places: where each of them stands, for the error.
 
     Raises:
         ValueError: an unknown name, or no adapter at all.
     """
     known: dict[str, Path] = {}
+    if (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is itself an adapter: give the folder above it, which holds one for each name.")
     for path in sorted(folder.rglob(CONFIG_NAME)):
         place = path.parent.relative_to(folder)
         known[place.as_posix()] = path.parent
@@ -42,13 +49,16 @@ def find_adapters(folder: Path, names: Iterable[str]) -> dict[str, Path]:
             known.setdefault(place.parent.as_posix(), path.parent)
     if not known:
         raise ValueError(f"{folder} holds no adapters: expected folders in it, each with an {CONFIG_NAME}.")
-    wanted = list(dict.fromkeys(names))
-    unknown = [name for name in wanted if name not in known]
+    unknown = list(dict.fromkeys(name for name in names if name not in known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else f" It has {_shown(known)}."
-        raise ValueError(f"{folder} holds no adapter {_shown(unknown)}.{hint}")
-    return {name: known[name] for name in wanted}
+        count = sum(name not in known for name in names)
+        raise ValueError(
+            f"{folder} holds no adapter {_shown(unknown)}, named first in {places[names.index(unknown[0])]} and in "
+            f"{count:,} of {len(names):,} rows.{hint}"
+        )
+    return {name: known[name] for name in dict.fromkeys(names)}
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -149,6 +149,18 @@ def resolve(recipe: Recipe, kind: TaskKind, rows: int, labels: int) -> Recipe:
     return dataclasses.replace(recipe, **{name: defaults[name] for name in left})
 
 
+def describe_choice(asked: Recipe, chosen: Recipe) -> str:
+    """What `resolve` chose, in words; empty where everything was asked for."""
+    words = {
+        "learning_rate": f"learning rate {chosen.learning_rate:g}",
+        "steps": f"{chosen.steps or 0:,} steps",
+        "epochs": f"{chosen.epochs} passes over the rows",
+        "dropout": "dropout" if chosen.dropout else "no dropout",
+    }
+    found = [word for name, word in words.items() if getattr(asked, name) is None is not getattr(chosen, name)]
+    return ", ".join(found)
+
+
 # Keys that stand for one thing, so that a value over one takes the other away.
 _EITHER = (("epochs", "steps"), ("template", "text_column"))
 

@@ -99,8 +99,14 @@ def as_text(value: Any, what: str) -> str:
     return str(value).strip()
 
 
-def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
+def require_columns(source: str, found: Iterable[str], *wanted: str, labelled: bool = False) -> None:
     """Refuse a source that lacks a wanted column.
+
+    Args:
+        source: where the columns are.
+        found: the columns.
+        wanted: those that are needed.
+        labelled: whether an answer is one of these.
 
     Raises:
         ValueError: a column is missing; the message names those that are there, and the likely ones among them.
@@ -108,13 +114,13 @@ def require_columns(source: str, found: Iterable[str], *wanted: str) -> None:
     found = list(found)
     for column in wanted:
         if column not in found:
-            likely = likely_columns(found)
+            likely = likely_columns(found) if labelled else ""
             how = "template" if likely.startswith("`template") else "text_column"
             more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
             plain = {_plain(name): name for name in found}
             near = [f" Did you mean {plain[name]!r}?" for name in get_close_matches(_plain(column), plain, 1, 0.75)]
             raise SettingError(
                 f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found[:_SHOWN]))}{more}."
-                f"{''.join(near)} Name the right ones by `{how}` and `label_column`"
-                f"{f', such as {likely}' if likely else ''}."
+                f"{''.join(near)} Name the right {'ones' if labelled else 'one'} by `{how}`"
+                f"{' and `label_column`' if labelled else ''}{f', such as {likely}' if likely else ''}."
             )

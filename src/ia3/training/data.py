@@ -92,7 +92,7 @@ def _read_one(
     training, test = _draw(training, recipe.limit, recipe.seed), test[: recipe.test_limit]
     for each in [examples] if held_out is None else [examples, held_out]:
         console.print(each.describe(), markup=False, highlight=False)
-    overlap = len(set(training.texts) & set(test.texts))
+    overlap = len({(row.turns, row.text) for row in training} & {(row.turns, row.text) for row in test})
     if overlap:
         figure = "accuracy" if kind.has_answers else "loss"
         console.print(f"{overlap:,} held-out texts also occur in training: the {figure} will flatter.", style="yellow")

@@ -18,7 +18,7 @@ from ia3.inference.loading import DTYPES, Base
 from ia3.inference.predict import count_truncated
 from ia3.peft_model import get_peft_model
 from ia3.runs.look import Looked
-from ia3.runs.recipe import Recipe, resolve
+from ia3.runs.recipe import Recipe, describe_choice, resolve
 from ia3.runs.run import METRICS_NAME, RESULT_NAME, Evaluation, Run, TrainerState, compute_metrics, write_json
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import Task, TaskKind, save_task
@@ -66,10 +66,13 @@ def prepare(
     if common.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
     data = read_data(recipes, kind, console, resuming=resuming, looked=looked)
+    asked = common
     complete = [
         resolve(each, kind, len(training), len(_labels(kind, training, test)))
         for each, (training, test) in zip(complete, data, strict=True)
     ]
+    if chosen := describe_choice(asked, complete[0]):
+        console.print(f"Chosen by the task and its {len(data[0][0]):,} rows: {chosen}.", highlight=False)
     with console.status(f"Loading {base.name}"):
         tasks = [_make_task(each, *parts, base.tokenizer) for each, parts in zip(complete, data, strict=True)]
         model = _load_adapted(base, common, tasks[0].labels)
