@@ -130,5 +130,5 @@ def expect_folder_or_hub(name: str, what: str, holds: str) -> None:
     beside = [each.name for each in path.parent.iterdir() if (each / holds).is_file()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     if near or not (_ON_THE_HUB.fullmatch(name) or name.endswith(".gguf")):
-        meant = f" Did you mean {path.with_name(near[0])}?" if near else f" Expected a folder, or a {what} on the hub."
+        meant = f" Did you mean {path.with_name(near[0])}?" if near else " Expected a folder, or a hub repository."
         raise FileNotFoundError(f"There is no {what} {name!r}.{meant}")

@@ -102,7 +102,7 @@ WRONG = {
     "recipe broken": ("train --recipe broken.yaml", "broken.yaml is not YAML"),
     "recipe empty": ("train --recipe empty.yaml", "empty.yaml is no recipe"),
     "misspelt model": ("train damage {data}", "There is no model 'damage'. Did you mean damaged?"),
-    "misspelt folder": ("train some/folders/model {data}", "Expected a folder, or a model on the hub"),
+    "misspelt folder": ("train some/folders/model {data}", "Expected a folder, or a hub repository"),
     "folder without a model": ("train . {data}", "No config.json in .: the folder holds no model"),
     "misspelt flag": (f"{TRAIN} {{data}} --learning-rat 1", "No such option: --learning-rat"),
     "wrong choice": (f"{TRAIN} {{data}} --precision fp16", "--precision is 'fp16': input should be 'fp32' or 'bf16'"),
