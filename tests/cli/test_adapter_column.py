@@ -92,7 +92,7 @@ def test_the_output_has_a_column_for_each_label_of_any_adapter(fleet: Path, tmp_
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["acme", "acne"], "holds no adapter 'acne'. Did you mean 'acme' for 'acne'?"),
+        (["acme", "acne"], "line 3 and in 1 of 2 rows. Did you mean 'acme' for 'acne'?"),
         (["acme", "../acme"], "holds no adapter '../acme'"),
         (["acme", ""], "line 3 names no adapter in 'customer', as 1 of 2 rows"),
     ],

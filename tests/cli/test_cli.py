@@ -213,7 +213,20 @@ def test_an_interrupted_series_goes_on(base: Path, data: Path, tmp_path: Path, m
 
 
 def test_a_series_goes_on_past_a_run_that_diverges(base: Path, data: Path, tmp_path: Path) -> None:
-    how = ("train", "--model", base, "--data", data, "--epochs", 1, "--lr", 3e37, "--output", tmp_path / "runs")
+    how = (
+        "train",
+        "--model",
+        base,
+        "--data",
+        data,
+        "--epochs",
+        1,
+        "--lr",
+        3e37,
+        "--dropout",
+        "--output",
+        tmp_path / "runs",
+    )
     result = call(*how, "--seeds", "1,2")
     assert result.exit_code == 2
     assert "None of the 2 runs came to an end" in message(result)
