@@ -41,10 +41,8 @@ def complete(
             left out, then the beginning of the text.
         max_new_tokens: the longest answer in tokens; where the model's positions end before, the answer does, too, and
             a warning counts the prompts.
-        batch_size: prompts a batch; sorted by length, so that short ones aren't padded to long ones.
+        batch_size, beat, adapter_names: as in `predict`.
         generate: what `compile_answers` made for the model and `max_new_tokens`, to use it again; made here otherwise.
-        beat: called after each batch with its number of prompts.
-        adapter_names: the adapter of each text, attached or in the model's table; the active ones where left out.
 
     Returns:
         One answer a text, in the order of `texts`, special tokens and outer spaces removed.
@@ -67,12 +65,8 @@ def complete(
     lengths = [len(prompt) for prompt in prompts]
     short = sum(_room(model, length, max_new_tokens) < max_new_tokens for length in lengths)
     if short:
-        _logger.warning(
-            "%d of %d prompts leave less room than %d tokens in the model, so answers may be cut: lower max_length.",
-            short,
-            len(prompts),
-            max_new_tokens,
-        )
+        said = "%d of %d prompts leave less room than %d tokens in the model, so answers may be cut: lower max_length."
+        _logger.warning(said, short, len(prompts), max_new_tokens)
     made = generate or compile_answers(model, tokenizer, max_new_tokens)
 
     def answer(indices: list[int]) -> list[str]:

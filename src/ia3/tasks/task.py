@@ -198,7 +198,7 @@ def _task_of(content: Any, source: str) -> Task:
             raise ValueError(f"{source}: {name} is {value!r}, expected {expected}.")
         return value
 
-    def positive(name: str, value: Any) -> int:
+    def positive(name: str, value: Any) -> Any:
         return checked(name, value, lambda found: type(found) is int and found > 0, "a positive whole number")
 
     def one_of(name: str, value: Any, choices: Any) -> Any:
