@@ -247,7 +247,10 @@ def split_words(texts: Sequence[Sequence[str]], model: Any, tokenizer: Any, max_
         )
     if not texts:
         return []
-    blank = " " if _blank_is_of_the_word(tokenizer) else ""
+    # RoBERTa's and GPT-2's tokenizers read a word with the blank before it, and words one by one as run together.
+    together = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    apart = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    blank = " " if together != apart else ""
     spaced = [[*words[:1], *(blank + word for word in words[1:])] for words in texts]
     encoded = tokenizer(spaced, is_split_into_words=True, truncation=True, max_length=max_length)
     rows = [SplitText(ids, _starts(encoded.word_ids(index))) for index, ids in enumerate(encoded["input_ids"])]
@@ -312,13 +315,3 @@ def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[str], model: A
                 f"A text has {len(row)} tokens ({text[:60]!r}), and the model has {limit} positions: cut at "
                 f"max_length {limit} or less."
             )
-
-
-def _blank_is_of_the_word(tokenizer: Any) -> bool:
-    """Whether a word in the middle of a text is read with the blank before it, as RoBERTa's and GPT-2's tokenizers do.
-
-    These would read words that come one by one as one word, run together.
-    """
-    together = tokenizer("a a", add_special_tokens=False)["input_ids"]
-    apart = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return bool(together != apart)

@@ -82,11 +82,8 @@ def write_words(
 
 def compile_words(model: Any, max_new_tokens: int) -> Generate:
     """What generates a model's label words greedily; see `compile_generate`."""
-    return compile_generate(model, max_new_tokens=max_new_tokens, **_GREEDILY)
-
-
-# A summariser's own least length would make it write on after a label.
-_GREEDILY: dict[str, Any] = {"min_length": 0, "num_beams": 1, "do_sample": False}
+    # A summariser's own least length would make it write on after a label.
+    return compile_generate(model, max_new_tokens=max_new_tokens, min_length=0, num_beams=1, do_sample=False)
 
 
 def sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:

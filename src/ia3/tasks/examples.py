@@ -76,18 +76,6 @@ class Reading:
     others: tuple[str, ...] = ()
     suggested: Template | None = None
 
-    def describe_unread(self, rows: int) -> str:
-        """A line on the columns that may belong to the text, and what reads them; empty where there are none.
-
-        Args:
-            rows: how many there are.
-        """
-        if not self.unread:
-            return ""
-        columns = " and ".join(f"{name!r} ({count:,} of {rows:,} rows)" for name, count in self.unread)
-        are = "Columns are" if len(self.unread) > 1 else "A column is"
-        return f"{are} not read that may belong to the text: {columns}. {self.remedy}"
-
     @property
     def of_conversations(self) -> bool:
         """Whether the questions and answers are messages of conversations in a column of their own."""
@@ -174,8 +162,10 @@ class Examples(Sequence[Example]):
             others = ", ".join(map(repr, self.reading.others)) if self.reading is not None else ""
             left_out = f"; not read: {others}" if others else ""
             doubts.append(f"{most.answers:,} different answers to the same text, {most.text[:60]!r}{left_out}.")
-        if self.reading is not None and (unread := self.reading.describe_unread(len(self.rows))):
-            doubts.append(unread)
+        if self.reading is not None and (unread := self.reading.unread):
+            columns = " and ".join(f"{name!r} ({count:,} of {len(self.rows):,} rows)" for name, count in unread)
+            are = "Columns are" if len(unread) > 1 else "A column is"
+            doubts.append(f"{are} not read that may belong to the text: {columns}. {self.reading.remedy}")
         return doubts
 
     def _answers(self) -> list[str]:
