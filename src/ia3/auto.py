@@ -81,7 +81,7 @@ class AutoPeftModel:
         else:
             base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
         if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-            _name_padding(base.config)
+            name_padding(base.config)
         _grow_vocabulary(base, pretrained_model_name_or_path, here)
         return CLASS_FOR_TASK[cls._task].from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here
@@ -227,7 +227,7 @@ def _labels(task: Path | None) -> list[str] | None:
     return content.get("labels")
 
 
-def _name_padding(config: Any) -> None:
+def name_padding(config: Any) -> None:
     """Without a padding token a causal model's head takes one text at a time: the end token, as is usual."""
     text = config.get_text_config()
     if text.pad_token_id is None and text.eos_token_id is not None:

@@ -209,7 +209,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "of equally likely labels not the first is answered"),
         Mutant("sorted_batches", Instead("-lengths[index]", "lengths[index]"),
                "memory runs out at the last batch, not the first"),
-        Mutant("pad_rows", Instead("[1] * len(row) + [0] * (length - len(row))", "[1] * length"),
+        Mutant("pad_rows", Instead("[1] * len(row)", "[1] * length"),
                "padding is read as text"),
         Mutant("LabelScorer.scores", Instead("self.length_normalised", "True"),
                "length_normalised=False changes nothing"),

@@ -8,7 +8,8 @@ become one label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def load_examples(
     system = chats and holds_lists(records, wording.fields[0])
     how = known or Format("", wording, label_column if kind.has_answers else None, reads_system=system)
     require_columns(records.source, records.columns, *how.wanted, labelled=how.answer is not None)
-    read = read_to_learn if chats else _reader(kind)
+    tagged = kind is TaskKind.TOKEN_CLASSIFICATION
+    read = read_to_learn if chats else _read_tagged_words if tagged else partial(_read_text, kind=kind)
     found = [read(record, f"{records.source}, {place}", how) for place, record in records]
     rows = tuple(each.example for each in found if each.example is not None)
     empty = len(found) - len(rows) + records.blank
@@ -157,13 +159,6 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
             f"expected one column alone, such as '{{{template.fields[0]}}}'."
         )
     return template
-
-
-def _reader(kind: TaskKind) -> Callable[[Mapping[str, Any], str, Format], Learnable]:
-    """What makes an example of a record, its place and its columns."""
-    if kind is TaskKind.TOKEN_CLASSIFICATION:
-        return _read_tagged_words
-    return lambda record, place, how: _read_text(record, place, how, kind)
 
 
 def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKind) -> Learnable:

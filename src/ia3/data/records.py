@@ -148,15 +148,11 @@ def _read_bundled(name: str, wanted: Wanted) -> Table:
         raise ValueError(f"{name} has no split {part!r}; expected 'train' or 'test'.")
     table = read_csv(TWEETS_FOLDER / f"{part}.csv", Wanted("text", "label"))
     rows = ((place, _labelled(wanted, *record.values())) for place, record in table.rows if record is not None)
-    return Table(f"{name} ({part})", rows, _sentiments(wanted))
+    return Table(f"{name} ({part})", rows, {wanted.label or "label": SENTIMENTS})
 
 
 def _labelled(wanted: Wanted, text: str, label: str) -> dict[str, Any]:
     return {wanted.text: text, wanted.label or "label": label}
-
-
-def _sentiments(wanted: Wanted) -> dict[str, tuple[str, ...]]:
-    return {wanted.label or "label": SENTIMENTS}
 
 
 def _download_phrasebank() -> Path:
@@ -191,16 +187,15 @@ def _read_zip(path: Path, wanted: Wanted) -> Table:
 def _read_txt(path: Path, wanted: Wanted) -> Table:
     if wanted.label is not None:
         return _phrasebank(path.read_bytes(), str(path), wanted)
-    text, remarks = _text_of(path)
+    text, remarks = _text_of(path.read_bytes(), str(path))
     rows = ((place, {wanted.text: line} if line else None) for place, line in _stripped_lines(text))
     return Table(str(path), rows, {}, remarks)
 
 
 def _phrasebank(content: bytes, source: str, wanted: Wanted) -> Table:
     """`sentence@label` lines, in UTF-8 or, as first published, ISO-8859-1, which is part of Windows-1252."""
-    text, encoding, _ = decode(content, source)
-    rows = _phrasebank_rows(text, source, wanted)
-    return Table(source, rows, _sentiments(wanted), remark_of(source, ENCODINGS.get(encoding, ())))
+    text, remarks = _text_of(content, source)
+    return Table(source, _phrasebank_rows(text, source, wanted), {wanted.label or "label": SENTIMENTS}, remarks)
 
 
 def _phrasebank_rows(text: str, source: str, wanted: Wanted) -> _Rows:
@@ -224,14 +219,14 @@ def _stripped_lines(text: str) -> Iterator[tuple[str, str]]:
         yield f"line {number}", line.strip()
 
 
-def _text_of(path: Path) -> tuple[str, tuple[str, ...]]:
+def _text_of(content: bytes, source: str) -> tuple[str, tuple[str, ...]]:
     """A file's text, and what to say of its encoding."""
-    text, encoding, _ = decode(path.read_bytes(), str(path))
-    return text, remark_of(str(path), ENCODINGS.get(encoding, ()))
+    text, encoding, _ = decode(content, source)
+    return text, remark_of(source, ENCODINGS.get(encoding, ()))
 
 
 def _read_json(path: Path, wanted: Wanted) -> Table:
-    text, remarks = _text_of(path)
+    text, remarks = _text_of(path.read_bytes(), str(path))
     return Table(str(path), _json_rows(text, path), {}, remarks)
 
 

@@ -57,8 +57,7 @@ class Answerer:
         self.model, self.tokenizer, self.task, self.batch_size = model.eval(), tokenizer, task, batch_size
         self.scorer = self.generate = None
         if task.ranks:
-            sizes: dict[str, Any] = {"max_length": task.max_length, "batch_size": batch_size}
-            self.scorer = LabelScorer(model, tokenizer, task.labels, **sizes)
+            self.scorer = LabelScorer(model, tokenizer, task.labels, max_length=task.max_length, batch_size=batch_size)
         elif task.kind.task_type is TaskType.CAUSAL_LM:
             self.generate = compile_answers(model, tokenizer, _longest(task))
         elif task.kind.writes:
@@ -70,9 +69,8 @@ class Answerer:
         if made is None or self.model.device.type != "cuda":
             return None
         what = "The labels are scored" if self.scorer is not None else "The answers are written"
-        if made.reason is not None:
-            return f"{what} the ordinary way, since {made.reason}."
-        return f"{what} by captured CUDA graphs."
+        how = "by captured CUDA graphs" if made.reason is None else f"the ordinary way, since {made.reason}"
+        return f"{what} {how}."
 
     def count_cut(self, examples: Sequence[Example]) -> int:
         """How many of the examples are longer than the task's length, so that they are cut."""

@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from ia3.auto import without_the_loading_report
+from ia3.auto import name_padding, without_the_loading_report
 from ia3.bundled import resolve_model
 from ia3.heads import head_parts
-from ia3.inference.predict import Beat, pad_rows, sorted_batches
+from ia3.inference.predict import Beat, most_positions, pad_rows, sorted_batches, tokenise_inputs
 from ia3.inference.rank import Ranking, likeliest, rankings
 from ia3.tasks.task import TaskKind
 
 _logger = logging.getLogger(__name__)
 
-_AUTO_CLASSES = {
-    TaskKind.SEQUENCE_CLASSIFICATION: "SequenceClassification",
-    TaskKind.TOKEN_CLASSIFICATION: "TokenClassification",
+_AUTO_CLASSES: dict[TaskKind, Any] = {
+    TaskKind.SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    TaskKind.TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
 }
 
 
@@ -75,8 +74,12 @@ def load_classifier(
     folder = resolve_model(model_name)
     config = AutoConfig.from_pretrained(folder)
     auto_class = _auto_class(kind, config, model_name)
-    known = _known_labels(config)
-    _configure(config, kind, labels)
+    known = tuple(config.id2label[index] for index in sorted(config.id2label))
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    if kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        config.problem_type = "single_label_classification"
+    name_padding(config)
     with without_the_loading_report(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model, loading = auto_class.from_pretrained(
@@ -85,7 +88,8 @@ def load_classifier(
     model.name_or_path = model.config.name_or_path = model_name
     fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     _expect_the_base(model, fresh, model_name)
-    if known not in ((), tuple(labels)) and not fresh:
+    # transformers calls labels without names LABEL_0 and so on.
+    if not fresh and known not in (tuple(labels), tuple(f"LABEL_{index}" for index in range(len(known)))):
         _logger.warning(
             "%s comes with a head for %s; its outputs now mean %s, in this order.", model_name, [*known], [*labels]
         )
@@ -152,13 +156,8 @@ def tag(
 ) -> list[list[Tagged]]:
     """Choose a tag for each word of each text, by the word's first token.
 
-    Args:
-        model: a model with a head for classes of words, with or without an adapter; left in evaluation mode.
-        tokenizer: the base model's tokenizer, a fast one.
-        texts: each text as its words.
-        max_length: where longer texts are cut, in tokens; the words beyond get no tag, and a warning counts them.
-        batch_size: texts a batch, sorted by length.
-        beat: called after each batch with its number of texts.
+    The arguments are those of `classify`, but for a head for classes of words, a fast tokenizer, and texts that come
+    as words. Words beyond `max_length` get no tag, and a warning counts them.
 
     Returns:
         One list a text, one `Tagged` a word, in their order.
@@ -230,7 +229,7 @@ def tokenise_texts(texts: Sequence[str], model: Any, tokenizer: Any, max_length:
     Raises:
         ValueError: a text without tokens, or one longer than the model's positions.
     """
-    rows: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+    rows = tokenise_inputs(tokenizer, texts, max_length)
     _check_lengths(rows, texts, model, tokenizer)
     return rows
 
@@ -248,7 +247,10 @@ def split_words(texts: Sequence[Sequence[str]], model: Any, tokenizer: Any, max_
         )
     if not texts:
         return []
-    blank = " " if _blank_is_of_the_word(tokenizer) else ""
+    # RoBERTa's and GPT-2's tokenizers read a word with the blank before it, and words one by one as run together.
+    together = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    apart = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    blank = " " if together != apart else ""
     spaced = [[*words[:1], *(blank + word for word in words[1:])] for words in texts]
     encoded = tokenizer(spaced, is_split_into_words=True, truncation=True, max_length=max_length)
     rows = [SplitText(ids, _starts(encoded.word_ids(index))) for index, ids in enumerate(encoded["input_ids"])]
@@ -256,12 +258,8 @@ def split_words(texts: Sequence[Sequence[str]], model: Any, tokenizer: Any, max_
     count = sum(len(words) for words in texts)
     unread = count - sum(len(row.starts) for row in rows)
     if unread:
-        _logger.warning(
-            "%d of %d words have no token within the first %d, so they get no tag: raise max_length.",
-            unread,
-            count,
-            max_length,
-        )
+        said = "%d of %d words have no token within the first %d, so they get no tag: raise max_length."
+        _logger.warning(said, unread, count, max_length)
     return rows
 
 
@@ -282,31 +280,13 @@ def _check_labels(labels: Sequence[str]) -> None:
 def _auto_class(kind: TaskKind, config: Any, model_name: str) -> Any:
     if kind not in _AUTO_CLASSES:
         raise ValueError(f"A task of the type {kind.value!r} has no head: expected {[k.value for k in _AUTO_CLASSES]}.")
-    name = f"AutoModelFor{_AUTO_CLASSES[kind]}"
-    auto_class = getattr(transformers, name)
+    auto_class = _AUTO_CLASSES[kind]
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"{model_name} is a {config.model_type} model, which transformers has no head for {kind.value} for "
-            f"({name}): choose another base model, such as a BERT."
+            f"({auto_class.__name__}): choose another base model, such as a BERT."
         )
     return auto_class
-
-
-def _known_labels(config: Any) -> tuple[str, ...]:
-    """The labels that a configuration names, other than transformers' LABEL_0 and so on."""
-    labels = tuple(config.id2label[index] for index in sorted(config.id2label))
-    return () if labels == tuple(f"LABEL_{index}" for index in range(len(labels))) else labels
-
-
-def _configure(config: Any, kind: TaskKind, labels: Sequence[str]) -> None:
-    """Name the labels; a causal model without a padding token pads with its end token, as is usual."""
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
-    if kind is TaskKind.SEQUENCE_CLASSIFICATION:
-        config.problem_type = "single_label_classification"
-    text = config.get_text_config()
-    if text.pad_token_id is None and text.eos_token_id is not None:
-        text.pad_token_id = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
 
 
 def _expect_the_base(model: nn.Module, fresh: Iterable[str], model_name: str) -> None:
@@ -326,8 +306,7 @@ def _is_untrained(pooler: nn.Module) -> bool:
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[str], model: Any, tokenizer: Any) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
-    limit = min(tokenizer.model_max_length, positions) if positions > 0 else tokenizer.model_max_length  # XLNet has -1
+    limit = min(tokenizer.model_max_length, most_positions(model) or tokenizer.model_max_length)
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise ValueError(f"The tokenizer makes no token of the text {text[:60]!r}: remove it.")
@@ -336,13 +315,3 @@ def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[str], model: A
                 f"A text has {len(row)} tokens ({text[:60]!r}), and the model has {limit} positions: cut at "
                 f"max_length {limit} or less."
             )
-
-
-def _blank_is_of_the_word(tokenizer: Any) -> bool:
-    """Whether a word in the middle of a text is read with the blank before it, as RoBERTa's and GPT-2's tokenizers do.
-
-    These would read words that come one by one as one word, run together.
-    """
-    together = tokenizer("a a", add_special_tokens=False)["input_ids"]
-    apart = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    return bool(together != apart)

@@ -7,11 +7,8 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ia3.fast.generate import Generate, compile_generate
-from ia3.inference.predict import Beat, answer_in_batches, names_of, sorted_batches
+from ia3.inference.predict import Beat, answer_in_batches, most_positions, names_of, pad_rows, sorted_batches
 
 _logger = logging.getLogger(__name__)
 
@@ -44,10 +41,8 @@ def complete(
             left out, then the beginning of the text.
         max_new_tokens: the longest answer in tokens; where the model's positions end before, the answer does, too, and
             a warning counts the prompts.
-        batch_size: prompts a batch; sorted by length, so that short ones aren't padded to long ones.
+        batch_size, beat, adapter_names: as in `predict`.
         generate: what `compile_answers` made for the model and `max_new_tokens`, to use it again; made here otherwise.
-        beat: called after each batch with its number of prompts.
-        adapter_names: the adapter of each text, attached or in the model's table; the active ones where left out.
 
     Returns:
         One answer a text, in the order of `texts`, special tokens and outer spaces removed.
@@ -70,12 +65,8 @@ def complete(
     lengths = [len(prompt) for prompt in prompts]
     short = sum(_room(model, length, max_new_tokens) < max_new_tokens for length in lengths)
     if short:
-        _logger.warning(
-            "%d of %d prompts leave less room than %d tokens in the model, so answers may be cut: lower max_length.",
-            short,
-            len(prompts),
-            max_new_tokens,
-        )
+        said = "%d of %d prompts leave less room than %d tokens in the model, so answers may be cut: lower max_length."
+        _logger.warning(said, short, len(prompts), max_new_tokens)
     made = generate or compile_answers(model, tokenizer, max_new_tokens)
 
     def answer(indices: list[int]) -> list[str]:
@@ -157,18 +148,14 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """
     if not texts:
         return []
-    head = [] if has_template(tokenizer) else _beginning(tokenizer)
+    # Before plain text stands the tokenizer's first token, where it has one.
+    first = [] if has_template(tokenizer) else tokenizer("")["input_ids"][:1]
+    head = [token for token in first if token == tokenizer.bos_token_id]
     rows = [[*head, *ids] for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
     for text, row in zip(texts, rows, strict=True):
         if not row:
             raise ValueError(f"The text {text!r} has no tokens, so there is nothing to go on from: remove it.")
     return rows
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before plain text: its first token, or nothing."""
-    ids: list[int] = tokenizer("")["input_ids"]
-    return [token for token in ids[:1] if token == tokenizer.bos_token_id]
 
 
 def cut_prompt(tokenizer: Any, text: str, turns: Turns = (), system: str | None = None, *, room: int) -> list[int]:
@@ -253,12 +240,6 @@ def _room(model: Any, length: int, max_new_tokens: int) -> int:
     return max_new_tokens if limit is None else min(max_new_tokens, limit - length)
 
 
-def most_positions(model: Any) -> int | None:
-    """How many tokens the model can read; None where its configuration sets no end."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
-
-
 def check_positions(model: Any, longest: int) -> None:
     """Refuse sequences that are longer than the model can read.
 
@@ -297,7 +278,7 @@ def write(
     if room < max_new_tokens:
         generate = compile_answers(model, tokenizer, room)
     ends = end_tokens(model, tokenizer)
-    batch = _left_padded(prompts, _padding(tokenizer, ends))
+    batch = pad_rows(prompts, _padding(tokenizer, ends), left=True)
     tokens = generate(batch["input_ids"], batch["attention_mask"], adapter_names=adapter_names)
     answers = [_up_to_end(row, ends) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
     return [answer.strip() for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -324,13 +305,6 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]
 def _padding(tokenizer: Any, ends: Sequence[int]) -> int:
     """Padding is masked, so any token will do where there is none for it."""
     return ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], filler: int) -> dict[str, Tensor]:
-    width = max(map(len, prompts))
-    ids = [[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:

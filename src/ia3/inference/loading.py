@@ -13,16 +13,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ia3.auto import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
+from ia3 import auto
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
+from ia3.peft_model import CLASS_FOR_TASK
 from ia3.tasks.task import TaskKind
 
 # The precisions of recipes and task files.
@@ -172,18 +168,10 @@ def load_adapter(adapter: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
         raise ValueError(
             f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
         )
-    loader = _LOADERS.get(config.task_type)
-    if loader is None:
+    if config.task_type not in {kind.task_type for kind in TaskKind}:
         raise ValueError(f"The adapter in {adapter} is for the task {config.task_type}, which this can't answer.")
     tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision)
     with reading_weights(config.base_model_name_or_path):
+        loader = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
         model = loader.from_pretrained(adapter, **({} if dtype is None else {"dtype": dtype}))
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
-
-
-_LOADERS: dict[str | None, Any] = {
-    TaskType.SEQ_2_SEQ_LM: AutoPeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM: AutoPeftModelForCausalLM,
-    TaskType.SEQ_CLS: AutoPeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: AutoPeftModelForTokenClassification,
-}

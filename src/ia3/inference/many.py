@@ -107,7 +107,12 @@ def answer_each(
             table = AdapterTable(model, capacity=max(_CAPACITY, batch_size))
             for name in together:
                 table.register(str(folders[name]), folders[name])
-        for task, places in _by_task(tasks, names, together).items():
+        answered_by = {name: _without_reading(tasks[name]) for name in together}
+        by_task: dict[Task, list[int]] = defaultdict(list)
+        for place, name in enumerate(names):
+            if name in answered_by:
+                by_task[answered_by[name]].append(place)
+        for task, places in by_task.items():
             answerer = Answerer(model, tokenizer, task, batch_size=batch_size)
             own = [str(folders[names[place]]) for place in places] if len(together) > 1 else None
             found = answerer([examples[place] for place in places], beat, own)
@@ -121,16 +126,6 @@ def _base_of(name: str, folder: Path, task: Task) -> tuple[Any, ...]:
     base = (config.base_model_name_or_path, config.revision, config.task_type, task.precision)
     is_vectors = task.kind.writes and all(".ia3_l" in key for key in load_peft_weights(folder))
     return base if is_vectors else (*base, name)
-
-
-def _by_task(tasks: Mapping[str, Task], names: Sequence[str], chosen: Iterable[str]) -> dict[Task, list[int]]:
-    """The places of the examples of some adapters, by what rendered texts are answered by."""
-    wanted = {name: _without_reading(tasks[name]) for name in chosen}
-    places: dict[Task, list[int]] = defaultdict(list)
-    for place, name in enumerate(names):
-        if name in wanted:
-            places[wanted[name]].append(place)
-    return places
 
 
 def _without_reading(task: Task) -> Task:

@@ -45,12 +45,11 @@ def predict(
         One word or phrase a text, in the order of `texts`.
     """
     rows, written = tokenise_inputs(tokenizer, texts, max_length), generate or compile_words(model, max_new_tokens)
-    batches = sorted_batches([len(row) for row in rows], batch_size)
 
     def answer(indices: list[int]) -> list[str]:
         return write_words(tokenizer, [rows[i] for i in indices], written, names_of(adapter_names, indices))
 
-    return answer_in_batches(batches, answer, beat)
+    return answer_in_batches(sorted_batches([len(row) for row in rows], batch_size), answer, beat)
 
 
 def names_of(adapter_names: Sequence[str] | None, indices: Sequence[int]) -> list[str] | None:
@@ -83,11 +82,8 @@ def write_words(
 
 def compile_words(model: Any, max_new_tokens: int) -> Generate:
     """What generates a model's label words greedily; see `compile_generate`."""
-    return compile_generate(model, max_new_tokens=max_new_tokens, **_GREEDILY)
-
-
-# A summariser's own least length would make it write on after a label.
-_GREEDILY: dict[str, Any] = {"min_length": 0, "num_beams": 1, "do_sample": False}
+    # A summariser's own least length would make it write on after a label.
+    return compile_generate(model, max_new_tokens=max_new_tokens, min_length=0, num_beams=1, do_sample=False)
 
 
 def sorted_batches(lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
@@ -117,8 +113,14 @@ def answer_in_batches(
     return [found[index] for index in range(len(found))]
 
 
+def most_positions(model: Any) -> int | None:
+    """How many tokens the model can read; None where its configuration sets no end, as XLNet's, which says -1."""
+    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    return limit if limit > 0 else None
+
+
 def pad_rows(
-    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
+    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None, *, left: bool = False
 ) -> dict[str, Tensor]:
     """Stack rows of token ids, padded at the right, where no position before them moves.
 
@@ -126,6 +128,7 @@ def pad_rows(
         rows: token ids.
         pad_token_id: what fills them up; the attention mask is 0 there.
         pad_to_multiple_of: round the length up to a multiple of this.
+        left: pad at the left, so that all rows end where an answer begins.
 
     Returns:
         `input_ids` and `attention_mask` `[rows, length]`.
@@ -133,7 +136,12 @@ def pad_rows(
     length = max(len(row) for row in rows)
     if pad_to_multiple_of is not None:
         length += -length % pad_to_multiple_of
+
+    def padded(row: Sequence[int], filler: int) -> list[int]:
+        gap = [filler] * (length - len(row))
+        return [*gap, *row] if left else [*row, *gap]
+
     return {
-        "input_ids": torch.tensor([[*row, *[pad_token_id] * (length - len(row))] for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        "input_ids": torch.tensor([padded(row, pad_token_id) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows]),
     }

@@ -166,20 +166,17 @@ class LabelScorer:
         self.model.eval()
         if not self.guard.is_valid():
             self._record_anew()
-        score = self._at_once if self.reason is not None or act_here() else self._filled_up
-        return score(rows)
+        if self.reason is None and not act_here():
+            return self._filled_up(rows)
+        batch = pad_rows(rows, self.tokenizer.pad_token_id)
+        shared, device = self.choices.expand(len(rows), -1, -1), self.model.device
+        return choice_log_probabilities(self.model, shared, **{name: its.to(device) for name, its in batch.items()})
 
     def scores(self, log_probabilities: Tensor) -> Tensor:
         """One score a label of what `log_probabilities` gives: `[rows, labels]` on the CPU, summed in float64."""
         found = log_probabilities.cpu().double()
         shared = self.tokens.expand(len(found), -1, -1)
         return choice_scores(found, shared, length_normalised=self.length_normalised)
-
-    def _at_once(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        batch = pad_rows(rows, self.tokenizer.pad_token_id)
-        return _log_probabilities(
-            self.model, self.choices, **{name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        )
 
     def _filled_up(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Of a batch that is filled up to one of few shapes."""
@@ -205,15 +202,11 @@ def _why_not(model: Any) -> str | None:
     return capture_unsupported_reason(model)
 
 
-def _log_probabilities(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Those of all choices `[choices, length]` after each row, `[rows, choices, length]`."""
-    shared = choices.expand(len(input_ids), -1, -1)
-    return choice_log_probabilities(model, shared, input_ids=input_ids, attention_mask=attention_mask)
-
-
 def _under_masks(model: Any, choices: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The same, with masks whose values the model doesn't look at on the host."""
-    return _log_probabilities(model, choices, input_ids, additive_mask(attention_mask[:, None, None] != 0, model.dtype))
+    """Those of all choices `[choices, length]` after each row; the model looks at no mask's values on the host."""
+    mask = additive_mask(attention_mask[:, None, None] != 0, model.dtype)
+    shared = choices.expand(len(input_ids), -1, -1)
+    return choice_log_probabilities(model, shared, input_ids=input_ids, attention_mask=mask)
 
 
 def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:

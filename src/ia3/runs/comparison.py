@@ -161,18 +161,15 @@ def _find_runs(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"There is no folder {folder}: name the folder of your runs, or train one by ia3 train."
         )
-    runs = [path.parent for path in sorted(folder.rglob(RECIPE_NAME)) if _has_begun(path.parent)]
+    begun = (ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME)  # against a folder with a recipe of somebody's own
+    found = [path.parent for path in sorted(folder.rglob(RECIPE_NAME))]
+    runs = [path for path in found if any((path / name).is_file() for name in begun)]
     if not runs:
         raise FileNotFoundError(
             f"There are no runs in {folder}, nor below it: a run's folder holds {RECIPE_NAME} and {ENVIRONMENT_NAME}. "
             "Name the folder that was --output of ia3 train, or one above it."
         )
     return runs
-
-
-def _has_begun(folder: Path) -> bool:
-    """Whether it is a run's folder and not one with a recipe of somebody's own."""
-    return any((folder / name).is_file() for name in (ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME))
 
 
 def _read_run(folder: Path) -> RunRecord:

@@ -40,13 +40,12 @@ def is_usual(column: str) -> bool:
 
 def belongs_to_text(column: str, read: Iterable[str]) -> bool:
     """Whether a column usually belongs to the text: by its name, or as `sentence2` beside a read `sentence1`."""
-    name = _plain(column)
-    return name in _OF_THE_TEXT or any(_are_siblings(name, _plain(other)) for other in read)
+    return _plain(column) in _OF_THE_TEXT or _stem(column) in map(_stem, read)
 
 
-def _are_siblings(name: str, other: str) -> bool:
-    stems = [match[1] if (match := _NUMBERED.fullmatch(each)) else each for each in (name, other)]
-    return stems[0] == stems[1]
+def _stem(column: str) -> str:
+    """What siblings share: a name without its number."""
+    return match[1] if (match := _NUMBERED.fullmatch(_plain(column))) else _plain(column)
 
 
 def template_of(columns: Sequence[str]) -> str:
@@ -61,7 +60,7 @@ def likely_columns(found: Sequence[str]) -> str:
     answer = next((names[name] for name in _ANSWERS if name in names), None)
     texts = [column for column in found if _plain(column) in _TEXTS]
     if not texts:
-        stems = {column: match[1] for column in found if (match := _NUMBERED.fullmatch(_plain(column)))}
+        stems = {column: _stem(column) for column in found if _stem(column) != _plain(column)}
         siblings = Counter(stems.values())
         texts = [column for column, stem in stems.items() if 1 < siblings[stem] <= _PARTS]
     if not texts:

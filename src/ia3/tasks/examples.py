@@ -76,18 +76,6 @@ class Reading:
     others: tuple[str, ...] = ()
     suggested: Template | None = None
 
-    def describe_unread(self, rows: int) -> str:
-        """A line on the columns that may belong to the text, and what reads them; empty where there are none.
-
-        Args:
-            rows: how many there are.
-        """
-        if not self.unread:
-            return ""
-        columns = " and ".join(f"{name!r} ({count:,} of {rows:,} rows)" for name, count in self.unread)
-        are = "Columns are" if len(self.unread) > 1 else "A column is"
-        return f"{are} not read that may belong to the text: {columns}. {self.remedy}"
-
     @property
     def of_conversations(self) -> bool:
         """Whether the questions and answers are messages of conversations in a column of their own."""
@@ -171,9 +159,13 @@ class Examples(Sequence[Example]):
         if self.kind in ONE_LABEL_A_TEXT and not self._named_classes and (doubt := doubt_classes(self._answers())):
             doubts.append(f"Are these labels? {doubt[:1].upper()}{doubt[1:]}.")
         if not self.kind.has_labels and (most := conflicts_of(self)).answers >= _MANY_ANSWERS:
-            doubts.append(f"{most.answers:,} different answers to the same text, {most.text[:60]!r}{self._left_out()}.")
-        if self.reading is not None and (unread := self.reading.describe_unread(len(self.rows))):
-            doubts.append(unread)
+            others = ", ".join(map(repr, self.reading.others)) if self.reading is not None else ""
+            left_out = f"; not read: {others}" if others else ""
+            doubts.append(f"{most.answers:,} different answers to the same text, {most.text[:60]!r}{left_out}.")
+        if self.reading is not None and (unread := self.reading.unread):
+            columns = " and ".join(f"{name!r} ({count:,} of {len(self.rows):,} rows)" for name, count in unread)
+            are = "Columns are" if len(unread) > 1 else "A column is"
+            doubts.append(f"{are} not read that may belong to the text: {columns}. {self.reading.remedy}")
         return doubts
 
     def _answers(self) -> list[str]:
@@ -183,10 +175,6 @@ class Examples(Sequence[Example]):
     @property
     def _named_classes(self) -> bool:
         return self.reading is not None and self.reading.class_names
-
-    def _left_out(self) -> str:
-        others = self.reading.others if self.reading is not None else ()
-        return f"; not read: {', '.join(map(repr, others))}" if others else ""
 
     def _counts(self) -> str:
         if not self.kind.has_labels:
@@ -271,7 +259,8 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
     sizes = Counter(_what_is_read(row) for row in rows)
     if examples.kind in ONE_LABEL_A_TEXT:
         held_out = _stratified(rows, sizes, room)
-        held_out -= _only_rows(rows, held_out)
+        learned = {row.label for row in rows if _what_is_read(row) not in held_out}
+        held_out -= {_what_is_read(row) for row in rows if row.label not in learned}
     else:
         held_out = _fitting(sizes, sizes, room)
     if not 0 < len(held_out) < len(sizes):
@@ -313,12 +302,6 @@ def _stratified(rows: Sequence[Example], sizes: Mapping[_Text, int], room: int) 
     # Texts that stand in more rows than their label's share.
     others = (text for label in several for text in of_label[label][1:] if text not in held_out)
     return held_out | _fitting(others, sizes, missed)
-
-
-def _only_rows(rows: Sequence[Example], held_out: set[_Text]) -> set[_Text]:
-    """The held-out texts of labels that no other text has."""
-    learned = {row.label for row in rows if _what_is_read(row) not in held_out}
-    return {_what_is_read(row) for row in rows if row.label not in learned}
 
 
 def answers_to_texts(*parts: Sequence[Example]) -> list[str]:

@@ -48,19 +48,21 @@ def match_spellings(labels: Iterable[str], known: Sequence[str]) -> dict[str, st
 
     A known label stays as it is, and one that could be several known ones does, too.
     """
-    by_key: dict[str, list[str]] = defaultdict(list)
-    for label in known:
-        by_key[label_key(label)].append(label)
+    by_key = _by_key(known)
     unknown = [label for label in dict.fromkeys(labels) if label not in known]
     return {label: by_key[label_key(label)][0] for label in unknown if len(by_key.get(label_key(label), ())) == 1}
 
 
 def spellings_apart(labels: Iterable[str]) -> list[list[str]]:
     """The groups of labels that are spellings of one."""
+    return [group for group in _by_key(dict.fromkeys(labels)).values() if len(group) > 1]
+
+
+def _by_key(labels: Iterable[str]) -> dict[str, list[str]]:
     by_key: dict[str, list[str]] = defaultdict(list)
-    for label in dict.fromkeys(labels):
+    for label in labels:
         by_key[label_key(label)].append(label)
-    return [group for group in by_key.values() if len(group) > 1]
+    return by_key
 
 
 def describe_spellings(replaced: Mapping[str, str]) -> str:

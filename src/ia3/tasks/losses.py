@@ -59,7 +59,16 @@ def tfew_losses(logits: Tensor, choices: Tensor, correct: Tensor) -> TFewLosses:
     Raises:
         ValueError: shapes that don't fit together, or a single choice.
     """
-    _check_shapes(logits, choices, correct)
+    if choices.dim() != 3 or logits.shape[:-1] != choices.shape or correct.shape != choices.shape[:1]:
+        raise ValueError(
+            "Expected logits [examples, choices, length, vocabulary], choices [examples, choices, length] and "
+            f"correct [examples]; got {tuple(logits.shape)}, {tuple(choices.shape)} and {tuple(correct.shape)}."
+        )
+    if choices.shape[1] < 2:
+        raise ValueError(
+            "There is one choice an example, so none is wrong: pass at least two, or train on the correct one "
+            "with the model's own loss."
+        )
     logits = _wide(logits)
     present = choices != IGNORE_INDEX
     right = (torch.arange(choices.shape[1], device=choices.device) == correct.unsqueeze(-1)).unsqueeze(-1)
@@ -96,24 +105,17 @@ def choice_logits(model: Any, choices: Tensor, *, input_ids: Tensor, attention_m
             f"{type(model).__name__} is no encoder-decoder model, so its encoder can't be run once for all "
             "choices: pass a seq2seq model, such as a T5 or a BART."
         )
-    count = choices.shape[1]
     encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     if hides_choices(model):
-        output = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-            attention_mask=attention_mask,
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(choices.flatten(0, 1)).view(len(choices), -1),
-            decoder_attention_mask=_side_by_side(choices, model.dtype),
-            use_cache=False,
-        )
+        shifted = model.prepare_decoder_input_ids_from_labels(choices.flatten(0, 1)).view(len(choices), -1)
+        given = {"decoder_input_ids": shifted, "decoder_attention_mask": _side_by_side(choices, model.dtype)}
     else:
         # Each family shifts its labels in its own way, and only the model's forward knows it in all of them.
-        output = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(count, dim=0)),
-            attention_mask=attention_mask.repeat_interleave(count, dim=0),
-            labels=choices.flatten(0, 1),
-            use_cache=False,
-        )
+        given = {"labels": choices.flatten(0, 1)}
+        count = choices.shape[1]
+        encoded, attention_mask = (each.repeat_interleave(count, dim=0) for each in (encoded, attention_mask))
+    encoder_outputs = BaseModelOutput(last_hidden_state=encoded)
+    output = model(encoder_outputs=encoder_outputs, attention_mask=attention_mask, **given, use_cache=False)
     logits: Tensor = output.logits
     return logits.view(*choices.shape, -1)
 
@@ -175,19 +177,6 @@ def pad_choices(choices: Sequence[Sequence[int]]) -> Tensor:
     """Stack choices of different lengths, padded with -100: `[choices, longest]`."""
     length = max(len(ids) for ids in choices)
     return torch.tensor([[*ids, *[IGNORE_INDEX] * (length - len(ids))] for ids in choices])
-
-
-def _check_shapes(logits: Tensor, choices: Tensor, correct: Tensor) -> None:
-    if choices.dim() != 3 or logits.shape[:-1] != choices.shape or correct.shape != choices.shape[:1]:
-        raise ValueError(
-            "Expected logits [examples, choices, length, vocabulary], choices [examples, choices, length] and "
-            f"correct [examples]; got {tuple(logits.shape)}, {tuple(choices.shape)} and {tuple(correct.shape)}."
-        )
-    if choices.shape[1] < 2:
-        raise ValueError(
-            "There is one choice an example, so none is wrong: pass at least two, or train on the correct one "
-            "with the model's own loss."
-        )
 
 
 def _wide(logits: Tensor) -> Tensor:

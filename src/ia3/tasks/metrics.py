@@ -113,11 +113,6 @@ def f1_scores(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[st
     return scores
 
 
-def macro_f1(scores: Mapping[str, float]) -> float:
-    """The mean of what `f1_scores` gives."""
-    return sum(scores.values()) / len(scores)
-
-
 def figures_of(references: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """The figures of answers, as JSON writes them.
 
@@ -136,10 +131,9 @@ def figures_of(references: Sequence[str], predictions: Sequence[str], labels: Se
     correct, total = count_correct(references, predictions), len(references)
     if not total:
         return {"correct": 0, "examples": 0}
-    interval = wilson_interval(correct, total)
     figures = {
         "accuracy": correct / total,
-        "accuracy_interval_95": list(interval),
+        "accuracy_interval_95": list(wilson_interval(correct, total)),
         "correct": correct,
         "examples": total,
     }
@@ -151,7 +145,7 @@ def figures_of(references: Sequence[str], predictions: Sequence[str], labels: Se
         "confusion": confusion,
         "f1": f1,
         "labels": list(labels),
-        "macro_f1": macro_f1(f1),
+        "macro_f1": sum(f1.values()) / len(f1),
         "majority_baseline": majority_baseline(references),
     }
 

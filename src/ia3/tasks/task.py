@@ -6,6 +6,7 @@ PEFT ignores the file; `ia3 predict` reads it, answers as training measured, and
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -35,7 +36,10 @@ class TaskKind(StrEnum):
     @property
     def task_type(self) -> TaskType:
         """What the adapter's configuration calls it."""
-        return _TASK_TYPES[self]
+        if not self.writes:
+            return TaskType.SEQ_CLS if self is TaskKind.SEQUENCE_CLASSIFICATION else TaskType.TOKEN_CLS
+        seq2seq = self in (TaskKind.LABEL_WORDS, TaskKind.GENERATION)
+        return TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM
 
     @property
     def has_labels(self) -> bool:
@@ -56,16 +60,6 @@ class TaskKind(StrEnum):
     def writes(self) -> bool:
         """Whether the model writes its answers, against choosing a class by a head of its own."""
         return self not in (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.TOKEN_CLASSIFICATION)
-
-
-_TASK_TYPES = {
-    TaskKind.LABEL_WORDS: TaskType.SEQ_2_SEQ_LM,
-    TaskKind.GENERATION: TaskType.SEQ_2_SEQ_LM,
-    TaskKind.LANGUAGE_MODELLING: TaskType.CAUSAL_LM,
-    TaskKind.INSTRUCTIONS: TaskType.CAUSAL_LM,
-    TaskKind.SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS,
-    TaskKind.TOKEN_CLASSIFICATION: TaskType.TOKEN_CLS,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,22 +142,18 @@ def save_task(directory: str | Path, task: Task) -> Path:
         The file's path.
     """
     content: dict[str, Any] = {
+        "answer_by": task.answer_by,
         "base_model": task.base_model,
+        "generation": {"max_new_tokens": task.max_new_tokens},
         "label_column": task.label_column,
+        "labels": list(task.labels),
         "max_length": task.max_length,
         "template": task.template.pattern,
         "type": task.kind.value,
     }
-    if task.kind.has_labels:
-        content["labels"] = list(task.labels)
-    if task.kind.writes:
-        content["generation"] = {"max_new_tokens": task.max_new_tokens}
-    if task.kind is TaskKind.LABEL_WORDS:
-        content["answer_by"] = task.answer_by
-    if task.precision is not None:
-        content["precision"] = task.precision
-    if task.system is not None:
-        content["system"] = task.system
+    content = {key: content[key] for key in content.keys() & _keys_of(task.kind)}
+    optional = {"precision": task.precision, "system": task.system}
+    content |= {key: value for key, value in optional.items() if value is not None}
     path = Path(directory) / TASK_NAME
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
     return path
@@ -202,51 +192,49 @@ def _task_of(content: Any, source: str) -> Task:
     unknown = sorted({*content} - _keys_of(kind)) + sorted({*generation} - {"max_new_tokens"})
     if unknown:
         raise ValueError(f"{source} has fields that this version of ia3 doesn't know: {unknown}. Upgrade ia3.")
-    if not isinstance(content.get("template"), str):
-        raise ValueError(f"{source}: template is {content.get('template')!r}, expected a text such as '{{text}}'.")
-    new_tokens = generation.get("max_new_tokens")
+
+    def checked(name: str, value: Any, is_right: Callable[[Any], bool], expected: str) -> Any:
+        if not is_right(value):
+            raise ValueError(f"{source}: {name} is {value!r}, expected {expected}.")
+        return value
+
+    def positive(name: str, value: Any) -> Any:
+        return checked(name, value, lambda found: type(found) is int and found > 0, "a positive whole number")
+
+    def one_of(name: str, value: Any, choices: Any) -> Any:
+        return checked(name, value, get_args(choices).__contains__, f"one of {list(get_args(choices))}")
+
+    template = checked("template", content.get("template"), _is_text, "a text such as '{text}'")
+    labels = checked("labels", content.get("labels"), _are_words, "a list of words") if kind.has_labels else ()
+    precision = content.get("precision")
     return Task(
         kind=kind,
-        template=Template(content["template"]),
-        labels=_labels_of(content.get("labels"), source) if kind.has_labels else (),
-        max_length=_positive(content.get("max_length"), "max_length", source),
-        max_new_tokens=_positive(new_tokens, "generation.max_new_tokens", source) if kind.writes else None,
+        template=Template(template),
+        labels=tuple(labels),
+        max_length=positive("max_length", content.get("max_length")),
+        max_new_tokens=positive("generation.max_new_tokens", generation.get("max_new_tokens")) if kind.writes else None,
         base_model=content.get("base_model"),
         label_column=str(content.get("label_column", "label")),
         system=content.get("system"),
-        answer_by=_one_of(AnswerBy, content.get("answer_by", "rank"), "answer_by", source),
-        precision=None
-        if content.get("precision") is None
-        else _one_of(Precision, content["precision"], "precision", source),
+        answer_by=one_of("answer_by", content.get("answer_by", "rank"), AnswerBy),
+        precision=None if precision is None else one_of("precision", precision, Precision),
     )
 
 
 def _keys_of(kind: TaskKind) -> set[str]:
-    keys = {"base_model", "label_column", "max_length", "precision", "template", "type"}
-    if kind is TaskKind.LABEL_WORDS:
-        keys.add("answer_by")
-    if kind.has_labels:
-        keys.add("labels")
-    if kind.writes:
-        keys.add("generation")
-    if kind is TaskKind.INSTRUCTIONS:
-        keys.add("system")
-    return keys
+    of_some = {
+        "answer_by": kind is TaskKind.LABEL_WORDS,
+        "generation": kind.writes,
+        "labels": kind.has_labels,
+        "system": kind is TaskKind.INSTRUCTIONS,
+    }
+    always = {"base_model", "label_column", "max_length", "precision", "template", "type"}
+    return always | {key for key, is_there in of_some.items() if is_there}
 
 
-def _labels_of(labels: Any, source: str) -> tuple[str, ...]:
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{source}: labels is {labels!r}, expected a list of words.")
-    return tuple(labels)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def _one_of(choices: Any, value: Any, name: str, source: str) -> Any:
-    if value not in get_args(choices):
-        raise ValueError(f"{source}: {name} is {value!r}, expected one of {list(get_args(choices))}.")
-    return value
-
-
-def _positive(value: Any, name: str, source: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{source}: {name} is {value!r}, expected a positive whole number.")
-    return value
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))

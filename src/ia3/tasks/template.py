@@ -85,7 +85,8 @@ class Template:
             ValueError: a column is not there, or a cell holds neither text nor a number.
         """
         require_columns(place, record, *self.required)
-        cells = {field: as_text(record.get(field), f"{place}: {self._name(field)}") for field in self.fields}
+        one = "the text" if len(self.fields) == 1 else ""
+        cells = {field: as_text(record.get(field), f"{place}: {one or repr(field)}") for field in self.fields}
         if not any(cells.values()):
             return ""
 
@@ -98,6 +99,3 @@ class Template:
         text = _PIECES.sub(filled, self.pattern)
         # Breaks after nothing: of a column that may be missing behind one that is empty.
         return text if self.required == self.fields else text.strip("\n")
-
-    def _name(self, field: str) -> str:
-        return "the text" if len(self.fields) == 1 else repr(field)
