@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from ia3.cli.flags import AsJson
 
 _SENTENCES = (
     "Shares jump 12% after the company raises its full-year outlook",
@@ -33,11 +33,9 @@ def quickstart(
     limit: Annotated[
         int | None, typer.Option(min=3, help="Learn so many tweets instead, and evaluate on as few.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Teach the bundled model the sentiment of up to 3,600 bundled tweets, in minutes on any machine, no download."""
-    from rich.console import Console
-
     from ia3.bundled import TITLER
     from ia3.cli.labelling import Overrides, answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
@@ -59,10 +57,8 @@ def quickstart(
     labeller = load_labeller(str(run.adapter_dir), progress, Overrides())
     sentences = [Example(text, "") for text in _SENTENCES]
     found = answer(labeller, sentences, progress, batch_size=len(_SENTENCES))
-    answers = [
-        {"text": text, "label": each.label, "probability": each.probability}
-        for text, each in zip(_SENTENCES, found, strict=True)
-    ]
+    pairs = zip(_SENTENCES, found, strict=True)
+    answers = [{"text": text, "label": each.label, "probability": each.probability} for text, each in pairs]
     print_result(run, as_json=as_json, predictions=answers, **known)
     if not as_json:
         if limit is None:
@@ -75,8 +71,6 @@ def quickstart(
 
 def _fitting(given: dict[str, Any], progress: Console) -> int:
     """As many tweets as this machine learns in the time, by its first steps."""
-    from rich.console import Console
-
     from ia3.inference.loading import Base
     from ia3.runs.recipe import make_recipe
     from ia3.training.loop import Training

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.runs.tables import NONE, WIDEST_CELL, Column, print_table, say
 from ia3.tasks.metrics import further_scores, write_score
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ia3.runs.comparison import Repeats, RunRecord
 
 _FIRST = ("model", "data", "task")
@@ -32,8 +31,6 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: a table, the best first, and a picture of their loss and accuracy, runs.png."""
-    from rich.console import Console
-
     given = folders or [Path("runs")]
     with Console(stderr=True).status("Reading runs"):
         from ia3.runs.comparison import group_repeats, read_runs
@@ -48,13 +45,8 @@ def runs(
 
         draw_runs(records, picture)
     if as_json:
-        print_json(
-            {
-                "picture": picture,
-                "repeats": [group.summary() for group in groups],
-                "runs": [record.summary() for record in records],
-            }
-        )
+        repeats, listed = ([each.summary() for each in many] for many in (groups, records))
+        print_json({"picture": picture, "repeats": repeats, "runs": listed})
         return
     console = Console()
     print_runs(console, records, groups)
@@ -62,13 +54,7 @@ def runs(
 
 
 def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[Repeats]) -> None:
-    """Print the runs as a table that fits the console, and repeated runs as a second one.
-
-    Args:
-        console: where to.
-        records: the runs, in the order of the rows.
-        groups: the repeated runs among them.
-    """
+    """Print the runs as a table that fits the console, in their order, and the repeated ones as a second table."""
     from ia3.runs.comparison import QUARTILE_METHOD, differences, name_runs
 
     folder, names = name_runs(records)

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import module_names
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
     from ia3.sites import Found, Site
 
 
@@ -28,8 +29,6 @@ def targets(
     as_json: AsJson = False,
 ) -> None:
     """Show which modules of a model get a vector, as a tree; needs the model's configuration alone."""
-    from rich.console import Console
-
     with Console(stderr=True).status(f"Looking at {model}"):
         from ia3.config import IA3Config
         from ia3.sites import find_sites
@@ -82,10 +81,6 @@ def _summary(model: str, found: Found, total: int) -> dict[str, Any]:
 
 
 def _print(model: str, class_name: str, found: Found, total: int) -> None:
-    from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
-
     tree = Tree(Text(f"{model} ({class_name})"))
     _grow(tree, _nested(found.layout.sites))
     size = found.layout.size
@@ -124,8 +119,6 @@ def _runs(node: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:
-    from rich.text import Text
-
     for names, child in _runs(node):
         name = names[0] if len(names) == 1 else f"{names[0]}–{names[-1]}"
         while "" not in child and len(child) == 1:  # a chain without a fork is one line
