@@ -44,15 +44,12 @@ class _ErrorsOnOneScreen(TyperGroup):
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise
-            said = Text(in_flags(str(error) or type(error).__name__, self._flags(ctx)))
+            command: Any = self.get_command(ctx, ctx.invoked_subcommand or "")
+            params = getattr(command, "made", command).params if command is not None else []
+            flags = {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
+            said = Text(in_flags(str(error) or type(error).__name__, flags))
             Console(stderr=True).print(Panel(said, title="Error", title_align="left", border_style="red"))
             raise typer.Exit(_EXIT_CODE) from error
-
-    def _flags(self, ctx: Any) -> set[str]:
-        """The flags of the command that was called."""
-        command = self.get_command(ctx, ctx.invoked_subcommand or "")
-        params = getattr(command, "made", command).params if command is not None else []
-        return {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
 
 
 app = typer.Typer(

@@ -62,7 +62,10 @@ def quickstart(
     print_result(run, as_json=as_json, predictions=answers, **known)
     if not as_json:
         if limit is None:
-            typer.echo(f"\n{_say_known(tweets)}")
+            known_share, every = SIZES[tweets], SIZES[max(SIZES)]
+            said = f"\nIt learned {tweets:,} of {max(SIZES):,} tweets"
+            said += f", for which {known_share:.1%} is known" if known_share else ""
+            typer.echo(f"{said}." if tweets == max(SIZES) else f"{said}; all of them give {every:.1%}.")
         typer.echo("\nThe adapter, loaded from disk, says:")
         for each in answers:
             typer.echo(f"  {each['label']:<9} {each['probability']:>5.1%}  {each['text']}")
@@ -99,9 +102,3 @@ def choose_size(seconds: float) -> tuple[int, float]:
     a_tweet = seconds * _SETTINGS["epochs"] / _SETTINGS["batch_size"]
     tweets = next((each for each in SIZES if each * a_tweet <= _SECONDS), min(SIZES))
     return tweets, tweets * a_tweet
-
-
-def _say_known(tweets: int) -> str:
-    known, all_of_them = SIZES[tweets], SIZES[max(SIZES)]
-    said = f"It learned {tweets:,} of {max(SIZES):,} tweets" + (f", for which {known:.1%} is known" if known else "")
-    return f"{said}." if tweets == max(SIZES) else f"{said}; all of them give {all_of_them:.1%}."

@@ -81,7 +81,13 @@ def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: 
     from ia3.runs.comparison import FINISHED
 
     rows = [record.last | record.summary() for record in records]
-    scores = dict.fromkeys(name for record in records for name in further_scores(record.last))
+    scores = {
+        name: [write_score(name, row[name]) if name in row else NONE for row in rows]
+        for record in records
+        for name in further_scores(record.last)
+    }
+    intervals = [record.interval for record in records]
+    ranges = [NONE if each is None else f"{100 * each[0]:.1f} to {100 * each[1]:.1f}" for each in intervals]
     columns = [
         Column("run", names, text=True),
         *(
@@ -89,9 +95,9 @@ def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: 
             for place, (key, values) in enumerate(differing.items())
         ),
         _figures("accuracy", rows, "accuracy", "{:.1%}"),
-        Column("95 %\ninterval", [_range(record.interval) for record in records], 3),
+        Column("95 %\ninterval", ranges, 3),
         _figures("macro-F1", rows, "macro_f1", "{:.3f}", 5),
-        *(Column(name.replace("_", "\n", 1).replace("_", " "), _scores(rows, name), 6) for name in scores),
+        *(Column(name.replace("_", "\n", 1).replace("_", " "), cells, 6) for name, cells in scores.items()),
         _figures("loss", rows, "loss", "{:.3f}"),
         _figures("best\naccuracy", rows, "best_accuracy", "{:.1%}", 7),
         _figures("steps", rows, "steps", "{:,}", 9),
@@ -116,25 +122,16 @@ def _repeat_columns(groups: Sequence[Repeats], figure: str, pattern: str) -> lis
         *(Column(key, _cells(differing[key], key), 2 if place else 0, text=True) for place, key in enumerate(keys)),
         Column("runs", [f"{len(group.records)}" for group in groups]),
         Column("over", [names or "the same recipe" for names in varied], 1, text=True),
-        _figures("median", spreads, "median", pattern),
-        _figures("lower\nquartile", spreads, "lower", pattern),
-        _figures("upper\nquartile", spreads, "upper", pattern),
-        _figures("lowest", spreads, "lowest", pattern),
-        _figures("highest", spreads, "highest", pattern),
+        *(
+            _figures(title, spreads, title.split("\n")[0], pattern)
+            for title in ("median", "lower\nquartile", "upper\nquartile", "lowest", "highest")
+        ),
     ]
 
 
 def _figures(title: str, rows: Sequence[dict[str, Any]], name: str, pattern: str, rank: int = 0) -> Column:
     values = [row.get(name) for row in rows]
     return Column(title, [NONE if each is None or each != each else pattern.format(each) for each in values], rank)
-
-
-def _scores(rows: Sequence[dict[str, Any]], name: str) -> list[str]:
-    return [write_score(name, row[name]) if name in row else NONE for row in rows]
-
-
-def _range(interval: tuple[float, float] | None) -> str:
-    return NONE if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
 def _cells(values: Sequence[Any], key: str) -> list[str]:

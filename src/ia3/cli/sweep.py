@@ -39,7 +39,19 @@ def _command(
     given: Any = None,
 ) -> None:
     grid = parse_grid(over) if over else None
-    found = _sweep(given, grid)
+    from ia3.runs.grid import make_recipes
+    from ia3.runs.look import look_before
+
+    recipes, keys = make_recipes(given, grid)
+    looked = look_before(*recipes)
+    progress = FlagConsole()
+
+    def run() -> Sweep:
+        from ia3.training.sweep import run_sweep
+
+        return run_sweep(recipes, keys, progress, looked)
+
+    found = run_visibly(run, progress, stopped="Interrupted. A sweep doesn't go on later: begin it anew.")
     from ia3.training.sweep import PICTURE_NAME, ranking_table
 
     picture = found.output_dir / PICTURE_NAME
@@ -71,19 +83,3 @@ def parse_grid(over: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"--over {each!r}: expected a setting and its values, such as learning_rate=3e-3,8e-3.")
         grid.setdefault(full_name(key.replace("-", "_")), []).extend(found)
     return grid
-
-
-def _sweep(given: dict[str, Any], grid: dict[str, list[str]] | None) -> Sweep:
-    from ia3.runs.grid import make_recipes
-    from ia3.runs.look import look_before
-
-    recipes, keys = make_recipes(given, grid)
-    looked = look_before(*recipes)
-    progress = FlagConsole()
-
-    def run() -> Sweep:
-        from ia3.training.sweep import run_sweep
-
-        return run_sweep(recipes, keys, progress, looked)
-
-    return run_visibly(run, progress, stopped="Interrupted. A sweep doesn't go on later: begin it anew.")

@@ -106,8 +106,15 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
     results, failed = [], []
     for number, recipe in enumerate(recipes, start=1):
         progress.print(f"\nRun {number} of {len(recipes)}: {recipe.output}", style="bold", highlight=False)
+        from ia3.training.train import begun, finished_result
+
         try:
-            results.append(_result_of(recipe, looked, progress))
+            if (done := finished_result(recipe)) is not None:
+                progress.print("Done before.", highlight=False)
+            else:
+                former = recipe.output if begun(recipe) else None
+                done = _run(former or recipe, {} if former else looked, progress).summary()
+            results.append(done)
         except FloatingPointError as error:
             progress.print(str(error), style="red", markup=False, highlight=False)
             failed.append(str(recipe.output))
@@ -128,19 +135,6 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
     )
     if failed:
         Console().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
-
-
-def _result_of(recipe: Recipe, looked: Looked, progress: Console) -> dict[str, Any]:
-    """The figures of a run of a series, trained now, to its end now, or before."""
-    from ia3.training.train import begun, finished_result
-
-    done = finished_result(recipe)
-    if done is not None:
-        progress.print("Done before.", highlight=False)
-        return done
-    folder = recipe.output
-    run = _run(folder, {}, progress) if folder is not None and begun(recipe) else _run(recipe, looked, progress)
-    return run.summary()
 
 
 def run_visibly(train: Callable[[], FoundT], progress: Console, *, stopped: str = "") -> FoundT:

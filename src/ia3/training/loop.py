@@ -130,7 +130,9 @@ class Training:
             self.estimate = TimeEstimate(bars, [self.plan])
             try:
                 self._evaluate_if_due(bars)
-                self._begin_logs()
+                self.plan.write_metrics(folder)
+                if self.settings.trackers:
+                    self._begin_tracking()
                 while not self.plan.finished:
                     self._train_until_due(bars, bar)
                     self._evaluate_if_due(bars)
@@ -238,17 +240,14 @@ class Training:
             bars.remove_task(bar)
         return self.plan.compute_metrics(found, time.perf_counter() - started)
 
-    def _begin_logs(self) -> None:
-        """`metrics.jsonl` as far as the progress goes, and the trackers."""
-        self.plan.write_metrics(self.folder)
-        if self.settings.trackers:
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
-            plain = (bool, int, float, str)  # what trackers take
-            given = asdict(self.settings).items()
-            config = {name: value if isinstance(value, plain) else str(value) for name, value in given}
-            self.accelerator.init_trackers("tracker", config=config)
-            for each in self.progress.evaluations[-1:]:  # the one made just before
-                self._track({"evaluation": each.summary(), "step": each.step})
+    def _begin_tracking(self) -> None:
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
+        plain = (bool, int, float, str)  # what trackers take
+        given = asdict(self.settings).items()
+        config = {name: value if isinstance(value, plain) else str(value) for name, value in given}
+        self.accelerator.init_trackers("tracker", config=config)
+        for each in self.progress.evaluations[-1:]:  # the one made just before
+            self._track({"evaluation": each.summary(), "step": each.step})
 
     def _log(self, line: dict[str, Any]) -> None:
         with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:

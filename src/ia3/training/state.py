@@ -110,10 +110,13 @@ def load_state(
             parameter.copy_(saved[name])
     optimizer.load_state_dict(content["optimizer"])
     schedule.load_state_dict(content["schedule"])
-    chance = content["random"]
-    torch.set_rng_state(chance["torch"])
-    version, internal, gauss = chance["python"]
+    _restore_random_state(content["random"])
+    return TrainerState(**progress, evaluations=evaluations)
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(chance["cuda"])
-    return TrainerState(**progress, evaluations=evaluations)
+        torch.cuda.set_rng_state_all(state["cuda"])
