@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import yaml
 from rich.console import Console
 from typer.main import get_command
 
-import tiny_classifier
 import tiny_seq2seq
 from ia3.bundled import TITLER
 from ia3.cli.main import app
@@ -243,22 +241,6 @@ def test_an_old_run_goes_on_by_the_way_that_it_was_measured(base: str, tmp_path:
             )
 
 
-def test_an_old_run_of_a_head_names_no_way_of_writing(tiny: Any, tmp_path: Path) -> None:
-    tiny("bert").save_pretrained(tmp_path / "base")
-    tiny_classifier.tokenizer().save_pretrained(tmp_path / "base")
-    data = tmp_path / "data.csv"
-    lines = ["text,label", *(f"{row.text},{row.label}" for row in tiny_classifier.labelled(30))]
-    data.write_text("\n".join(lines) + "\n")
-    with interrupted_at(3), pytest.raises(Interrupted):
-        train(tmp_path / "base", data, output=tmp_path / "run", console=quiet())
-    recipe, environment = tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "environment.json"
-    recipe.write_text(f"answer_by: generation\n{recipe.read_text()}")
-    content = json.loads(environment.read_text())
-    environment.write_text(json.dumps({**content, "recipe": {**content["recipe"], "answer_by": "generation"}}))
-    assert resume(tmp_path / "run", console=quiet()).task.method == "the head's likeliest label"
-    assert train(tmp_path / "base", data, recipe=recipe, output=tmp_path / "again", console=quiet()).final.total == 2
-
-
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no run, since it has no recipe\.yaml"):
         resume(tmp_path)
@@ -436,18 +418,6 @@ def spelled(count: int) -> list[Example]:
     return [Example(f"profit {n}", ("rise", "Rise", "fall")[n % 3]) for n in range(count)]
 
 
-def forget(folder: Path, **instead: str) -> None:
-    """Write a run's recipe as it was before recipes knew merge_labels."""
-    for name in ("recipe.yaml", "environment.json"):
-        content = yaml.safe_load((folder / name).read_text())
-        recipe = content.get("recipe", content)
-        del recipe["merge_labels"]
-        if instead:
-            del recipe["template"]
-        recipe |= instead
-        (folder / name).write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_run_goes_on_with_the_labels_that_it_merged_or_not(tmp_path: Path, merge: bool) -> None:
     data = tmp_path / "profits.csv"
@@ -455,20 +425,6 @@ def test_a_run_goes_on_with_the_labels_that_it_merged_or_not(tmp_path: Path, mer
     more: dict[str, Any] = {"steps": 3, "evaluate_every": 3, "merge_labels": merge, "console": quiet()}
     with interrupted_at(1), pytest.raises(Interrupted):
         train(TITLER, data, output=tmp_path / "run", **more)
-    if not merge:
-        forget(tmp_path / "run")
     run = resume(tmp_path / "run", console=quiet())
     assert run.task.labels == (("fall", "rise") if merge else ("Rise", "fall", "rise"))
     assert len(run.losses) == 3
-
-
-def test_a_run_from_before_alpacas_input_was_read_goes_on_without(base: str, tmp_path: Path) -> None:
-    data = tmp_path / "rows.csv"
-    data.write_text("instruction,input,output\n" + "".join(f"the share {n},much,very {n % 5}\n" for n in range(20)))
-    more: dict[str, Any] = {"template": "{instruction}", "label_column": "output", "task": "generation"}
-    with interrupted_at(1), pytest.raises(Interrupted):
-        train(base, data, output=tmp_path / "run", steps=3, evaluate_every=3, console=quiet(), **more)
-    forget(tmp_path / "run", text_column="instruction")
-    run = resume(tmp_path / "run", console=quiet())
-    assert all(re.fullmatch(r"the share \d+", text) for text in run.shown)
-    assert run.task.template == Template("{instruction}")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ia3.cli.flags import Adapters, AsJson, print_json
+from ia3.cli.names import numbers
 
 
 def combine(
@@ -25,9 +27,7 @@ def combine(
     as_json: AsJson = False,
 ) -> None:
     """Combine adapters of one base model; `--type task_arithmetic --weights -1` negates one."""
-    from rich.console import Console
-
-    factors = [1.0] * len(adapters) if weights is None else _numbers(weights)
+    factors = [1.0] * len(adapters) if weights is None else numbers("weights", weights, float)
     progress = Console(stderr=True)
     with progress.status("Combining"):
         from ia3.runs.adapters import combine_adapters
@@ -45,10 +45,3 @@ def combine(
     else:
         distance = max(float((vector - 1).abs().mean()) for vector in made.vectors.values())
         typer.echo(f"{count} vectors are in {output}; the furthest is {distance:.3f} from one on average.")
-
-
-def _numbers(weights: str) -> list[float]:
-    try:
-        return [float(part) for part in weights.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights is {weights!r}: expected numbers with commas between, such as 0.5,0.5.") from None

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ia3.cli.flags import Adapters, AsJson, print_json
+from ia3.runs.tables import Column, print_table, say
 
 
 def compare(
@@ -17,8 +19,6 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare adapters by the cosine and the distance of what they add to the base, in all and block by block."""
-    from rich.console import Console
-
     if len(adapters) < 2:
         raise ValueError("There is one adapter, and nothing to compare it with: name at least two.")
     if output.suffix.lower() != ".png":
@@ -35,8 +35,6 @@ def compare(
         listed = [{"adapters": pair, **found.summary()} for pair, found in pairs.items()]
         print_json({"pairs": listed, "picture": output})
         return
-    from ia3.runs.tables import Column, print_table, say
-
     least = [min(found.blocks.items(), key=lambda item: item[1]) for found in pairs.values()]
     columns = [
         Column("adapters", [", ".join(pair) for pair in pairs], text=True),

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Any
+import math
+from dataclasses import replace
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, print_json
 from ia3.cli.labelling import Labeller, Overrides, answer, answered_by, load_labeller
 from ia3.cli.names import FlagConsole
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ia3.tasks.examples import Examples
-    from ia3.tasks.task import Task
+from ia3.runs.tables import NONE, Column, facts, print_table
+from ia3.tasks.entities import tag_scores
+from ia3.tasks.examples import Examples, match_labels
+from ia3.tasks.labels import match_spellings
+from ia3.tasks.metrics import describe, figures_of, without_empty_other
+from ia3.tasks.task import Task, TaskKind, load_task
+from ia3.tasks.template import Template
 
 
 def evaluate(
@@ -30,12 +35,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
-    from dataclasses import replace
-
     from ia3.data.loading import load_examples, read_for
-    from ia3.tasks.examples import match_labels
-    from ia3.tasks.task import TaskKind, load_task
-    from ia3.tasks.template import Template
 
     progress = FlagConsole()
     saved = load_task(adapter)
@@ -82,8 +82,6 @@ def _tell_loss(
     labeller: Labeller, examples: Examples, source: dict[str, str], batch_size: int, *, as_json: bool
 ) -> None:
     """What is told of texts without answers: the mean loss of their tokens, and e to its power."""
-    import math
-
     from ia3.runs.settings import TrainSettings
     from ia3.training.learners.making import make_learner
 
@@ -99,10 +97,6 @@ def _tell_loss(
 
 def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_size: int) -> dict[str, Any]:
     """Compare texts with texts, or word by word where the answers are tags."""
-    from ia3.tasks.entities import tag_scores
-    from ia3.tasks.metrics import figures_of
-    from ia3.tasks.task import TaskKind
-
     task = labeller.task
     answers = answer(labeller, examples, progress, batch_size=batch_size)
     references = [example.label for example in examples]
@@ -122,9 +116,6 @@ def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_si
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
-    from ia3.tasks.labels import match_spellings
-    from ia3.tasks.task import TaskKind
-
     words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     occurring = {label for row in examples for label in (row.label.split() if words else [row.label])}
     unknown = sorted(occurring - set(task.labels))
@@ -140,12 +131,6 @@ def _expect_known(examples: Examples, task: Task) -> None:
 
 def print_figures(figures: dict[str, Any]) -> None:
     """Print an evaluation's figures, and with labels what is confused with what."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from ia3.runs.tables import NONE, Column, facts, print_table
-    from ia3.tasks.metrics import describe, without_empty_other
-
     console = Console()
     console.print(facts("Result", describe(figures)), highlight=False)
     labels, f1 = figures.get("labels"), figures.get("f1", {})

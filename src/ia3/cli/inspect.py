@@ -6,7 +6,10 @@ from collections import Counter
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ia3.cli.flags import Adapter, AsJson, print_json
+from ia3.runs.tables import Column, facts, print_table
 
 if TYPE_CHECKING:
     from ia3.runs.adapters import SavedAdapter
@@ -14,8 +17,6 @@ if TYPE_CHECKING:
 
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     """Show an adapter's vectors: shapes, and how far each has moved from one, the identity."""
-    from rich.console import Console
-
     with Console(stderr=True).status(f"Reading {adapter}"):
         from ia3.runs.adapters import read_adapter, vector_maps
 
@@ -24,8 +25,6 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     if as_json:
         print_json(_summary(saved))
         return
-    from ia3.runs.tables import Column, facts, print_table
-
     console = Console()
     console.print(facts("Adapter", _facts(saved)), highlight=False)
     for each in maps:
@@ -55,15 +54,15 @@ def _summary(saved: SavedAdapter) -> dict[str, Any]:
 
 def _facts(saved: SavedAdapter) -> dict[str, str]:
     shapes = Counter(site.shape for site in saved.vectors)
-    facts = {
+    found = {
         "base model": saved.config.base_model_name_or_path or "not named",
         "task": str(saved.config.task_type or "not named"),
         "vectors": f"{len(saved.vectors):,} of {saved.size:,} numbers",
         "shapes": ", ".join(f"{count} × {shape}" for shape, count in shapes.items()),
     }
     if saved.task is not None:
-        facts |= {"reads": saved.task.template.pattern, "labels": ", ".join(saved.task.labels)}
+        found |= {"reads": saved.task.template.pattern, "labels": ", ".join(saved.task.labels)}
     if saved.others:
         numbers = sum(tensor.numel() for tensor in saved.others.values())
-        facts["trained in full"] = f"{', '.join(saved.others)} ({numbers:,} numbers)"
-    return facts
+        found["trained in full"] = f"{', '.join(saved.others)} ({numbers:,} numbers)"
+    return found

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
 
+from ia3.tasks.examples import Example
+from ia3.tasks.task import Task, TaskKind, load_task
+from ia3.tasks.template import Template
+
+if TYPE_CHECKING:
     from ia3.inference.answering import Answer
-    from ia3.tasks.examples import Example
-    from ia3.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,7 @@ class Overrides:
 
 @dataclass(frozen=True, kw_only=True)
 class Labeller:
-    """A loaded adapter and what it was trained to do.
-
-    Args:
-        model: the base model with the adapter.
-        tokenizer: the base model's tokenizer.
-        task: what the model reads and how it answers.
-    """
+    """A base model with its adapter, its tokenizer, and the task: what the model reads and how it answers."""
 
     model: Any
     tokenizer: Any
@@ -73,7 +69,6 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
 
         from ia3.inference.classify import class_labels
         from ia3.inference.loading import DTYPES, load_adapter
-        from ia3.tasks.task import load_task
 
         disable_progress_bar()
         saved = load_task(adapter)
@@ -88,9 +83,6 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
 
 def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> Task:
     """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
-    from ia3.tasks.task import Task, TaskKind
-    from ia3.tasks.template import Template
-
     kinds = {kind.task_type.value: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
     kind = kinds[task_type]
     return Task(
@@ -115,17 +107,7 @@ def answered_by(task: Task, way: str | None) -> Task:
 
 
 def answer(labeller: Labeller, examples: Sequence[Example], console: Console, *, batch_size: int) -> list[Answer]:
-    """Answer texts as the model reads them, with a progress bar.
-
-    Args:
-        labeller: the loaded adapter.
-        examples: rendered texts, with their earlier turns.
-        console: where the bar goes, how many texts are cut, and on a GPU which way the answers are found.
-        batch_size: texts at once.
-
-    Returns:
-        One answer an example, in order.
-    """
+    """Answer rendered texts, in order, with a progress bar; says how many are cut, and on a GPU the way they go."""
     from ia3.inference.answering import Answerer
 
     answerer = Answerer(labeller.model, labeller.tokenizer, labeller.task, batch_size=batch_size)

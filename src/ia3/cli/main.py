@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 try:
     import typer
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
     from typer.core import TyperGroup
 except ImportError as missing:
     raise SystemExit('The command ia3 needs more than the library: pip install "ia3[train]"') from missing
@@ -41,22 +44,12 @@ class _ErrorsOnOneScreen(TyperGroup):
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise
-            _show(in_flags(str(error) or type(error).__name__, self._flags(ctx)))
+            command: Any = self.get_command(ctx, ctx.invoked_subcommand or "")
+            params = getattr(command, "made", command).params if command is not None else []
+            flags = {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
+            said = Text(in_flags(str(error) or type(error).__name__, flags))
+            Console(stderr=True).print(Panel(said, title="Error", title_align="left", border_style="red"))
             raise typer.Exit(_EXIT_CODE) from error
-
-    def _flags(self, ctx: Any) -> set[str]:
-        """The flags of the command that was called."""
-        command = self.get_command(ctx, ctx.invoked_subcommand or "")
-        params = getattr(command, "made", command).params if command is not None else []
-        return {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
-
-
-def _show(message: str) -> None:
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    Console(stderr=True).print(Panel(Text(message), title="Error", title_align="left", border_style="red"))
 
 
 app = typer.Typer(

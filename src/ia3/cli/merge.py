@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ia3.cli.flags import Adapter, AsJson, print_json
 from ia3.files import give_usual_rights
+from ia3.runs.tables import facts
 
 
 def merge(
@@ -19,8 +21,6 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base model and save both as one model, which needs no ia3."""
-    from rich.console import Console
-
     from ia3.runs.run import check_output
 
     if output.exists():
@@ -38,8 +38,6 @@ def merge(
     if as_json:
         print_json({"adapter": adapter, "output": output, "merged_numbers": vectors, "bytes": size})
         return
-    from ia3.runs.tables import facts
-
     rows = {
         "model": f"{output} ({size:,} bytes)",
         "folded in": f"{vectors:,} numbers",

@@ -9,13 +9,13 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-ANSWER_BY_HELP = "rank: the likeliest label; generation: what the model writes."
+NumberT = TypeVar("NumberT", int, float)
 
 _OF_PATTERNS = set("\\^$*+?()[]{}|")
 _MARKED = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -79,6 +79,19 @@ def parts(value: str) -> list[str]:
     if not all(names):
         raise ValueError(f"{value!r} has an empty name: expected names with commas between them, such as k,v,wo.")
     return names
+
+
+def numbers(name: str, value: str, kind: type[NumberT]) -> list[NumberT]:
+    """The numbers between the commas of a flag's value.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return [kind(part) for part in value.split(",")]
+    except ValueError:
+        what, such = ("whole numbers", "0,1,2") if kind is int else ("numbers", "0.5,0.5")
+        raise ValueError(f"`{name}` is {value!r}: expected {what} with commas between, such as {such}.") from None
 
 
 def with_settings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,18 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter
+from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter, print_json
 from ia3.cli.labelling import Overrides, answer, answering_bar, load_labeller, task_without_file
 from ia3.cli.names import FlagConsole
+from ia3.config import PeftConfig
+from ia3.tasks.columns import as_text, require_columns
+from ia3.tasks.examples import Example
+from ia3.tasks.task import Task, TaskKind, load_task
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ia3.data.records import Records
     from ia3.inference.answering import Answer
-    from ia3.tasks.examples import Example
-    from ia3.tasks.task import Task
 
 
 def predict(
@@ -128,8 +130,6 @@ def _by_many(
     folder: Path, column: str, records: Records, overrides: Overrides, progress: Console, batch_size: int
 ) -> _Work:
     """The rows of a file, each by the adapter that it names, out of a folder of adapters."""
-    from ia3.tasks.columns import as_text
-
     if column not in records.columns:
         there = ", ".join(map(repr, records.columns))
         raise ValueError(f"{records.source} has no column {column!r}: name one of {there} by --adapter-column.")
@@ -155,9 +155,6 @@ def _by_many(
 
 
 def _saved_task(folder: Path) -> Task:
-    from ia3.config import PeftConfig
-    from ia3.tasks.task import load_task
-
     def no_labels() -> NoReturn:
         raise ValueError(f"{folder} has no ia3_task.json, so its head's labels aren't known: ask it alone.")
 
@@ -185,7 +182,6 @@ def _read_file(
 ) -> Records:
     """The rows of a file; texts without a column's name get that which the adapter reads."""
     from ia3.data.records import read_records
-    from ia3.tasks.task import load_task
 
     task = load_task(adapter) if text_column is None and adapter_column is None else None
     reads = task.template.required or task.template.fields if task is not None else (text_column or "text",)
@@ -214,9 +210,6 @@ def _reader(records: Records, task: Task) -> Callable[[tuple[str, dict[str, Any]
     """What makes of a row what the model reads of it; of a text whose words get tags the cell may be a list."""
     from ia3.data.conversations import format_to_answer, read_to_answer
     from ia3.data.loading import words_of
-    from ia3.tasks.columns import require_columns
-    from ia3.tasks.examples import Example
-    from ia3.tasks.task import TaskKind
 
     if task.kind is TaskKind.INSTRUCTIONS:
         how = format_to_answer(records, task.template)
@@ -248,15 +241,12 @@ def _answer_filled(work: _Work, examples: list[Example]) -> list[Answer | None]:
     return [found.get(place) for place in range(len(examples))]
 
 
-def _found(answer: Answer | None) -> dict[str, Any]:
-    """What is put beside a row."""
-    if answer is None or answer.probabilities is None:
-        return {"prediction": answer.label if answer else None}
-    return {
-        "prediction": answer.label,
-        "probability": answer.probability,
-        "probabilities": answer.probabilities,
-    }
+def _found(answer: Answer | None, name: str = "prediction") -> dict[str, Any]:
+    """What is put beside a row, or beside a text under another name."""
+    found: dict[str, Any] = {name: answer.label if answer else None}
+    if answer is not None and answer.probabilities is not None:
+        found |= {"probability": answer.probability, "probabilities": answer.probabilities}
+    return found
 
 
 def _print(
@@ -265,16 +255,15 @@ def _print(
     pairs = [(text, found) for text, found in zip(texts, answers, strict=True) if found is not None]
     counts = _count(work.tasks, answers)
     if output is not None and as_json:
-        content = {"adapter": adapter, "output": str(output), "rows": len(answers), "labels": dict(counts)}
-        typer.echo(json.dumps(content, ensure_ascii=False))
+        print_json({"adapter": adapter, "output": output, "rows": len(answers), "labels": counts})
     elif as_json:
         own = [{}] * len(answers) if work.adapters is None else [{"adapter": name} for name in work.adapters]
         predictions = [
-            {**name, **_as_object(text, found)}
+            {**name, "text": text, **_found(found, "label")}
             for text, found, name in zip(texts, answers, own, strict=True)
             if found is not None
         ]
-        typer.echo(json.dumps({"adapter": adapter, "predictions": predictions}, ensure_ascii=False))
+        print_json({"adapter": adapter, "predictions": predictions})
     elif output is not None:
         if counts:
             _print_counts(counts)
@@ -283,12 +272,11 @@ def _print(
         _print_table(pairs)
     else:
         for text, found in pairs:
-            typer.echo("\t".join(_on_one_line(cell) for cell in (found.label, *_share(found), text)))
+            typer.echo("\t".join(_on_one_line(cell) for cell in (found.label, *_share(found, "{:.4f}"), text)))
 
 
 def _count(tasks: list[Task], answers: list[Answer | None]) -> Counter[str]:
     """How often each label or tag was given; of free text there is nothing to count."""
-    from ia3.tasks.task import TaskKind
 
     counts: Counter[str] = Counter()
     for task, found in zip(tasks, answers, strict=True):
@@ -301,21 +289,11 @@ def _on_one_line(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") if {"\n", "\t"} & set(cell) else cell
 
 
-def _as_object(text: str, found: Answer) -> dict[str, Any]:
-    content: dict[str, Any] = {"text": text, "label": found.label}
-    if found.probabilities is not None:
-        content |= {"probability": found.probability, "probabilities": found.probabilities}
-    return content
-
-
-def _share(found: Answer) -> list[str]:
-    return [] if found.probability is None else [f"{found.probability:.4f}"]
+def _share(found: Answer, pattern: str) -> list[str]:
+    return [] if found.probability is None else [pattern.format(found.probability)]
 
 
 def _print_counts(counts: Counter[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("label", title="Predictions", title_justify="left", box=None, pad_edge=False)
     table.add_column("number", justify="right")
     table.add_column("share", justify="right")
@@ -325,16 +303,11 @@ def _print_counts(counts: Counter[str]) -> None:
 
 
 def _print_table(pairs: list[tuple[str, Answer]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table("label", box=None, pad_edge=False)
     ranked = any(found.probability is not None for _, found in pairs)
     if ranked:
         table.add_column("probability", justify="right")
     table.add_column("text", overflow="fold")
     for text, found in pairs:
-        share = [f"{found.probability:.1%}"] if found.probability is not None else []
-        table.add_row(Text(found.label), *share, Text(text))
+        table.add_row(Text(found.label), *_share(found, "{:.1%}"), Text(text))
     Console().print(table, highlight=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ia3.cli.flags import AsJson, expect_adapter, print_json
 
@@ -20,8 +21,6 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Upload an adapter to the hub; log in with `hf auth login` or set HF_TOKEN before."""
-    from rich.console import Console
-
     from ia3.runs.adapters import read_adapter
 
     if not adapter.is_dir():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from ia3.cli.flags import AsJson
 
 _SENTENCES = (
     "Shares jump 12% after the company raises its full-year outlook",
@@ -33,11 +33,9 @@ def quickstart(
     limit: Annotated[
         int | None, typer.Option(min=3, help="Learn so many tweets instead, and evaluate on as few.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Teach the bundled model the sentiment of up to 3,600 bundled tweets, in minutes on any machine, no download."""
-    from rich.console import Console
-
     from ia3.bundled import TITLER
     from ia3.cli.labelling import Overrides, answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
@@ -59,14 +57,15 @@ def quickstart(
     labeller = load_labeller(str(run.adapter_dir), progress, Overrides())
     sentences = [Example(text, "") for text in _SENTENCES]
     found = answer(labeller, sentences, progress, batch_size=len(_SENTENCES))
-    answers = [
-        {"text": text, "label": each.label, "probability": each.probability}
-        for text, each in zip(_SENTENCES, found, strict=True)
-    ]
+    pairs = zip(_SENTENCES, found, strict=True)
+    answers = [{"text": text, "label": each.label, "probability": each.probability} for text, each in pairs]
     print_result(run, as_json=as_json, predictions=answers, **known)
     if not as_json:
         if limit is None:
-            typer.echo(f"\n{_say_known(tweets)}")
+            known_share, every = SIZES[tweets], SIZES[max(SIZES)]
+            said = f"\nIt learned {tweets:,} of {max(SIZES):,} tweets"
+            said += f", for which {known_share:.1%} is known" if known_share else ""
+            typer.echo(f"{said}." if tweets == max(SIZES) else f"{said}; all of them give {every:.1%}.")
         typer.echo("\nThe adapter, loaded from disk, says:")
         for each in answers:
             typer.echo(f"  {each['label']:<9} {each['probability']:>5.1%}  {each['text']}")
@@ -75,8 +74,6 @@ def quickstart(
 
 def _fitting(given: dict[str, Any], progress: Console) -> int:
     """As many tweets as this machine learns in the time, by its first steps."""
-    from rich.console import Console
-
     from ia3.inference.loading import Base
     from ia3.runs.recipe import make_recipe
     from ia3.training.loop import Training
@@ -105,9 +102,3 @@ def choose_size(seconds: float) -> tuple[int, float]:
     a_tweet = seconds * _SETTINGS["epochs"] / _SETTINGS["batch_size"]
     tweets = next((each for each in SIZES if each * a_tweet <= _SECONDS), min(SIZES))
     return tweets, tweets * a_tweet
-
-
-def _say_known(tweets: int) -> str:
-    known, all_of_them = SIZES[tweets], SIZES[max(SIZES)]
-    said = f"It learned {tweets:,} of {max(SIZES):,} tweets" + (f", for which {known:.1%} is known" if known else "")
-    return f"{said}." if tweets == max(SIZES) else f"{said}; all of them give {all_of_them:.1%}."

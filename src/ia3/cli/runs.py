@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.runs.tables import NONE, WIDEST_CELL, Column, print_table, say
 from ia3.tasks.metrics import further_scores, write_score
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ia3.runs.comparison import Repeats, RunRecord
 
 _FIRST = ("model", "data", "task")
@@ -32,8 +31,6 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: a table, the best first, and a picture of their loss and accuracy, runs.png."""
-    from rich.console import Console
-
     given = folders or [Path("runs")]
     with Console(stderr=True).status("Reading runs"):
         from ia3.runs.comparison import group_repeats, read_runs
@@ -48,13 +45,8 @@ def runs(
 
         draw_runs(records, picture)
     if as_json:
-        print_json(
-            {
-                "picture": picture,
-                "repeats": [group.summary() for group in groups],
-                "runs": [record.summary() for record in records],
-            }
-        )
+        repeats, listed = ([each.summary() for each in many] for many in (groups, records))
+        print_json({"picture": picture, "repeats": repeats, "runs": listed})
         return
     console = Console()
     print_runs(console, records, groups)
@@ -62,13 +54,7 @@ def runs(
 
 
 def print_runs(console: Console, records: Sequence[RunRecord], groups: Sequence[Repeats]) -> None:
-    """Print the runs as a table that fits the console, and repeated runs as a second one.
-
-    Args:
-        console: where to.
-        records: the runs, in the order of the rows.
-        groups: the repeated runs among them.
-    """
+    """Print the runs as a table that fits the console, in their order, and the repeated ones as a second table."""
     from ia3.runs.comparison import QUARTILE_METHOD, differences, name_runs
 
     folder, names = name_runs(records)
@@ -95,7 +81,13 @@ def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: 
     from ia3.runs.comparison import FINISHED
 
     rows = [record.last | record.summary() for record in records]
-    scores = dict.fromkeys(name for record in records for name in further_scores(record.last))
+    scores = {
+        name: [write_score(name, row[name]) if name in row else NONE for row in rows]
+        for record in records
+        for name in further_scores(record.last)
+    }
+    intervals = [record.interval for record in records]
+    ranges = [NONE if each is None else f"{100 * each[0]:.1f} to {100 * each[1]:.1f}" for each in intervals]
     columns = [
         Column("run", names, text=True),
         *(
@@ -103,9 +95,9 @@ def _run_columns(records: Sequence[RunRecord], names: Sequence[str], differing: 
             for place, (key, values) in enumerate(differing.items())
         ),
         _figures("accuracy", rows, "accuracy", "{:.1%}"),
-        Column("95 %\ninterval", [_range(record.interval) for record in records], 3),
+        Column("95 %\ninterval", ranges, 3),
         _figures("macro-F1", rows, "macro_f1", "{:.3f}", 5),
-        *(Column(name.replace("_", "\n", 1).replace("_", " "), _scores(rows, name), 6) for name in scores),
+        *(Column(name.replace("_", "\n", 1).replace("_", " "), cells, 6) for name, cells in scores.items()),
         _figures("loss", rows, "loss", "{:.3f}"),
         _figures("best\naccuracy", rows, "best_accuracy", "{:.1%}", 7),
         _figures("steps", rows, "steps", "{:,}", 9),
@@ -130,25 +122,16 @@ def _repeat_columns(groups: Sequence[Repeats], figure: str, pattern: str) -> lis
         *(Column(key, _cells(differing[key], key), 2 if place else 0, text=True) for place, key in enumerate(keys)),
         Column("runs", [f"{len(group.records)}" for group in groups]),
         Column("over", [names or "the same recipe" for names in varied], 1, text=True),
-        _figures("median", spreads, "median", pattern),
-        _figures("lower\nquartile", spreads, "lower", pattern),
-        _figures("upper\nquartile", spreads, "upper", pattern),
-        _figures("lowest", spreads, "lowest", pattern),
-        _figures("highest", spreads, "highest", pattern),
+        *(
+            _figures(title, spreads, title.split("\n")[0], pattern)
+            for title in ("median", "lower\nquartile", "upper\nquartile", "lowest", "highest")
+        ),
     ]
 
 
 def _figures(title: str, rows: Sequence[dict[str, Any]], name: str, pattern: str, rank: int = 0) -> Column:
     values = [row.get(name) for row in rows]
     return Column(title, [NONE if each is None or each != each else pattern.format(each) for each in values], rank)
-
-
-def _scores(rows: Sequence[dict[str, Any]], name: str) -> list[str]:
-    return [write_score(name, row[name]) if name in row else NONE for row in rows]
-
-
-def _range(interval: tuple[float, float] | None) -> str:
-    return NONE if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
 def _cells(values: Sequence[Any], key: str) -> list[str]:

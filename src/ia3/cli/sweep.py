@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +9,13 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import FlagConsole, with_settings
-from ia3.cli.train import AsJson
+from ia3.cli.train import run_visibly
 
 if TYPE_CHECKING:
     from ia3.training.sweep import Sweep
 
-_INTERRUPTED = 130
 # A value of these may hold a comma.
 _WHOLE = ("template", "data")
 
@@ -40,13 +39,24 @@ def _command(
     given: Any = None,
 ) -> None:
     grid = parse_grid(over) if over else None
-    found = _sweep(given, grid)
+    from ia3.runs.grid import make_recipes
+    from ia3.runs.look import look_before
+
+    recipes, keys = make_recipes(given, grid)
+    looked = look_before(*recipes)
+    progress = FlagConsole()
+
+    def run() -> Sweep:
+        from ia3.training.sweep import run_sweep
+
+        return run_sweep(recipes, keys, progress, looked)
+
+    found = run_visibly(run, progress, stopped="Interrupted. A sweep doesn't go on later: begin it anew.")
     from ia3.training.sweep import PICTURE_NAME, ranking_table
 
     picture = found.output_dir / PICTURE_NAME
     if as_json:
-        paths = {"folder": str(found.output_dir), "picture": str(picture)}
-        typer.echo(json.dumps({**found.summary(), **paths}, ensure_ascii=False))
+        print_json({**found.summary(), "folder": found.output_dir, "picture": picture})
         return
     Console().print("", ranking_table(found), "", highlight=False)
     typer.echo(f"asked for: {found.best.task.method}")
@@ -73,22 +83,3 @@ def parse_grid(over: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"--over {each!r}: expected a setting and its values, such as learning_rate=3e-3,8e-3.")
         grid.setdefault(full_name(key.replace("-", "_")), []).extend(found)
     return grid
-
-
-def _sweep(given: dict[str, Any], grid: dict[str, list[str]] | None) -> Sweep:
-    from ia3.runs.grid import make_recipes
-    from ia3.runs.look import look_before
-
-    recipes, keys = make_recipes(given, grid)
-    looked = look_before(*recipes)
-    progress = FlagConsole()
-    with progress.status("Starting"):
-        from transformers.utils.logging import disable_progress_bar
-
-        from ia3.training.sweep import run_sweep
-    disable_progress_bar()
-    try:
-        return run_sweep(recipes, keys, progress, looked)
-    except KeyboardInterrupt:
-        progress.print("\nInterrupted. A sweep doesn't go on later: begin it anew.", style="yellow", highlight=False)
-        raise typer.Exit(_INTERRUPTED) from None

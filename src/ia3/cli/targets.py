@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import module_names
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
-    from ia3.sites import Found, Site
+    from ia3.sites import Site
 
 
 def targets(
@@ -28,8 +29,6 @@ def targets(
     as_json: AsJson = False,
 ) -> None:
     """Show which modules of a model get a vector, as a tree; needs the model's configuration alone."""
-    from rich.console import Console
-
     with Console(stderr=True).status(f"Looking at {model}"):
         from ia3.config import IA3Config
         from ia3.sites import find_sites
@@ -42,10 +41,34 @@ def targets(
         base = _without_weights(model)
         found = find_sites(base, config)
     total = sum(parameter.numel() for parameter in base.parameters())
+    size, adapted, multiplied = found.layout.size, found.config.target_modules, found.config.feedforward_modules
     if as_json:
-        print_json(_summary(model, found, total))
-    else:
-        _print(model, type(base).__name__, found, total)
+        print_json(
+            {
+                "model": model,
+                "target_modules": _names(adapted),
+                "feedforward_modules": _names(multiplied),
+                "note": found.note,
+                "sites": [
+                    {"path": site.path, "side": site.side, "shape": site.shape, "trained": site.trained_width}
+                    for site in found.layout.sites
+                ],
+                "trained_numbers": size,
+                "base_parameters": total,
+            }
+        )
+        return
+    tree = Tree(Text(f"{model} ({type(base).__name__})"))
+    _grow(tree, _nested(found.layout.sites))
+    lines = [
+        f"{len(found.layout.sites):,} vectors, {size:,} trained numbers, {size / total:.3%} of the base's {total:,}",
+        f"target modules: {_spell(adapted)}",
+        f"whose input is multiplied: {_spell(multiplied)}",
+        *([found.note] if found.note else []),
+    ]
+    console = Console()
+    console.print(tree)
+    console.print("", *lines, sep="\n", markup=False, highlight=False)
 
 
 def _without_weights(model_name: str) -> Any:
@@ -64,40 +87,6 @@ def _without_weights(model_name: str) -> Any:
 
 def _names(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | list) else value
-
-
-def _summary(model: str, found: Found, total: int) -> dict[str, Any]:
-    return {
-        "model": model,
-        "target_modules": _names(found.config.target_modules),
-        "feedforward_modules": _names(found.config.feedforward_modules),
-        "note": found.note,
-        "sites": [
-            {"path": site.path, "side": site.side, "shape": site.shape, "trained": site.trained_width}
-            for site in found.layout.sites
-        ],
-        "trained_numbers": found.layout.size,
-        "base_parameters": total,
-    }
-
-
-def _print(model: str, class_name: str, found: Found, total: int) -> None:
-    from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
-
-    tree = Tree(Text(f"{model} ({class_name})"))
-    _grow(tree, _nested(found.layout.sites))
-    size = found.layout.size
-    lines = [
-        f"{len(found.layout.sites):,} vectors, {size:,} trained numbers, {size / total:.3%} of the base's {total:,}",
-        f"target modules: {_spell(found.config.target_modules)}",
-        f"whose input is multiplied: {_spell(found.config.feedforward_modules)}",
-        *([found.note] if found.note else []),
-    ]
-    console = Console()
-    console.print(tree)
-    console.print("", *lines, sep="\n", markup=False, highlight=False)
 
 
 def _nested(sites: Iterable[Site]) -> dict[str, Any]:
@@ -124,8 +113,6 @@ def _runs(node: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:
-    from rich.text import Text
-
     for names, child in _runs(node):
         name = names[0] if len(names) == 1 else f"{names[0]}–{names[-1]}"
         while "" not in child and len(child) == 1:  # a chain without a fork is one line

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from ia3.cli.names import FlagConsole, with_settings
+from ia3.cli.flags import AsJson, print_json
+from ia3.cli.names import FlagConsole, numbers, with_settings
 
 if TYPE_CHECKING:
     from ia3.runs.look import Looked
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+FoundT = TypeVar("FoundT")
 
 
 def train() -> TyperCommand:
@@ -43,7 +43,7 @@ def _command(
         if beside:
             names = ", ".join(f"`{name}`" for name in beside)
             raise ValueError(f"`resume` goes on with the run's own recipe, so these can't be given beside it: {names}.")
-        run = run_visibly(lambda: _run(resume, {}, progress), progress)
+        run = _run(resume, {}, progress)
     else:
         from ia3.runs.look import look_before
 
@@ -52,7 +52,7 @@ def _command(
         if len(recipes) > 1:
             _train_each(recipes, looked, progress, as_json=as_json)
             return
-        run = run_visibly(lambda: _run(recipes[0], looked, progress), progress)
+        run = _run(recipes[0], looked, progress)
     print_result(run, as_json=as_json)
     if not as_json:
         typer.echo(f'\nUse it: ia3 predict {run.adapter_dir} "…"')
@@ -65,12 +65,18 @@ def _recipes(given: dict[str, Any], seeds: str | None) -> list[Recipe]:
     from ia3.runs.recipe import make_recipe
     from ia3.runs.run import new_folder
 
-    templates, numbers = given.pop("template", []), _numbers(seeds, given)
-    _refuse_repeated("template", templates)
+    if seeds is not None and "seed" in given:
+        raise ValueError("There are both `seed` and `seeds`: give one of them.")
+    templates, chances = given.pop("template", []), [] if seeds is None else numbers("seeds", seeds, int)
+    for name, values in (("template", templates), ("seeds", chances)):
+        if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+            raise ValueError(
+                f"`{name}` holds {', '.join(twice)} more than once, which would be one run: give each once."
+            )
     choices: list[dict[str, Any]] = [
         {**each, **more}
         for each in ([{"template": template} for template in templates] or [{}])
-        for more in ([{"seed": seed} for seed in numbers] or [{}])
+        for more in ([{"seed": seed} for seed in chances] or [{}])
     ]
     made = [make_recipe({**given, **choice}) for choice in choices]
     if len(made) == 1:
@@ -80,32 +86,17 @@ def _recipes(given: dict[str, Any], seeds: str | None) -> list[Recipe]:
     return [replace(each, output=folder / f"{place}seed-{each.seed}") for each, place in zip(made, places, strict=True)]
 
 
-def _numbers(seeds: str | None, given: dict[str, Any]) -> list[int]:
-    if seeds is None:
-        return []
-    if "seed" in given:
-        raise ValueError("There are both `seed` and `seeds`: give one of them.")
-    try:
-        numbers = [int(part) for part in seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"`seeds` is {seeds!r}: expected whole numbers with commas between, such as 0,1,2.") from None
-    _refuse_repeated("seeds", numbers)
-    return numbers
-
-
-def _refuse_repeated(name: str, values: Sequence[Any]) -> None:
-    twice = sorted({str(value) for value in values if values.count(value) > 1})
-    if twice:
-        raise ValueError(f"`{name}` holds {', '.join(twice)} more than once, which would be one run: give each once.")
-
-
 def _run(recipe: Recipe | Path, looked: Looked, progress: Console) -> Run:
     """Train by a recipe, or go on in a folder."""
-    from ia3.training.train import resume, run_recipe
 
-    if isinstance(recipe, Path):
-        return resume(recipe, console=progress)
-    return run_recipe(recipe, progress, looked=looked)
+    def run() -> Run:
+        from ia3.training.train import resume, run_recipe
+
+        if isinstance(recipe, Path):
+            return resume(recipe, console=progress)
+        return run_recipe(recipe, progress, looked=looked)
+
+    return run_visibly(run, progress)
 
 
 def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_json: bool) -> None:
@@ -115,8 +106,15 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
     results, failed = [], []
     for number, recipe in enumerate(recipes, start=1):
         progress.print(f"\nRun {number} of {len(recipes)}: {recipe.output}", style="bold", highlight=False)
+        from ia3.training.train import begun, finished_result
+
         try:
-            results.append(_result_of(recipe, looked, progress))
+            if (done := finished_result(recipe)) is not None:
+                progress.print("Done before.", highlight=False)
+            else:
+                former = recipe.output if begun(recipe) else None
+                done = _run(former or recipe, {} if former else looked, progress).summary()
+            results.append(done)
         except FloatingPointError as error:
             progress.print(str(error), style="red", markup=False, highlight=False)
             failed.append(str(recipe.output))
@@ -124,12 +122,13 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
         raise FloatingPointError(f"None of the {len(recipes)} runs came to an end: lower the learning rate.")
     folder = str(recipes[0].output.parent) if recipes[0].output is not None else ""
     found = quartiles_of([result["accuracy"] for result in results])
+    methods = {result["method"] for result in results}
+    how = f" by {methods.pop()}" if len(methods) == 1 else ""
     if as_json:
-        content = {"folder": folder, "accuracy": found.summary(), "failed": failed, "runs": results}
-        typer.echo(json.dumps(content, ensure_ascii=False))
+        print_json({"folder": folder, "accuracy": found.summary(), "failed": failed, "runs": results})
         return
     Console().print(
-        f"\naccuracy of {len(results)} runs{_how(results)}: median {found.median:.1%}, quartiles {found.lower:.1%} and "
+        f"\naccuracy of {len(results)} runs{how}: median {found.median:.1%}, quartiles {found.lower:.1%} and "
         f"{found.upper:.1%}, from {found.lowest:.1%} to {found.highest:.1%}\nCompare them: ia3 runs {folder}",
         highlight=False,
         markup=False,
@@ -138,28 +137,8 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
         Console().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
 
 
-def _how(results: Sequence[dict[str, Any]]) -> str:
-    """How the answers were found, unless by several ways; runs of before don't say it."""
-    methods = {result.get("method") for result in results}
-    return f" by {methods.pop()}" if len(methods) == 1 and None not in methods else ""
-
-
-def _result_of(recipe: Recipe, looked: Looked, progress: Console) -> dict[str, Any]:
-    """The figures of a run of a series, trained now, to its end now, or before."""
-    from ia3.training.train import begun, finished_result
-
-    done = finished_result(recipe)
-    if done is not None:
-        progress.print("Done before.", highlight=False)
-        return done
-    folder = recipe.output
-    if folder is not None and begun(recipe):
-        return run_visibly(lambda: _run(folder, {}, progress), progress).summary()
-    return run_visibly(lambda: _run(recipe, looked, progress), progress).summary()
-
-
-def run_visibly(train: Callable[[], Run], progress: Console) -> Run:
-    """Train with progress on a console; Ctrl-C ends the command and says how to go on."""
+def run_visibly(train: Callable[[], FoundT], progress: Console, *, stopped: str = "") -> FoundT:
+    """Train with progress on a console; Ctrl-C ends the command and says how to go on, or `stopped` if nothing does."""
     with progress.status("Starting"):
         from transformers.utils.logging import disable_progress_bar
 
@@ -167,8 +146,11 @@ def run_visibly(train: Callable[[], Run], progress: Console) -> Run:
     disable_progress_bar()
     try:
         return train()
-    except Interrupted as interrupted:
-        progress.print(f"\n{interrupted}", style="yellow", markup=False, highlight=False)
+    except KeyboardInterrupt as interrupted:
+        said = str(interrupted) if isinstance(interrupted, Interrupted) else stopped
+        if not said:  # a second Ctrl-C
+            raise
+        progress.print(f"\n{said}", style="yellow", markup=False, highlight=False)
         raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -179,7 +161,6 @@ def print_result(run: Run, *, as_json: bool, **more: Any) -> None:
 
     picture = run.output_dir / PICTURE_NAME
     if as_json:
-        paths = {"adapter": str(run.adapter_dir), "picture": str(picture)}
-        typer.echo(json.dumps({**run.summary(), **paths, **more}, ensure_ascii=False))
+        print_json({**run.summary(), "adapter": run.adapter_dir, "picture": picture, **more})
     else:
         Console().print(result_table(run, picture))

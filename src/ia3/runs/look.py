@@ -13,6 +13,7 @@ from ia3.errors import SettingError
 from ia3.files import BUNDLED, expect_folder_or_hub
 from ia3.runs.recipe import Recipe
 from ia3.runs.run import check_output
+from ia3.tasks.examples import Examples
 from ia3.tasks.task import TaskKind
 
 # What a model may be meant for where no task is named.
@@ -53,20 +54,25 @@ def key_of(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (name, *recipe.wording.fields, recipe.label_column)
 
 
+def examples_of(recipe: Recipe, data: str | Records, kind: TaskKind) -> Examples:
+    """Data's examples as a recipe says, with all spellings of their labels."""
+    return load_examples(
+        data,
+        template=None if recipe.template is None else recipe.wording,
+        text_column=recipe.text_column,
+        label_column=recipe.label_column,
+        kind=kind,
+        merge_labels=False,
+    )
+
+
 def _expect_columns(records: Records, recipe: Recipe) -> None:
     """Refuse columns that no kind of task that may be meant can be read from."""
     few = replace(records, rows=records.rows[:_FEW])
     wrong = None
     for kind in [recipe.task] if recipe.task is not None else _kinds(recipe.model):
         try:
-            load_examples(
-                few,
-                template=None if recipe.template is None else recipe.wording,
-                text_column=recipe.text_column,
-                label_column=recipe.label_column,
-                kind=kind,
-                merge_labels=False,
-            )
+            examples_of(recipe, few, kind)
         except SettingError as error:
             wrong = wrong or error
         except ValueError:  # about a row: the whole reading tells

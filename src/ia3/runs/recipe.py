@@ -196,14 +196,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} is no recipe: expected one key and its value a line, such as `epochs: 3`.")
-    return without_a_heads_way(content)
-
-
-def without_a_heads_way(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's content without a way of answering where a head answers: every run's file had one once."""
-    heads = [kind.value for kind in TaskKind if not kind.writes]
-    extra = content.get("task") in heads and content.get("answer_by") == "generation"
-    return {key: value for key, value in content.items() if not (extra and key == "answer_by")}
+    return content
 
 
 class _LoaderOfDistinctKeys(yaml.SafeLoader):  # type: ignore[misc]

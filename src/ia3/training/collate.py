@@ -52,30 +52,14 @@ def tokenise(
         return []
     inputs = tokenizer([row.text for row in examples], truncation=True, max_length=max_length)["input_ids"]
     words = sorted({row.label for row in examples})
-    labels = {word: _tokenise_label(word, tokenizer, max_label_length, as_words) for word in words}
+    labels = {word: tokenise_label(word, tokenizer, max_label_length, as_words) for word in words}
     return [
         TokenisedExample(ids, labels[row.label], row.text, row.label) for ids, row in zip(inputs, examples, strict=True)
     ]
 
 
-def measure_labels(
-    labels: Sequence[str], tokenizer: Any, *, max_label_length: int | None = None, as_words: bool = True
-) -> dict[str, int]:
-    """How many tokens each label takes, its end token included.
-
-    Args:
-        labels: the label words, or free texts.
-        tokenizer: the base model's tokenizer.
-        max_label_length: the most that is allowed; None for any number.
-        as_words: as in `tokenise`.
-
-    Raises:
-        ValueError: as `tokenise`.
-    """
-    return {word: len(_tokenise_label(word, tokenizer, max_label_length, as_words)) for word in labels}
-
-
-def _tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_word: bool) -> list[int]:
+def tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_word: bool) -> list[int]:
+    """A label's tokens, its end token included; arguments and errors are those of `tokenise`."""
     ids: list[int] = tokenizer(text_target=word)["input_ids"]
     if max_label_length is not None and len(ids) > max_label_length:
         raise ValueError(

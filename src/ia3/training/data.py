@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ia3.data.loading import load_examples
-from ia3.runs.look import Looked, key_of
+from ia3.runs.look import Looked, examples_of, key_of
 from ia3.runs.recipe import Recipe
 from ia3.tasks.examples import (
     ONE_LABEL_A_TEXT,
@@ -83,7 +82,11 @@ def _read_one(
         examples = merge_labels_of(examples)
         held_out = None if held_out is None else match_labels(held_out, examples.labels, "the training data's")
     if not resuming:
-        _refuse_ignored_merging(recipe, kind)
+        if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
+            raise ValueError(
+                f"`merge_labels=False` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing "
+                "is merged: leave it out."
+            )
         _refuse_what_is_half_read(examples, recipe)
         _refuse_no_classes(examples, held_out, recipe)
     training, test = (
@@ -122,14 +125,7 @@ def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Exam
 def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Looked) -> Examples:
     """The examples with all spellings of their labels."""
     if isinstance(data, str):
-        return load_examples(
-            looked.pop(key_of(recipe, data), data),
-            template=None if recipe.template is None else recipe.wording,
-            text_column=recipe.text_column,
-            label_column=recipe.label_column,
-            kind=kind,
-            merge_labels=False,
-        )
+        return examples_of(recipe, looked.pop(key_of(recipe, data), data), kind)
     if data.kind is not kind and not (data.kind in ONE_LABEL_A_TEXT and kind in ONE_LABEL_A_TEXT):
         raise ValueError(
             f"The examples in memory are for {data.kind}, and the task is {kind}: name the task that they are for, or "
@@ -143,14 +139,6 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Look
         )
     rows = tuple(replace(row, text=recipe.wording.render({field: row.text})) for row in data)
     return replace(data, rows=rows, kind=kind)
-
-
-def _refuse_ignored_merging(recipe: Recipe, kind: TaskKind) -> None:
-    if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
-        raise ValueError(
-            f"`merge_labels=False` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is "
-            "merged: leave it out."
-        )
 
 
 def _refuse_what_is_half_read(examples: Examples, recipe: Recipe) -> None:

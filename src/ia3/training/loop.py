@@ -100,9 +100,8 @@ class Training:
     def time_steps(self, count: int) -> float:
         """The seconds of a step, the mean of so many after the first; to train, make another one from here on."""
         self.learner.model.train(self.settings.dropout)
-        batches = [
-            [self.learner.collate(rows) for rows in parts] for parts in islice(self.plan.steps_from(0), count + 1)
-        ]
+        steps = islice(self.plan.steps_from(0), count + 1)
+        batches = [[self.learner.collate(rows) for rows in parts] for parts in steps]
         float(self._step(batches[0])["loss"])
         started = time.perf_counter()
         losses = [self._step(each)["loss"] for each in batches[1:]]
@@ -127,36 +126,35 @@ class Training:
         """
         self.folder = folder
         with progress_bars(console) as bars, _stop_on_signals(self):
-            return self._run(bars, resumed_by)
-
-    def _run(self, bars: ProgressBars, resumed_by: str) -> Run:
-        bar = bars.add_task("training", total=self.plan.total_steps, completed=self.progress.step, note="")
-        self.estimate = TimeEstimate(bars, [self.plan])
-        try:
-            self._evaluate_if_due(bars)
-            self._begin_logs()
-            while not self.plan.finished:
-                self._train_until_due(bars, bar)
+            bar = bars.add_task("training", total=self.plan.total_steps, completed=self.progress.step, note="")
+            self.estimate = TimeEstimate(bars, [self.plan])
+            try:
                 self._evaluate_if_due(bars)
+                self.plan.write_metrics(folder)
+                if self.settings.trackers:
+                    self._begin_tracking()
+                while not self.plan.finished:
+                    self._train_until_due(bars, bar)
+                    self._evaluate_if_due(bars)
+                    self._save_state()
+                bars.update(bar, description="trained")
+                self.plan.save_adapter(folder / ADAPTER_FOLDER)
+                if self.plan.shown is None:  # resumed when all but these files was done
+                    self._evaluate(bars)
+                return self.plan.result(folder)
+            except _Stop:
                 self._save_state()
-            bars.update(bar, description="trained")
-            self.plan.save_adapter(self.folder / ADAPTER_FOLDER)
-            if self.plan.shown is None:  # resumed when all but these files was done
-                self._evaluate(bars)
-            return self.plan.result(self.folder)
-        except _Stop:
-            self._save_state()
-            adapter = self.plan.save_adapter(self.folder / ADAPTER_FOLDER)
-            raise Interrupted(
-                f"Interrupted at step {self.progress.step} of {self.plan.total_steps}. Go on: {resumed_by}\n"
-                f"The adapter as it is now: {adapter}"
-            ) from None
-        except FloatingPointError:
-            # Going on from here would diverge again, so the folder is free for another try.
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            raise
-        finally:
-            self.accelerator.end_training()
+                adapter = self.plan.save_adapter(folder / ADAPTER_FOLDER)
+                raise Interrupted(
+                    f"Interrupted at step {self.progress.step} of {self.plan.total_steps}. Go on: {resumed_by}\n"
+                    f"The adapter as it is now: {adapter}"
+                ) from None
+            except FloatingPointError:
+                # Going on from here would diverge again, so the folder is free for another try.
+                (folder / STATE_NAME).unlink(missing_ok=True)
+                raise
+            finally:
+                self.accelerator.end_training()
 
     def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
         """Steps up to the next evaluation."""
@@ -242,14 +240,14 @@ class Training:
             bars.remove_task(bar)
         return self.plan.compute_metrics(found, time.perf_counter() - started)
 
-    def _begin_logs(self) -> None:
-        """`metrics.jsonl` as far as the progress goes, and the trackers."""
-        self.plan.write_metrics(self.folder)
-        if self.settings.trackers:
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
-            self.accelerator.init_trackers("tracker", config=_flat(self.settings))
-            for each in self.progress.evaluations[-1:]:  # the one made just before
-                self._track({"evaluation": each.summary(), "step": each.step})
+    def _begin_tracking(self) -> None:
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
+        plain = (bool, int, float, str)  # what trackers take
+        given = asdict(self.settings).items()
+        config = {name: value if isinstance(value, plain) else str(value) for name, value in given}
+        self.accelerator.init_trackers("tracker", config=config)
+        for each in self.progress.evaluations[-1:]:  # the one made just before
+            self._track({"evaluation": each.summary(), "step": each.step})
 
     def _log(self, line: dict[str, Any]) -> None:
         with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
@@ -258,7 +256,9 @@ class Training:
             self._track(line)
 
     def _track(self, line: dict[str, Any]) -> None:
-        self.accelerator.log(_as_scalars(line), step=int(line["step"]))
+        kind, figures = ("held_out", line["evaluation"]) if "evaluation" in line else ("train", line)
+        scalars = {f"{kind}/{name}": value for name, value in figures.items() if name != "step"}
+        self.accelerator.log(scalars, step=int(line["step"]))
 
     def _save_state(self) -> None:
         save_state(self.folder / STATE_NAME, self.progress, self.trainable, self.optimizer, self.schedule)
@@ -302,21 +302,6 @@ def _stop_on_signals(training: Training) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _flat(settings: TrainSettings) -> dict[str, Any]:
-    """What trackers take as a configuration: no lists, no None."""
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in asdict(settings).items()
-    }
-
-
-def _as_scalars(line: dict[str, Any]) -> dict[str, float]:
-    evaluation = line.get("evaluation")
-    if evaluation is not None:
-        return {f"held_out/{name}": value for name, value in evaluation.items() if name != "step"}
-    return {f"train/{name}": line[name] for name in ("learning_rate", "loss")}
-
-
 class TimeEstimate:
     """Says once, some steps after it began, how long a training takes, unless that is short.
 
@@ -342,19 +327,17 @@ class TimeEstimate:
             self.first = now
         elif now[0] - self.first[0] >= _STEPS_TIMED:
             self.said = True
-            self._say((now[1] - self.first[1]) / (now[0] - self.first[0]))
-
-    def _say(self, a_step: float) -> None:
-        steps = max(plan.total_steps for plan in self.plans) - self.began
-        evaluations = sum(plan.evaluations_left for plan in self.plans)
-        an_evaluation = max(plan.progress.evaluations[-1].seconds for plan in self.plans)
-        seconds = steps * a_step + evaluations * an_evaluation
-        if seconds >= _LONG:
-            self.console.print(
-                f"About {_in_words(seconds)} on this machine: {a_step:.2g} s a step, {steps:,} steps, {evaluations:,} "
-                f"evaluation{'s' * (evaluations > 1)} of {an_evaluation:.2g} s.",
-                highlight=False,
-            )
+            a_step = (now[1] - self.first[1]) / (now[0] - self.first[0])
+            steps = max(plan.total_steps for plan in self.plans) - self.began
+            evaluations = sum(plan.evaluations_left for plan in self.plans)
+            an_evaluation = max(plan.progress.evaluations[-1].seconds for plan in self.plans)
+            seconds = steps * a_step + evaluations * an_evaluation
+            if seconds >= _LONG:
+                self.console.print(
+                    f"About {_in_words(seconds)} on this machine: {a_step:.2g} s a step, {steps:,} steps, "
+                    f"{evaluations:,} evaluation{'s' * (evaluations > 1)} of {an_evaluation:.2g} s.",
+                    highlight=False,
+                )
 
 
 def _in_words(seconds: float) -> str:

@@ -22,8 +22,7 @@ from ia3.runs.recipe import Recipe, describe_choice, resolve
 from ia3.runs.run import METRICS_NAME, RESULT_NAME, Evaluation, Run, TrainerState, compute_metrics, write_json
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import Task, TaskKind, save_task
-from ia3.tasks.template import Template
-from ia3.training.collate import measure_labels, shuffled_batches
+from ia3.training.collate import shuffled_batches, tokenise_label
 from ia3.training.data import read_data
 from ia3.training.learner import EvalOutput, Learner
 from ia3.training.learners.instructions import Instructions, count_cut
@@ -75,13 +74,26 @@ def prepare(
         console.print(f"Chosen by the task and its {len(data[0][0]):,} rows: {chosen}.", highlight=False)
     with console.status(f"Loading {base.name}"):
         tasks = [_make_task(each, *parts, base.tokenizer) for each, parts in zip(complete, data, strict=True)]
-        model = _load_adapted(base, common, tasks[0].labels)
+        loaded = base.load(kind, labels=tasks[0].labels, dtype=DTYPES[common.precision], seed=common.seed)
+        config = IA3Config(
+            task_type=kind.task_type,
+            target_modules=common.target_modules,
+            feedforward_modules=common.feedforward_modules,
+            modules_to_save=None if kind.writes else head_modules(loaded),
+        )
+        model = get_peft_model(loaded, config)
     known: dict[int, Sequence[Any]] = {}
     plans = [
         RunPlan(make_learner(model, base.tokenizer, task, each.settings), *parts, known)
         for each, task, parts in zip(complete, tasks, data, strict=True)
     ]
-    _warn_of_truncation(plans[0], console)
+    learner, first = plans[0].learner, plans[0]
+    if isinstance(learner, Instructions):
+        cut = count_cut([*first.rows, *first.test_rows])
+    else:
+        cut = count_truncated([*first.training.texts, *first.test.texts], base.tokenizer, common.max_length)
+    if cut:
+        console.print(f"{cut:,} texts are longer than {common.max_length} tokens and are cut (`max_length`).")
     return list(zip(complete, plans, strict=True))
 
 
@@ -89,15 +101,17 @@ def _make_task(recipe: Recipe, training: Examples, test: Examples, tokenizer: An
     """What the recipe's adapter learns to do."""
     assert recipe.task is not None
     labels = _labels(recipe.task, training, test)
-    template, label_column = _wording(recipe, training)
+    # Read as the examples were, unless the recipe says otherwise of examples in memory.
+    says = isinstance(recipe.data, Examples) and (recipe.template is not None or recipe.text_column != "text")
+    reading = None if says else training.reading
     return Task(
         kind=recipe.task,
-        template=template,
+        template=recipe.wording if reading is None else reading.template,
         labels=labels,
         max_length=recipe.max_length,
         max_new_tokens=_longest_answer(recipe, labels or [row.label for row in training], tokenizer),
         base_model=recipe.model,
-        label_column=label_column,
+        label_column=recipe.label_column if reading is None else reading.label_column,
         system=recipe.system,
         precision=recipe.precision,
     )
@@ -119,14 +133,6 @@ def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ..
     return found
 
 
-def _wording(recipe: Recipe, training: Examples) -> tuple[Template, str]:
-    """What is read of a record, and the column of its answer: as the examples were read, unless the recipe says."""
-    says = isinstance(recipe.data, Examples) and (recipe.template is not None or recipe.text_column != "text")
-    if training.reading is None or says:
-        return recipe.wording, recipe.label_column
-    return training.reading.template, training.reading.label_column
-
-
 def _longest_answer(recipe: Recipe, answers: Iterable[str], tokenizer: Any) -> int | None:
     """The most tokens that an answer takes, its end token included."""
     kind, distinct = recipe.task, list(dict.fromkeys(answers))
@@ -138,32 +144,7 @@ def _longest_answer(recipe: Recipe, answers: Iterable[str], tokenizer: Any) -> i
     if kind is TaskKind.INSTRUCTIONS:
         return _ROOM_FOR_THE_END + max(len(ids) for ids in tokenizer(distinct, add_special_tokens=False)["input_ids"])
     words, longest = kind is TaskKind.LABEL_WORDS, recipe.max_label_length
-    return max(measure_labels(distinct, tokenizer, max_label_length=longest, as_words=words).values())
-
-
-def _load_adapted(base: Base, recipe: Recipe, labels: tuple[str, ...]) -> Any:
-    """The base model with a new adapter."""
-    kind = recipe.task
-    assert kind is not None
-    model = base.load(kind, labels=labels, dtype=DTYPES[recipe.precision], seed=recipe.seed)
-    config = IA3Config(
-        task_type=kind.task_type,
-        target_modules=recipe.target_modules,
-        feedforward_modules=recipe.feedforward_modules,
-        modules_to_save=None if kind.writes else head_modules(model),
-    )
-    return get_peft_model(model, config)
-
-
-def _warn_of_truncation(plan: RunPlan, console: Console) -> None:
-    """Say how many texts are cut."""
-    learner, length = plan.learner, plan.learner.task.max_length
-    if isinstance(learner, Instructions):
-        cut = count_cut([*plan.rows, *plan.test_rows])
-    else:
-        cut = count_truncated([*plan.training.texts, *plan.test.texts], learner.tokenizer, length)
-    if cut:
-        console.print(f"{cut:,} texts are longer than {length} tokens and are cut (`max_length`).")
+    return max(len(tokenise_label(each, tokenizer, longest, words)) for each in distinct)
 
 
 class RunPlan:

@@ -20,19 +20,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ia3.files import write_atomically
+from ia3.runs.recipe import Recipe
 from ia3.runs.run import Evaluation, TrainerState
-from ia3.tasks.examples import Examples
+from ia3.training.plan import RunPlan
 
 
-def describe_environment(training: Examples, test: Examples, model: Any, seed: int) -> dict[str, Any]:
-    """What besides the recipe decides a run's numbers: versions, hardware, seed, digests of data and base model."""
+def describe_environment(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
+    """What decides a run's numbers: its recipe, versions, hardware, seed, digests of data and base model."""
+    model = plan.learner.model
     device = model.device
     return {
         "base_model": {"sha256_of_samples": _fingerprint(model)},
-        "data": {name: _describe_data(each) for name, each in (("test", test), ("train", training))},
+        "data": {
+            name: {"rows": len(each), "sha256": each.digest(), "source": each.source}
+            for name, each in (("test", plan.test), ("train", plan.training))
+        },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
-        "seed": seed,
+        "recipe": recipe.content(),
+        "seed": recipe.seed,
         "threads": torch.get_num_threads(),
         "versions": {
             "accelerate": version("accelerate"),
@@ -54,20 +60,24 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _describe_data(examples: Examples) -> dict[str, Any]:
-    return {"rows": len(examples), "sha256": examples.digest(), "source": examples.source}
-
-
 def save_state(
     path: Path, progress: TrainerState, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
 ) -> None:
     """Write all that the next step depends on, atomically; a pickle without code, read by `load_state`."""
-    evaluations = [asdict(each) for each in _without_old_predictions(progress)]
+    kept = {progress.best, len(progress.evaluations) - 1}  # the predictions that are asked for later
+    evaluations = [
+        asdict(each if index in kept else replace(each, predictions=[]))
+        for index, each in enumerate(progress.evaluations)
+    ]
     content = {
         "optimizer": optimizer.state_dict(),
         "parameters": {name: parameter.detach() for name, parameter in trainable.items()},
         "progress": {**vars(progress), "evaluations": evaluations},
-        "random": _random_state(),
+        "random": {
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": random.getstate(),
+            "torch": torch.get_rng_state(),
+        },
         "schedule": schedule.state_dict(),
     }
     file = io.BytesIO()
@@ -89,37 +99,19 @@ def load_state(
         evaluations = [Evaluation(**each) for each in progress.pop("evaluations")]
     except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no whole state of a training ({error}): begin the training anew.") from error
-    _restore_parameters(content["parameters"], trainable, path)
-    optimizer.load_state_dict(content["optimizer"])
-    schedule.load_state_dict(content["schedule"])
-    _restore_random_state(content["random"])
-    return TrainerState(**progress, evaluations=evaluations)
-
-
-@torch.no_grad()
-def _restore_parameters(saved: Mapping[str, Tensor], trainable: Mapping[str, Parameter], path: Path) -> None:
-    shapes = {name: tensor.shape for name, tensor in saved.items()}
-    if shapes != {name: parameter.shape for name, parameter in trainable.items()}:
+    saved: dict[str, Tensor] = content["parameters"]
+    if {name: each.shape for name, each in saved.items()} != {name: each.shape for name, each in trainable.items()}:
         raise ValueError(
             f"{path} holds {len(saved)} trained tensors that are not those of this model, which has "
             f"{len(trainable)}: go on with the base model and the targets that the run began with."
         )
-    for name, parameter in trainable.items():
-        parameter.copy_(saved[name])
-
-
-def _without_old_predictions(progress: TrainerState) -> list[Evaluation]:
-    """The evaluations, with predictions of the best and the last alone, which are all that is asked for later."""
-    kept = {progress.best, len(progress.evaluations) - 1}
-    return [each if index in kept else replace(each, predictions=[]) for index, each in enumerate(progress.evaluations)]
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-    }
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(saved[name])
+    optimizer.load_state_dict(content["optimizer"])
+    schedule.load_state_dict(content["schedule"])
+    _restore_random_state(content["random"])
+    return TrainerState(**progress, evaluations=evaluations)
 
 
 def _restore_random_state(state: Mapping[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,8 @@ from ia3.tasks.task import Task
 from ia3.training.learner import Answered, EvalOutput, Writer, measurement
 from ia3.training.loop import TimeEstimate, make_accelerator, progress_bars
 from ia3.training.plan import RunPlan, prepare
-from ia3.training.train import begin_folder, claim, environment_of
+from ia3.training.state import describe_environment
+from ia3.training.train import begin_folder, claim
 
 SWEEP_NAME = "sweep.json"
 PICTURE_NAME = "sweep.png"
@@ -74,9 +74,14 @@ class Sweep:
         return self.output_dir / BEST_FOLDER
 
     @property
+    def all_settings(self) -> list[dict[str, Any]]:
+        """What the finished runs and then the failed ones were given."""
+        return [*self.settings, *(given for given, _ in self.failed)]
+
+    @property
     def advice(self) -> str | None:
         """What to do about the result, in a line; None where nothing stands out."""
-        rates = sorted({given["learning_rate"] for given in _all_settings(self) if "learning_rate" in given})
+        rates = sorted({given["learning_rate"] for given in self.all_settings if "learning_rate" in given})
         best = self.settings[0].get("learning_rate")
         edge = None
         if len(rates) > 1 and best in (rates[0], rates[-1]):
@@ -161,8 +166,9 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
         FileNotFoundError, ValueError, FloatingPointError: as `sweep`.
     """
     common = recipes[0]
-    if common.output is not None:
-        _refuse_a_former(common.output)
+    for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
+        if common.output is not None and (common.output / name).is_file():
+            raise ValueError(f"{common.output} holds a {what} already: name another output, or remove it.")
     base = Base(common.model)
     kind = common.task or base.kind
     if not kind.writes:
@@ -172,26 +178,17 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
         )
     prepared = prepare(base, kind, recipes, console, looked=looked)
     together = Together([plan for _, plan in prepared])
-    settings = [{key: _value(each, key) for key in keys} for each, _ in prepared]
+    given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
+    settings = [
+        {key: value.source if isinstance(value, Examples) else value for key, value in each.items()} for each in given
+    ]
     output = claim(common.output, common.source)
     folders = [output / name for name in names_of(settings)]
     for (each, plan), folder in zip(prepared, folders, strict=True):
-        begin_folder(folder, each, environment_of(each, plan))
+        begin_folder(folder, each, describe_environment(each, plan))
     console.print(together.describe_path(), highlight=False)
     together.run(folders, console)
     return _finish(together, recipes, settings, output)
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    """A recipe's value of a key, as JSON can write it."""
-    value = getattr(recipe, key)
-    return value.source if isinstance(value, Examples) else value
-
-
-def _refuse_a_former(output: Path) -> None:
-    for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
-        if (output / name).is_file():
-            raise ValueError(f"{output} holds a {what} already: name another output, or remove it.")
 
 
 def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -292,13 +289,9 @@ class Together:
             bars.update(bar, advance=1, note=f"{len(losses)} runs, loss {min(losses, default=math.nan):.3f} and up")
 
     def _step(self, groups: list[list[Any]]) -> tuple[list[float], list[list[Any]]]:
-        """A step of the running runs, without those whose loss or gradient is not finite: they leave.
+        """A step of the running runs, each on its examples: the losses and the examples of those that stay.
 
-        Args:
-            groups: each run's examples.
-
-        Returns:
-            The losses and the examples of those that stay.
+        Those whose loss or gradient is not finite leave.
         """
         while self.running:
             batch = self._batch(groups)
@@ -307,7 +300,11 @@ class Together:
                 return losses, groups
             lost = self.step.diverged(batch) or [row for row, loss in enumerate(losses) if not math.isfinite(loss)]
             for row in lost:
-                self._fail(row, "training loss, or its gradient,")
+                plan = self.plans[self.running[row]]
+                try:
+                    plan.check_finite(math.nan, "training loss, or its gradient,", plan.progress.step + 1)
+                except FloatingPointError as error:
+                    self.failures[self.running[row]] = str(error)
             groups = [group for row, group in enumerate(groups) if row not in lost]
             self._leave(lost)
         return [], []
@@ -322,13 +319,6 @@ class Together:
         filler = torch.tensor([place >= len(rows) for rows in groups for place in range(size)])
         batch["labels"][filler] = IGNORE_INDEX
         return batch
-
-    def _fail(self, row: int, what: str) -> None:
-        plan = self.plans[self.running[row]]
-        try:
-            plan.check_finite(math.nan, what, plan.progress.step + 1)
-        except FloatingPointError as error:
-            self.failures[self.running[row]] = str(error)
 
     def _leave(self, rows: Sequence[int]) -> None:
         """Take rows out of the table and their runs out of the batch."""
@@ -403,16 +393,12 @@ class Together:
         run = self.running[row]
         plan, folder = self.plans[run], self.folders[run]
         for name, flat in ((BEST_FOLDER, self.best[run]), (ADAPTER_FOLDER, self.step.table[row])):
-            self._put(flat)
+            parts = self.adapter.layout.split(flat)
+            with torch.no_grad():
+                for vector, part in zip(vectors(self.model, self.adapter), parts, strict=True):
+                    vector.copy_(part.view_as(vector))
             plan.save_adapter(folder / name)
         self.runs[run] = plan.result(folder)
-
-    @torch.no_grad()
-    def _put(self, flat: Tensor) -> None:
-        """Make a row the vectors of the model's own adapter."""
-        parts = self.adapter.layout.split(flat)
-        for vector, part in zip(vectors(self.model, self.adapter), parts, strict=True):
-            vector.copy_(part.view_as(vector))
 
 
 def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[dict[str, Any]], output: Path) -> Sweep:
@@ -438,32 +424,27 @@ def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[di
 def ranking_table(sweep: Sweep) -> Table:
     """The runs for the terminal, the best first: what each was given, and its best evaluation."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    keys = [key for key in sweep.settings[0] if len({str(each[key]) for each in _all_settings(sweep)}) > 1]
+    keys = [key for key in sweep.settings[0] if len({str(each[key]) for each in sweep.all_settings}) > 1]
     for key in keys:
         table.add_column(key, overflow="fold")
-    by_rank = any("accuracy_by_rank" in run.best.scores for run in sweep.runs)
-    titles = ["accuracy", "95 % interval", *(["by rank"] if by_rank else []), "loss", "at step", "last accuracy"]
-    shown = [run.best.total > 0 or title in ("loss", "at step") for title in titles for run in sweep.runs[:1]]
-    for title in itertools.compress(titles, shown):
+    figures: dict[str, Callable[[Run], str]] = {
+        "accuracy": lambda run: f"{run.best.accuracy:.1%}",
+        "95 % interval": lambda run: " to ".join(f"{100 * end:.1f}" for end in run.best.interval),
+        "by rank": lambda run: f"{run.best.scores['accuracy_by_rank']:.1%}",
+        "loss": lambda run: f"{run.best.loss:.3f}",
+        "at step": lambda run: f"{run.best.step:,}{' (stopped)' if run.progress.stopped_early else ''}",
+        "last accuracy": lambda run: f"{run.final.accuracy:.1%}",
+    }
+    if not any("accuracy_by_rank" in run.best.scores for run in sweep.runs):
+        del figures["by rank"]
+    shown = [title for title in figures if sweep.best.best.total or title in ("loss", "at step")]
+    for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
     for run, given in zip(sweep.runs, sweep.settings, strict=True):
-        low, high = run.best.interval
-        figures = [
-            f"{run.best.accuracy:.1%}",
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            *([f"{run.best.scores['accuracy_by_rank']:.1%}"] if by_rank else []),
-            f"{run.best.loss:.3f}",
-            f"{run.best.step:,}{' (stopped)' if run.progress.stopped_early else ''}",
-            f"{run.final.accuracy:.1%}",
-        ]
-        table.add_row(*(_write(given[key]) for key in keys), *itertools.compress(figures, shown))
+        table.add_row(*(_write(given[key]) for key in keys), *(figures[title](run) for title in shown))
     for given, _ in sweep.failed:
         table.add_row(*(_write(given[key]) for key in keys), "diverged", style="red")
     return table
-
-
-def _all_settings(sweep: Sweep) -> list[dict[str, Any]]:
-    return [*sweep.settings, *(given for given, _ in sweep.failed)]
 
 
 def _write(value: Any) -> str:

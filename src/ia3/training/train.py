@@ -17,7 +17,7 @@ from rich.console import Console
 from ia3.files import write_atomically
 from ia3.inference.loading import Base
 from ia3.runs.look import Looked, look_before
-from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve, without_a_heads_way
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve
 from ia3.runs.report import complete_cards, draw_report, write_report
 from ia3.runs.run import (
     ADAPTER_FOLDER,
@@ -35,10 +35,9 @@ from ia3.runs.run import (
 )
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TASK_NAME, TaskKind
-from ia3.tasks.template import Template
 from ia3.training.learners.making import settings_of
 from ia3.training.loop import Training
-from ia3.training.plan import RunPlan, prepare
+from ia3.training.plan import prepare
 from ia3.training.state import describe_environment
 
 
@@ -92,7 +91,7 @@ def resume(
     if not (folder / STATE_NAME).is_file():
         begun = "its training is complete" if (folder / RESULT_NAME).is_file() else "it ended before its first save"
         raise ValueError(f"There is nothing in {folder} to go on from: {begun}. Begin anew by `ia3 train`.")
-    content = _as_begun(read_recipe(folder / RECIPE_NAME))
+    content = read_recipe(folder / RECIPE_NAME)
     for name, given in (("data", data), ("test_data", test_data)):
         if given is not None:
             content[name] = given
@@ -100,18 +99,6 @@ def resume(
             raise ValueError(f"The run in {folder} had its {name} in memory: give them again, ia3.resume(…, {name}=…).")
     recipe = replace(make_recipe(content, folder / RECIPE_NAME), output=folder)
     return run_recipe(recipe, console or Console(stderr=True), resuming=True)
-
-
-def _as_begun(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's content for the way that its run began.
-
-    Before recipes knew merge_labels, labels stayed apart and a named column was read alone.
-    """
-    if "merge_labels" in content:
-        return dict(content)
-    column = Template.of_column(content.get("text_column", "text"))
-    own = {name: value for name, value in content.items() if name != "text_column"}
-    return {"merge_labels": False, "template": column.pattern} | own
 
 
 def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, looked: Looked | None = None) -> Run:
@@ -135,7 +122,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         )
     base = Base(recipe.model)
     [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, resuming=resuming, looked=looked)
-    environment = environment_of(recipe, plan)
+    environment = describe_environment(recipe, plan)
     if resuming and folder is not None:
         _check_environment(folder, environment, console)
         training = Training(plan, resume=folder / STATE_NAME)
@@ -144,7 +131,9 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         folder = claim(folder, recipe.source)
         begin_folder(folder, recipe, environment)
     console.print(training.describe_path(), highlight=False)
-    run = training.run(folder, console, resumed_by=_how_to_resume(recipe, folder))
+    in_memory = [f"{name}=…" for name in ("data", "test_data") if isinstance(getattr(recipe, name), Examples)]
+    again = f"ia3.resume({str(folder)!r}, {', '.join(in_memory)})" if in_memory else f"ia3 train --resume {folder}"
+    run = training.run(folder, console, resumed_by=again)
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
     draw_report(run, plan.learner.model, folder / PICTURE_NAME, title=title)
     write_report(run, title)
@@ -192,19 +181,6 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     return result
 
 
-def _how_to_resume(recipe: Recipe, output: Path) -> str:
-    given = [name for name in ("data", "test_data") if isinstance(getattr(recipe, name), Examples)]
-    if given:
-        return f"ia3.resume({str(output)!r}, {', '.join(f'{name}=…' for name in given)})"
-    return f"ia3 train --resume {output}"
-
-
-def environment_of(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
-    """What a run's `environment.json` holds."""
-    described = describe_environment(plan.training, plan.test, plan.learner.model, recipe.seed)
-    return described | {"recipe": recipe.content()}
-
-
 def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
     """The folder with recipe and environment, and nothing of an earlier, finished run."""
     for name in (STATE_NAME, RESULT_NAME, METRICS_NAME, REPORT_NAME, PICTURE_NAME):
@@ -220,7 +196,6 @@ def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -
 def _check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
     """Refuse other data; say what else differs from when the run began."""
     began = json.loads((output / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
-    began["recipe"] = without_a_heads_way(_as_begun(began["recipe"]))
     keys = {*environment["recipe"], *began["recipe"]} - {"data", "test_data"}  # they have digests
     changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
     if changed:

@@ -117,7 +117,9 @@ class Instructions(Writer[Row]):
             [[token for dialogue in row for token in getattr(dialogue, name)] for row in rows]
             for name in ("ids", "labels")
         )
-        batch = pad_rows(ids, self._filler(), self.settings.pad_to_multiple_of)
+        pad = self.tokenizer.pad_token_id
+        filler = end_tokens(self.model, self.tokenizer)[0] if pad is None else pad
+        batch = pad_rows(ids, filler, self.settings.pad_to_multiple_of)
         batch["labels"] = pad_rows(labels, IGNORE_INDEX, self.settings.pad_to_multiple_of)["input_ids"]
         if self.settings.packing:
             length = batch.pop("attention_mask").shape[1]
@@ -167,18 +169,15 @@ class Instructions(Writer[Row]):
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collate(rows).items()}
         losses, learned = self.token_losses(batch)
         dialogues = [dialogue for (dialogue,) in rows]
-        written = iter(self._write([dialogue.asked for dialogue in dialogues if dialogue.asked]))
+        written: Iterator[str] = iter(())
+        if prompts := [dialogue.asked for dialogue in dialogues if dialogue.asked]:
+            check_positions(self.model, max(map(len, prompts)) + 1)
+            written = iter(write(self.model, self.tokenizer, prompts, self._max_new_tokens, self._generate))
         figures = zip(dialogues, losses.double().sum(1).tolist(), learned.sum(1).tolist(), strict=True)
         return [
             Answered(each.text, each.label, next(written), *of_all) if each.asked else Answered("", None, "", *of_all)
             for each, *of_all in figures
         ]
-
-    def _write(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        if not prompts:
-            return []
-        check_positions(self.model, max(map(len, prompts)) + 1)
-        return write(self.model, self.tokenizer, prompts, self._max_new_tokens, self._generate)
 
     @property
     def _max_new_tokens(self) -> int:
@@ -203,10 +202,6 @@ class Instructions(Writer[Row]):
     @cached_property
     def _separation(self) -> Separation:
         return find_separation(self.model)
-
-    def _filler(self) -> int:
-        pad: int | None = self.tokenizer.pad_token_id
-        return end_tokens(self.model, self.tokenizer)[0] if pad is None else pad
 
     def _dialogues(self, examples: Sequence[Example]) -> Iterator[Dialogue]:
         learns_all = self.settings.train_on == "all"
@@ -265,23 +260,19 @@ class Instructions(Writer[Row]):
                 yield Dialogue(ids, labels, place, cut)
                 ids, labels = [], []
             if not ids:
-                whole, prompt = prompt, self._cut_to(self._room(row, completion), prompt, row)
+                if len(completion) >= self.task.max_length:
+                    raise ValueError(
+                        f"The completion {row.label[:60]!r} takes {len(completion)} tokens, its end token included, "
+                        f"and the length is {self.task.max_length} with its prompt: completions are never cut. Raise "
+                        "max_length, or shorten it."
+                    )
+                whole, prompt = prompt, self._cut_to(self.task.max_length - len(completion), prompt, row)
                 cut = prompt is not whole
             labels = [*labels, *[IGNORE_INDEX] * (len(prompt) - len(ids)), *completion]
             ids = prompt + completion
         row, prompt, _ = answers[-1]
         asked = self._cut_to(self.task.max_length, prompt, row)
         yield Dialogue(ids, labels, place, cut, asked, row.text, row.label)
-
-    def _room(self, row: Example, completion: list[int]) -> int:
-        """What is left for the prompt."""
-        length = self.task.max_length
-        if len(completion) >= length:
-            raise ValueError(
-                f"The completion {row.label[:60]!r} takes {len(completion)} tokens, its end token included, and the "
-                f"length is {length} with its prompt: completions are never cut. Raise max_length, or shorten it."
-            )
-        return length - len(completion)
 
     def _cut_to(self, room: int, prompt: list[int], row: Example) -> list[int]:
         if len(prompt) <= room:
@@ -376,6 +367,7 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 Separation = Literal["positions", "mask"]
 
 
+@torch.no_grad()
 def find_separation(model: Any) -> Separation:
     """How a model keeps the conversations of one row apart, found by trying.
 
@@ -390,21 +382,7 @@ def find_separation(model: Any) -> Separation:
     """
     training = model.training
     model.eval()
-    try:
-        found = _try_separations(model)
-    finally:
-        model.train(training)
-    if found is None:
-        raise ValueError(
-            f"Several conversations in one row of a {model.config.model_type} model would read each other: train it "
-            "without packing."
-        )
-    return found
-
-
-@torch.no_grad()
-def _try_separations(model: Any) -> Separation | None:
-    """Run two pieces apart, in a row, and in a row with each separation, which has to undo what the row did."""
+    # Two pieces apart, in a row, and in a row with each separation, which has to undo what the row did.
     vocabulary = model.config.get_text_config().vocab_size
     first, second = (
         torch.tensor([[start * vocabulary // 23 for start in starts]], device=model.device)
@@ -412,22 +390,28 @@ def _try_separations(model: Any) -> Separation | None:
     )
     row = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(piece.shape[1], device=model.device) for piece in (first, second)])[None]
-    alone = model(input_ids=second, use_cache=False).logits
     apart = slice(first.shape[1], None)
-    read = (model(input_ids=row, use_cache=False).logits[:, apart] - alone).abs().max()
     ways: dict[Separation, dict[str, Tensor]] = {
         "positions": {},
         "mask": {"attention_mask": separating_mask(positions, model.dtype)},
     }
-    for separation, mask in ways.items():
-        try:
-            logits = model(input_ids=row, position_ids=positions, use_cache=False, **mask).logits[:, apart]
-        except (TypeError, ValueError, RuntimeError):  # a model that takes no positions, or no such mask
-            continue
-        # The shapes differ, so in half precision the numbers do; reading on would make the whole difference.
-        if (logits - alone).abs().max() <= 0.05 * read:
-            return separation
-    return None
+    try:
+        alone = model(input_ids=second, use_cache=False).logits
+        read = (model(input_ids=row, use_cache=False).logits[:, apart] - alone).abs().max()
+        for separation, mask in ways.items():
+            try:
+                logits = model(input_ids=row, position_ids=positions, use_cache=False, **mask).logits[:, apart]
+            except (TypeError, ValueError, RuntimeError):  # a model that takes no positions, or no such mask
+                continue
+            # The shapes differ, so in half precision the numbers do; reading on would make the whole difference.
+            if (logits - alone).abs().max() <= 0.05 * read:
+                return separation
+    finally:
+        model.train(training)
+    raise ValueError(
+        f"Several conversations in one row of a {model.config.model_type} model would read each other: train it "
+        "without packing."
+    )
 
 
 def separating_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,12 +15,7 @@ from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.predict import compile_words, sorted_batches, write_words
 from ia3.inference.rank import LabelScorer, likeliest, tokenise_labels
 from ia3.tasks.examples import Example
-from ia3.tasks.losses import (
-    choice_logits,
-    pad_choices,
-    tfew_losses,
-    token_log_probabilities,
-)
+from ia3.tasks.losses import choice_logits, pad_choices, tfew_losses, token_log_probabilities
 from ia3.training.collate import TokenisedExample, collate, tokenise
 from ia3.training.learner import Answered, Writer
 
@@ -43,7 +38,7 @@ class Words(Writer[TokenisedExample]):
 
     def tokenise(self, examples: Sequence[Example]) -> list[TokenisedExample]:
         """Inputs cut at the task's length, answers whole; a label must be one that the tokenizer gives back."""
-        if self._has_labels:
+        if self.task.kind.has_labels:
             tokenise_labels(self.task.labels, self.tokenizer)  # refuses what could not be ranked
         return tokenise(
             examples,
@@ -63,7 +58,8 @@ class Words(Writer[TokenisedExample]):
             rows, pad_token_id=self.tokenizer.pad_token_id, pad_to_multiple_of=self.settings.pad_to_multiple_of
         )
         if self.settings.objective == "t-few":
-            batch["choices"] = self._choices().expand(len(rows), -1, -1)
+            choices = pad_choices(tokenise_labels(self.task.labels, self.tokenizer))
+            batch["choices"] = choices.expand(len(rows), -1, -1)
             batch["correct"] = self._correct(rows)
         return batch
 
@@ -86,22 +82,21 @@ class Words(Writer[TokenisedExample]):
 
     def batches(self, lengths: Sequence[int]) -> Iterable[list[int]]:
         """Smaller than asked for where there are many labels."""
-        return sorted_batches(lengths, self._scorer.batch_size) if self._has_labels else super().batches(lengths)
+        return (
+            sorted_batches(lengths, self._scorer.batch_size) if self.task.kind.has_labels else super().batches(lengths)
+        )
 
     @torch.inference_mode()
     def answer(self, rows: Sequence[TokenisedExample]) -> list[Answered]:
         """The likeliest labels, or what the model writes, by what answers texts after training, too."""
-        found = self._scored(rows) if self._has_labels else [(loss, None) for loss in self._losses(rows)]
+        found = self._scored(rows) if self.task.kind.has_labels else [(loss, None) for loss in self._losses(rows)]
         ranked = [label for _, label in found]
-        written = ranked if self.task.ranks else self._written(rows)
+        tokens = [row.input_ids for row in rows]
+        written = ranked if self.task.ranks else write_words(self.tokenizer, tokens, self._generate)
         return [
             Answered(row.text, row.label, str(answer), loss, len(row.label_ids), None if self.task.ranks else label)
             for row, answer, (loss, label) in zip(rows, written, found, strict=True)
         ]
-
-    @property
-    def _has_labels(self) -> bool:
-        return self.task.kind.has_labels
 
     def _scored(self, rows: Sequence[TokenisedExample]) -> list[tuple[float, str | None]]:
         """The summed loss of each right label's tokens, and the likeliest label."""
@@ -117,9 +112,6 @@ class Words(Writer[TokenisedExample]):
         found: list[float] = losses.double().sum(1).tolist()
         return found
 
-    def _written(self, rows: Sequence[TokenisedExample]) -> list[str]:
-        return write_words(self.tokenizer, [row.input_ids for row in rows], self._generate)
-
     @cached_property
     def _scorer(self) -> LabelScorer:
         """What is recorded on a GPU for one evaluation serves the next."""
@@ -129,9 +121,6 @@ class Words(Writer[TokenisedExample]):
     def _generate(self) -> Generate:
         assert self.task.max_new_tokens is not None
         return compile_words(self.model, self.task.max_new_tokens)
-
-    def _choices(self) -> Tensor:
-        return pad_choices(tokenise_labels(self.task.labels, self.tokenizer))
 
     def _correct(self, rows: Sequence[TokenisedExample]) -> Tensor:
         return torch.tensor([self.task.labels.index(row.label) for row in rows])
