@@ -184,6 +184,6 @@ def test_a_cell_as_text(cell: Any, text: str) -> None:
     ],
 )
 def test_a_missing_column_names_the_likely_pair(found: list[str], hint: str) -> None:
-    require_columns("here", found, *found)
+    require_columns("here", found, *found, labelled=True)
     with pytest.raises(ValueError, match=rf"here has no column 'text'; its columns are '{found[0]}', .*{hint}"):
-        require_columns("here", found, found[0], "text")
+        require_columns("here", found, found[0], "text", labelled=True)
