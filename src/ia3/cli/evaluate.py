@@ -65,22 +65,23 @@ def evaluate(
         _expect_known(examples, task)
     task = answered_by(task, answer_by)
     labeller = replace(labeller, task=task)
-    if not kind.has_answers:
-        _tell_loss(labeller, examples, {"adapter": adapter, "data": examples.source}, batch_size, as_json=as_json)
-        return
-    figures = _figures(labeller, examples, progress, batch_size)
+    if kind.has_answers:
+        figures = _figures(labeller, examples, progress, batch_size)
+    else:
+        figures = _losses(labeller, examples, batch_size)
     if kind is TaskKind.LABEL_WORDS and not task.ranks:
         ranking = replace(labeller, task=task.answered_by("rank"))
         figures["accuracy_by_rank"] = _figures(ranking, examples, progress, batch_size)["accuracy"]
     if as_json:
         print_json({"adapter": adapter, "data": examples.source, **figures})
-    else:
+    elif kind.has_answers:
         print_figures(figures)
+    else:
+        loss = f"loss {figures['loss']:.3f} (perplexity {figures['perplexity']:.4g})"
+        typer.echo(f"{loss} of each token of {len(examples):,} texts")
 
 
-def _tell_loss(
-    labeller: Labeller, examples: Examples, source: dict[str, str], batch_size: int, *, as_json: bool
-) -> None:
+def _losses(labeller: Labeller, examples: Examples, batch_size: int) -> dict[str, Any]:
     """What is told of texts without answers: the mean loss of their tokens, and e to its power."""
     from ia3.runs.settings import TrainSettings
     from ia3.training.learners.making import make_learner
@@ -88,11 +89,7 @@ def _tell_loss(
     settings = TrainSettings(evaluation_batch_size=batch_size)
     learner = make_learner(labeller.model, labeller.tokenizer, labeller.task, settings)
     loss = learner.measure(learner.tokenise(examples), lambda rows: None).loss
-    figures = {"examples": len(examples), "loss": loss, "method": labeller.task.method, "perplexity": math.exp(loss)}
-    if as_json:
-        print_json({**source, **figures})
-    else:
-        typer.echo(f"loss {loss:.3f} (perplexity {math.exp(loss):.4g}) of each token of {len(examples):,} texts")
+    return {"examples": len(examples), "loss": loss, "method": labeller.task.method, "perplexity": math.exp(loss)}
 
 
 def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_size: int) -> dict[str, Any]:

@@ -27,11 +27,7 @@ class Overrides:
     way: str | None = None
 
     def over(self, task: Task) -> Task:
-        """The task with what is asked for.
-
-        Raises:
-            ValueError: something that this task has no use for.
-        """
+        """The task with what is asked for, which it has to have a use for."""
         if self.text_column is not None:
             task = replace(task, template=task.template.with_column(self.text_column))
         if self.max_length is not None:
@@ -59,11 +55,7 @@ class Labeller:
 
 
 def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Labeller:
-    """Load an adapter with its base model, in the precision of its training, and its task; what is given overrides it.
-
-    Raises:
-        FileNotFoundError, ValueError: what `load_adapter`, `load_task` and `Overrides.over` raise.
-    """
+    """Load an adapter with its base model, in its training's precision, and its task; what is given overrides it."""
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 
@@ -95,11 +87,7 @@ def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> 
 
 
 def answered_by(task: Task, way: str | None) -> Task:
-    """The task, answered as --answer-by asks for.
-
-    Raises:
-        ValueError: a way that there is not, or not for this task.
-    """
+    """The task, answered as --answer-by asks for, which has to be a way for it."""
     try:
         return task if way is None else task.answered_by(way)
     except ValueError as error:

@@ -91,18 +91,11 @@ def predict(
 
 @dataclass(frozen=True)
 class _Work:
-    """Rows to answer, each by its task.
-
-    Args:
-        records: the rows.
-        tasks: what reads and answers each.
-        answer: answers some of the rows, given their places and what is read of them.
-        adapters: the name of each row's adapter, where they have adapters of their own.
-    """
+    """Rows to answer, each by its task, and by the adapter of its name where they have adapters of their own."""
 
     records: Records
     tasks: list[Task]
-    answer: Callable[[list[int], list[Example]], list[Answer]]
+    answer: Callable[[list[int], list[Example]], list[Answer]]  # of some rows, by their places and what is read
     adapters: list[str] | None = None
 
 
@@ -115,15 +108,14 @@ def _by_one(
     batch_size: int,
 ) -> _Work:
     """The rows of a file, sentences or standard input, all by one adapter."""
-    lines = None if records is not None else sentences or _read_lines()
+    lines = [] if records is not None else sentences or _read_lines()
     labeller = load_labeller(adapter, progress, overrides)
-    if records is None:
-        records = _as_records(lines or [], labeller.task)
-    return _Work(
-        records,
-        [labeller.task] * len(records),
-        lambda _, examples: answer(labeller, examples, progress, batch_size=batch_size),
-    )
+    records = _as_records(lines, labeller.task) if records is None else records
+
+    def answer_all(places: list[int], examples: list[Example]) -> list[Answer]:
+        return answer(labeller, examples, progress, batch_size=batch_size)
+
+    return _Work(records, [labeller.task] * len(records), answer_all)
 
 
 def _by_many(
