@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,12 @@ from ia3.cli.labelling import Labeller, Overrides, answer, answered_by, load_lab
 from ia3.cli.names import FlagConsole
 from ia3.runs.tables import NONE, Column, facts, print_table
 from ia3.tasks.entities import tag_scores
-from ia3.tasks.examples import Examples, match_labels
 from ia3.tasks.labels import match_spellings
 from ia3.tasks.metrics import describe, figures_of, without_empty_other
-from ia3.tasks.task import Task, TaskKind, load_task
-from ia3.tasks.template import Template
+
+if TYPE_CHECKING:
+    from ia3.tasks.examples import Examples
+    from ia3.tasks.task import Task
 
 
 def evaluate(
@@ -36,6 +37,9 @@ def evaluate(
 ) -> None:
     """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
     from ia3.data.loading import load_examples, read_for
+    from ia3.tasks.examples import match_labels
+    from ia3.tasks.task import TaskKind, load_task
+    from ia3.tasks.template import Template
 
     progress = FlagConsole()
     saved = load_task(adapter)
@@ -94,6 +98,8 @@ def _losses(labeller: Labeller, examples: Examples, batch_size: int) -> dict[str
 
 def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_size: int) -> dict[str, Any]:
     """Compare texts with texts, or word by word where the answers are tags."""
+    from ia3.tasks.task import TaskKind
+
     task = labeller.task
     answers = answer(labeller, examples, progress, batch_size=batch_size)
     references = [example.label for example in examples]
@@ -113,6 +119,8 @@ def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_si
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
+    from ia3.tasks.task import TaskKind
+
     words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     occurring = {label for row in examples for label in (row.label.split() if words else [row.label])}
     unknown = sorted(occurring - set(task.labels))

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ia3.tasks.examples import Example
-from ia3.tasks.task import Task, TaskKind, load_task
-from ia3.tasks.template import Template
-
 if TYPE_CHECKING:
     from ia3.inference.answering import Answer
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,7 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
 
         from ia3.inference.classify import class_labels
         from ia3.inference.loading import DTYPES, load_adapter
+        from ia3.tasks.task import load_task
 
         disable_progress_bar()
         saved = load_task(adapter)
@@ -75,6 +74,9 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
 
 def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> Task:
     """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
+    from ia3.tasks.task import Task, TaskKind
+    from ia3.tasks.template import Template
+
     kinds = {kind.task_type.value: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
     kind = kinds[task_type]
     return Task(
