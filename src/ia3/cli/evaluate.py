@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,12 @@ from ia3.cli.labelling import Labeller, Overrides, answer, answered_by, load_lab
 from ia3.cli.names import FlagConsole
 from ia3.runs.tables import NONE, Column, facts, print_table
 from ia3.tasks.entities import tag_scores
-from ia3.tasks.examples import Examples, match_labels
 from ia3.tasks.labels import match_spellings
 from ia3.tasks.metrics import describe, figures_of, without_empty_other
-from ia3.tasks.task import Task, TaskKind, load_task
-from ia3.tasks.template import Template
+
+if TYPE_CHECKING:
+    from ia3.tasks.examples import Examples
+    from ia3.tasks.task import Task
 
 
 def evaluate(
@@ -36,6 +37,9 @@ def evaluate(
 ) -> None:
     """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
     from ia3.data.loading import load_examples, read_for
+    from ia3.tasks.examples import match_labels
+    from ia3.tasks.task import TaskKind, load_task
+    from ia3.tasks.template import Template
 
     progress = FlagConsole()
     saved = load_task(adapter)
@@ -65,22 +69,23 @@ def evaluate(
         _expect_known(examples, task)
     task = answered_by(task, answer_by)
     labeller = replace(labeller, task=task)
-    if not kind.has_answers:
-        _tell_loss(labeller, examples, {"adapter": adapter, "data": examples.source}, batch_size, as_json=as_json)
-        return
-    figures = _figures(labeller, examples, progress, batch_size)
+    if kind.has_answers:
+        figures = _figures(labeller, examples, progress, batch_size)
+    else:
+        figures = _losses(labeller, examples, batch_size)
     if kind is TaskKind.LABEL_WORDS and not task.ranks:
         ranking = replace(labeller, task=task.answered_by("rank"))
         figures["accuracy_by_rank"] = _figures(ranking, examples, progress, batch_size)["accuracy"]
     if as_json:
         print_json({"adapter": adapter, "data": examples.source, **figures})
-    else:
+    elif kind.has_answers:
         print_figures(figures)
+    else:
+        loss = f"loss {figures['loss']:.3f} (perplexity {figures['perplexity']:.4g})"
+        typer.echo(f"{loss} of each token of {len(examples):,} texts")
 
 
-def _tell_loss(
-    labeller: Labeller, examples: Examples, source: dict[str, str], batch_size: int, *, as_json: bool
-) -> None:
+def _losses(labeller: Labeller, examples: Examples, batch_size: int) -> dict[str, Any]:
     """What is told of texts without answers: the mean loss of their tokens, and e to its power."""
     from ia3.runs.settings import TrainSettings
     from ia3.training.learners.making import make_learner
@@ -88,15 +93,13 @@ def _tell_loss(
     settings = TrainSettings(evaluation_batch_size=batch_size)
     learner = make_learner(labeller.model, labeller.tokenizer, labeller.task, settings)
     loss = learner.measure(learner.tokenise(examples), lambda rows: None).loss
-    figures = {"examples": len(examples), "loss": loss, "method": labeller.task.method, "perplexity": math.exp(loss)}
-    if as_json:
-        print_json({**source, **figures})
-    else:
-        typer.echo(f"loss {loss:.3f} (perplexity {math.exp(loss):.4g}) of each token of {len(examples):,} texts")
+    return {"examples": len(examples), "loss": loss, "method": labeller.task.method, "perplexity": math.exp(loss)}
 
 
 def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_size: int) -> dict[str, Any]:
     """Compare texts with texts, or word by word where the answers are tags."""
+    from ia3.tasks.task import TaskKind
+
     task = labeller.task
     answers = answer(labeller, examples, progress, batch_size=batch_size)
     references = [example.label for example in examples]
@@ -116,6 +119,8 @@ def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_si
 
 
 def _expect_known(examples: Examples, task: Task) -> None:
+    from ia3.tasks.task import TaskKind
+
     words = task.kind is TaskKind.TOKEN_CLASSIFICATION
     occurring = {label for row in examples for label in (row.label.split() if words else [row.label])}
     unknown = sorted(occurring - set(task.labels))

@@ -15,14 +15,10 @@ _AS_IN_TRAINING = "as in training"
 
 
 def expect_adapter(value: str | Path | Sequence[str]) -> Any:
-    """Refuse in a moment what can be no adapter, and point from a run's folder to the adapter in it.
-
-    Returns:
-        The value as it came.
+    """The value as it came; refuses what can be no adapter, and points from a run's folder to the adapter in it.
 
     Raises:
-        FileNotFoundError: no such folder, and no name of a repository.
-        ValueError: a folder without an adapter that has some in folders of its own.
+        FileNotFoundError, ValueError: no such folder or name of a repository, or a folder with adapters below it.
     """
     for folder in [Path(value)] if isinstance(value, str | Path) else map(Path, value):
         if folder.is_dir() and not (folder / "adapter_config.json").is_file():

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ia3.tasks.examples import Example
-from ia3.tasks.task import Task, TaskKind, load_task
-from ia3.tasks.template import Template
-
 if TYPE_CHECKING:
     from ia3.inference.answering import Answer
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +25,7 @@ class Overrides:
     way: str | None = None
 
     def over(self, task: Task) -> Task:
-        """The task with what is asked for.
-
-        Raises:
-            ValueError: something that this task has no use for.
-        """
+        """The task with what is asked for, which it has to have a use for."""
         if self.text_column is not None:
             task = replace(task, template=task.template.with_column(self.text_column))
         if self.max_length is not None:
@@ -59,16 +53,13 @@ class Labeller:
 
 
 def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Labeller:
-    """Load an adapter with its base model, in the precision of its training, and its task; what is given overrides it.
-
-    Raises:
-        FileNotFoundError, ValueError: what `load_adapter`, `load_task` and `Overrides.over` raise.
-    """
+    """Load an adapter with its base model, in its training's precision, and its task; what is given overrides it."""
     with console.status(f"Loading {adapter}"):
         from transformers.utils.logging import disable_progress_bar
 
         from ia3.inference.classify import class_labels
         from ia3.inference.loading import DTYPES, load_adapter
+        from ia3.tasks.task import load_task
 
         disable_progress_bar()
         saved = load_task(adapter)
@@ -83,6 +74,9 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
 
 def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> Task:
     """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
+    from ia3.tasks.task import Task, TaskKind
+    from ia3.tasks.template import Template
+
     kinds = {kind.task_type.value: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
     kind = kinds[task_type]
     return Task(
@@ -95,11 +89,7 @@ def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> 
 
 
 def answered_by(task: Task, way: str | None) -> Task:
-    """The task, answered as --answer-by asks for.
-
-    Raises:
-        ValueError: a way that there is not, or not for this task.
-    """
+    """The task, answered as --answer-by asks for, which has to be a way for it."""
     try:
         return task if way is None else task.answered_by(way)
     except ValueError as error:

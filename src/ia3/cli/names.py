@@ -53,13 +53,7 @@ class FlagConsole(Console):
 
 
 def module_names(value: str | None) -> list[str] | str | None:
-    """Read a flag that names modules.
-
-    Args:
-        value: names with commas between them, a pattern, `all-linear`, or None where the flag wasn't given.
-
-    Returns:
-        What `IA3Config` takes: a list of names, or a pattern as it is.
+    """A flag's names with commas between, pattern, `all-linear` or None as `IA3Config` takes it: a list, or as it is.
 
     Raises:
         ValueError: nothing between two commas.
@@ -70,11 +64,7 @@ def module_names(value: str | None) -> list[str] | str | None:
 
 
 def parts(value: str) -> list[str]:
-    """What stands between a value's commas.
-
-    Raises:
-        ValueError: nothing between two.
-    """
+    """What stands between a value's commas; nothing there is refused."""
     names = [name.strip() for name in value.split(",")]
     if not all(names):
         raise ValueError(f"{value!r} has an empty name: expected names with commas between them, such as k,v,wo.")
@@ -82,11 +72,7 @@ def parts(value: str) -> list[str]:
 
 
 def numbers(name: str, value: str, kind: type[NumberT]) -> list[NumberT]:
-    """The numbers between the commas of a flag's value.
-
-    Raises:
-        ValueError: something else.
-    """
+    """The numbers between the commas of a flag's value; all else is refused."""
     try:
         return [kind(part) for part in value.split(",")]
     except ValueError:

@@ -17,14 +17,12 @@ from rich.text import Text
 from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter, print_json
 from ia3.cli.labelling import Overrides, answer, answering_bar, load_labeller, task_without_file
 from ia3.cli.names import FlagConsole
-from ia3.config import PeftConfig
-from ia3.tasks.columns import as_text, require_columns
-from ia3.tasks.examples import Example
-from ia3.tasks.task import Task, TaskKind, load_task
 
 if TYPE_CHECKING:
     from ia3.data.records import Records
     from ia3.inference.answering import Answer
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import Task
 
 
 def predict(
@@ -91,18 +89,11 @@ def predict(
 
 @dataclass(frozen=True)
 class _Work:
-    """Rows to answer, each by its task.
-
-    Args:
-        records: the rows.
-        tasks: what reads and answers each.
-        answer: answers some of the rows, given their places and what is read of them.
-        adapters: the name of each row's adapter, where they have adapters of their own.
-    """
+    """Rows to answer, each by its task, and by the adapter of its name where they have adapters of their own."""
 
     records: Records
     tasks: list[Task]
-    answer: Callable[[list[int], list[Example]], list[Answer]]
+    answer: Callable[[list[int], list[Example]], list[Answer]]  # of some rows, by their places and what is read
     adapters: list[str] | None = None
 
 
@@ -115,21 +106,22 @@ def _by_one(
     batch_size: int,
 ) -> _Work:
     """The rows of a file, sentences or standard input, all by one adapter."""
-    lines = None if records is not None else sentences or _read_lines()
+    lines = [] if records is not None else sentences or _read_lines()
     labeller = load_labeller(adapter, progress, overrides)
-    if records is None:
-        records = _as_records(lines or [], labeller.task)
-    return _Work(
-        records,
-        [labeller.task] * len(records),
-        lambda _, examples: answer(labeller, examples, progress, batch_size=batch_size),
-    )
+    records = _as_records(lines, labeller.task) if records is None else records
+
+    def answer_all(places: list[int], examples: list[Example]) -> list[Answer]:
+        return answer(labeller, examples, progress, batch_size=batch_size)
+
+    return _Work(records, [labeller.task] * len(records), answer_all)
 
 
 def _by_many(
     folder: Path, column: str, records: Records, overrides: Overrides, progress: Console, batch_size: int
 ) -> _Work:
     """The rows of a file, each by the adapter that it names, out of a folder of adapters."""
+    from ia3.tasks.columns import as_text
+
     if column not in records.columns:
         there = ", ".join(map(repr, records.columns))
         raise ValueError(f"{records.source} has no column {column!r}: name one of {there} by --adapter-column.")
@@ -155,6 +147,9 @@ def _by_many(
 
 
 def _saved_task(folder: Path) -> Task:
+    from ia3.config import PeftConfig
+    from ia3.tasks.task import load_task
+
     def no_labels() -> NoReturn:
         raise ValueError(f"{folder} has no ia3_task.json, so its head's labels aren't known: ask it alone.")
 
@@ -182,6 +177,7 @@ def _read_file(
 ) -> Records:
     """The rows of a file; texts without a column's name get that which the adapter reads."""
     from ia3.data.records import read_records
+    from ia3.tasks.task import load_task
 
     task = load_task(adapter) if text_column is None and adapter_column is None else None
     reads = task.template.required or task.template.fields if task is not None else (text_column or "text",)
@@ -210,6 +206,9 @@ def _reader(records: Records, task: Task) -> Callable[[tuple[str, dict[str, Any]
     """What makes of a row what the model reads of it; of a text whose words get tags the cell may be a list."""
     from ia3.data.conversations import format_to_answer, read_to_answer
     from ia3.data.loading import words_of
+    from ia3.tasks.columns import require_columns
+    from ia3.tasks.examples import Example
+    from ia3.tasks.task import TaskKind
 
     if task.kind is TaskKind.INSTRUCTIONS:
         how = format_to_answer(records, task.template)
@@ -277,6 +276,8 @@ def _print(
 
 def _count(tasks: list[Task], answers: list[Answer | None]) -> Counter[str]:
     """How often each label or tag was given; of free text there is nothing to count."""
+
+    from ia3.tasks.task import TaskKind
 
     counts: Counter[str] = Counter()
     for task, found in zip(tasks, answers, strict=True):

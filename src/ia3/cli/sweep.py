@@ -68,11 +68,7 @@ def _command(
 
 
 def parse_grid(over: Sequence[str]) -> dict[str, list[str]]:
-    """`key=value,value`, one a flag, as a grid; a key's values may be in several flags.
-
-    Raises:
-        ValueError: no key, or no value.
-    """
+    """`key=value,value`, one a flag, as a grid; a key's values may be in several flags, none may be missing."""
     from ia3.runs.settings import full_name
 
     grid: dict[str, list[str]] = {}

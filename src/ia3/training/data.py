@@ -34,18 +34,12 @@ def read_data(
     recipes: Sequence[Recipe],
     kind: TaskKind,
     console: Console,
-    *,
-    resuming: bool = False,
     looked: Looked | None = None,
 ) -> list[tuple[Examples, Examples]]:
     """The training and the held-out examples of each run, read once for those that read alike.
 
-    Args:
-        recipes: what to read, and how.
-        kind: what the examples are for.
-        console: where it is printed what is odd about them, once for all runs on the same data.
-        resuming: for a run that began with these data, so that their reading is past doubt.
-        looked: what `look_before` has read; what is used is taken out, so that nobody holds it while training.
+    What is odd about them is printed once for all runs on the same data. What `look_before` has read and is used here
+    is taken out of `looked`, so that nobody holds it while training.
 
     Returns:
         A pair a run; equal examples are one object.
@@ -65,7 +59,7 @@ def read_data(
         if data is None:
             said = any(former[0] == recipe.data for former, _ in known)
             where = Console(quiet=True) if said else console
-            training, test = _read_one(recipe, kind, where, looked, resuming=resuming)
+            training, test = _read_one(recipe, kind, where, looked)
             check_examples(kind, training, test)
             data = (training, next((other for _, (_, other) in known if other == test), test))
             known.append((key, data))
@@ -73,22 +67,19 @@ def read_data(
     return found
 
 
-def _read_one(
-    recipe: Recipe, kind: TaskKind, console: Console, looked: Looked, *, resuming: bool
-) -> tuple[Examples, Examples]:
+def _read_one(recipe: Recipe, kind: TaskKind, console: Console, looked: Looked) -> tuple[Examples, Examples]:
     examples = _examples(recipe.data, recipe, kind, looked)
     held_out = None if recipe.test_data is None else _examples(recipe.test_data, recipe, kind, looked)
     if recipe.merge_labels:
         examples = merge_labels_of(examples)
         held_out = None if held_out is None else match_labels(held_out, examples.labels, "the training data's")
-    if not resuming:
-        if not recipe.merge_labels and kind not in ONE_LABEL_A_TEXT:
-            raise ValueError(
-                f"`merge_labels=False` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing "
-                "is merged: leave it out."
-            )
-        _refuse_what_is_half_read(examples, recipe)
-        _refuse_no_classes(examples, held_out, recipe)
+    elif kind not in ONE_LABEL_A_TEXT:
+        raise ValueError(
+            f"`merge_labels=False` is for {' and '.join(ONE_LABEL_A_TEXT)}, and this task is {kind}, where nothing is "
+            "merged: leave it out."
+        )
+    _refuse_what_is_half_read(examples, recipe)
+    _refuse_no_classes(examples, held_out, recipe)
     training, test = (
         split_examples(examples, recipe.test_size, recipe.split_seed) if held_out is None else (examples, held_out)
     )
@@ -103,11 +94,7 @@ def _read_one(
 
 
 def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Examples) -> None:
-    """Refuse what can't be trained on.
-
-    Raises:
-        ValueError: nothing to train or to evaluate, or a held-out label that training never shows.
-    """
+    """Refuse nothing to train or to evaluate, and a held-out label that training never shows, by a ValueError."""
     for examples, purpose in ((train_examples, "train on"), (test_examples, "evaluate on")):
         if len(examples) == 0:
             raise ValueError(f"{examples.source} holds no examples to {purpose}: expected at least one.")

@@ -93,9 +93,7 @@ class Training:
             return "The ordinary step: the fast one is for the model's own loss of one batch a step."
         if self.fast.reason is not None:
             return f"The ordinary step, since {self.fast.reason}."
-        if self.fast.path == "captured":
-            return "The fast step: no padding, captured as a CUDA graph."
-        return "The fast step: no padding."
+        return f"The fast step: no padding{', captured as a CUDA graph' if self.fast.path == 'captured' else ''}."
 
     def time_steps(self, count: int) -> float:
         """The seconds of a step, the mean of so many after the first; to train, make another one from here on."""

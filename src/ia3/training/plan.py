@@ -40,8 +40,6 @@ def prepare(
     kind: TaskKind,
     recipes: Sequence[Recipe],
     console: Console,
-    *,
-    resuming: bool = False,
     looked: Looked | None = None,
 ) -> list[tuple[Recipe, RunPlan]]:
     """Read the data, load the base with a new adapter, tokenise: all that runs over one base need, each once.
@@ -51,7 +49,6 @@ def prepare(
         kind: the recipes' task, or where they name none the base model's.
         recipes: a run each, which differ neither in base model nor in adapter.
         console: where the data's oddities go.
-        resuming: for a run that began with these data.
         looked: what `look_before` has read of the recipes.
 
     Returns:
@@ -64,8 +61,7 @@ def prepare(
     common = complete[0]
     if common.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
-    data = read_data(recipes, kind, console, resuming=resuming, looked=looked)
-    asked = common
+    data, asked = read_data(recipes, kind, console, looked), common
     complete = [
         resolve(each, kind, len(training), len(_labels(kind, training, test)))
         for each, (training, test) in zip(complete, data, strict=True)
@@ -136,8 +132,7 @@ def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ..
 def _longest_answer(recipe: Recipe, answers: Iterable[str], tokenizer: Any) -> int | None:
     """The most tokens that an answer takes, its end token included."""
     kind, distinct = recipe.task, list(dict.fromkeys(answers))
-    assert kind is not None
-    if not kind.writes:
+    if kind is None or not kind.writes:
         return None
     if not kind.has_answers:
         return _CONTINUATION
@@ -271,11 +266,7 @@ class RunPlan:
         return (score, -evaluation.loss)
 
     def check_finite(self, loss: float, name: str, step: int) -> None:
-        """Refuse a loss that is not finite.
-
-        Raises:
-            FloatingPointError: it isn't.
-        """
+        """Refuse a loss that is not finite by a FloatingPointError."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The {name} is {loss} at step {step}, so training stopped and the adapter was not saved. Lower the "

@@ -88,11 +88,7 @@ def save_state(
 def load_state(
     path: Path, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
 ) -> TrainerState:
-    """Put back what `save_state` wrote, the random state too.
-
-    Raises:
-        ValueError: a damaged file, or one of another model or other settings.
-    """
+    """Put back what `save_state` wrote, the random state too; a ValueError for a damaged file or another model's."""
     try:
         content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
         progress = dict(content["progress"])

@@ -154,17 +154,7 @@ def sweep(
 
 
 def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
-    """Train each recipe's run in one batch.
-
-    Args:
-        recipes: what `make_recipes` made.
-        keys: what they differ in.
-        console: where the progress goes.
-        looked: what `look_before` has read of them.
-
-    Raises:
-        FileNotFoundError, ValueError, FloatingPointError: as `sweep`.
-    """
+    """Train in one batch what `make_recipes` made, which differ in `keys`; errors are those of `sweep`."""
     common = recipes[0]
     for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
         if common.output is not None and (common.output / name).is_file():
@@ -176,7 +166,7 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
             f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
             "one after the other, by ia3.train."
         )
-    prepared = prepare(base, kind, recipes, console, looked=looked)
+    prepared = prepare(base, kind, recipes, console, looked)
     together = Together([plan for _, plan in prepared])
     given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
     settings = [
@@ -256,9 +246,7 @@ class Together:
     def run(self, folders: Sequence[Path], console: Console | None = None) -> None:
         """Train until every run is finished or has failed: `runs` and `failures`, by the runs' numbers.
 
-        Args:
-            folders: where each run leaves its adapters, `metrics.jsonl` and `result.json`.
-            console: where the progress goes; standard error by default.
+        Each leaves its adapters, `metrics.jsonl` and `result.json` in its folder.
         """
         self.folders = folders
         torch.manual_seed(self.learner.settings.seed)

@@ -102,17 +102,13 @@ def resume(
 
 
 def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, looked: Looked | None = None) -> Run:
-    """Read the data, load the model, attach an adapter, train, and leave a whole run folder.
+    """Read the data, load the model, attach an adapter, train, and leave a whole run folder; errors are `train`'s.
 
     Args:
         recipe: a checked recipe.
         console: where the progress goes, and what is odd about the data.
         resuming: go on with the run in the recipe's folder.
         looked: what `look_before` has read of this recipe.
-
-    Raises:
-        FileNotFoundError, ValueError: as `train`.
-        Interrupted: as `train`.
     """
     looked = look_before(recipe) if looked is None else looked
     folder = recipe.output
@@ -121,7 +117,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
             f"{folder} holds an unfinished run: go on with it by `ia3 train --resume {folder}`, or name another output."
         )
     base = Base(recipe.model)
-    [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, resuming=resuming, looked=looked)
+    [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, looked)
     environment = describe_environment(recipe, plan)
     if resuming and folder is not None:
         _check_environment(folder, environment, console)
@@ -171,10 +167,9 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     if folder is None or begun(recipe) or not (folder / RESULT_NAME).is_file():
         return None
     former = make_recipe(read_recipe(folder / RECIPE_NAME), folder / RECIPE_NAME)
-    if former.task is not None:  # which the folder's recipe names, with what follows from it
-        recipe = settings_of(recipe, former.task)
     result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
-    recipe = resolve(recipe, TaskKind(result["task"]), result["train_examples"], len(result["labels"]))
+    kind = TaskKind(result["task"])
+    recipe = resolve(settings_of(recipe, kind), kind, result["train_examples"], len(result["labels"]))
     if replace(former, task=None).content() != replace(recipe, task=None).content():
         raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
     del result["predictions"]

@@ -55,11 +55,7 @@ class HeadLearner(Learner[HeadRow]):
             )
 
     def class_of(self, label: str, text: str) -> int:
-        """The class of a label.
-
-        Raises:
-            ValueError: it is not among the task's.
-        """
+        """The class of a label, which has to be among the task's."""
         if label not in self.task.labels:
             raise ValueError(
                 f"The label {label!r} of the text {text[:60]!r} is not among the task's labels "
