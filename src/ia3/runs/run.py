@@ -74,6 +74,11 @@ class Evaluation:
         """exp(loss), infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
+    def describe(self) -> str:
+        """The figure that it is for, in words."""
+        right = f"{self.accuracy:.1%} of {self.total:,} right, " if self.total else ""
+        return f"{right}held-out loss {self.loss:.3f}"
+
     def summary(self) -> dict[str, Any]:
         """Its figures as JSON writes them."""
         figures = {"accuracy": self.accuracy} if self.total else {}

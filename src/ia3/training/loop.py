@@ -213,6 +213,7 @@ class Training:
             return
         evaluation = self._evaluate(bars)
         best = self.plan.add(evaluation)
+        bars.console.print(f"step {evaluation.step:,}: {evaluation.describe()}", highlight=False)
         if self.progress.step:
             method = self.learner.task.method
             self._log({"evaluation": evaluation.summary(), "method": method, "step": evaluation.step})
