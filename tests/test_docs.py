@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import ia3.training.data
+import ia3.runs.look
 from builders import CAUSAL, SEQ2SEQ, gpt2, randomise, seq2seq_batch, t5
 from ia3 import IA3Config, PeftConfig, PeftModel, find_sites, get_peft_model
 from ia3.bundled import _FOLDER
@@ -116,7 +116,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_world(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IA3_CACHE", str(tiny_cache))
-    monkeypatch.setattr(ia3.training.data, "load_examples", partial(take_a_few, ia3.training.data.load_examples))
+    monkeypatch.setattr(ia3.runs.look, "load_examples", partial(take_a_few, ia3.runs.look.load_examples))
     monkeypatch.chdir(tmp_path)
 
 
