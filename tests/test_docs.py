@@ -494,9 +494,10 @@ def test_what_is_wide_scrolls_in_its_own_box() -> None:
 @pytest.mark.parametrize(
     ("page", "said", "file", "measured"),
     [
-        ("first-steps.md", "training took 392 s", "quickstart.txt", "training 392 s, 900 steps"),
-        ("first-steps.md", "reached 81.3 %", "quickstart.txt", "accuracy 81.3% of 300 held out"),
-        ("first-steps.md", "interval 76.5 to 85.3", "quickstart.txt", "interval 76.5% to 85.3%"),
+        ("first-steps.md", "all of them took 392 s", "quickstart.txt", "training 392 s, 900 steps"),
+        ("first-steps.md", "gave 81.3 % (76.5 to 85.3)", "quickstart.txt", "81.3% of 300 held out (95 % interval 76.5"),
+        ("first-steps.md", "78.0 % (95 % interval 73.0 to 82.3)", "quickstart_sizes.txt", "78.0% 73.0% to 82.3% 0.298"),
+        ("first-steps.md", "trains for 195 s", "quickstart_sizes.txt", "450 195 26"),
         ("guide.md", "this one took 256 ms", "cpu_step.json", '"median_ms": 255.8'),
         ("guide.md", "padded to 128, took 742 ms", "cpu_step.json", '"median_ms": 742.'),
         ("guide.md", "gave 73.0 %", "quickstart_search.txt", "mixed dropout 0 '' | 0.359 161 | 0.362 73.0"),
