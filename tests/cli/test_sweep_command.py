@@ -50,7 +50,7 @@ def test_json_is_the_sweeps_own(base: Path, data: Path, tmp_path: Path) -> None:
     assert content.pop("picture") == str(folder / "sweep.png")
     assert content.pop("folder") == str(folder)
     assert content == json.loads((folder / "sweep.json").read_text())
-    assert sorted(run["settings"]["learning_rate"] for run in content["runs"]) == [0.003, 0.008, 0.02, 0.04]
+    assert sorted(run["settings"]["learning_rate"] for run in content["runs"]) == [0.003, 0.008, 0.02, 0.04, 0.08]
 
 
 def test_templates_may_hold_commas() -> None:
