@@ -29,7 +29,7 @@ from transformers import (
 
 from ia3.bundled import resolve_model
 from ia3.data.loading import load_examples
-from ia3.training.collate import count_truncated
+from ia3.inference.predict import count_truncated
 
 LABEL_LENGTH = 3
 

@@ -192,7 +192,7 @@ class Mixing(Swapped):
         names = kwargs.pop("adapter_names", None)
         if names is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        if None in names:
+        if any(name is None for name in names):
             raise ValueError(f"adapter_names[{list(names).index(None)}] is None: pass {BASE!r} for no adapter.")
         if any(not isinstance(name, str) for name in names):
             raise ValueError(

@@ -24,6 +24,7 @@ from ia3.config import CONFIG_NAME, IA3Config
 from ia3.factory import become_adapted
 from ia3.heads import check_brought, with_head
 from ia3.loading import warn_of_other_base
+from ia3.mixing import unknown_names
 from ia3.peft_model import PeftModel
 from ia3.rows import BASE
 from ia3.sites import Layout, Site, find_sites
@@ -164,7 +165,7 @@ class AdapterTable:
         """
         with self.lock:
             if name not in self._registered:
-                raise ValueError(f"No adapter {name!r} is registered in this table, which has {len(self):,}.")
+                raise unknown_names([name], self._registered)
             self._leave_slot(self._registered.pop(name))
 
     def close(self) -> None:
