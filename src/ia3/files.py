@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,14 @@ def expect_folder_or_hub(name: str, what: str, holds: str) -> None:
         return
     if path.is_dir():
         raise FileNotFoundError(f"No {holds} in {name}: the folder holds no {what}.")
-    beside = [each.name for each in path.parent.iterdir() if (each / holds).is_file()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    near = nearest_beside(path, lambda each: (each / holds).is_file())
     if near or not (_ON_THE_HUB.fullmatch(name) or name.endswith(".gguf")):
-        meant = f" Did you mean {path.with_name(near[0])}?" if near else " Expected a folder, or a hub repository."
-        raise FileNotFoundError(f"There is no {what} {name!r}.{meant}")
+        meant = f"Did you mean {near}?" if near else "Expected a folder, or a hub repository."
+        raise FileNotFoundError(f"There is no {what} {name!r}. {meant}")
+
+
+def nearest_beside(path: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """What may have been meant by a path that isn't there: the nearest name in its folder, of those that fit."""
+    beside = [each.name for each in path.parent.iterdir() if fits(each)] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return path.with_name(near[0]) if near else None

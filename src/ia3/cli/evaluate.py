@@ -45,10 +45,8 @@ def evaluate(
     saved = load_task(adapter)
     wording = saved.template if saved is not None else Template.of_column("text")
     wording = wording if text_column is None else wording.with_column(text_column)
-    answers = None if saved is not None and not saved.kind.has_answers else label_column or "label"
-    if answers is not None and saved is not None:
-        answers = label_column or saved.label_column
-    records = read_for(data, wording, answers)
+    answers = label_column or (saved.label_column if saved is not None else "label")
+    records = read_for(data, wording, answers if saved is None or saved.kind.has_answers else None)
     labeller = load_labeller(adapter, progress, Overrides(text_column=text_column))
     task = labeller.task
     # Data alone tell the labels of an adapter that came without a task.

@@ -120,11 +120,9 @@ def _by_many(
     folder: Path, column: str, records: Records, overrides: Overrides, progress: Console, batch_size: int
 ) -> _Work:
     """The rows of a file, each by the adapter that it names, out of a folder of adapters."""
-    from ia3.tasks.columns import as_text
+    from ia3.tasks.columns import as_text, require_columns
 
-    if column not in records.columns:
-        there = ", ".join(map(repr, records.columns))
-        raise ValueError(f"{records.source} has no column {column!r}: name one of {there} by --adapter-column.")
+    require_columns(records.source, records.columns, column, setting="adapter_column")
     names = [as_text(record.get(column), f"{records.source}, {place}: {column!r}") for place, record in records]
     if "" in names:
         place = records.rows[names.index("")][0]
@@ -135,7 +133,7 @@ def _by_many(
     with progress.status(f"Reading {folder}"):
         from ia3.inference.many import answer_each, find_adapters
 
-        folders = find_adapters(folder, names, [f"{records.source}, {place}" for place, _ in records])
+        folders = find_adapters(folder, names, lambda number: f"{records.source}, {records.rows[number][0]}")
         tasks = {name: overrides.over(_saved_task(path)) for name, path in folders.items()}
 
     def answer_some(places: list[int], examples: list[Example]) -> list[Answer]:
@@ -276,7 +274,6 @@ def _print(
 
 def _count(tasks: list[Task], answers: list[Answer | None]) -> Counter[str]:
     """How often each label or tag was given; of free text there is nothing to count."""
-
     from ia3.tasks.task import TaskKind
 
     counts: Counter[str] = Counter()

@@ -17,9 +17,9 @@ _SENTENCES = (
 )
 
 
-# How many tweets it may learn, and what it reaches by them on the 300 held out: one seed each, where it was measured,
-# see benchmarks/results/quickstart_sizes.txt.
-SIZES: dict[int, float | None] = {3600: 0.813, 1800: 0.78, 900: 0.753, 450: 0.697}
+# How many tweets it may learn, and what it reaches by them on the 300 held out: one seed each, see
+# benchmarks/results/quickstart_sizes.txt.
+SIZES = {3600: 0.813, 1800: 0.78, 900: 0.753, 450: 0.697}
 # So long a training may be expected to take. Twice as many tweets take twice as long.
 _SECONDS = 225.0
 _STEPS_TIMED = 8
@@ -49,10 +49,9 @@ def quickstart(
         **{"model": TITLER, "data": "bundled:tweets", "test_data": "bundled:tweets:test", "test_limit": limit},
         **{"output": output, "seed": seed, **_SETTINGS},
     }
-    tweets, known = limit or _fitting(given, progress), {}
+    tweets = limit or _fitting(given, progress)
     run = run_visibly(lambda: run_recipe(make_recipe({**given, "limit": tweets}), progress), progress)
-    if limit is None:
-        known = {"known_accuracy": SIZES[tweets]}
+    known = {"known_accuracy": SIZES[tweets]} if limit is None else {}
 
     labeller = load_labeller(str(run.adapter_dir), progress, Overrides())
     sentences = [Example(text, "") for text in _SENTENCES]
@@ -62,9 +61,8 @@ def quickstart(
     print_result(run, as_json=as_json, predictions=answers, **known)
     if not as_json:
         if limit is None:
-            known_share, every = SIZES[tweets], SIZES[max(SIZES)]
-            said = f"\nIt learned {tweets:,} of {max(SIZES):,} tweets"
-            said += f", for which {known_share:.1%} is known" if known_share else ""
+            every = SIZES[max(SIZES)]
+            said = f"\nIt learned {tweets:,} of {max(SIZES):,} tweets, for which {SIZES[tweets]:.1%} is known"
             typer.echo(f"{said}." if tweets == max(SIZES) else f"{said}; all of them give {every:.1%}.")
         typer.echo("\nThe adapter, loaded from disk, says:")
         for each in answers:

@@ -51,6 +51,10 @@ class Format:
         """The columns that a record must have."""
         return (*self.template.required, *([self.answer] if self.answer else []))
 
+    def require(self, source: str, found: Iterable[str]) -> None:
+        """Refuse a source, or a record, without a column that must be there."""
+        require_columns(source, found, *self.wanted, labelled=self.answer is not None)
+
     def columns(self, found: Iterable[str]) -> tuple[str, ...]:
         """What is read of the columns that there are."""
         system = [_SYSTEM] if self.reads_system and _SYSTEM in found else []
@@ -182,7 +186,7 @@ def read_to_learn(record: Mapping[str, Any], place: str, how: Format) -> Learnab
     Raises:
         ValueError: a conversation of another shape, or without an answer.
     """
-    require_columns(place, record, *how.wanted, labelled=how.answer is not None)
+    how.require(place, record)
     turns = _turns(record, place, how)
     if not turns:
         return Learnable(None)

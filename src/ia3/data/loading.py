@@ -17,7 +17,7 @@ from ia3.data.conversations import Format, Learnable, find_format, holds_lists, 
 from ia3.data.reading import with_unread
 from ia3.data.records import TWEETS, Records, read_records
 from ia3.errors import SettingError
-from ia3.tasks.columns import as_text, require_columns
+from ia3.tasks.columns import as_text
 from ia3.tasks.examples import (
     Example,
     Examples,
@@ -84,7 +84,7 @@ def load_examples(
         known = find_format(records, template, text_column, label_column, chats=chats)
     system = chats and holds_lists(records, wording.fields[0])
     how = known or Format("", wording, label_column if kind.has_answers else None, reads_system=system)
-    require_columns(records.source, records.columns, *how.wanted, labelled=how.answer is not None)
+    how.require(records.source, records.columns)
     tagged = kind is TaskKind.TOKEN_CLASSIFICATION
     read = read_to_learn if chats else _read_tagged_words if tagged else partial(_read_text, kind=kind)
     found = [read(record, f"{records.source}, {place}", how) for place, record in records]
@@ -162,7 +162,7 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
 
 
 def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKind) -> Learnable:
-    require_columns(place, record, *how.wanted, labelled=how.answer is not None)
+    how.require(place, record)
     text = how.template.render(record, place)
     if not text:
         return Learnable(None)
@@ -177,7 +177,7 @@ def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKin
 
 
 def _read_tagged_words(record: Mapping[str, Any], place: str, how: Format) -> Learnable:
-    require_columns(place, record, *how.wanted, labelled=how.answer is not None)
+    how.require(place, record)
     words, tags = (words_of(record[column], place, column) for column in how.wanted)
     if not words:
         return Learnable(None)

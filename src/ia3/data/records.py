@@ -6,11 +6,11 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
+from ia3.files import nearest_beside
 
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -133,9 +133,8 @@ def _read(name: str, wanted: Wanted) -> Table:
         raise ValueError(f"{name} has no splits; split={wanted.part!r} is for data sets on the hub.")
     path = _download_phrasebank() if name in _PHRASEBANK else Path(name)
     if not path.is_file():
-        beside = [each.name for each in path.parent.iterdir() if each.is_file()] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, beside, n=1)
-        meant = f"Did you mean {path.with_name(near[0])}?" if near else f"The data may be {_KINDS}."
+        near = nearest_beside(path, Path.is_file)
+        meant = f"Did you mean {near}?" if near else f"The data may be {_KINDS}."
         raise FileNotFoundError(f"There is no file {name}. {meant}")
     return read(path, wanted)._replace(source=name)
 

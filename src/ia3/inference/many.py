@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ia3.inference.loading import DTYPES, load_adapter
 from ia3.inference.predict import Beat
 from ia3.table import AdapterTable
 from ia3.tasks.examples import Example
+from ia3.tasks.labels import quote_labels
 from ia3.tasks.task import Task
 from ia3.tasks.template import Template
 from ia3.tensors import load_peft_weights
@@ -23,10 +24,9 @@ from ia3.tensors import load_peft_weights
 _IN_A_RUN = "adapter"
 # Rows of vectors on the device, unless batches are larger.
 _CAPACITY = 256
-_NAMED = 5
 
 
-def find_adapters(folder: Path, names: Sequence[str], places: Sequence[str]) -> dict[str, Path]:
+def find_adapters(folder: Path, names: Sequence[str], place_of: Callable[[int], str]) -> dict[str, Path]:
     """Where the adapters of these names are, below a folder; a run's goes by the run's name.
 
     A name is only looked up among the folders that hold an adapter, so it can't lead out of the folder.
@@ -34,7 +34,7 @@ def find_adapters(folder: Path, names: Sequence[str], places: Sequence[str]) -> 
     Args:
         folder: what holds the folders of adapters.
         names: the adapters', as often as they are asked for.
-        places: where each of them stands, for the error.
+        place_of: where a name of this index stands, for the error.
 
     Raises:
         ValueError: an unknown name, or no adapter at all.
@@ -52,19 +52,13 @@ def find_adapters(folder: Path, names: Sequence[str], places: Sequence[str]) -> 
     unknown = list(dict.fromkeys(name for name in names if name not in known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else f" It has {_shown(known)}."
-        count = sum(name not in known for name in names)
+        hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else f" It has {quote_labels([*known])}."
+        count, first = sum(name not in known for name in names), place_of(names.index(unknown[0]))
         raise ValueError(
-            f"{folder} holds no adapter {_shown(unknown)}, named first in {places[names.index(unknown[0])]} and in "
-            f"{count:,} of {len(names):,} rows.{hint}"
+            f"{folder} holds no adapter {quote_labels(unknown)}, named first in {first} and in {count:,} of "
+            f"{len(names):,} rows.{hint}"
         )
     return {name: known[name] for name in dict.fromkeys(names)}
-
-
-def _shown(names: Iterable[str]) -> str:
-    first = list(names)
-    more = f" and {len(first) - _NAMED:,} more" if len(first) > _NAMED else ""
-    return ", ".join(map(repr, first[:_NAMED])) + more
 
 
 def answer_each(

@@ -43,8 +43,8 @@ def look_before(*recipes: Recipe) -> Looked:
             expect_folder_or_hub(recipe.model, "model", "config.json")
         for name in (recipe.data, recipe.test_data):
             if isinstance(name, str) and (key := key_of(recipe, name)) not in looked:
-                answers = None if recipe.task is TaskKind.LANGUAGE_MODELLING else recipe.label_column
-                looked[key] = read_for(name, recipe.wording, answers)
+                has_answers = recipe.task is None or recipe.task.has_answers
+                looked[key] = read_for(name, recipe.wording, recipe.label_column if has_answers else None)
                 _expect_columns(looked[key], recipe)
     return looked
 

@@ -98,7 +98,9 @@ def as_text(value: Any, what: str) -> str:
     return str(value).strip()
 
 
-def require_columns(source: str, found: Iterable[str], *wanted: str, labelled: bool = False) -> None:
+def require_columns(
+    source: str, found: Iterable[str], *wanted: str, labelled: bool = False, setting: str = "text_column"
+) -> None:
     """Refuse a source that lacks a wanted column.
 
     Args:
@@ -106,6 +108,7 @@ def require_columns(source: str, found: Iterable[str], *wanted: str, labelled: b
         found: the columns.
         wanted: those that are needed.
         labelled: whether an answer is one of these.
+        setting: what names them.
 
     Raises:
         ValueError: a column is missing; the message names those that are there, and the likely ones among them.
@@ -114,7 +117,7 @@ def require_columns(source: str, found: Iterable[str], *wanted: str, labelled: b
     for column in wanted:
         if column not in found:
             likely = likely_columns(found) if labelled else ""
-            how = "template" if likely.startswith("`template") else "text_column"
+            how = "template" if likely.startswith("`template") else setting
             more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
             plain = {_plain(name): name for name in found}
             near = [f" Did you mean {plain[name]!r}?" for name in get_close_matches(_plain(column), plain, 1, 0.75)]

@@ -57,19 +57,23 @@ def prepare(
     Raises:
         FileNotFoundError, ValueError: as `ia3.train`.
     """
-    complete = [settings_of(replace(each, task=kind), kind) for each in recipes]
-    common = complete[0]
+    asked = [settings_of(replace(each, task=kind), kind) for each in recipes]
+    common = asked[0]
     if common.system is not None and kind is not TaskKind.INSTRUCTIONS:
         raise ValueError(f"A system message is for {TaskKind.INSTRUCTIONS}, and this task is {kind}: leave it out.")
-    data, asked = read_data(recipes, kind, console, looked), common
+    data = read_data(recipes, kind, console, looked)
+    labels = [_labels(kind, *parts) for parts in data]
     complete = [
-        resolve(each, kind, len(training), len(_labels(kind, training, test)))
-        for each, (training, test) in zip(complete, data, strict=True)
+        resolve(each, kind, len(training), len(own))
+        for each, (training, _), own in zip(asked, data, labels, strict=True)
     ]
-    if chosen := describe_choice(asked, complete[0]):
+    if chosen := describe_choice(common, complete[0]):
         console.print(f"Chosen by the task and its {len(data[0][0]):,} rows: {chosen}.", highlight=False)
     with console.status(f"Loading {base.name}"):
-        tasks = [_make_task(each, *parts, base.tokenizer) for each, parts in zip(complete, data, strict=True)]
+        tasks = [
+            _make_task(each, training, own, base.tokenizer)
+            for each, (training, _), own in zip(complete, data, labels, strict=True)
+        ]
         loaded = base.load(kind, labels=tasks[0].labels, dtype=DTYPES[common.precision], seed=common.seed)
         config = IA3Config(
             task_type=kind.task_type,
@@ -93,10 +97,9 @@ def prepare(
     return list(zip(complete, plans, strict=True))
 
 
-def _make_task(recipe: Recipe, training: Examples, test: Examples, tokenizer: Any) -> Task:
+def _make_task(recipe: Recipe, training: Examples, labels: tuple[str, ...], tokenizer: Any) -> Task:
     """What the recipe's adapter learns to do."""
     assert recipe.task is not None
-    labels = _labels(recipe.task, training, test)
     # Read as the examples were, unless the recipe says otherwise of examples in memory.
     says = isinstance(recipe.data, Examples) and (recipe.template is not None or recipe.text_column != "text")
     reading = None if says else training.reading
