@@ -103,7 +103,7 @@ def test_only_the_outermost_module_is_saved():
         ({"target_modules": ["o"], "feedforward_modules": "["}, r"'\[' is not a valid regular expression"),
         ({"target_modules": ["norm"]}, r"attn.norm is a LayerNorm, which can't carry a vector"),
         ({"target_modules": ["attn"]}, r"attn is a Module, which can't carry a vector"),
-        ({}, r"no default for 'Blocks': pass target_modules.*\['bart', 'bert'"),
+        ({}, r"finds no layer of 'Blocks' that makes such. Name the layers.*\['c_proj', 'fc', 'o', 'wo'\]"),
     ],
 )
 def test_what_matches_nothing_is_an_error_that_names_it(config, message):
@@ -211,7 +211,7 @@ def test_a_default_that_differs_from_pefts_says_so_once(tiny, caplog):
     with caplog.at_level(logging.WARNING, "ia3"):
         get_peft_model(tiny("opt"), IA3Config())
     assert [r.getMessage() for r in caplog.records] == [
-        "ia3's default for opt follows the paper (k, v, feed-forward); PEFT's default scales q in place of v."
+        "ia3's default for opt follows the paper (k, v, feed-forward); PEFT's default scales q_proj in place of v_proj."
     ]
     caplog.clear()
     get_peft_model(tiny("opt"), IA3Config(target_modules=["k_proj"]))

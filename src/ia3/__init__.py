@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "config": ["PEFT_TYPE_TO_CONFIG_MAPPING", "IA3Config", "PeftConfig", "PeftType", "TaskType", "get_peft_config"],
     "errors": ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"],
-    "families": [
+    "peft_defaults": [
         "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
         "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
     ],
@@ -147,7 +147,7 @@ if TYPE_CHECKING:
     )
     from ia3.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
     from ia3.factory import inject_adapter_in_model
-    from ia3.families import (
+    from ia3.peft_defaults import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     )

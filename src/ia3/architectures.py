@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from ia3.families import Intervals
+from ia3.structure import Intervals
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,8 @@ class IA3Config(PeftConfig):
             what PEFT reads; its own IA3 has no such field.
         layers_pattern: names of the lists of layers that `layers_to_transform` counts, such as `"decoder.block"`,
             where a path has several numbers or a model several lists; any by default.
+        towers: sub-models that the default is for, named as in the model's configuration (`"vision"`, `"audio"`), or
+            `"all"`; the language model alone by default. Attaching turns it into names of modules.
 
     Raises:
         ValueError: `layers_to_transform` with a regular expression, `layers_pattern` without it, a list of feed-forward
@@ -225,6 +227,7 @@ class IA3Config(PeftConfig):
     init_ia3_weights: bool = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    towers: list[str] | str | None = None
 
     _NAME_FIELDS: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")
 
@@ -239,6 +242,10 @@ class IA3Config(PeftConfig):
             raise TypeError(f"modules_to_save takes a list of names: write [{self.modules_to_save!r}].")
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
+        if isinstance(self.towers, str):
+            self.towers = [self.towers]
+        if self.towers is not None and self.target_modules is not None:
+            raise ValueError("towers says which sub-models the default is for: leave out target_modules, or towers.")
         self._check_layers()
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or leave it None.")
@@ -266,7 +273,8 @@ class IA3Config(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary, sets as they are; those that PEFT's IA3 hasn't only where they are used."""
         content = super().to_dict()
-        return {key: value for key, value in content.items() if value is not None or not key.startswith("layers_")}
+        own = ("layers_to_transform", "layers_pattern", "towers")
+        return {key: value for key, value in content.items() if value is not None or key not in own}
 
     def _on_disk(self) -> dict[str, Any]:
         """The fields that the file holds, in PEFT's terms where the targets are named."""
@@ -303,10 +311,9 @@ def chosen_layers(config: IA3Config) -> list[int]:
 
 
 def in_layers(config: IA3Config) -> str:
-    """The regular expression for `target_modules`, a set of names, in the layers of `layers_to_transform` alone."""
-    assert isinstance(config.target_modules, set)
+    """The regular expression for `target_modules`, names or a default's pattern, in the layers of `layers_to_transform`."""
+    assert config.target_modules is not None
     numbers = "|".join(str(number) for number in chosen_layers(config))
-    names = "|".join(re.escape(name) for name in sorted(config.target_modules))
     if config.layers_pattern:
         patterns = config.layers_pattern
         lists = patterns if isinstance(patterns, str) else "|".join(patterns)
@@ -314,6 +321,9 @@ def in_layers(config: IA3Config) -> str:
         before = rf"(?:(?!(?:{lists})\.\d+\.)[^.]+\.)*(?:{lists})\."
     else:
         before = r"(?:(?!\d+\.)[^.]+\.)*"
+    if isinstance(config.target_modules, str):
+        return rf"(?={before}(?:{numbers})\.)(?:{config.target_modules})"
+    names = "|".join(re.escape(name) for name in sorted(config.target_modules))
     # A name may be a path that holds the number itself, as those that "all-linear" stands for.
     return rf"(?={before}(?:{numbers})\.).*?(?<![^.])(?:{names})"
 

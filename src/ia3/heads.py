@@ -7,6 +7,7 @@ was made from a configuration, or copied: nothing is known about it then, nor ab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from torch import nn
 
 from ia3.checkpoint import embeddings, saved_vocabulary
 from ia3.config import IA3Config, TaskType
-from ia3.families import FAMILIES
 from ia3.sites import SAVED_COPIES, VECTORS, is_inside, logger, matches_name, matching
 from ia3.tensors import plain_tensors
 
@@ -27,7 +27,7 @@ _HEADS = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 # What a saved configuration excludes besides what its user did.
-_EXCLUDED_BY_DEFAULT = {name for family in FAMILIES.values() for name in family.exclude}
+_EXCLUDED_BY_DEFAULT = re.compile(r"(.*\.)?(cross)?attention\.output\.dense")
 # What transformers sets on a parameter that it filled from a file.
 _FILLED = "_is_hf_initialized"
 
@@ -280,7 +280,7 @@ def _has_no_head(model: Any) -> bool:
 def _is_excluded(path: str, config: IA3Config) -> bool:
     names = config.exclude_modules
     if not isinstance(names, str):
-        names = set(names or ()) - _EXCLUDED_BY_DEFAULT
+        names = {name for name in names or () if not _EXCLUDED_BY_DEFAULT.fullmatch(name)}
     return bool(matching(names, [path, *_around(path)]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError
-from ia3.families import FAMILIES, FEEDFORWARD_NAMES, Family, Intervals
+from ia3.peft_defaults import difference, gate_side
+from ia3.structure import Block, Intervals, find_blocks, is_conv1d, layer_widths
 
 logger = logging.getLogger("ia3")
 
@@ -26,6 +27,10 @@ VECTORS = "ia3_l"
 """The name under which a module holds its vectors, as in PEFT."""
 SAVED_COPIES = "modules_to_save"
 """The name under which a module holds its copies trained in full, as in PEFT."""
+# More names than these say less than one pattern.
+_MOST_NAMES = 5
+# Names that mean the second matrix of a feed-forward in a model whose blocks are unknown.
+SECOND_MATRICES = frozenset({"wo", "fc2", "down_proj", "fc_out", "mlp.c_proj", "dense_4h_to_h", "output.dense", "lin2"})
 
 Side = Literal["input", "output"]
 Names = set[str] | list[str] | str | None
@@ -172,10 +177,10 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
         ValueError: nothing matched, a name or pattern matched nothing, a module of a kind that can't carry a
             vector, an unknown model type without targets.
     """
-    family = FAMILIES.get(_model_type(model))
     by_default = config.target_modules is None
-    config = _with_defaults(model, config, family)
     modules = dict(_base_modules(model))
+    blocks = find_blocks(model, config.towers) if by_default else find_blocks(model, ("all",))
+    config = _with_defaults(model, config, blocks, modules)
     saved = tuple(_find_saved(modules, config.modules_to_save or ()))
     for path in saved:
         if isinstance(modules[path], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
@@ -195,8 +200,7 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     excluded = matching(config.exclude_modules, candidates)
     targets = matching(config.target_modules, candidates) - excluded
     if config.feedforward_modules is None:
-        known = family.feedforward if family is not None else FEEDFORWARD_NAMES
-        config.feedforward_modules = {name for name in known if matching({name}, targets)}
+        config.feedforward_modules = _second_matrices(blocks, targets)
     config.feedforward_modules = _as_peft_takes_it(config.feedforward_modules, config.target_modules)
     feedforward = matching(config.feedforward_modules, targets)
     if not loading:
@@ -206,13 +210,15 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
 
-    narrow = family.fused if family is not None and (by_default or loading) else {}
+    fused = {made.path: made.channels for block in blocks for made in block.keys_values}
+    narrow = fused if by_default or loading else {}
     sites = [
-        _site(model, path, modules[path], "input" if path in feedforward else "output", narrow)
+        _site(path, modules[path], "input" if path in feedforward else "output", narrow.get(path))
         for path in modules
         if path in targets
     ]
-    note = family.differs if family is not None and by_default else ""
+    narrowed = [site.path for site in sites if site.intervals]
+    note = difference(_model_type(model), [site.path for site in sites], narrowed, modules) if by_default else ""
     return Found(Layout(tuple(sites)), config, saved, note)
 
 
@@ -236,27 +242,32 @@ def _model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", None) or ""
 
 
-def _with_defaults(model: nn.Module, config: IA3Config, family: Family | None) -> IA3Config:
+def _with_defaults(
+    model: nn.Module, config: IA3Config, blocks: Sequence[Block], modules: dict[str, nn.Module]
+) -> IA3Config:
     config = deepcopy(config)
     if config.target_modules is not None:
         return config
-    if family is None:
-        kind = _model_type(model) or type(model).__name__
-        raise ValueError(
-            f"ia3 has no default for {kind!r}: pass target_modules (the modules that make keys, values and "
-            f"the feed-forward intermediate) and feedforward_modules. Defaults exist for {sorted(FAMILIES)}."
-        )
-    config.target_modules = set(family.targets)
-    paths = [path for path, _ in _base_modules(model)]
-    usual = {name for name in family.exclude if matching({name}, paths)}
+    _check_complete(model, blocks)
+    keys_values = {made.path for block in blocks for made in block.keys_values}
+    inputs = {path for block in blocks for path in block.feed_forward}
+    gates = {gate_side(_model_type(model), path) for path in inputs}
+    outputs, inputs = keys_values | (gates & modules.keys()), inputs - {path for path in inputs if gates & modules.keys()}
+    others = [path for path in modules if path not in outputs | inputs]
+    names = [_names_of(paths, others) for paths in (outputs, inputs) if paths]
+    usual = set().union(*(excluded for _, excluded in names))
+    config.target_modules = _either(chosen for chosen, _ in names)
+    if config.feedforward_modules is None:
+        config.feedforward_modules = names[-1][0] if inputs else set()
     if isinstance(config.exclude_modules, str):
-        if not matching(config.exclude_modules, paths):
-            modules = dict(_base_modules(model))
+        if not matching(config.exclude_modules, modules):
             raise ValueError(_nothing_matched(model, modules, "exclude_modules", config.exclude_modules))
-        patterns = [config.exclude_modules, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(usual))]
-        config.exclude_modules = "|".join(f"({pattern})" for pattern in patterns)
+        config.exclude_modules = "|".join(
+            f"({pattern})" for pattern in (config.exclude_modules, *(_ends(name) for name in sorted(usual)))
+        )
     else:
         config.exclude_modules = {*usual, *(config.exclude_modules or ())} or None
+    config.towers = None
     return config
 
 
@@ -295,11 +306,6 @@ def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator
     yield from (path for path in paths if not any(is_inside(path, p) for p in paths if p != path))
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
-    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
-
-
 def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[str]:
     """Every linear layer but the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -307,6 +313,114 @@ def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterato
         is_head = any(inner is head for inner in module.modules())  # the head, or what holds its copy trained in full
         if not is_head and layer_widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
             yield path
+
+
+def _names_of(wanted: set[str], others: Sequence[str], *, may_exclude: bool = True) -> tuple[set[str] | str, set[str]]:
+    """What matches these paths and no others: names as short as can be and names to exclude, else a pattern."""
+    names: set[str] = set()
+    excluded: set[str] = set()
+    for last in sorted({path.rpartition(".")[2] for path in wanted}):
+        group = [path for path in wanted if path.rpartition(".")[2] == last]
+        near = [path for path in others if path.rpartition(".")[2] == last]
+        choices = [_tails(group, near, wanted, length) for length in (1, 2, 3)]
+        allowed = [choice for choice in choices if choice is not None and (may_exclude or not choice[1])]
+        fewest = min(allowed, key=lambda choice: len(choice[0]) + 1.5 * len(choice[1]), default=None)
+        if fewest is None or len(fewest[0]) + len(fewest[1]) > _MOST_NAMES:
+            return _pattern_of(wanted, others), set()
+        names |= fewest[0]
+        excluded |= fewest[1]
+    return names, excluded
+
+
+def _tails(
+    group: Sequence[str], near: Sequence[str], wanted: set[str], length: int
+) -> tuple[set[str], set[str]] | None:
+    """The last parts of paths, and those of the paths that these match besides; None where they can't be told apart."""
+    names = {_tail(path, length) for path in group}
+    if any(part.isdigit() for name in names for part in name.split(".")[:-1]):  # a name is one for all layers
+        return None
+    surplus = [path for path in near if matches_name(path, names)]
+    excluded = {_tail(path, length + 1) for path in surplus}
+    return None if any(matches_name(path, excluded) for path in wanted) else (names, excluded)
+
+
+def _tail(path: str, length: int) -> str:
+    return ".".join(path.split(".")[-length:])
+
+
+def _pattern_of(wanted: set[str], others: Sequence[str]) -> str:
+    """A regular expression with any numbers of layers, or with every path where that would match more."""
+    ends: dict[str, set[str]] = {}
+    for path in wanted:
+        head, _, last = path.rpartition(".")
+        ends.setdefault(re.sub(r"\\\.\d+(?=\\\.|$)", lambda _: r"\.\d+", re.escape(head)), set()).add(last)
+    heads = sorted(ends)
+    common = next((n for n, parts in enumerate(zip(*(head.split(r"\.") for head in heads))) if len({*parts}) > 1), 0)
+    for dropped in range(common or (heads[0].count(r"\.") if len(heads) == 1 else 0), -1, -1):
+        cut = [r"\.".join(head.split(r"\.")[dropped:]) for head in heads]
+        each = [rf"{short}\.({'|'.join(sorted(ends[head]))})" for short, head in zip(cut, heads, strict=True)]
+        pattern = rf"(.*\.)?({'|'.join(each)})"
+        if not matching(pattern, others):
+            return pattern
+    return "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def _ends(names: str | Iterable[str]) -> str:
+    """The regular expression for what ends with one of the names."""
+    each = [names] if isinstance(names, str) else sorted(names)
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in each)})"
+
+
+def _either(choices: Iterable[set[str] | str]) -> set[str] | str:
+    listed = list(choices)
+    if all(isinstance(choice, set) for choice in listed):
+        return set().union(*listed)
+    return "|".join(choice if isinstance(choice, str) else _ends(choice) for choice in listed)
+
+
+def _second_matrices(blocks: Sequence[Block], targets: set[str]) -> Names:
+    """Those of the targets that close a feed-forward, by the names of a model without blocks."""
+    if not blocks:
+        return {name for name in SECOND_MATRICES if matching({name}, targets)}
+    found = {path for block in blocks for path in block.feed_forward} & targets
+    return _names_of(found, sorted(targets - found), may_exclude=False)[0]
+
+
+def _check_complete(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Refuse a default that would leave out what it stands for.
+
+    Raises:
+        ValueError: no attention, or a block whose keys, values or feed-forward can't be told or reached.
+    """
+    kind = _model_type(model) or type(model).__name__
+    if not any(block.keys_values for block in blocks):
+        problem = next((block.lacks for block in blocks if block.lacks), "")
+        raise ValueError(
+            f"(IA)³ multiplies an attention's keys and values, and ia3 finds no layer of {kind!r} that makes such"
+            f"{f' ({problem})' if problem else ''}. {_explicitly(model, blocks)}"
+        )
+    lacking = [block for block in blocks if block.lacks]
+    if lacking:
+        raise ValueError(
+            f"ia3 can't tell all that (IA)³ multiplies in {kind!r}: {len(lacking)} of its {len(blocks)} blocks lack "
+            f"something, such as {lacking[0].path}: {lacking[0].lacks}. {_explicitly(model, blocks)}"
+        )
+
+
+def _explicitly(model: nn.Module, blocks: Sequence[Block]) -> str:
+    """The explicit form, in the names of the model at hand."""
+    modules = dict(_base_modules(model))
+    outputs = {made.path for block in blocks for made in block.keys_values}
+    inputs = {path for block in blocks for path in block.feed_forward}
+    named = [_names_of(paths, [p for p in modules if p not in paths])[0] for paths in (outputs, inputs) if paths]
+    ends = sorted({path.rpartition(".")[2] for path, module in modules.items() if layer_widths(module)})
+    shown = ends if len(ends) <= 30 else [*ends[:30], "…"]
+    if named and all(isinstance(each, set) for each in named):
+        targets, fed = sorted(set().union(*named)), sorted(named[-1]) if inputs else []
+        form = f"IA3Config(target_modules={targets}, feedforward_modules={fed}) is what was found of it"
+    else:
+        form = "IA3Config(target_modules=[…], feedforward_modules=[…])"
+    return f"Name the layers to adapt yourself: {form}; its layers end with {shown}. `ia3 targets` shows what a choice means."
 
 
 def _as_peft_takes_it(feedforward: Names, targets: Names) -> Names:
@@ -348,29 +462,7 @@ def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: 
     )
 
 
-def layer_widths(module: Any) -> tuple[int | None, int] | None:
-    """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
-    # The latter is the last projection of torch's MultiheadAttention, which reads its weight and never calls it.
-    if isinstance(module, _ConvTransposeNd | nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if isinstance(module, _ConvNd):
-        return module.in_channels, module.out_channels
-    if isinstance(module, nn.Embedding):
-        return None, module.embedding_dim
-    if is_conv1d(module):
-        return module.weight.shape[0], module.nf
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.in_features, module.out_features
-    return None
-
-
-def _site(
-    model: nn.Module,
-    path: str,
-    module: nn.Module,
-    side: Side,
-    fused: dict[str, Callable[..., Intervals | None]],
-) -> Site:
+def _site(path: str, module: nn.Module, side: Side, channels: Intervals | None) -> Site:
     widths = layer_widths(module)
     if widths is None:
         raise ValueError(
@@ -387,5 +479,4 @@ def _site(
         return Site(path, side, (1, width) + (1,) * len(module.kernel_size))
     if side == "input":
         return Site(path, side, (1, width))
-    split = next((split for name, split in fused.items() if matches_name(path, [name])), None)
-    return Site(path, side, (width, 1), split(model.config, width) if split else None)
+    return Site(path, side, (width, 1), channels)

@@ -1,0 +1,458 @@
+"""A model's blocks, found by structure: what makes their keys and values, and what closes their feed-forwards.
+
+The paper (Liu et al. 2022, section 3.3) puts a vector on the keys, on the values and on the intermediate activation of
+every block. Names are evidence here and structure decides: an attention is a module with a key and a value
+projection beside each other, or with one layer that makes both; a feed-forward's second matrix leads back to the width
+that the first one started from. No forward is run; `ia3.dataflow` checks the result by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Intervals = tuple[tuple[int, int], ...]
+"""Half-open channel ranges `(start, stop)` of a fused projection."""
+
+
+class Projection(NamedTuple):
+    """A layer that makes keys or values, and its channels that do; None for all."""
+
+    path: str
+    channels: Intervals | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model: its attentions' keys and values, and what its feed-forwards end with.
+
+    Args:
+        path: the module around them.
+        keys_values: the projections, in the order of the model's modules.
+        feed_forward: paths of the second matrices, whose input is the intermediate.
+        lacks: what of it can't be adapted and why; empty where nothing is missing.
+    """
+
+    path: str
+    keys_values: tuple[Projection, ...]
+    feed_forward: tuple[str, ...]
+    lacks: str = ""
+
+
+class _Layer(NamedTuple):
+    path: str
+    module: nn.Module
+    inputs: int
+    outputs: int
+    kind: str  # "linear", "convolution", "experts"
+
+
+class _Attention(NamedTuple):
+    path: str
+    projections: tuple[Projection, ...]
+    lacks: str = ""
+
+
+# What a projection's name says besides whether it makes queries, keys or values.
+_FILLERS = frozenset("attn b c conv d dense fc head heads in layer lin linear proj project projection self to w".split())
+_MEANINGS = {"key": "k", "keys": "k", "value": "v", "values": "v", "query": "q", "queries": "q", "att": "attn"}
+# Mixers of tokens that are no softmax over keys: (IA)³ says nothing of them.
+_NO_SOFTMAX = re.compile(
+    r"Mamba|Delta(Net|Attention)|Recurrent|ShortConv|Lightning|Linear\w*Attention|Rwkv|xLSTM|Deformable|Gated\w*Conv"
+)
+# Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
+_MIXES_TOKENS = re.compile(r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|adapter|lora", re.IGNORECASE)
+_FEEDS_FORWARD = re.compile(r"mlp|ffn?\b|ff\d|feed|expert|moe", re.IGNORECASE)
+
+
+def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[Block]:
+    """The blocks of a model, or of one of its towers.
+
+    Args:
+        model: any model; its tensors are not looked at.
+        towers: names of sub-models, as `tower_names` has them, or `("all",)`; the language model's where left out.
+
+    Returns:
+        In the order of the model's modules; empty for a model without attention.
+
+    Raises:
+        ValueError: no such tower.
+    """
+    within = _chosen_towers(model, towers)
+    modules = {path: module for path, module in model.named_modules() if within(path)}
+    layers = list(_layers(modules))
+    attentions = [*_attentions(model, modules, layers), *_unreachable(modules)]
+    return _blocks(modules, layers, attentions)
+
+
+def layer_widths(module: Any) -> tuple[int | None, int] | None:
+    """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
+    # The latter is the last projection of torch's MultiheadAttention, which reads its weight and never calls it.
+    if isinstance(module, _ConvTransposeNd | nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, _ConvNd):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Embedding):
+        return None, module.embedding_dim
+    if is_conv1d(module):
+        return module.weight.shape[0], module.nf
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
+
+
+# Towers
+
+
+def tower_names(model: nn.Module) -> dict[str, list[str]]:
+    """The sub-models with a configuration of their own: names as in the model's configuration, to their paths."""
+    named = {id(part): name.removesuffix("_config") for name, part in _parts_of(model)}
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        name = named.get(id(_config(module)))
+        if path and name is not None:
+            found.setdefault(name, []).append(path)
+    return {name: [path for path in paths if not _inside(path, paths)] for name, paths in found.items()}
+
+
+def _parts_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """The sub-configurations of a configuration, nested ones too."""
+    parts = [("", _config(model))]
+    while parts:
+        _, config = parts.pop()
+        for name in getattr(type(config), "sub_configs", None) or vars(config or object).get("sub_configs", ()):
+            part = getattr(config, name, None)
+            if hasattr(part, "model_type"):
+                yield name, part
+                parts.append((name, part))
+
+
+def _chosen_towers(model: nn.Module, towers: Sequence[str] | None) -> Any:
+    named = tower_names(model)
+    if towers is not None:
+        unknown = sorted({*towers} - {*named, "all"})
+        if unknown:
+            raise ValueError(f"towers: {unknown} are none of this model's, {sorted(named)} or 'all'.")
+        chosen = [""] if "all" in towers else [path for name in towers for path in named[name]]
+        return lambda path: any(not root or _is_at(path, root) for root in chosen)
+    config: Any = _config(model)
+    texts = _text_configs(config)
+    roots = [path for path, module in model.named_modules() if path and any(_config(module) is one for one in texts)]
+    if roots and not any(one is config for one in texts):
+        return lambda path: any(_is_at(path, root) for root in roots)
+    others = [path for paths in named.values() for path in paths if path not in roots]
+    if not others or not hasattr(config, "vocab_size"):
+        return lambda path: True
+    return lambda path: not any(_is_at(path, other) for other in others)
+
+
+def _config(module: Any) -> Any:
+    """The configuration of a model or a model in it; parts of one may hold it too, but have no prefix."""
+    return getattr(module, "config", None) if hasattr(module, "base_model_prefix") else None
+
+
+def _text_configs(config: Any) -> list[Any]:
+    """That of the language model; of an encoder and a decoder with one each, both that know a vocabulary."""
+    if not hasattr(config, "get_text_config"):
+        return []
+    found = [config.get_text_config()]
+    if getattr(config, "is_encoder_decoder", False) and found[0] is not config:
+        encoder = config.get_text_config(encoder=True)
+        found += [encoder] if hasattr(encoder, "vocab_size") and encoder is not config else []
+    return found
+
+
+# Paths
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths around a module's, the nearest first, the model's own last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _is_at(path: str, root: str) -> bool:
+    return path == root or path.startswith(f"{root}.")
+
+
+def _inside(path: str, roots: Iterable[str]) -> bool:
+    return any(path.startswith(f"{root}.") for root in roots)
+
+
+def _is_item(path: str) -> bool:
+    """Whether a module is one of a list's."""
+    return path.rpartition(".")[2].isdigit()
+
+
+def _outermost_item(path: str) -> str:
+    """The first list's item that a module is in; empty outside of lists."""
+    items = [around for around in (path, *_above(path)) if _is_item(around)]
+    return items[-1] if items else ""
+
+
+def _innermost_item(path: str) -> str:
+    return next((around for around in _above(path) if _is_item(around)), "")
+
+
+# Layers
+
+
+def _layers(modules: dict[str, nn.Module]) -> Iterator[_Layer]:
+    for path, module in modules.items():
+        widths = layer_widths(module)
+        if widths is not None and widths[0] is not None:
+            yield _Layer(path, module, *widths, "convolution" if isinstance(module, _ConvNd) else "linear")  # type: ignore[arg-type]
+        elif is_experts(module):
+            yield _Layer(path, module, 0, 0, "experts")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the matrices of all experts as 3-D parameters."""
+    deep = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    return len(deep) >= 2 and (hasattr(module, "num_experts") or "Expert" in type(module).__name__)
+
+
+def _meaning(name: str) -> tuple[str, frozenset[str]]:
+    """Which of `q`, `k` and `v` a layer's name says it makes, and its other words."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    if words in (["c", "attn"], ["att", "proj"]):
+        return "qkv", frozenset()
+    made, rest = set(), set()
+    for word in words:
+        word = _MEANINGS.get(word, word)
+        letters = word.removeprefix("w") if len(word) > 1 else word
+        if {*letters} <= {*"qkv"} and letters:
+            made |= {*letters}
+        elif word not in _FILLERS:
+            rest.add(word)
+    return "".join(letter for letter in "qkv" if letter in made), frozenset(rest)
+
+
+def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[_Layer]) -> Iterator[_Attention]:
+    groups: dict[str, list[tuple[_Layer, str, frozenset[str]]]] = defaultdict(list)
+    for layer in layers:
+        around, _, name = layer.path.rpartition(".")
+        made, rest = _meaning(name)
+        if not made and not rest:  # a layer in a wrapper of its own goes by the wrapper's name
+            around, _, name = around.rpartition(".")
+            made, rest = _meaning(name)
+        if layer.kind != "experts":
+            groups[around].append((layer, made, rest))
+    for path, group in groups.items():
+        if path in modules and not _mixes_without_softmax(modules[path]):
+            projections = _keys_and_values(model, modules[path], group)
+            if projections:
+                yield _Attention(path, tuple(projections))
+
+
+def _mixes_without_softmax(module: nn.Module) -> bool:
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    return bool(_NO_SOFTMAX.search(type(module).__name__) or names & {"A_log", "dt_bias", "time_decay"})
+
+
+def _keys_and_values(
+    model: nn.Module, module: nn.Module, group: list[tuple[_Layer, str, frozenset[str]]]
+) -> list[Projection]:
+    """The key and value projections among the layers of one module; empty where it is no attention."""
+    of = {made: [(layer, rest) for layer, said, rest in group if said == made] for made in ("q", "k", "v", "kv", "qkv", "qk")}
+    if of["qkv"] and of["q"]:  # GPT-2's attention across: the same name makes keys and values alone
+        of["kv"], of["qkv"] = of["kv"] + of["qkv"], []
+    found = [Projection(layer.path, _fused_channels(model, module, layer, group)) for layer, _ in of["qkv"]]
+    # Of compressed keys and values the last layer makes them, those before it what they are made of.
+    found += [Projection(layer.path) for layer, _ in of["kv"][-1:]]
+    if found:
+        return found
+    keys, values = of["k"], of["v"]
+    alike = {rest for _, rest in keys} & {rest for _, rest in values}
+    if alike:  # names that say more come in pairs, and what has no partner is something else
+        keys, values = ([(layer, rest) for layer, rest in side if rest in alike] for side in (keys, values))
+    shared = any(child is None and _meaning(name)[0] == "v" for name, child in module._modules.items())
+    if not keys or not (values or shared):
+        return []
+    return [Projection(layer.path) for layer, said, _ in group if layer in [each for each, _ in keys + values]]
+
+
+def _fused_channels(
+    model: Any, module: Any, layer: _Layer, group: list[tuple[_Layer, str, frozenset[str]]]
+) -> Intervals | None:
+    """The channels of a layer that makes queries, keys and values which are keys and values.
+
+    Usually they follow the queries, of which there are as many as the output's projection takes in. How three families
+    divide them otherwise no width tells.
+    """
+    width, kind = layer.outputs, type(module).__name__
+    config = getattr(module, "config", model.config)
+    if kind.startswith("CodeGen"):  # [q | v | k] in each of four parts
+        return _last_of_each(width, 4, 3, 2)
+    if "query_key_value" in layer.path.rpartition(".")[2] or (kind.startswith("GPTBigCode") and not module.multi_query):
+        if getattr(config, "new_decoder_architecture", False):
+            groups = config.num_kv_heads
+            return _last_of_each(width, groups, config.num_attention_heads // groups + 2, 2)
+        if getattr(config, "multi_query", False):
+            return _last_of_each(width, 1, config.num_attention_heads + 2, 2)
+        return _last_of_each(width, config.num_attention_heads, 3, 2)
+    ends = [other.inputs for other, made, _ in group if not made and other.inputs < width]
+    queries = ends[-1] if ends and 3 * ends[-1] != width else width // 3
+    return ((queries, width),)
+
+
+def _last_of_each(width: int, groups: int, parts: int, last: int) -> Intervals:
+    """Of channels in groups of equal parts, the last parts of each group."""
+    size = width // (groups * parts)
+    if groups == 1:
+        return ((width - last * size, width),)
+    return tuple((((group + 1) * parts - last) * size, (group + 1) * parts * size) for group in range(groups))
+
+
+def _unreachable(modules: dict[str, nn.Module]) -> Iterator[_Attention]:
+    """Attentions of blocks whose keys and values no module makes; one outside of lists pools what the blocks made."""
+    for path, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and _outermost_item(path):
+            yield _Attention(path, (), "torch's MultiheadAttention reads its in_proj_weight, and no module makes its keys")
+
+
+# Feed-forwards
+
+
+def _second_matrices(layers: Sequence[_Layer], attentions: Sequence[_Attention]) -> dict[str, _Layer]:
+    """What ends a feed-forward: it leads back from a width to which another layer of its scope led, to where that began."""
+    taken = {projection.path for attention in attentions for projection in attention.projections}
+    inside = [attention.path for attention in attentions if not _is_item(attention.path)]
+    free = [
+        layer
+        for layer in layers
+        if layer.path not in taken and not _inside(layer.path, inside) and not _is_part_of_a_mixer(layer.path)
+    ]
+    scopes: dict[str, list[tuple[int, _Layer]]] = defaultdict(list)
+    for index, layer in enumerate(free):
+        for around in _above(layer.path):
+            scopes[around].append((index, layer))
+            if _is_item(around):
+                break
+    found, first = {}, set()
+    for index, layer in enumerate(free):
+        if layer.kind == "experts":
+            found[layer.path] = layer
+            continue
+        up = _first_matrix(index, layer, scopes)
+        if up is not None:
+            found[layer.path] = layer
+            first.add(up.path)
+    return {path: layer for path, layer in found.items() if path not in first}
+
+
+def _first_matrix(index: int, layer: _Layer, scopes: dict[str, list[tuple[int, _Layer]]]) -> _Layer | None:
+    """The layer that leads to another's input, in the nearest scope that has one; the last before it."""
+    for around in _above(layer.path):
+        before = [
+            up
+            for at, up in scopes[around]
+            if up.kind == layer.kind
+            and up.inputs == layer.outputs
+            and up.outputs in (layer.inputs, 2 * layer.inputs)
+            and (at < index or (at > index and layer.inputs > layer.outputs))
+        ]
+        if before:
+            return before[-1]
+        if _is_item(around):
+            return None
+    return None
+
+
+def _is_part_of_a_mixer(path: str) -> bool:
+    """Whether a layer stands in a module of its block that mixes tokens, and in no feed-forward in it."""
+    item = _innermost_item(path)
+    names = path[len(item) :].split(".")[:-1]
+    mixers = [index for index, name in enumerate(names) if _MIXES_TOKENS.search(name)]
+    return bool(mixers) and not any(_FEEDS_FORWARD.search(name) for name in names[mixers[0] :])
+
+
+# Blocks
+
+
+def _blocks(modules: dict[str, nn.Module], layers: Sequence[_Layer], attentions: Sequence[_Attention]) -> list[Block]:
+    if not attentions:
+        return []
+    downs = _second_matrices(layers, attentions)
+    found: dict[str, tuple[list[_Attention], dict[str, _Layer]]] = {}
+    alone = []
+    for attention in attentions:
+        around = _block_around(attention.path, downs)
+        if around is None:
+            alone.append(attention)
+        else:
+            own = {path: layer for path, layer in downs.items() if _is_at(path, around)}
+            found.setdefault(around, ([], own))[0].append(attention)
+    claimed = {path for _, own in found.values() for path in own}
+    lists = {_outermost_item(attention.path).rpartition(".")[0] for attention in attentions} - {""}
+    near = {path.rpartition(".")[0] for path in lists}
+    for path, layer in downs.items():
+        item = _outermost_item(path)
+        holder = item.rpartition(".")[0]
+        # Blocks without attention among those with one, or lists of feed-forwards beside one of attentions.
+        if path not in claimed and item and (holder in lists or holder.rpartition(".")[0] in near):
+            found.setdefault(item, ([], {}))[1][path] = layer
+    for attention in alone:
+        found.setdefault(_outermost_item(attention.path) or attention.path, ([], {}))[0].append(attention)
+    lists_fed = {_outermost_item(path).rpartition(".")[0] for path in downs}
+    made = [
+        _block(path, *parts, _unexplained(path, modules, layers, attentions, lists_fed) if not parts[1] else "")
+        for path, parts in found.items()
+    ]
+    order = {path: index for index, path in enumerate(modules)}
+    return sorted(made, key=lambda block: order[block.path])
+
+
+def _block_around(path: str, downs: dict[str, _Layer]) -> str | None:
+    """The smallest module around an attention that has a feed-forward, no further than its outermost list's item."""
+    limit = _outermost_item(path)
+    for around in (path, *_above(path)):
+        if (limit and not _is_at(around, limit)) or not around:
+            return None
+        if any(_is_at(down, around) for down in downs):
+            return around
+    return None
+
+
+def _unexplained(
+    path: str,
+    modules: dict[str, nn.Module],
+    layers: Sequence[_Layer],
+    attentions: Sequence[_Attention],
+    lists_fed: set[str],
+) -> str:
+    """Why a block without a feed-forward may lack one: it has layers beside its attentions, and no list like its has any."""
+    if path.rpartition(".")[0] in lists_fed or not _is_item(path):
+        return ""
+    beside = [
+        layer.path[len(path) + 1 :]
+        for layer in layers
+        if _is_at(layer.path, path)
+        and not any(_is_at(layer.path, each.path) for each in attentions)
+        and not _is_part_of_a_mixer(layer.path)
+    ]
+    return f"no second matrix of a feed-forward is to be told among {beside[:6]}" if len(beside) > 1 else ""
+
+
+def _block(path: str, attentions: Sequence[_Attention], downs: dict[str, _Layer], unexplained: str) -> Block:
+    # Bottlenecks beside a feed-forward are adapters and the like; an expert may well be narrower than its input.
+    wide = {at: layer for at, layer in downs.items() if layer.inputs >= layer.outputs or "expert" in at.lower()}
+    lacks = [f"{each.path}: {each.lacks}" for each in attentions if each.lacks]
+    return Block(
+        path,
+        tuple(projection for each in attentions for projection in each.projections),
+        tuple(wide or downs),
+        "; ".join([*lacks, *([unexplained] if unexplained else [])]),
+    )
