@@ -61,16 +61,19 @@ class Shrinking:
         widths: hidden sizes, intermediate sizes and heads.
         grouped: keys and values get half the heads of queries where the configuration has a field for it.
         vocabulary: vocabularies and token numbers.
+        head_widths: how wide a head is, and not how many there are.
     """
 
     widths: bool = True
     grouped: bool = True
     vocabulary: bool = True
+    head_widths: bool = True
 
 
 _LEVELS = (
     Shrinking(),
     Shrinking(grouped=False),
+    Shrinking(head_widths=False),
     Shrinking(widths=False),
     Shrinking(widths=False, vocabulary=False),
 )
@@ -203,7 +206,7 @@ def shrink(config: PretrainedConfig, how: Shrinking) -> PretrainedConfig:
         _shrink_depth(part)
         _shrink_counts(part)
         if how.widths:
-            _shrink_widths(part, divisor, how.grouped)
+            _shrink_widths(part, divisor, how)
         if how.vocabulary:
             _shrink_vocabulary(part, tokens)
         for name in ("dtype", "torch_dtype"):
@@ -327,7 +330,7 @@ def _divisor(parts: list[PretrainedConfig]) -> int:
     return divisor
 
 
-def _shrink_widths(part: PretrainedConfig, divisor: int, grouped: bool) -> None:
+def _shrink_widths(part: PretrainedConfig, divisor: int, how: Shrinking) -> None:
     before = dict(_numbers(part))
     for name, value in before.items():
         if _is_width(name) and value >= 32:
@@ -335,7 +338,7 @@ def _shrink_widths(part: PretrainedConfig, divisor: int, grouped: bool) -> None:
     for name, values in _lists(part):
         if _is_width(name) and all(isinstance(item, int) for item in values):
             _set(part, name, type(values)(_divided(item, divisor) if item >= 32 else item for item in values))
-    _shrink_heads(part, before, divisor, grouped)
+    _shrink_heads(part, before, divisor, how)
 
 
 def _divided(value: int, divisor: int) -> int:
@@ -347,9 +350,9 @@ def _divided(value: int, divisor: int) -> int:
     return small
 
 
-def _shrink_heads(part: PretrainedConfig, before: dict[str, int], divisor: int, grouped: bool) -> None:
+def _shrink_heads(part: PretrainedConfig, before: dict[str, int], divisor: int, how: Shrinking) -> None:
     head_dims = {name: value for name, value in before.items() if _HEAD_DIMS.fullmatch(name) and value >= 32}
-    ratio = 8 if all(value % 8 == 0 for value in head_dims.values()) else 1
+    ratio = 8 if how.head_widths and all(value % 8 == 0 for value in head_dims.values()) else 1
     for name, value in head_dims.items():
         _set(part, name, max(value // ratio, 4))
     explicit = [name for name in ("head_dim", "d_kv", "attention_head_size") if name in head_dims]
@@ -359,10 +362,12 @@ def _shrink_heads(part: PretrainedConfig, before: dict[str, int], divisor: int, 
             continue
         if explicit and heads * head_dims[explicit[0]] in widths:
             small = heads * ratio // divisor if divisor >= ratio and (heads * ratio) % divisor == 0 else heads
+        elif not how.head_widths and heads % divisor == 0:
+            small = heads // divisor
         else:
             small = _few_heads(heads, [_divided(width, divisor) for width in widths if width % heads == 0])
         _set(part, name, max(small, 1))
-    _shrink_kv_heads(part, before, grouped)
+    _shrink_kv_heads(part, before, how.grouped)
     _shrink_rotation(part, ratio if explicit else max(_old_head(before) // max(_old_head(dict(_numbers(part))), 1), 1))
 
 
