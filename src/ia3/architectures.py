@@ -1,7 +1,7 @@
-"""What a family of transformers is, as data: where its blocks are, what makes keys and values, how it norms.
+"""What a family of transformers is besides its projections: how it norms, where tokens stand, what is scaled and dropped.
 
-A description is what structure can't tell; dimensions, biases, epsilons, scales and windows are read from the model.
-Paths of a stack are from the model, those of an attention and a feed-forward from its block.
+The projections are found by structure, in the model; a description is what structure can't tell. Dimensions, biases,
+epsilons, scales and windows are read from the model. Paths of a stack are from the model, those of a norm from its block.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
-from ia3.structure import Intervals
+from ia3.structure import Block, FoundAttention, Intervals, find_blocks, layer_widths
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,28 @@ class Attention:
 
     Args:
         norm: before it; behind it and the residual sum in a post-norm block; None where there is none before it.
-        q, k, v: the projections; the same path three times where one makes all three.
-        out: its output's projection.
-        module: what holds its scale and its window.
-        fused: how one projection's channels are divided: `[q | k | v]` as `parts`, or so head by head as `heads`.
         qk_norm: of queries and keys, before the rotation.
         out_norm: of what it returns, before the residual sum.
+        q, k, v: the projections, found; the same path three times where one makes all three.
+        out: its output's projection, found.
+        module: what holds its scale and its window, found.
+        channels: of a projection that makes all three, those of keys and values.
     """
 
-    norm: str | None
-    q: str
-    k: str
-    v: str
-    out: str
-    module: str
-    fused: Literal["parts", "heads"] | None = None
+    norm: str | None = None
     qk_norm: tuple[str, str] | None = None
     out_norm: str | None = None
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    out: str = ""
+    module: str = ""
+    channels: Intervals | None = None
+
+    @property
+    def fused(self) -> Literal["parts", "heads"] | None:
+        """How one projection's channels are divided: `[q | k | v]` as `parts`, or so head by head as `heads`."""
+        return None if self.channels is None else "parts" if len(self.channels) == 1 else "heads"
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,18 @@ class FeedForward:
 
     Args:
         norm: as an attention's; None in a parallel block for the attention's normed input.
-        up: the matrix before the activation; of a gated one the gate's and the linear half's, or the one that makes
-            both.
-        down: the second matrix.
-        gated: whether the activation of one half multiplies the other.
         out_norm: as an attention's.
+        up: the matrix before the activation, found; of a gated one the gate's and the linear half's, or the one that
+            makes both.
+        down: the second matrix, found.
+        gated: whether the activation of one half multiplies the other, found.
     """
 
-    norm: str | None
-    up: tuple[str, ...]
-    down: str
-    gated: bool = False
+    norm: str | None = None
     out_norm: str | None = None
+    up: tuple[str, ...] = ()
+    down: str = ""
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,63 @@ def has_learned_positions(architecture: Architecture) -> bool:
     return architecture.stacks[0].positions is not None
 
 
+_FILLED: WeakKeyDictionary[Any, Architecture | None] = WeakKeyDictionary()
+
+
 def architecture_of(model: Any) -> Architecture | None:
-    """The description of a model's family; None where there is none."""
+    """The description of a model's family, with the projections that its blocks have; None where there is none."""
     config = getattr(model, "config", None)
     describe = _ARCHITECTURES.get(getattr(config, "model_type", ""))
-    return None if describe is None else describe(config)
+    if describe is None:
+        return None
+    if model not in _FILLED:
+        blocks = {block.path: block for block in find_blocks(model, ("all",))}
+        _FILLED[model] = _with_projections(describe(config), model, blocks)
+    return _FILLED[model]
+
+
+def _with_projections(architecture: Architecture, model: Any, blocks: dict[str, Block]) -> Architecture | None:
+    """The description with what the first block of each stack has; None where the model is built otherwise."""
+    stacks = []
+    for stack in architecture.stacks:
+        block = blocks.get(f"{stack.blocks}.0")
+        if block is None or len(block.attentions) != 1 + (stack.cross is not None) or len(block.feed_forwards) != 1:
+            return None
+        own, *across = block.attentions
+        (fed,) = block.feed_forwards
+        up, down = [_inside(block.path, path) for path in fed.up], _inside(block.path, fed.down)
+        gated = len(up) == 2 or _widths(model, fed.up[0])[1] == 2 * _widths(model, fed.down)[0]
+        stacks.append(
+            replace(
+                stack,
+                attention=_projected(stack.attention, own, block.path),
+                cross=None if stack.cross is None else _projected(stack.cross, across[0], block.path),
+                feed_forward=replace(stack.feed_forward, up=tuple(up), down=down, gated=gated),
+            )
+        )
+    return replace(architecture, stacks=tuple(stacks))
+
+
+def _projected(names: Attention, found: FoundAttention, block: str) -> Attention:
+    made = found.keys_values
+    k, v = (made[0], made[-1])
+    return replace(
+        names,
+        q=_inside(block, found.query or k.path),
+        k=_inside(block, k.path),
+        v=_inside(block, v.path),
+        out=_inside(block, found.out),
+        module=_inside(block, found.path),
+        channels=k.channels,
+    )
+
+
+def _widths(model: Any, path: str) -> tuple[int, int]:
+    return layer_widths(model.get_submodule(path))  # type: ignore[return-value]
+
+
+def _inside(block: str, path: str) -> str:
+    return path[len(block) + 1 :]
 
 
 def is_described(cls: type[Any]) -> bool:
@@ -180,23 +238,6 @@ def names_in(part: Attention | FeedForward) -> list[str]:
     return [name for name in named if name is not None]
 
 
-def key_value_intervals(attention: Attention, heads: int, kv_heads: int, dim: int) -> Intervals | None:
-    """The channels of a fused projection that make keys and values; None where nothing is fused."""
-    if attention.fused is None:
-        return None
-    if attention.fused == "parts":
-        return ((heads * dim, (heads + 2 * kv_heads) * dim),)
-    return tuple(((3 * head + 1) * dim, (3 * head + 3) * dim) for head in range(heads))
-
-
-def _attention(
-    norm: str | None, module: str, parts: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"), out: str = "o_proj"
-) -> Attention:
-    """One whose projections are its module's, the output's too unless it is elsewhere in the block."""
-    q, k, v = (f"{module}.{part}" for part in parts)
-    return Attention(norm, q, k, v, out if "." in out else f"{module}.{out}", module)
-
-
 # Decoders with rotary positions.
 
 _LLAMA = Architecture(
@@ -205,10 +246,8 @@ _LLAMA = Architecture(
         Stack(
             blocks="model.layers",
             embed="model.embed_tokens",
-            attention=_attention("input_layernorm", "self_attn"),
-            feed_forward=FeedForward(
-                "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", gated=True
-            ),
+            attention=Attention("input_layernorm"),
+            feed_forward=FeedForward("post_attention_layernorm"),
             norm="model.norm",
         ),
     ),
@@ -250,22 +289,14 @@ _GEMMA2 = _changed(
     ),
 )
 _GEMMA3 = _changed(_GEMMA2, attention=_QK_NORM)
-_PHI3 = _changed(
-    _LLAMA,
-    attention={**dict.fromkeys("qkv", "self_attn.qkv_proj"), "fused": "parts"},
-    feed_forward={"up": ("mlp.gate_up_proj",)},
-    dropouts=Dropouts("attention_dropout", residual="resid_pdrop"),
-)
-_STARCODER2 = _changed(
-    _LLAMA,
-    feed_forward={"up": ("mlp.c_fc",), "down": "mlp.c_proj", "gated": False},
-    dropouts=Dropouts("attention_dropout", residual="residual_dropout", embed="embedding_dropout"),
+_PHI3 = replace(_LLAMA, dropouts=Dropouts("attention_dropout", residual="resid_pdrop"))
+_STARCODER2 = replace(
+    _LLAMA, dropouts=Dropouts("attention_dropout", residual="residual_dropout", embed="embedding_dropout")
 )
 _SEED_OSS = replace(_LLAMA, dropouts=Dropouts("attention_dropout", residual="residual_dropout"))
 _PHI = _changed(
     _LLAMA,
-    attention={"out": "self_attn.dense"},
-    feed_forward={"norm": None, "up": ("mlp.fc1",), "down": "mlp.fc2", "gated": False},
+    feed_forward={"norm": None},
     stack={"norm": "model.final_layernorm"},
     parallel=True,
     dropouts=Dropouts("attention_dropout", residual="resid_pdrop", embed="embd_pdrop"),
@@ -274,14 +305,11 @@ _PHI = _changed(
 
 
 def _gpt_neox(config: Any) -> Architecture:
-    projection = "attention.query_key_value"
     stack = Stack(
         blocks="gpt_neox.layers",
         embed="gpt_neox.embed_in",
-        attention=Attention(
-            "input_layernorm", projection, projection, projection, "attention.dense", module="attention", fused="heads"
-        ),
-        feed_forward=FeedForward("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        attention=Attention("input_layernorm"),
+        feed_forward=FeedForward("post_attention_layernorm"),
         norm="gpt_neox.final_layer_norm",
     )
     return Architecture(
@@ -302,10 +330,8 @@ _GPT2 = Architecture(
             blocks="transformer.h",
             embed="transformer.wte",
             positions=("transformer.wpe", 0),
-            attention=Attention(
-                "ln_1", "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", module="attn", fused="parts"
-            ),
-            feed_forward=FeedForward("ln_2", ("mlp.c_fc",), "mlp.c_proj"),
+            attention=Attention("ln_1"),
+            feed_forward=FeedForward("ln_2"),
             norm="transformer.ln_f",
         ),
     ),
@@ -326,8 +352,8 @@ def _opt(config: Any) -> Architecture:
         blocks="model.decoder.layers",
         embed="model.decoder.embed_tokens",
         positions=("model.decoder.embed_positions", 2),
-        attention=_attention("self_attn_layer_norm", "self_attn", out="out_proj"),
-        feed_forward=FeedForward("final_layer_norm", ("fc1",), "fc2"),
+        attention=Attention("self_attn_layer_norm"),
+        feed_forward=FeedForward("final_layer_norm"),
         norm="model.decoder.final_layer_norm" if pre_norm and not config._remove_final_layer_norm else None,
     )
     projects = config.word_embed_proj_dim != config.hidden_size
@@ -349,18 +375,13 @@ def _t5(config: Any, *, scales: str = "scale_decoder_outputs") -> Architecture:
     """T5 and its kin; `scales` is the configuration's name for whether the decoder's output is scaled."""
 
     def stack(name: str, *, cross: bool) -> Stack:
-        def attention(layer: int, kind: str) -> Attention:
-            return _attention(f"layer.{layer}.layer_norm", f"layer.{layer}.{kind}", ("q", "k", "v"), "o")
-
         last = 2 if cross else 1
-        feed = f"layer.{last}.DenseReluDense"
-        up = (f"{feed}.wi_0", f"{feed}.wi_1") if config.is_gated_act else (f"{feed}.wi",)
         return Stack(
             blocks=f"{name}.block",
             embed=f"{name}.embed_tokens",
-            attention=attention(0, "SelfAttention"),
-            cross=attention(1, "EncDecAttention") if cross else None,
-            feed_forward=FeedForward(f"layer.{last}.layer_norm", up, f"{feed}.wo", gated=config.is_gated_act),
+            attention=Attention("layer.0.layer_norm"),
+            cross=Attention("layer.1.layer_norm") if cross else None,
+            feed_forward=FeedForward(f"layer.{last}.layer_norm"),
             norm=f"{name}.final_layer_norm",
             causal=cross,
         )
@@ -387,17 +408,14 @@ def _bart(*, post_norm: bool, embed_norm: bool, offset: int) -> Architecture:
     """BART and its kin: with norms behind the sums or before them, of the embeddings or not."""
 
     def stack(name: str, *, cross: bool) -> Stack:
-        def attention(kind: str) -> Attention:
-            return _attention(f"{kind}_layer_norm", kind, out="out_proj")
-
         return Stack(
             blocks=f"model.{name}.layers",
             embed=f"model.{name}.embed_tokens",
             positions=(f"model.{name}.embed_positions", offset),
             embed_norm=f"model.{name}.layernorm_embedding" if embed_norm else None,
-            attention=attention("self_attn"),
-            cross=attention("encoder_attn") if cross else None,
-            feed_forward=FeedForward("final_layer_norm", ("fc1",), "fc2"),
+            attention=Attention("self_attn_layer_norm"),
+            cross=Attention("encoder_attn_layer_norm") if cross else None,
+            feed_forward=FeedForward("final_layer_norm"),
             norm=None if post_norm else f"model.{name}.layer_norm",
             causal=cross,
         )
@@ -419,10 +437,8 @@ def _bart(*, post_norm: bool, embed_norm: bool, offset: int) -> Architecture:
 def _bert(front: str, **more: Any) -> Architecture:
     stack = Stack(
         blocks=f"{front}.layer",
-        attention=_attention(
-            "attention.output.LayerNorm", "attention.self", ("query", "key", "value"), "attention.output.dense"
-        ),
-        feed_forward=FeedForward("output.LayerNorm", ("intermediate.dense",), "output.dense"),
+        attention=Attention("attention.output.LayerNorm"),
+        feed_forward=FeedForward("output.LayerNorm"),
         causal=False,
     )
     return Architecture(
@@ -441,8 +457,8 @@ _DISTILBERT = Architecture(
     stacks=(
         Stack(
             blocks="distilbert.transformer.layer",
-            attention=_attention("sa_layer_norm", "attention", ("q_lin", "k_lin", "v_lin"), "out_lin"),
-            feed_forward=FeedForward("output_layer_norm", ("ffn.lin1",), "ffn.lin2"),
+            attention=Attention("sa_layer_norm"),
+            feed_forward=FeedForward("output_layer_norm"),
             causal=False,
         ),
     ),

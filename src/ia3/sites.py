@@ -250,7 +250,7 @@ def _with_defaults(
         return config
     _check_complete(model, blocks)
     keys_values = {made.path for block in blocks for made in block.keys_values}
-    inputs = {path for block in blocks for path in block.feed_forward}
+    inputs = {path for block in blocks for path in block.second_matrices}
     gates = {gate_side(_model_type(model), path) for path in inputs}
     outputs, inputs = keys_values | (gates & modules.keys()), inputs - {path for path in inputs if gates & modules.keys()}
     others = [path for path in modules if path not in outputs | inputs]
@@ -382,7 +382,7 @@ def _second_matrices(blocks: Sequence[Block], targets: set[str]) -> Names:
     """Those of the targets that close a feed-forward, by the names of a model without blocks."""
     if not blocks:
         return {name for name in SECOND_MATRICES if matching({name}, targets)}
-    found = {path for block in blocks for path in block.feed_forward} & targets
+    found = {path for block in blocks for path in block.second_matrices} & targets
     return _names_of(found, sorted(targets - found), may_exclude=False)[0]
 
 
@@ -411,7 +411,7 @@ def _explicitly(model: nn.Module, blocks: Sequence[Block]) -> str:
     """The explicit form, in the names of the model at hand."""
     modules = dict(_base_modules(model))
     outputs = {made.path for block in blocks for made in block.keys_values}
-    inputs = {path for block in blocks for path in block.feed_forward}
+    inputs = {path for block in blocks for path in block.second_matrices}
     named = [_names_of(paths, [p for p in modules if p not in paths])[0] for paths in (outputs, inputs) if paths]
     ends = sorted({path.rpartition(".")[2] for path, module in modules.items() if layer_widths(module)})
     shown = ends if len(ends) <= 30 else [*ends[:30], "…"]

@@ -29,20 +29,57 @@ class Projection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
-    """One block of a model: its attentions' keys and values, and what its feed-forwards end with.
+class FoundAttention:
+    """One attention.
 
     Args:
-        path: the module around them.
-        keys_values: the projections, in the order of the model's modules.
-        feed_forward: paths of the second matrices, whose input is the intermediate.
-        lacks: what of it can't be adapted and why; empty where nothing is missing.
+        path: the module that holds its projections.
+        keys_values: what makes keys and values, in the order of the model's modules.
+        query: what makes queries; empty where the same layer does.
+        out: the layer behind them, its output's projection as a rule.
+        lacks: why it can't be adapted; empty where it can.
     """
 
     path: str
     keys_values: tuple[Projection, ...]
-    feed_forward: tuple[str, ...]
+    query: str = ""
+    out: str = ""
     lacks: str = ""
+
+
+@dataclass(frozen=True)
+class FoundFeedForward:
+    """One feed-forward: the matrices before the activation, the gate's first, and the second one; experts have one path."""
+
+    up: tuple[str, ...]
+    down: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model.
+
+    Args:
+        path: the module around its parts.
+        attentions: a decoder's to itself before that across.
+        feed_forwards: in the order of the model's modules.
+        lacks: what of it can't be adapted and why; empty where nothing is missing.
+    """
+
+    path: str
+    attentions: tuple[FoundAttention, ...]
+    feed_forwards: tuple[FoundFeedForward, ...]
+    lacks: str = ""
+
+    @property
+    def keys_values(self) -> list[Projection]:
+        """What makes keys and values."""
+        return [projection for attention in self.attentions for projection in attention.keys_values]
+
+    @property
+    def second_matrices(self) -> list[str]:
+        """What closes its feed-forwards: the paths of the layers whose input is the intermediate."""
+        return [feed_forward.down for feed_forward in self.feed_forwards]
 
 
 class _Layer(NamedTuple):
@@ -53,18 +90,12 @@ class _Layer(NamedTuple):
     kind: str  # "linear", "convolution", "experts"
 
 
-class _Attention(NamedTuple):
-    path: str
-    projections: tuple[Projection, ...]
-    lacks: str = ""
-
-
 # What a projection's name says besides whether it makes queries, keys or values.
 _FILLERS = frozenset("attn b c conv d dense fc head heads in layer lin linear proj project projection self to w".split())
 _MEANINGS = {"key": "k", "keys": "k", "value": "v", "values": "v", "query": "q", "queries": "q", "att": "attn"}
 # Mixers of tokens that are no softmax over keys: (IA)³ says nothing of them.
 _NO_SOFTMAX = re.compile(
-    r"Mamba|Delta(Net|Attention)|Recurrent|ShortConv|Lightning|Linear\w*Attention|Rwkv|xLSTM|Deformable|Gated\w*Conv"
+    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|Linear\w*Attention|Rwkv|xLSTM|Deformable|Gated\w*Conv"
 )
 # Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
 _MIXES_TOKENS = re.compile(r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|adapter|lora", re.IGNORECASE)
@@ -88,6 +119,8 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
     modules = {path: module for path, module in model.named_modules() if within(path)}
     layers = list(_layers(modules))
     attentions = [*_attentions(model, modules, layers), *_unreachable(modules)]
+    if not attentions and towers is None:  # what a tower's configuration says is all that there is
+        return find_blocks(model, ("all",))
     return _blocks(modules, layers, attentions)
 
 
@@ -240,7 +273,7 @@ def _meaning(name: str) -> tuple[str, frozenset[str]]:
     return "".join(letter for letter in "qkv" if letter in made), frozenset(rest)
 
 
-def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[_Layer]) -> Iterator[_Attention]:
+def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[_Layer]) -> Iterator[FoundAttention]:
     groups: dict[str, list[tuple[_Layer, str, frozenset[str]]]] = defaultdict(list)
     for layer in layers:
         around, _, name = layer.path.rpartition(".")
@@ -254,7 +287,17 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
         if path in modules and not _mixes_without_softmax(modules[path]):
             projections = _keys_and_values(model, modules[path], group)
             if projections:
-                yield _Attention(path, tuple(projections))
+                query = next((layer.path for layer, made, _ in group if made == "q"), "")
+                yield FoundAttention(path, tuple(projections), query, _out(path, group, layers))
+
+
+def _out(path: str, group: list[tuple[_Layer, str, frozenset[str]]], layers: Sequence[_Layer]) -> str:
+    """The projection of an attention's output: beside the others, or the next layer in another module, as BERT's."""
+    beside = [layer.path for layer, made, _ in group if not made and layer.path.startswith(f"{path}.")]
+    if beside:
+        return beside[-1]
+    last = max(index for index, layer in enumerate(layers) if layer is group[-1][0])
+    return layers[last + 1].path if last + 1 < len(layers) else ""
 
 
 def _mixes_without_softmax(module: nn.Module) -> bool:
@@ -316,19 +359,22 @@ def _last_of_each(width: int, groups: int, parts: int, last: int) -> Intervals:
     return tuple((((group + 1) * parts - last) * size, (group + 1) * parts * size) for group in range(groups))
 
 
-def _unreachable(modules: dict[str, nn.Module]) -> Iterator[_Attention]:
+def _unreachable(modules: dict[str, nn.Module]) -> Iterator[FoundAttention]:
     """Attentions of blocks whose keys and values no module makes; one outside of lists pools what the blocks made."""
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention) and _outermost_item(path):
-            yield _Attention(path, (), "torch's MultiheadAttention reads its in_proj_weight, and no module makes its keys")
+            yield FoundAttention(path, (), lacks="torch's MultiheadAttention reads its in_proj_weight, and no module makes its keys")
 
 
 # Feed-forwards
 
 
-def _second_matrices(layers: Sequence[_Layer], attentions: Sequence[_Attention]) -> dict[str, _Layer]:
-    """What ends a feed-forward: it leads back from a width to which another layer of its scope led, to where that began."""
-    taken = {projection.path for attention in attentions for projection in attention.projections}
+def _feed_forwards(layers: Sequence[_Layer], attentions: Sequence[FoundAttention]) -> tuple[dict[str, FoundFeedForward], set[str]]:
+    """Those that a layer ends which leads back from a width to which another of its scope led, to where that began.
+
+    A bottleneck, narrower than what it starts from, is one only among experts or where there is nothing else.
+    """
+    taken = {projection.path for attention in attentions for projection in attention.keys_values}
     inside = [attention.path for attention in attentions if not _is_item(attention.path)]
     free = [
         layer
@@ -341,34 +387,41 @@ def _second_matrices(layers: Sequence[_Layer], attentions: Sequence[_Attention])
             scopes[around].append((index, layer))
             if _is_item(around):
                 break
-    found, first = {}, set()
-    for index, layer in enumerate(free):
-        if layer.kind == "experts":
-            found[layer.path] = layer
-            continue
-        up = _first_matrix(index, layer, scopes)
-        if up is not None:
-            found[layer.path] = layer
-            first.add(up.path)
-    return {path: layer for path, layer in found.items() if path not in first}
+    found: dict[str, FoundFeedForward] = {}
+    taken_first: set[str] = set()
+    # Those that narrow first: a layer that widens may be the first matrix of one, defined behind it.
+    for narrows in (True, False):
+        for index, layer in enumerate(free):
+            if (layer.inputs >= layer.outputs) is not narrows or layer.path in taken_first:
+                continue
+            up = [] if layer.kind == "experts" else _first_matrices(index, layer, scopes)
+            if layer.kind == "experts" or (up and (narrows or up[-1] not in found)):
+                found[layer.path] = FoundFeedForward(tuple(up), layer.path)
+                taken_first |= {*up[-1:]}
+    widens = {layer.path for layer in free if layer.inputs < layer.outputs and "expert" not in layer.path.lower()}
+    return {path: each for path, each in found.items() if path not in taken_first}, widens
 
 
-def _first_matrix(index: int, layer: _Layer, scopes: dict[str, list[tuple[int, _Layer]]]) -> _Layer | None:
-    """The layer that leads to another's input, in the nearest scope that has one; the last before it."""
+def _first_matrices(index: int, layer: _Layer, scopes: dict[str, list[tuple[int, _Layer]]]) -> list[str]:
+    """What leads to another layer's input, in the nearest scope that has it: one layer, or a gate's two in their order."""
     for around in _above(layer.path):
-        before = [
-            up
+        fitting = [
+            (at, up)
             for at, up in scopes[around]
-            if up.kind == layer.kind
-            and up.inputs == layer.outputs
-            and up.outputs in (layer.inputs, 2 * layer.inputs)
-            and (at < index or (at > index and layer.inputs > layer.outputs))
+            if up.kind == layer.kind and up.inputs == layer.outputs and up.outputs in (layer.inputs, 2 * layer.inputs)
         ]
+        before = [up for at, up in fitting if at < index]
         if before:
-            return before[-1]
+            # A gate's other half may be defined behind the second matrix.
+            behind = [up for at, up in fitting if at > index and layer.inputs > layer.outputs]
+            holder = before[-1].path.rpartition(".")[0]
+            halves = [up for up in before + behind if up.path.rpartition(".")[0] == holder][-2:]
+            if layer.inputs == layer.outputs or {up.outputs for up in halves} != {layer.inputs}:
+                halves = halves[-1:]
+            return [up.path for up in halves]
         if _is_item(around):
-            return None
-    return None
+            return []
+    return []
 
 
 def _is_part_of_a_mixer(path: str) -> bool:
@@ -382,77 +435,58 @@ def _is_part_of_a_mixer(path: str) -> bool:
 # Blocks
 
 
-def _blocks(modules: dict[str, nn.Module], layers: Sequence[_Layer], attentions: Sequence[_Attention]) -> list[Block]:
+def _blocks(
+    modules: dict[str, nn.Module], layers: Sequence[_Layer], attentions: Sequence[FoundAttention]
+) -> list[Block]:
     if not attentions:
         return []
-    downs = _second_matrices(layers, attentions)
-    found: dict[str, tuple[list[_Attention], dict[str, _Layer]]] = {}
-    alone = []
+    feeds, bottlenecks = _feed_forwards(layers, attentions)
+    around = {attention.path: _block_around(attention.path, feeds, modules) for attention in attentions}
+    held: dict[str, list[FoundAttention]] = defaultdict(list)
     for attention in attentions:
-        around = _block_around(attention.path, downs)
-        if around is None:
-            alone.append(attention)
-        else:
-            own = {path: layer for path, layer in downs.items() if _is_at(path, around)}
-            found.setdefault(around, ([], own))[0].append(attention)
-    claimed = {path for _, own in found.values() for path in own}
+        held[around[attention.path] or _outermost_item(attention.path) or attention.path].append(attention)
+    fed: dict[str, list[FoundFeedForward]] = {
+        path: [each for down, each in feeds.items() if _is_at(down, path)] for path in {*around.values()} if path
+    }
+    claimed = {each.down for own in fed.values() for each in own}
     lists = {_outermost_item(attention.path).rpartition(".")[0] for attention in attentions} - {""}
     near = {path.rpartition(".")[0] for path in lists}
-    for path, layer in downs.items():
-        item = _outermost_item(path)
+    for down, each in feeds.items():
+        item = _outermost_item(down)
         holder = item.rpartition(".")[0]
         # Blocks without attention among those with one, or lists of feed-forwards beside one of attentions.
-        if path not in claimed and item and (holder in lists or holder.rpartition(".")[0] in near):
-            found.setdefault(item, ([], {}))[1][path] = layer
-    for attention in alone:
-        found.setdefault(_outermost_item(attention.path) or attention.path, ([], {}))[0].append(attention)
-    lists_fed = {_outermost_item(path).rpartition(".")[0] for path in downs}
-    made = [
-        _block(path, *parts, _unexplained(path, modules, layers, attentions, lists_fed) if not parts[1] else "")
-        for path, parts in found.items()
-    ]
-    order = {path: index for index, path in enumerate(modules)}
-    return sorted(made, key=lambda block: order[block.path])
+        if down not in claimed and item and (holder in lists or holder.rpartition(".")[0] in near):
+            fed.setdefault(item, []).append(each)
+    lists_fed = {_outermost_item(path).rpartition(".")[0] for path in feeds}
+    found = []
+    for path in [path for path in modules if path in held or path in fed]:
+        own = [each for each in fed.get(path, ()) if each.down not in bottlenecks] or fed.get(path, [])
+        lacks = [f"{each.path}: {each.lacks}" for each in held[path] if each.lacks]
+        if not own and path.rpartition(".")[0] not in lists_fed:
+            lacks += _unexplained(path, layers, attentions)
+        found.append(Block(path, tuple(held[path]), tuple(own), "; ".join(lacks)))
+    return found
 
 
-def _block_around(path: str, downs: dict[str, _Layer]) -> str | None:
+def _block_around(path: str, feeds: Iterable[str], modules: dict[str, nn.Module]) -> str | None:
     """The smallest module around an attention that has a feed-forward, no further than its outermost list's item."""
     limit = _outermost_item(path)
     for around in (path, *_above(path)):
         if (limit and not _is_at(around, limit)) or not around:
             return None
-        if any(_is_at(down, around) for down in downs):
+        if not isinstance(modules.get(around), nn.ModuleList) and any(_is_at(down, around) for down in feeds):
             return around
     return None
 
 
-def _unexplained(
-    path: str,
-    modules: dict[str, nn.Module],
-    layers: Sequence[_Layer],
-    attentions: Sequence[_Attention],
-    lists_fed: set[str],
-) -> str:
-    """Why a block without a feed-forward may lack one: it has layers beside its attentions, and no list like its has any."""
-    if path.rpartition(".")[0] in lists_fed or not _is_item(path):
-        return ""
+def _unexplained(path: str, layers: Sequence[_Layer], attentions: Sequence[FoundAttention]) -> list[str]:
+    """Why a list's item without a feed-forward may lack one: it has layers beside its attentions."""
     beside = [
         layer.path[len(path) + 1 :]
         for layer in layers
-        if _is_at(layer.path, path)
+        if _is_item(path)
+        and _is_at(layer.path, path)
         and not any(_is_at(layer.path, each.path) for each in attentions)
         and not _is_part_of_a_mixer(layer.path)
     ]
-    return f"no second matrix of a feed-forward is to be told among {beside[:6]}" if len(beside) > 1 else ""
-
-
-def _block(path: str, attentions: Sequence[_Attention], downs: dict[str, _Layer], unexplained: str) -> Block:
-    # Bottlenecks beside a feed-forward are adapters and the like; an expert may well be narrower than its input.
-    wide = {at: layer for at, layer in downs.items() if layer.inputs >= layer.outputs or "expert" in at.lower()}
-    lacks = [f"{each.path}: {each.lacks}" for each in attentions if each.lacks]
-    return Block(
-        path,
-        tuple(projection for each in attentions for projection in each.projections),
-        tuple(wide or downs),
-        "; ".join([*lacks, *([unexplained] if unexplained else [])]),
-    )
+    return [f"no second matrix of a feed-forward is to be told among {beside[:6]}"] if len(beside) > 1 else []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3.architectures import Architecture, Attention, FeedForward, Stack, key_value_intervals, names_in
+from ia3.architectures import Architecture, Attention, FeedForward, Stack, names_in
 from ia3.fast.linear import FrozenLinear, Precision, frozen_linear
 from ia3.fast.ops.norm import Norm
 from ia3.sites import Layout, Site
@@ -330,9 +330,8 @@ def expected_sites(model: Any, architecture: Architecture) -> dict[tuple[str, st
     for stack in architecture.stacks:
         for path in block_paths(model, stack):
             own, feed = stack.attention, stack.feed_forward
-            intervals = key_value_intervals(own, *head_shapes(model, architecture, stack, path))
             keys_and_values = [own.k, own.v, *((stack.cross.k, stack.cross.v) if stack.cross else ())]
-            expected |= {(f"{path}.{part}", "output"): intervals for part in keys_and_values}
+            expected |= {(f"{path}.{part}", "output"): own.channels for part in keys_and_values}
             expected[f"{path}.{feed.down}", "input"] = None
             # The activation stands between a single matrix and the product, so only a gate's linear half commutes.
             if len(feed.up) == 2:
