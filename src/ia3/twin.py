@@ -79,7 +79,7 @@ _LEVELS = (
 )
 
 
-class NoTwin(ValueError):
+class NoTwinError(ValueError):
     """No tiny model of a configuration could be built and run; the message says what each attempt met."""
 
 
@@ -91,7 +91,7 @@ def tiny_twin(config: PretrainedConfig, *, seed: int = 0) -> tuple[nn.Module, di
         seed: of the weights and the inputs; torch's generator is left as it was.
 
     Raises:
-        NoTwin: no attempt at shrinking gave a model that runs.
+        NoTwinError: no attempt at shrinking gave a model that runs.
     """
     reasons: dict[str, None] = {}
     with torch.random.fork_rng(devices=[]):
@@ -103,7 +103,9 @@ def tiny_twin(config: PretrainedConfig, *, seed: int = 0) -> tuple[nn.Module, di
                     return model, _first_that_runs(model)
                 except Exception as error:
                     reasons[f"{kind.__name__}: {type(error).__name__}: {_line(error)}"] = None
-    raise NoTwin(f"No tiny {config.model_type} runs. " + " | ".join(reasons or ["transformers has no model of it"]))
+    raise NoTwinError(
+        f"No tiny {config.model_type} runs. " + " | ".join(reasons or ["transformers has no model of it"])
+    )
 
 
 def _line(error: Exception) -> str:
@@ -172,7 +174,7 @@ def model_classes(config: PretrainedConfig) -> Iterator[type]:
 
 def _mapped(mapping: Any, config: PretrainedConfig) -> Any:
     try:
-        found = mapping[type(config)] if type(config) in mapping else None
+        found = mapping.get(type(config), None)
     except Exception:  # a class that needs a package which is not installed
         return None
     return found[0] if isinstance(found, tuple | list) else found
@@ -374,7 +376,9 @@ def _shrink_heads(part: PretrainedConfig, before: dict[str, int], divisor: int, 
 def _old_head(numbers: dict[str, int]) -> int:
     """A head's width where no field says it."""
     width = next((numbers[name] for name in ("hidden_size", "d_model", "n_embd", "embed_dim") if name in numbers), 0)
-    return width // max(next((numbers[n] for n in ("num_attention_heads", "num_heads", "n_head") if n in numbers), 1), 1)
+    return width // max(
+        next((numbers[n] for n in ("num_attention_heads", "num_heads", "n_head") if n in numbers), 1), 1
+    )
 
 
 def _shrink_rotation(part: PretrainedConfig, ratio: int) -> None:
