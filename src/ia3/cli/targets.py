@@ -100,8 +100,8 @@ def _check(configuration: Any, config: IA3Config) -> dict[str, Any]:
         sites = find_sites(twin, config).layout.sites
     except NoMatchingPeftModuleError as error:
         raise ValueError(
-            f"--check looks at a tiny {type(twin).__name__} of few layers, where these modules don't all exist: {error} "
-            "Name the modules without their layers' numbers."
+            f"--check looks at a tiny {type(twin).__name__} of few layers, where not all of these modules exist. "
+            f"Name them without their layers' numbers. {error}"
         ) from error
     return {
         "class": type(twin).__name__,
