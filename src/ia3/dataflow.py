@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from ia3.recording import Attended, Cut, Recorder
+from ia3.sites import Site
 
 Intervals = tuple[tuple[int, int], ...]
 Channels = dict[str, Intervals]
@@ -32,6 +33,7 @@ class AttentionFlow:
         path: of the innermost module around it.
         keys, values, queries: what makes them.
         beside: makes a part of the keys' or values' channels beside the projection that makes the rest.
+        text: it is in the part of the model that the text configuration describes.
     """
 
     path: str
@@ -39,6 +41,7 @@ class AttentionFlow:
     values: Channels
     queries: Channels
     beside: Channels = field(default_factory=dict)
+    text: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class FeedForwardFlow:
     path: str
     first: tuple[str, ...]
     linear: tuple[str, ...]
+    text: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Flow:
         skipped: why an attention can't be told, by the path of the module around it.
         ran: the paths of the projections that ran.
         widths: their output channels.
+        bare: those of them that are parameters used by functions, which no module's output shows.
     """
 
     attentions: tuple[AttentionFlow, ...]
@@ -67,6 +72,7 @@ class Flow:
     skipped: dict[str, str]
     ran: frozenset[str]
     widths: dict[str, int]
+    bare: frozenset[str] = frozenset()
 
     @property
     def keys(self) -> Channels:
@@ -96,11 +102,29 @@ def observe(model: nn.Module, batch: Mapping[str, Any]) -> Flow:
         Exception: what the model's forward raises.
     """
     with _experts_one_by_one(model), _frozen(model), ExitStack() as hooks, torch.enable_grad():
-        recorder = _Recorder(model)
+        recorder = Recorder(model)
         recorder.watch(hooks)
         with recorder:
             model(**batch)
-        return recorder.told()
+        return _told(recorder, _text_part(model))
+
+
+def _text_part(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a path is in what the text configuration describes: all is, where nothing in particular is."""
+    configs = {path: type(module.config) for path, module in model.named_modules() if hasattr(module, "config")}
+    try:
+        text = type(model.config.get_text_config())
+    except (AttributeError, ValueError):  # several may be the text's
+        return lambda path: True
+    if all(kind is not text for path, kind in configs.items() if path):
+        return lambda path: True
+
+    def inside(path: str) -> bool:
+        while path and path not in configs:
+            path = path.rpartition(".")[0]
+        return configs.get(path) is text
+
+    return inside
 
 
 @contextmanager
@@ -130,283 +154,172 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(needs)
 
 
-# Recording
+# Sites beside the flow
 
 
-@dataclass
-class _Cut:
-    """One call of a projection: its output as a leaf of the graph, and what went in."""
+def compare(flow: Flow, sites: Iterable[Site]) -> list[str]:
+    """What differs between sites and the flow, a sentence each; nothing where every key, value and intermediate has
+    exactly one vector and nothing else has any.
 
-    path: str
-    leaf: torch.Tensor
-    entered: torch.Tensor
-    dim: int
+    A tower beside the text's whose attentions have no site at all is left alone and no difference.
 
-    @property
-    def width(self) -> int:
-        return self.leaf.shape[self.dim]
+    Args:
+        flow: of the model, or of its tiny twin, in which the sites were found.
+        sites: as `find_sites` found them.
+    """
+    outputs: Channels = {}
+    inputs: set[str] = set()
+    for site in sites:
+        if site.side == "input":
+            inputs.add(site.path)
+        else:
+            outputs[site.path] = site.intervals or ((0, site.width),)
+    touched = {_tower(path) for path in (*outputs, *inputs)}
+    attentions = [a for a in flow.attentions if a.text or _tower(a.path) in touched]
+    feedforwards = [f for f in flow.feedforwards if f.text or _tower(f.path) in touched]
+    spent: set[str] = set()  # vectors that stand for an intermediate
+    said = [
+        *(s for attention in attentions for s in _lacking(attention, outputs, flow)),
+        *(s for found in feedforwards for s in _lacking_intermediate(found, flow, inputs, outputs, spent)),
+        *(reason for path, reason in flow.skipped.items() if _same_tower(path, touched)),
+        *_too_much(flow, outputs, inputs, spent),
+    ]
+    return list(dict.fromkeys(said))
 
 
-@dataclass
-class _Attended:
-    path: str
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+def _tower(path: str) -> str:
+    """What a path's first numbered list is in, or all but its last name."""
+    found = _NUMBER.search(path)
+    return path[: found.start()] if found else path.rpartition(".")[0]
 
 
-_SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax}
-_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
-_MATMUL |= {torch.mm, torch.Tensor.mm}
-_ADDED = {torch.baddbmm, torch.Tensor.baddbmm, torch.addmm, torch.Tensor.addmm}
-_CONVOLUTION = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+def _same_tower(path: str, touched: set[str]) -> bool:
+    return bool(_NUMBER.search(path)) and _tower(path) in touched
 
 
-class _Recorder(TorchFunctionMode):
-    """Watches one forward: cuts what projections make, keeps products, softmaxes and attentions."""
+def _lacking(attention: AttentionFlow, outputs: Channels, flow: Flow) -> Iterator[str]:
+    for kind, made in (("keys", attention.keys), ("values", attention.values)):
+        # Where several projections are added, one vector behind each of them is one on their sum.
+        for path, intervals in made.items():
+            missing = _as_set(intervals) - _as_set(outputs.get(path, ()))
+            if path in flow.bare:
+                yield f"The {kind} of {attention.path} are made by {path}, a parameter that a function uses."
+            elif missing == _as_set(intervals):
+                yield f"The {kind} of {attention.path} lack a vector: {path} makes them."
+            elif missing:
+                yield f"The {kind} of {attention.path} have a vector in part: {path} lacks {_spell(missing)}."
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.cuts: list[_Cut] = []
-        self.products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.softmaxes: list[tuple[torch.Tensor, torch.Tensor, str]] = []
-        self.attended: list[_Attended] = []
-        self.skipped: dict[str, str] = {}
-        self.running: list[str] = []
-        self.inside = 0  # projections that are running: their own products are not cut once more
-        # What was computed of parameters alone, by identity: the tensor (kept, so that its identity stays its own)
-        # and the parameter's path.
-        self.weights: dict[int, tuple[torch.Tensor, str]] = {}
-        for path, parameter in model.named_parameters():
-            self.weights[id(parameter)] = (parameter, path)
 
-    # The modules
+def _lacking_intermediate(
+    found: FeedForwardFlow, flow: Flow, inputs: set[str], outputs: Channels, spent: set[str]
+) -> Iterator[str]:
+    """One vector: at the second matrix's input, on its experts, or behind the half that no non-linearity bends."""
+    if found.path in flow.bare:  # experts: whatever is a site there is the experts' own
+        places = {found.path, found.path.rpartition(".")[0]} & (inputs | set(outputs))
+    else:
+        places = ({found.path} & inputs) | (set(found.linear) & set(outputs))
+    spent |= places
+    if not places:
+        yield f"The feed-forward's intermediate lacks a vector: it enters {found.path}."
+    elif len(places) > 1:
+        yield f"The feed-forward's intermediate has {len(places)} vectors: {', '.join(sorted(places))}."
 
-    def watch(self, hooks: ExitStack) -> None:
-        for path, module in self.model.named_modules():
-            before = module.register_forward_pre_hook(self._entering(path, module))
-            after = module.register_forward_hook(self._leaving(path, module), with_kwargs=True, always_call=False)
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
 
-    def _entering(self, path: str, module: nn.Module) -> Callable[..., None]:
-        projects = _projects(module)
+def _too_much(flow: Flow, outputs: Channels, inputs: set[str], spent: set[str]) -> Iterator[str]:
+    keys, values, queries = flow.keys, flow.values, flow.queries
+    for path, intervals in outputs.items():
+        if path in spent or path not in flow.ran:
+            continue
+        meant = _as_set(keys.get(path, ())) | _as_set(values.get(path, ()))
+        scaled = _as_set(intervals) - meant
+        of_queries = scaled & _as_set(queries.get(path, ()))
+        both = _as_set(intervals) & meant & _as_set(queries.get(path, ()))
+        if of_queries:
+            yield f"{path} scales queries: {_spell(of_queries)}."
+        if both:
+            yield f"{path} scales queries with the keys or values that the same channels make: {_spell(both)}."
+        if scaled - of_queries:
+            rest = scaled - of_queries
+            yield f"{path} scales what is no key, value or intermediate: {_spell(rest)}."
+    for path in sorted(inputs - spent):
+        if path in flow.ran and path not in flow.feedforward:
+            yield f"The input of {path} is multiplied, and is no feed-forward's intermediate."
 
-        def enter(*_: Any) -> None:
-            self.running.append(path)
-            self.inside += projects
 
-        return enter
+def _spell(channels: set[int]) -> str:
+    intervals = _of_set(channels)
+    shown = ", ".join(f"{start}–{stop - 1}" for start, stop in intervals[:4])
+    return f"channels {shown}{', …' if len(intervals) > 4 else ''}"
 
-    def _leaving(self, path: str, module: nn.Module) -> Callable[..., Any]:
-        projects = _projects(module)
 
-        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            while self.running and self.running.pop() != path:
-                pass
-            self.inside -= projects
-            entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-            if not projects or entered is None or not isinstance(output, torch.Tensor):
-                return None
-            return self._cut(path, output, entered, _channel_dim(module, output))
+# The graph
 
-        return leave
 
-    def _cut(self, path: str, output: torch.Tensor, entered: torch.Tensor, dim: int) -> torch.Tensor:
-        if not output.is_floating_point():
-            return output
-        leaf = output.detach().requires_grad_()
-        self.cuts.append(_Cut(path, leaf, entered, dim))
-        return leaf.clone()  # no leaf, so that what follows may be computed in place
+def _told(seen: Recorder, is_text: Callable[[str], bool]) -> Flow:
+    leaves = {id(cut.leaf): cut for cut in seen.cuts}
+    attentions = list(_attentions(seen, leaves))
+    feedforwards = _feedforwards(seen, leaves, [a.path for a in attentions] + list(seen.skipped))
+    parameters = {path for _, path in seen.weights.values()}
+    return Flow(
+        tuple(_distinct(replace(found, text=is_text(found.path)) for found in attentions)),
+        tuple(_distinct(replace(found, text=is_text(found.path)) for found in feedforwards)),
+        seen.skipped,
+        frozenset(cut.path for cut in seen.cuts),
+        {cut.path: cut.width for cut in seen.cuts},
+        frozenset(cut.path for cut in seen.cuts if cut.path in parameters),
+    )
 
-    # The functions
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            return self._multi_head(func, args, kwargs)
-        output = func(*args, **kwargs)
-        if not isinstance(output, torch.Tensor):
-            self._derive(output, args, kwargs)
-            return output
-        if func is F.scaled_dot_product_attention:
-            queries, keys, values = (_argument(args, kwargs, i, n) for i, n in enumerate(("query", "key", "value")))
-            self.attended.append(_Attended(self._around(), queries, keys, values))
-        elif func in _SOFTMAX:
-            self.softmaxes.append((_argument(args, kwargs, 0, "input"), output, self._around()))
-        elif func is F.linear or func in _CONVOLUTION:
-            return self._projected(output, args[0], [args[1] if len(args) > 1 else kwargs.get("weight")], func)
-        elif func is torch.einsum:
-            operands = [item for item in args[1:] if isinstance(item, torch.Tensor)]
-            operands = operands or [item for item in args[1] if isinstance(item, torch.Tensor)]
-            if len(operands) == 2:
-                return self._multiplied(output, *self._as_written(args[0], operands))
-        elif func in _MATMUL:
-            return self._multiplied(output, args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())))
-        elif func in _ADDED and len(args) > 2:
-            return self._multiplied(output, args[1], args[2])
-        self._derive(output, args, kwargs)
-        return output
+def _attentions(seen: Recorder, leaves: dict[int, Cut]) -> Iterator[AttentionFlow]:
+    for attended in [*seen.attended, *_eager(seen)]:
+        keys, by_the_way = _main(_feeders(attended.keys, leaves), attended.keys)
+        values, beside = _main(_feeders(attended.values, leaves), attended.values)
+        queries = _feeders(attended.queries, leaves)
+        if keys and values:
+            yield AttentionFlow(attended.path, keys, values, queries, {**by_the_way, **beside})
+        else:
+            missing = " and ".join(n for n, found in (("keys", keys), ("values", values)) if not found)
+            seen.skipped.setdefault(attended.path, f"no projection makes the {missing} of {attended.path}")
 
-    def _around(self) -> str:
-        return self.running[-1] if self.running else ""
 
-    def _owner(self, tensor: Any) -> str | None:
-        """The path of the parameter that a tensor is, or was computed of alone."""
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        known = self.weights.get(id(tensor))
-        return known[1] if known is not None and known[0] is tensor else None
-
-    def _derive(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        used = [x for x in _tensors((args, kwargs)) if x.is_floating_point()]
-        owners = [self._owner(x) for x in used]
-        if used and all(owners) and not any(self._is_cut(x) for x in used):
-            for made in _tensors(output):
-                self.weights[id(made)] = (made, owners[0] or "")
-
-    def _is_cut(self, tensor: torch.Tensor) -> bool:
-        return tensor.requires_grad
-
-    def _as_written(self, equation: Any, operands: list[torch.Tensor]) -> list[torch.Tensor]:
-        """An einsum's operands, last the one that brings the last axis of what it makes."""
-        if not isinstance(equation, str) or "->" not in equation:
-            return operands
-        left, right = equation.replace(" ", "").split("->")
-        first, second = left.split(",")
-        if right and right[-1] in first and right[-1] not in second:
-            return operands[::-1]
-        return operands
-
-    def _multiplied(self, output: torch.Tensor, left: Any, right: Any) -> torch.Tensor:
-        for weight, entered in ((right, left), (left, right)):
-            if self._owner(weight) is not None:
-                return self._projected(output, entered, [weight], torch.matmul)
-        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and output.requires_grad:
-            self.products.append((output, left, right))
-        return output
-
-    def _projected(self, output: torch.Tensor, entered: Any, weights: list[Any], func: Any) -> torch.Tensor:
-        """What a bare parameter made of an activation is cut as a projection of the parameter's name."""
-        owner = next((path for weight in weights if (path := self._owner(weight)) is not None), None)
-        if self._owner(entered) is not None and owner is not None:
-            self._derive(output, (entered, *weights), {})
-            return output
-        if self.inside or owner is None or not isinstance(entered, torch.Tensor):
-            return output
-        if func in _CONVOLUTION and _is_depthwise_weight(weights[0]):
-            return output
-        return self._cut(owner, output, entered, 1 if func in _CONVOLUTION else -1)
-
-    def _multi_head(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weight = args[5] if len(args) > 5 else kwargs.get("in_proj_weight")
-        owner = self._owner(weight) or self._owner(kwargs.get("q_proj_weight")) or "its parameters"
-        self.skipped[self._around()] = (
-            f"nn.MultiheadAttention at {self._around()}: {owner} makes its queries, keys and values inside of a "
-            "function, where no module's output can be multiplied"
-        )
-        output = func(*args, **kwargs)
-        made, rest = output[0], output[1:]
-        return (self._cut(f"{self._around()}.out_proj", made, args[0] if args else kwargs["query"], -1), *rest)
-
-    # The graph
-
-    def told(self) -> Flow:
-        leaves = {id(cut.leaf): cut for cut in self.cuts}
-        attentions = list(self._attentions(leaves))
-        return Flow(
-            tuple(_distinct(attentions)),
-            tuple(_distinct(self._feedforwards(leaves, [a.path for a in attentions] + list(self.skipped)))),
-            self.skipped,
-            frozenset(cut.path for cut in self.cuts),
-            {cut.path: cut.width for cut in self.cuts},
-        )
-
-    def _attentions(self, leaves: dict[int, _Cut]) -> Iterator[AttentionFlow]:
-        for attended in [*self.attended, *self._eager()]:
-            keys, by_the_way = _main(_feeders(attended.keys, leaves), attended.keys)
-            values, beside = _main(_feeders(attended.values, leaves), attended.values)
-            queries = _feeders(attended.queries, leaves)
-            if keys and values:
-                yield AttentionFlow(attended.path, keys, values, queries, {**by_the_way, **beside})
-            else:
-                missing = " and ".join(n for n, found in (("keys", keys), ("values", values)) if not found)
-                self.skipped.setdefault(attended.path, f"no projection makes the {missing} of {attended.path}")
-
-    def _eager(self) -> Iterator[_Attended]:
-        """Attentions of a product, a softmax and another product."""
-        products = {output.grad_fn: (left, right) for output, left, right in self.products if output.grad_fn}
-        softmax_of = {output.grad_fn: (entered, path) for entered, output, path in self.softmaxes if output.grad_fn}
-        seen: set[Any] = set()
-        for output, left, right in self.products:
-            for weights, values in ((left, right), (right, left)):
-                reached = next(iter(_reached(weights, softmax_of.keys(), products.keys())), None)
-                if reached is None:
-                    continue
-                entered, path = softmax_of[reached]
-                scores = [products[node] for node in _reached(entered, products.keys(), softmax_of.keys())]
-                scores = [(q, k) for q, k in scores if q.grad_fn is not None and k.grad_fn is not None]
-                if scores and (reached, id(output)) not in seen:
-                    seen.add((reached, id(output)))
-                    first = min(scores, key=lambda pair: self._when(pair))
-                    yield _Attended(path, *first, values)
-
-    def _when(self, pair: tuple[torch.Tensor, torch.Tensor]) -> int:
-        """Content before positions: the first product is of queries and keys."""
-        return next(i for i, (_, left, right) in enumerate(self.products) if left is pair[0] and right is pair[1])
-
-    def _feedforwards(self, leaves: dict[int, _Cut], attentions: list[str]) -> Iterator[FeedForwardFlow]:
-        for cut in self.cuts:
-            sources = _pointwise_sources(cut.entered, leaves)
-            if sources is None:
+def _eager(seen: Recorder) -> Iterator[Attended]:
+    """Attentions of a product, a softmax and another product."""
+    products = {output.grad_fn: (left, right) for output, left, right in seen.products if output.grad_fn}
+    softmax_of = {output.grad_fn: (entered, path) for entered, output, path in seen.softmaxes if output.grad_fn}
+    told: set[Any] = set()
+    for output, left, right in seen.products:
+        for weights, values in ((left, right), (right, left)):
+            reached = next(iter(_reached(weights, softmax_of.keys(), products.keys())), None)
+            if reached is None:
                 continue
-            first = [leaves[leaf] for leaf in sources]
-            if not _is_feedforward(cut, first, _product_of_two(sources, first, cut)):
-                continue
-            if not any(_same_block(cut.path, attention) for attention in attentions):
-                continue
-            if not all(_block(part.path) == _block(cut.path) or _same_block(part.path, cut.path) for part in first):
-                continue
-            linear = tuple(leaves[leaf].path for leaf, bent in sources.items() if not bent)
-            yield FeedForwardFlow(cut.path, tuple(part.path for part in first), linear)
+            entered, path = softmax_of[reached]
+            scores = [products[node] for node in _reached(entered, products.keys(), softmax_of.keys())]
+            scores = [(q, k) for q, k in scores if q.grad_fn is not None and k.grad_fn is not None]
+            if scores and (reached, id(output)) not in told:
+                told.add((reached, id(output)))
+                first = min(scores, key=lambda pair: _when(seen, pair))
+                yield Attended(path, *first, values)
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs[name]
+def _when(seen: Recorder, pair: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Content before positions: the first product is of queries and keys."""
+    return next(i for i, (_, left, right) in enumerate(seen.products) if left is pair[0] and right is pair[1])
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _is_depthwise_weight(weight: Any) -> bool:
-    return isinstance(weight, torch.Tensor) and weight.dim() > 2 and weight.shape[1] == 1 and weight.shape[0] > 1
-
-
-def _projects(module: nn.Module) -> bool:
-    """Whether a module mixes channels by a matrix of its own; a depthwise convolution scales each by itself."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or any(True for _ in module.children()):
-        return False
-    if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
-        return hasattr(module, "in_features") and hasattr(module, "out_features")
-    return not (isinstance(module, nn.modules.conv._ConvNd) and _is_depthwise_weight(weight))
-
-
-def _channel_dim(module: nn.Module, output: torch.Tensor) -> int:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return output.dim() - 1 - len(module.kernel_size)
-    return output.dim() - 1
+def _feedforwards(seen: Recorder, leaves: dict[int, Cut], attentions: list[str]) -> Iterator[FeedForwardFlow]:
+    for cut in seen.cuts:
+        sources = _pointwise_sources(cut.entered, leaves)
+        if sources is None:
+            continue
+        first = [leaves[leaf] for leaf in sources]
+        if not _is_feedforward(cut, first, _product_of_two(sources, first, cut)):
+            continue
+        if not any(_same_block(cut.path, attention) for attention in attentions):
+            continue
+        if not all(_block(part.path) == _block(cut.path) or _same_block(part.path, cut.path) for part in first):
+            continue
+        linear = tuple(leaves[leaf].path for leaf, bent in sources.items() if not bent)
+        yield FeedForwardFlow(cut.path, tuple(part.path for part in first), linear)
 
 
 def _distinct(found: Iterable[Any]) -> list[Any]:
@@ -447,7 +360,7 @@ def _reached(tensor: torch.Tensor, wanted: Any, stops: Any) -> list[Any]:
     return found
 
 
-def _feeders(tensor: torch.Tensor, leaves: dict[int, _Cut]) -> Channels:
+def _feeders(tensor: torch.Tensor, leaves: dict[int, Cut]) -> Channels:
     """The channels of projections that a tensor depends on, by gradient."""
     if tensor.grad_fn is None:
         return {}
@@ -457,9 +370,7 @@ def _feeders(tensor: torch.Tensor, leaves: dict[int, _Cut]) -> Channels:
         return {}
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    gradients = torch.autograd.grad(
-        tensor, [cut.leaf for cut in cuts], direction, retain_graph=True, allow_unused=True
-    )
+    gradients = torch.autograd.grad(tensor, [cut.leaf for cut in cuts], direction, retain_graph=True, allow_unused=True)
     found: list[Channels] = []
     for cut, gradient in zip(cuts, gradients, strict=True):
         if gradient is None:
@@ -512,8 +423,9 @@ def _main(feeders: Channels, tensor: torch.Tensor) -> tuple[Channels, Channels]:
 # Feed-forwards
 
 _BENDS = re.compile(
-    r"(Gelu|Relu|LeakyRelu|Silu|Tanh|Sigmoid|LogSigmoid\w*|Hardswish|Hardsigmoid|Hardtanh|Elu|Selu|Celu|Mish|Softplus|"
-    r"Erf|Glu|PreluKernel|Prelu|Threshold|Relu6|Sin|Where|ClampMin|Maximum|Softsign|Rrelu\w*)Backward\d*"
+    r"\w*(gelu|relu|silu|tanh|sigmoid|hardswish|elu|mish|softplus|erf|glu|threshold|sin|where|clampmin|maximum|softsign)"
+    r"\w*backward\d*",
+    re.IGNORECASE,
 )
 _NORMALISES = re.compile(
     r"(NativeLayerNorm|FusedRmsNorm|RmsNorm|Mean|Rsqrt|LinalgVectorNorm|Norm|NativeGroupNorm|NativeBatchNorm|"
@@ -525,7 +437,7 @@ _MIXES = re.compile(
 )
 
 
-def _pointwise_sources(tensor: torch.Tensor, leaves: dict[int, _Cut]) -> dict[int, bool] | None:
+def _pointwise_sources(tensor: torch.Tensor, leaves: dict[int, Cut]) -> dict[int, bool] | None:
     """The cuts that a tensor comes from point by point, and whether through a non-linearity; None if not so."""
     if tensor.grad_fn is None:
         return None
@@ -559,18 +471,18 @@ def _is_normalised(tensor: torch.Tensor) -> bool:
     return any(_NORMALISES.fullmatch(node.name()) for node in _walk(tensor))
 
 
-def _product_of_two(sources: dict[int, bool], first: list[_Cut], cut: _Cut) -> bool:
+def _product_of_two(sources: dict[int, bool], first: list[Cut], cut: Cut) -> bool:
     """Whether the intermediate is a gate's product: of two projections, or of the halves of one."""
     if len(first) == 2:
         return True
     return first[0].width == 2 * cut.entered.shape[_entered_dim(cut)]
 
 
-def _entered_dim(cut: _Cut) -> int:
+def _entered_dim(cut: Cut) -> int:
     return cut.dim if cut.dim < 0 or cut.entered.dim() == cut.leaf.dim() else cut.entered.dim() - 1
 
 
-def _is_feedforward(cut: _Cut, first: list[_Cut], gated: bool) -> bool:
+def _is_feedforward(cut: Cut, first: list[Cut], gated: bool) -> bool:
     """From one input of the residual's width back to that width; it widens only behind a gate."""
     width = cut.entered.shape[_entered_dim(cut)]
     entered = [part.entered for part in first]

@@ -32,14 +32,15 @@ _WIDTHS = re.compile(
     r".*hidden_size.*|.*intermediate.*size.*|.*d_model|.*embed_dim.*|n_embd|n_inner|.*_?ffn_dim.*|.*ff_dim|d_ff|"
     r".*hidden_dim.*|.*hidden_channels|mlp_dim|.*projection_(dim|size)|.*proj_(dim|size)|embedding_(size|dim)|dim|"
     r"dim_feedforward|ffn_hidden_size|.*feedforward.*(dim|size)|.*ffw_dim|hidden_sizes|lru_width|d_inner|"
-    r".*expand_dim|.*attention_dim|output_channels|fusion_hidden_size|neck_hidden_sizes|.*_lora_rank|emb_dim|"
+    r".*expand_dim|.*d_ssm|.*attention_dim|output_channels|fusion_hidden_size|neck_hidden_sizes|.*_lora_rank|emb_dim|"
     r"(encoder|decoder|text|vision|audio|query|key|value|qk|attention|attn)_(size|width|channels)|width|"
+    r""
     r"attention_head_size_sum|.*classifier_proj_size|qk_channels|v_channels|d_latents|conv_dim|output_dim|d_embed"
 )
 _HEADS = re.compile(r"((num|n)_)?(\w+_)?(attention_)?heads?|n_head|num_attention_heads|\w*num_heads")
 _KV_HEADS = re.compile(r".*(num_|n_)(key_value|kv)_heads|num_kv_heads|multi_query_group_num|.*num_key_value_heads.*")
 _HEAD_DIMS = re.compile(
-    r".*head_dim|head_size|d_kv|v_head_dim|qk_(rope|nope)_head_dim|qk_head_dim|attention_head_size|d_head|"
+    r".*head_dim|head_size|mamba_d_head|d_kv|v_head_dim|qk_(rope|nope)_head_dim|qk_head_dim|attention_head_size|d_head|"
     r"query_pre_attn_scalar|kv_channels|attention_key_size"
 )
 _PATTERNS = re.compile(
@@ -50,7 +51,7 @@ _LAYERS_BY_INDEX = re.compile(
 )
 _VOCABULARIES = re.compile(r"(?!type_).*vocab_size.*|num_embeddings|vocabulary_size")
 _TOKENS = re.compile(r".*token.*(id|index|ids)|.*_(id|idx)|.*_token")
-_MAX_PARAMETERS = 150_000_000
+_MAX_PARAMETERS = 250_000_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ _LEVELS = (
 )
 
 
-class NoTwin(ValueError):
+class NoTwinError(ValueError):
     """No tiny model of a configuration could be built and run; the message says what each attempt met."""
 
 
@@ -91,7 +92,7 @@ def tiny_twin(config: PretrainedConfig, *, seed: int = 0) -> tuple[nn.Module, di
         seed: of the weights and the inputs; torch's generator is left as it was.
 
     Raises:
-        NoTwin: no attempt at shrinking gave a model that runs.
+        NoTwinError: no attempt at shrinking gave a model that runs.
     """
     reasons: dict[str, None] = {}
     with torch.random.fork_rng(devices=[]):
@@ -103,7 +104,9 @@ def tiny_twin(config: PretrainedConfig, *, seed: int = 0) -> tuple[nn.Module, di
                     return model, _first_that_runs(model)
                 except Exception as error:
                     reasons[f"{kind.__name__}: {type(error).__name__}: {_line(error)}"] = None
-    raise NoTwin(f"No tiny {config.model_type} runs. " + " | ".join(reasons or ["transformers has no model of it"]))
+    raise NoTwinError(
+        f"No tiny {config.model_type} runs. " + " | ".join(reasons or ["transformers has no model of it"])
+    )
 
 
 def _line(error: Exception) -> str:
@@ -172,7 +175,7 @@ def model_classes(config: PretrainedConfig) -> Iterator[type]:
 
 def _mapped(mapping: Any, config: PretrainedConfig) -> Any:
     try:
-        found = mapping[type(config)] if type(config) in mapping else None
+        found = mapping.get(type(config), None)
     except Exception:  # a class that needs a package which is not installed
         return None
     return found[0] if isinstance(found, tuple | list) else found
@@ -200,7 +203,7 @@ def shrink(config: PretrainedConfig, how: Shrinking) -> PretrainedConfig:
     """A copy of a configuration that makes a tiny model of the same kind."""
     config = deepcopy(config)
     parts = list(_parts(config))
-    divisor = _divisor(parts) if how.widths else 1
+    divisor = _divisor(parts, how) if how.widths else 1
     tokens = _small_vocabulary(parts) if how.vocabulary else {}
     for part in parts:
         _shrink_depth(part)
@@ -263,6 +266,7 @@ def _shrink_depth(part: PretrainedConfig) -> None:
         for key, value in mine.items():
             _set(part, key, type(value)(_new_place(kept, item, old) for item in value))
         _set(part, name, len(kept))
+        _shrink_stages(part, old, len(kept))
     for name, value in lists.items():
         if _DEPTH_LISTS.fullmatch(name):
             _set(part, name, type(value)(min(item, 2) for item in value))
@@ -275,6 +279,15 @@ def _shrink_depth(part: PretrainedConfig) -> None:
             _set(part, name, 0)
         if name in ("moe_layer_end_index",):
             _set(part, name, -1)
+
+
+def _shrink_stages(part: PretrainedConfig, old: int, new: int) -> None:
+    """A backbone names its stem and its layers, and gives some of them by name and by number."""
+    stages, given = vars(part).get("stage_names"), vars(part).get("_out_indices")
+    if isinstance(stages, list) and len(stages) == old + 1 and given:
+        vars(part)["stage_names"] = stages[: new + 1]
+        places = sorted({min(place, new) for place in given})
+        vars(part).update(_out_indices=places, _out_features=[stages[place] for place in places])
 
 
 def _layers_to_keep(old: int, per_layer: dict[str, Any], by_index: dict[str, Any]) -> list[int]:
@@ -318,16 +331,21 @@ def _is_width(name: str) -> bool:
     return bool(_WIDTHS.fullmatch(name)) and not _HEAD_DIMS.fullmatch(name)
 
 
-def _divisor(parts: list[PretrainedConfig]) -> int:
-    """The power of two that brings the smallest hidden size to at least 32."""
+def _divisor(parts: list[PretrainedConfig], how: Shrinking) -> int:
+    """The power of two that brings the smallest hidden size to at least 32, and no count of heads below one."""
     hidden = re.compile(r"hidden_size|d_model|embed_dim|n_embd|dim|hidden_sizes|encoder_embed_dim|qkv_dim")
     sizes = [value for part in parts for name, value in _numbers(part) if hidden.fullmatch(name) and value >= 32]
     sizes += [min(value) for part in parts for name, value in _lists(part)
               if hidden.fullmatch(name) and all(isinstance(item, int) for item in value)]  # fmt: skip
     divisor = 1
-    while sizes and min(sizes) % (2 * divisor) == 0 and min(sizes) // (2 * divisor) >= 32:
+    heads = [] if how.head_widths else [value for part in parts for name, value in _numbers(part) if _is_heads(name)]
+    while sizes and min(sizes) // (2 * divisor) >= 32 and not any(n % (2 * divisor) for n in (min(sizes), *heads)):
         divisor *= 2
     return divisor
+
+
+def _is_heads(name: str) -> bool:
+    return bool(_HEADS.fullmatch(name)) and not _KV_HEADS.fullmatch(name) and not _HEAD_DIMS.fullmatch(name)
 
 
 def _shrink_widths(part: PretrainedConfig, divisor: int, how: Shrinking) -> None:
@@ -345,40 +363,66 @@ def _divided(value: int, divisor: int) -> int:
     while divisor > 1 and value % divisor:
         divisor //= 2
     small = value // divisor
-    while small < 8:
-        small *= 2
-    return small
+    while divisor > 1 and (small < 8 or small % 8):  # grouped products want rows of whole 16 bytes
+        small, divisor = small * 2, divisor // 2
+    return max(small, min(value, 8))
 
 
 def _shrink_heads(part: PretrainedConfig, before: dict[str, int], divisor: int, how: Shrinking) -> None:
-    head_dims = {name: value for name, value in before.items() if _HEAD_DIMS.fullmatch(name) and value >= 32}
-    ratio = 8 if how.head_widths and all(value % 8 == 0 for value in head_dims.values()) else 1
-    for name, value in head_dims.items():
-        _set(part, name, max(value // ratio, 4))
-    explicit = [name for name in ("head_dim", "d_kv", "attention_head_size") if name in head_dims]
+    head_dims = {name: value for name, value in before.items() if _HEAD_DIMS.fullmatch(name) and value >= 8}
     widths = [value for name, value in before.items() if _is_width(name) and value >= 32]
-    for name, heads in before.items():
-        if _KV_HEADS.fullmatch(name) or not _HEADS.fullmatch(name) or heads < 2:
-            continue
-        if explicit and heads * head_dims[explicit[0]] in widths:
-            small = heads * ratio // divisor if divisor >= ratio and (heads * ratio) % divisor == 0 else heads
-        elif not how.head_widths and heads % divisor == 0:
-            small = heads // divisor
-        else:
-            small = _few_heads(heads, [_divided(width, divisor) for width in widths if width % heads == 0])
-        _set(part, name, max(small, 1))
+    widths += [width * factor for name, factor in before.items() if name.endswith("expand") for width in widths]
+    counts = {name: heads for name, heads in before.items() if _is_heads(name) and heads > 1}
+    small = {name: _fewer(heads, widths, divisor, how) for name, heads in counts.items()}
+    narrow = {
+        name: max(width // 8, 4) if width >= 16 and width % 8 == 0 else width for name, width in head_dims.items()
+    }
+    for count, heads in counts.items():  # where all heads together are as wide as the model, so they stay
+        for name, width in head_dims.items():
+            alike = name.startswith("mamba") == count.startswith("mamba") and name != "query_pre_attn_scalar"
+            if alike and heads * width in widths and len(head_dims.keys() - {"query_pre_attn_scalar"}) <= 2:
+                narrow[name] = max(_divided(heads * width, divisor) // small[count], 1)
+    if how.head_widths:
+        for name, width in narrow.items():
+            _set(part, name, width)
+    for name, heads in small.items():
+        _set(part, name, heads)
     _shrink_kv_heads(part, before, how.grouped)
-    _shrink_rotation(part, ratio if explicit else max(_old_head(before) // max(_old_head(dict(_numbers(part))), 1), 1))
+    _fill_heads(part)
+    main = next((name for name in ("head_dim", "qk_head_dim", "d_kv") if name in head_dims), None)
+    numbers = dict(_numbers(part))
+    old, new = (before[main], numbers[main]) if main else (_head(before), _head(numbers))
+    _shrink_rotation(part, old / max(new, 1))
 
 
-def _old_head(numbers: dict[str, int]) -> int:
-    """A head's width where no field says it."""
+def _fewer(heads: int, widths: list[int], divisor: int, how: Shrinking) -> int:
+    if not how.head_widths:
+        return max(heads // divisor, 1)
+    return _few_heads(heads, [_divided(width, divisor) for width in widths if width % heads == 0])
+
+
+def _fill_heads(part: PretrainedConfig) -> None:
+    """Some models read what their own default leaves out."""
+    numbers = dict(_numbers(part))
+    if "head_dim" in vars(part) and part.head_dim is None and _head(numbers):
+        _set(part, "head_dim", _head(numbers))
+    if "num_key_value_heads" in vars(part) and part.num_key_value_heads is None and "num_attention_heads" in numbers:
+        _set(part, "num_key_value_heads", numbers["num_attention_heads"])
+
+
+def _head(numbers: dict[str, int]) -> int:
+    """A head's width where no field says it; 0 where neither the model's is known."""
     width = next((numbers[name] for name in ("hidden_size", "d_model", "n_embd", "embed_dim") if name in numbers), 0)
-    return width // max(next((numbers[n] for n in ("num_attention_heads", "num_heads", "n_head") if n in numbers), 1), 1)
+    return width // max(
+        next((numbers[n] for n in ("num_attention_heads", "num_heads", "n_head") if n in numbers), 1), 1
+    )
 
 
-def _shrink_rotation(part: PretrainedConfig, ratio: int) -> None:
-    """Sections of a head's rotation (`mrope_section`) add up to half a head."""
+def _shrink_rotation(part: PretrainedConfig, ratio: float) -> None:
+    """Sections of a head's rotation (`mrope_section`) add up to half a head; `rotary_dim` is a part of one."""
+    rotated = getattr(part, "rotary_dim", None)
+    if isinstance(rotated, int) and ratio > 1:
+        _set(part, "rotary_dim", max(int(rotated / ratio) // 2 * 2, 2))
     for name, value in list(vars(part).items()):
         if isinstance(value, dict):
             for key, sections in value.items():
@@ -388,9 +432,9 @@ def _shrink_rotation(part: PretrainedConfig, ratio: int) -> None:
             _set(part, name, _sections(list(value), ratio))
 
 
-def _sections(sections: list[int], ratio: int) -> list[int]:
-    total = sum(sections) // ratio
-    small = [max(section // ratio, 1) for section in sections]
+def _sections(sections: list[int], ratio: float) -> list[int]:
+    total = int(sum(sections) / ratio)
+    small = [max(int(section / ratio), 1) for section in sections]
     small[-1] += total - sum(small)
     return small
 
@@ -433,6 +477,8 @@ def _small_vocabulary(parts: list[PretrainedConfig]) -> dict[int, int]:
 
 
 def _shrink_vocabulary(part: PretrainedConfig, tokens: dict[int, int]) -> None:
+    if "vocab_size" in vars(part) and part.vocab_size is None:
+        _set(part, "vocab_size", _VOCABULARY)
     for name, value in _numbers(part):
         if _VOCABULARIES.fullmatch(name) and value > _VOCABULARY:
             _set(part, name, _VOCABULARY)

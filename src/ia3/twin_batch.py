@@ -18,7 +18,7 @@ def batches(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Candidates, the richest first: text with what else the forward takes, each way of shaping it, then text alone."""
     config = model.config
     names = [n for n in inspect.signature(model.forward).parameters if n not in ("self", "kwargs", "args")]
-    text = _text(config, names)
+    text = {**_needed(config, _required(model)), **_text(config, names)}
     shaped = list(_shaped(model, config, names))
     for other in shaped:
         yield {**text, **other}
@@ -78,11 +78,37 @@ def _text(config: Any, names: list[str]) -> dict[str, Any]:
     text: dict[str, Any] = {}
     if "input_ids" in names:
         text["input_ids"] = _tokens(config)
+        books = getattr(config, "num_codebooks", None)
+        if isinstance(books, int) and "decoder_input_ids" not in names:
+            text["input_ids"] = _tokens(config).repeat(books, 1)
     if "decoder_input_ids" in names:
         text["decoder_input_ids"] = _tokens(config, 8)
     if "bbox" in names:
         text["bbox"] = torch.tensor([1, 2, 30, 40]).expand(_EXAMPLES, _TEXT, 4).contiguous()
     return text
+
+
+def _needed(config: Any, required: set[str]) -> dict[str, Any]:
+    """What a part of a model takes from the part before it."""
+    width = _field(config, "hidden_size", "d_model", "embed_dim", "dim", "n_embd", default=32)
+    width = width if isinstance(width, int) else width[0]
+    states = torch.randn(_EXAMPLES, _TEXT, width)
+    needed: dict[str, Any] = {}
+    for name in required:
+        if name in (
+            "inputs_embeds",
+            "hidden_states",
+            "query_embeds",
+            "input_embeds",
+            "context",
+            "encoder_hidden_states",
+        ):
+            needed[name] = states
+        elif name == "qformer_input_ids":
+            needed[name] = _tokens(config)
+        elif name == "attention_mask":
+            needed[name] = torch.ones(_EXAMPLES, _TEXT, dtype=torch.long)
+    return needed
 
 
 def _shaped(model: nn.Module, config: Any, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -100,10 +126,16 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _pictures(config: Any, names: list[str]) -> Iterator[dict[str, Any]]:
-    if "pixel_values" not in names and "pixel_values_videos" not in names:
+    takes = (
+        "pixel_values",
+        "pixel_values_videos",
+        "flattened_patches",
+        *(("hidden_states",) if "grid_thw" in names else ()),
+    )
+    name = next((name for name in takes if name in names), None)
+    if name is None:
         yield {}
         return
-    name = "pixel_values" if "pixel_values" in names else "pixel_values_videos"
     channels = _field(config, "num_channels", "in_channels", "in_chans", inside="vision|image|encoder", default=3)
     channels = channels if isinstance(channels, int) else 3
     patch = _pair(_field(config, "patch_size", inside="vision|image|encoder", default=16))[0]
@@ -111,8 +143,10 @@ def _pictures(config: Any, names: list[str]) -> Iterator[dict[str, Any]]:
         temporal = _field(config, "temporal_patch_size", inside="vision", default=1)
         merge = _field(config, "spatial_merge_size", "merge_size", inside="vision", default=2)
         grid = torch.tensor([[1, 2 * merge, 2 * merge]]).expand(_EXAMPLES, 3).contiguous()
+        grid_name = "image_grid_thw" if "image_grid_thw" in names else "grid_thw"
         for width in (channels * temporal * patch * patch, channels * patch * patch):
-            yield {name: torch.randn(_EXAMPLES * 4 * merge * merge, width), "image_grid_thw": grid}
+            yield {name: torch.randn(_EXAMPLES * 4 * merge * merge, width), grid_name: grid}
+            yield {name: torch.randn(_EXAMPLES * 4 * merge * merge, channels, patch, patch), grid_name: grid}
     size = _field(config, "image_size", "img_size", "input_size", inside="vision|image|encoder")
     sizes = [_pair(size)] if size is not None and _is_size(size) else []
     frames = _field(config, "num_frames", "frames_per_clip", "frames", default=2)

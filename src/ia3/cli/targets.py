@@ -14,6 +14,7 @@ from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import module_names
 
 if TYPE_CHECKING:
+    from ia3.config import IA3Config
     from ia3.sites import Site
 
 
@@ -26,6 +27,10 @@ def targets(
         str | None, typer.Option(help="Those of them whose input is multiplied, not the output.")
     ] = None,
     exclude_modules: Annotated[str | None, typer.Option(help="Modules to leave alone.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Compare with what one forward of a tiny twin does; exit code 1 if it differs."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which modules of a model get a vector, as a tree; needs the model's configuration alone."""
@@ -40,6 +45,7 @@ def targets(
         )
         base = _without_weights(model)
         found = find_sites(base, config)
+        checked = _check(base.config, config) if check else None
     total = sum(parameter.numel() for parameter in base.parameters())
     size, adapted, multiplied = found.layout.size, found.config.target_modules, found.config.feedforward_modules
     if as_json:
@@ -55,20 +61,71 @@ def targets(
                 ],
                 "trained_numbers": size,
                 "base_parameters": total,
+                **({} if checked is None else {"check": checked}),
             }
         )
-        return
+    else:
+        _show(model, base, found, total, checked)
+    if checked is not None and checked["differences"]:
+        raise typer.Exit(1)
+
+
+def _show(model: str, base: Any, found: Any, total: int, checked: dict[str, Any] | None) -> None:
+    """The tree, the totals, and what a check said."""
+    size = found.layout.size
     tree = Tree(Text(f"{model} ({type(base).__name__})"))
     _grow(tree, _nested(found.layout.sites))
     lines = [
         f"{len(found.layout.sites):,} vectors, {size:,} trained numbers, {size / total:.3%} of the base's {total:,}",
-        f"target modules: {_spell(adapted)}",
-        f"whose input is multiplied: {_spell(multiplied)}",
+        f"target modules: {_spell(found.config.target_modules)}",
+        f"whose input is multiplied: {_spell(found.config.feedforward_modules)}",
         *([found.note] if found.note else []),
+        *([] if checked is None else _said(checked)),
     ]
     console = Console()
     console.print(tree)
     console.print("", *lines, sep="\n", markup=False, highlight=False)
+
+
+def _check(configuration: Any, config: IA3Config) -> dict[str, Any]:
+    """What one forward of a tiny model of this configuration says of the sites that the same targets give it."""
+    from ia3.dataflow import compare, observe
+    from ia3.errors import NoMatchingPeftModuleError
+    from ia3.sites import find_sites
+    from ia3.twin import tiny_twin
+
+    twin, batch = tiny_twin(configuration)
+    flow = observe(twin, batch)
+    try:
+        sites = find_sites(twin, config).layout.sites
+    except NoMatchingPeftModuleError as error:
+        raise ValueError(
+            f"--check looks at a tiny {type(twin).__name__} of few layers, where not all of these modules exist. "
+            f"Name them without their layers' numbers. {error}"
+        ) from error
+    return {
+        "class": type(twin).__name__,
+        "inputs": sorted(batch),
+        "attentions": len(flow.attentions),
+        "feedforwards": len(flow.feedforwards),
+        "differences": compare(flow, sites),
+    }
+
+
+def _said(checked: dict[str, Any]) -> list[str]:
+    differences = checked["differences"]
+    of = f"a tiny {checked['class']}, given {', '.join(checked['inputs'])}"
+    parts = f"{_counted(checked['attentions'], 'attention')} and {_counted(checked['feedforwards'], 'feed-forward')}"
+    seen = f"{parts} of {of}"
+    if not differences:
+        return [
+            f"checked by one forward of a tiny twin: one vector on keys, values and intermediate, and no other ({seen})"
+        ]
+    return [f"one forward of a tiny twin says otherwise ({seen}):", *(f"  {sentence}" for sentence in differences)]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _without_weights(model_name: str) -> Any:
