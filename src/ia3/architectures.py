@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import ProxyTypes, WeakKeyDictionary
 
-from ia3.structure import Block, FoundAttention, Intervals, find_blocks, layer_widths
+from ia3.structure import FoundAttention, Intervals, find_blocks, layer_widths
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def has_learned_positions(architecture: Architecture) -> bool:
     return architecture.stacks[0].positions is not None
 
 
-_FILLED: WeakKeyDictionary[Any, Architecture | None] = WeakKeyDictionary()
+_FILLED: WeakKeyDictionary[Any, Architecture] = WeakKeyDictionary()
 
 
 def architecture_of(model: Any) -> Architecture | None:
@@ -174,19 +174,21 @@ def architecture_of(model: Any) -> Architecture | None:
     describe = _ARCHITECTURES.get(getattr(config, "model_type", ""))
     if describe is None:
         return None
+    if isinstance(model, ProxyTypes):
+        return _with_projections(describe(config), model)
     if model not in _FILLED:
-        blocks = {block.path: block for block in find_blocks(model, ("all",))}
-        _FILLED[model] = _with_projections(describe(config), model, blocks)
+        _FILLED[model] = _with_projections(describe(config), model)
     return _FILLED[model]
 
 
-def _with_projections(architecture: Architecture, model: Any, blocks: dict[str, Block]) -> Architecture | None:
-    """The description with what the first block of each stack has; None where the model is built otherwise."""
+def _with_projections(architecture: Architecture, model: Any) -> Architecture:
+    """The description with what the first block of each stack has; as it is where the model is built otherwise."""
+    blocks = {block.path: block for block in find_blocks(model, ("all",))}
     stacks = []
     for stack in architecture.stacks:
         block = blocks.get(f"{stack.blocks}.0")
         if block is None or len(block.attentions) != 1 + (stack.cross is not None) or len(block.feed_forwards) != 1:
-            return None
+            return architecture
         own, *across = block.attentions
         (fed,) = block.feed_forwards
         up, down = [_inside(block.path, path) for path in fed.up], _inside(block.path, fed.down)

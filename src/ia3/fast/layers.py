@@ -342,6 +342,8 @@ def expected_sites(model: Any, architecture: Architecture) -> dict[tuple[str, st
 def missing_part(model: Any, architecture: Architecture) -> str | None:
     """Why a model isn't built as its description says; None where it is."""
     for stack in architecture.stacks:
+        if not stack.feed_forward.down:
+            return f"the blocks in its {stack.blocks} are built otherwise than its description says"
         for path in block_paths(model, stack):
             for part in (stack.attention, stack.cross, stack.feed_forward):
                 for name in [] if part is None else names_in(part):
