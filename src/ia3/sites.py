@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError
+from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
 from ia3.families import FAMILIES, FEEDFORWARD_NAMES, Family, Intervals
 
 logger = logging.getLogger("ia3")
@@ -38,7 +39,8 @@ class Site:
     Args:
         path: the module's path in the model.
         side: whether the module's input or its output is multiplied.
-        shape: the vector's shape in a file: output `(out, 1)`, input `(1, in)`, convolution `(1, n, 1, …)`.
+        shape: the vector's shape in a file: output `(out, 1)`, input `(1, in)`, convolution `(1, n, 1, …)`, the
+            input of the second matrices of experts in one module `(experts, width)`.
         intervals: the channels that are trained, as half-open ranges; None for all.
     """
 
@@ -187,6 +189,8 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
+    elif not loading:  # a file names modules
+        config = name_modules(config, candidates, matching)
     if config.layers_to_transform is not None:
         if not loading:
             _check_layers(model, candidates, config)
@@ -197,6 +201,7 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     if config.feedforward_modules is None:
         known = family.feedforward if family is not None else FEEDFORWARD_NAMES
         config.feedforward_modules = {name for name in known if matching({name}, targets)}
+        config.feedforward_modules |= {p.rpartition(".")[2] for p in targets if acts_in_front(modules[p])}
     config.feedforward_modules = _as_peft_takes_it(config.feedforward_modules, config.target_modules)
     feedforward = matching(config.feedforward_modules, targets)
     if not loading:
@@ -295,6 +300,11 @@ def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator
     yield from (path for path in paths if not any(is_inside(path, p) for p in paths if p != path))
 
 
+def is_at_input(vector: torch.Tensor) -> bool:
+    """Whether a vector of two dimensions multiplies an input, by its shape in a file: `(1, in)`, `(experts, width)`."""
+    return vector.shape[0] == 1 or vector.shape[1] > 1
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
@@ -361,7 +371,8 @@ def layer_widths(module: Any) -> tuple[int | None, int] | None:
         return module.weight.shape[0], module.nf
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features
-    return None
+    experts = find_experts(module)
+    return None if experts is None else (experts.count * experts.width, experts.hidden)
 
 
 def _site(
@@ -375,8 +386,12 @@ def _site(
     if widths is None:
         raise ValueError(
             f"{path} is a {type(module).__name__}, which can't carry a vector: expected a linear, convolution "
-            "or embedding layer. Name such layers in target_modules, or leave this one to exclude_modules."
+            "or embedding layer, or experts in one module. Name such layers in target_modules, or leave this one to "
+            "exclude_modules."
         )
+    experts = find_experts(module)
+    if experts is not None:
+        return _site_of_experts(path, side, module, experts)
     width = widths[0] if side == "input" else widths[1]
     if width is None:
         raise ValueError(
@@ -389,3 +404,15 @@ def _site(
         return Site(path, side, (1, width))
     split = next((split for name, split in fused.items() if matches_name(path, [name])), None)
     return Site(path, side, (width, 1), split(model.config, width) if split else None)
+
+
+def _site_of_experts(path: str, side: Side, module: nn.Module, experts: Experts) -> Site:
+    reason = unsupported_reason(module, experts)
+    if reason is not None:
+        raise ValueError(f"{path} holds experts that can't carry vectors: {reason}. Or leave it to exclude_modules.")
+    if side == "output":
+        raise ValueError(
+            f"{path} holds the matrices of {experts.count} experts: their vectors multiply what goes into "
+            f"{experts.second}, so name it in feedforward_modules, too, or leave it to exclude_modules."
+        )
+    return Site(path, side, (experts.count, experts.width))
