@@ -34,11 +34,12 @@ FLOORS = (
     {"ia3.listening"},
     {"ia3.state"},
     {"ia3.placement"},
-    {"ia3.hooks", "ia3.swap"},
+    {"ia3.hooks", "ia3.swap", "ia3.routed"},
     {"ia3.rows", "ia3.tensors"},
     {"ia3.sites"},
     {"ia3.architectures", "ia3.peft_defaults"},
     {"ia3.structure"},
+    {"ia3.experts"},
     {"ia3.config"},
     {"ia3.cache", "ia3.files", "ia3.errors", "ia3.elsewhere", "ia3.interrupts", "ia3.precision", "ia3.storage"},
 )

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parallel import DistributedDataParallel
 
 from ia3.adapter import device_at, keep_every_channel, saved_copies, site_vectors, vectors
-from ia3.sites import SAVED_COPIES, VECTORS, Site, logger
+from ia3.sites import SAVED_COPIES, VECTORS, Site, is_at_input, logger
 from ia3.state import Adapter, attached, find_attached, get_adapter
 from ia3.swap import Swapped
 from ia3.tensors import PREFIX, Tensors, check_finite, plain_key, plain_tensors, renamed
@@ -360,7 +360,7 @@ def _mismatch(
         return ""
     text = f"{key} has the shape {tuple(tensor.shape)} in the file and {expected} in the model."
     if site is not None and len(site.shape) == 2 and tensor.dim() == 2:
-        in_file = "input" if tensor.shape[0] == 1 else "output"
+        in_file = "input" if is_at_input(tensor) else "output"
         if in_file != site.side:
             return text + (
                 f" The file's vector multiplies the module's {in_file}, the configuration's its {site.side}: "

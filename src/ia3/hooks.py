@@ -115,10 +115,14 @@ class SiteVectors(nn.Module):
                 f"ia3 multiplies floating-point activations; this layer's is {activation.dtype}. Load the model "
                 "so that its activations stay floating, or exclude the layer with exclude_modules."
             )
+        return self.product(vectors).view(self.view).to(activation.dtype)
+
+    def product(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The product of the vectors over every channel."""
         product = self._full(vectors[0])
         for vector in vectors[1:]:
             product = product * self._full(vector)
-        return product.view(self.view).to(activation.dtype)
+        return product
 
     def _full(self, vector: torch.Tensor) -> torch.Tensor:
         """A vector over the trained channels of a fused projection, among ones."""
@@ -132,7 +136,7 @@ class SiteVectors(nn.Module):
 
 def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
-    site = _vectors_of(module)
+    site = vectors_of(module)
     compiling = torch.compiler.is_compiling()
     rows = None if compiling else running(site)
     if rows is not None:
@@ -150,7 +154,7 @@ def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
 
 def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """Forward hook: multiply the module's output `[…, width]`."""
-    site = _vectors_of(module)
+    site = vectors_of(module)
     compiling = torch.compiler.is_compiling()
     rows = None if compiling else running(site)
     if rows is not None:
@@ -159,7 +163,7 @@ def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor)
     return output * site.scale(vectors, output) if vectors else None
 
 
-def _vectors_of(module: nn.Module) -> SiteVectors:
+def vectors_of(module: nn.Module) -> SiteVectors:
     """The module's vectors.
 
     Raises:

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ia3.adapter import check_choice, repoint, rest, saved_copies, wake, whole_vectors
 from ia3.errors import PeftWarning
+from ia3.experts import find_experts
 from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
 from ia3.state import Adapter, Originals, attached, get_adapter
 
@@ -188,7 +189,9 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
     ]
     for site in sites:
         module = attached(model).placement.site_module(site.path)
-        weight = module._parameters.get("weight")
+        experts = find_experts(module)
+        own = experts.second if experts is not None else "weight"
+        weight = module._parameters.get(own)
         reason = _unmergeable_reason(module, site, weight)
         if reason is not None:
             raise ValueError(
@@ -196,7 +199,7 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
                 "copy of the base, or leave the adapter unmerged."
             )
         bias = module._parameters.get("bias") if site.side == "output" else None
-        for name, parameter in (("weight", weight), ("bias", bias)):
+        for name, parameter in ((own, weight), ("bias", bias)):
             if parameter is None:
                 continue
             place, start, stop = _memory(parameter)
@@ -224,6 +227,9 @@ def _unmergeable_reason(module: nn.Module, site: Site, weight: nn.Parameter | No
         return "it is offloaded or on the meta device"
     if type(weight) is not nn.Parameter or weight.dtype not in _MERGEABLE:
         return f"a {type(weight).__name__} of {weight.dtype} is quantised or sharded"
+    experts = find_experts(module)
+    if experts is not None:
+        return None if experts.is_told else f"the shape of its {experts.second} doesn't tell what is its input"
     forward = getattr(type(module), "_ia3_old_class", type(module)).forward
     plain = any(isinstance(module, kind) and forward is kind.forward for kind in _LINEAR)
     if plain or is_conv1d(module) or _is_linear_in_its_weight(module, site):
@@ -296,6 +302,13 @@ def _merged_values(
 def _merged_module(
     module: nn.Module, path: str, scales: Mapping[Side, torch.Tensor], kept: Originals
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    experts = find_experts(module)
+    if experts is not None:
+        name = f"{path}.{experts.second}"
+        matrices: nn.Parameter = module._parameters[experts.second]  # type: ignore[assignment]
+        scaled = _unmerged(name, matrices, kept) * experts.over_weight(scales["input"].to(matrices.device))
+        yield name, matrices, scaled.to(matrices.dtype)
+        return
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     new = _unmerged(f"{path}.weight", weight, kept)
     for side in ("input", "output"):
@@ -304,8 +317,8 @@ def _merged_module(
     yield f"{path}.weight", weight, new.to(weight.dtype)
     bias = getattr(module, "bias", None)
     if bias is not None and "output" in scales:
-        scaled = _unmerged(f"{path}.bias", bias, kept) * scales["output"].to(bias.device)
-        yield f"{path}.bias", bias, scaled.to(bias.dtype)
+        its = _unmerged(f"{path}.bias", bias, kept) * scales["output"].to(bias.device)
+        yield f"{path}.bias", bias, its.to(bias.dtype)
 
 
 def _unmerged(name: str, parameter: torch.Tensor, kept: Originals) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ia3.adapter import site_vectors
 from ia3.hooks import SiteVectors
-from ia3.rows import BASE, Rows, acting
+from ia3.rows import BASE, Rows, act_here, acting, holding
 from ia3.sites import Layout, Side, Site, is_inside
 from ia3.state import Attached, attached
 from ia3.swap import Swapped
@@ -175,12 +175,15 @@ class Mixing(Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            return super().__call__(*args, **kwargs)
+            if torch.compiler.is_compiling() or not act_here():
+                return super().__call__(*args, **kwargs)
+            with holding(_token_counts(args, kwargs)):
+                return super().__call__(*args, **kwargs)
         if torch.compiler.is_compiling() or self._compiled_call_impl is not None:
             raise ValueError(
                 "A batch that mixes adapters runs without torch.compile: call the model that isn't compiled."
             )
-        with acting(rows_of(self, names, args, kwargs)):
+        with acting(rows_of(self, names, args, kwargs)), holding(_token_counts(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -234,6 +237,14 @@ def rows_of(
             "nothing of adapter_names: gradient_checkpointing_disable() first."
         )
     return gather_rows(model, names)
+
+
+def _token_counts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    """How many tokens the inputs of a forward have in all; nothing where they aren't seen."""
+    held = [*args, *(kwargs.get(name) for name in _INPUTS)]
+    return frozenset(
+        value.shape[0] * value.shape[1] for value in held if isinstance(value, torch.Tensor) and value.dim() > 1
+    )
 
 
 def _check_packed(model: nn.Module, names: Sequence[Any], batch: torch.Tensor) -> None:

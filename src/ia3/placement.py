@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ia3.hooks import SiteVectors, scale_input, scale_output
+from ia3.routed import RoutedExperts, hold_experts
 from ia3.sites import SAVED_COPIES, VECTORS, Site, layer_widths, logger
 from ia3.swap import SavedModule, swap_back
 
@@ -258,7 +259,9 @@ def _move_copies(place: Place, now: nn.Module) -> None:
 
 
 def _hook(module: nn.Module, sides: Iterable[str]) -> None:
-    """The hooks of these sides on a module, each once."""
+    """The hooks of these sides on a module, each once; experts have another way to their vectors."""
+    if hold_experts(module):
+        return
     if "input" in sides and scale_input not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(scale_input)
     if "output" in sides and scale_output not in module._forward_hooks.values():
@@ -269,6 +272,8 @@ def drop_idle_hooks(module: nn.Module) -> None:
     """Remove the hooks of sides that no vector of the module needs."""
     container = module._modules.get(VECTORS)
     sides = set(container.sides.values()) if isinstance(container, SiteVectors) else set()
+    if isinstance(module, RoutedExperts) and not sides:
+        RoutedExperts.unwrap(module)
     for side, hooks, ours in (
         ("input", module._forward_pre_hooks, scale_input),
         ("output", module._forward_hooks, scale_output),
@@ -281,7 +286,7 @@ def unwrap(module: nn.Module) -> None:
     """Give a module that was trained in full its class back, without its copies."""
     module._modules.pop(SAVED_COPIES, None)
     del module._ia3_active_copy
-    swap_back(module)
+    swap_back(module, SavedModule)
 
 
 class Listener:

@@ -23,6 +23,7 @@ class _Call(threading.local):
     """The call that is under way in a thread."""
 
     rows: Rows | None = None
+    tokens: frozenset[int] = frozenset()
 
 
 _call = _Call()
@@ -82,6 +83,29 @@ class Rows:
         chosen = vectors.to(activation).index_select(0, places.flatten().to(activation.device))
         return chosen.view(activation.shape)
 
+    def of_tokens(self, tokens: int, device: torch.device) -> Tensor:
+        """Which row of vectors each of a batch's tokens uses, one after another, `[tokens]`.
+
+        Raises:
+            ValueError: other tokens than those of the batch, so that it can't be said whose they are.
+        """
+        counts = _call.tokens
+        if (counts and tokens not in counts) or (self.places is not None and tokens != self.places.numel()):
+            raise ValueError(
+                f"{tokens} tokens can't be told apart by adapter_names: the batch has {sorted(counts)}, and this model "
+                "sends some of them another way. Run the adapters one after the other."
+            )
+        if self.places is not None:
+            return self.places.flatten().to(device)
+        count, rest = divmod(tokens, len(self.names))
+        if rest:
+            raise ValueError(f"{tokens} tokens can't be told apart by {len(self.names)} adapter_names.")
+        return torch.arange(len(self.names), device=device).repeat_interleave(count)
+
+    def distinct(self) -> list[int]:
+        """The first row of each name."""
+        return [self.names.index(name) for name in dict.fromkeys(self.names)]
+
     def rows_an_example(self, activation: Tensor) -> int:
         """How many rows of an activation belong to each example.
 
@@ -116,6 +140,16 @@ def acting(rows: Rows) -> Iterator[None]:
         yield
     finally:
         _call.rows = former
+
+
+@contextmanager
+def holding(tokens: frozenset[int]) -> Iterator[None]:
+    """Let it be known in this thread how many tokens the batch of the forward that begins has."""
+    former, _call.tokens = _call.tokens, tokens
+    try:
+        yield
+    finally:
+        _call.tokens = former
 
 
 def split_by_name(names: Sequence[str], count: int, device: torch.device) -> dict[str, Tensor]:

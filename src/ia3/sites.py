@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError
+from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
 from ia3.peft_defaults import difference, gate_side
 from ia3.structure import Block, Intervals, find_blocks, is_conv1d, layer_widths
 
@@ -43,7 +44,8 @@ class Site:
     Args:
         path: the module's path in the model.
         side: whether the module's input or its output is multiplied.
-        shape: the vector's shape in a file: output `(out, 1)`, input `(1, in)`, convolution `(1, n, 1, …)`.
+        shape: the vector's shape in a file: output `(out, 1)`, input `(1, in)`, convolution `(1, n, 1, …)`, the
+            input of the second matrices of experts in one module `(experts, width)`.
         intervals: the channels that are trained, as half-open ranges; None for all.
     """
 
@@ -192,6 +194,8 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
+    elif not loading:  # a file names modules
+        config = name_modules(config, candidates, matching)
     if config.layers_to_transform is not None:
         if not loading:
             _check_layers(model, candidates, config)
@@ -200,7 +204,7 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
     excluded = matching(config.exclude_modules, candidates)
     targets = matching(config.target_modules, candidates) - excluded
     if config.feedforward_modules is None:
-        config.feedforward_modules = _second_matrices(blocks, targets)
+        config.feedforward_modules = _second_matrices(blocks, targets, modules)
     config.feedforward_modules = _as_peft_takes_it(config.feedforward_modules, config.target_modules)
     feedforward = matching(config.feedforward_modules, targets)
     if not loading:
@@ -306,6 +310,11 @@ def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator
     yield from (path for path in paths if not any(is_inside(path, p) for p in paths if p != path))
 
 
+def is_at_input(vector: torch.Tensor) -> bool:
+    """Whether a vector of two dimensions multiplies an input, by its shape in a file: `(1, in)`, `(experts, width)`."""
+    return vector.shape[0] == 1 or vector.shape[1] > 1
+
+
 def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[str]:
     """Every linear layer but the output layer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -378,11 +387,13 @@ def _either(choices: Iterable[set[str] | str]) -> set[str] | str:
     return "|".join(choice if isinstance(choice, str) else _ends(choice) for choice in listed)
 
 
-def _second_matrices(blocks: Sequence[Block], targets: set[str]) -> Names:
+def _second_matrices(blocks: Sequence[Block], targets: set[str], modules: dict[str, nn.Module]) -> Names:
     """Those of the targets that close a feed-forward, by the names of a model without blocks."""
+    found = {path for path in targets if acts_in_front(modules[path])}
     if not blocks:
-        return {name for name in SECOND_MATRICES if matching({name}, targets)}
-    found = {path for block in blocks for path in block.second_matrices} & targets
+        named = {name for name in SECOND_MATRICES if matching({name}, targets)}
+        return named | {path.rpartition(".")[2] for path in found}
+    found |= {path for block in blocks for path in block.second_matrices} & targets
     return _names_of(found, sorted(targets - found), may_exclude=False)[0]
 
 
@@ -467,8 +478,12 @@ def _site(path: str, module: nn.Module, side: Side, channels: Intervals | None) 
     if widths is None:
         raise ValueError(
             f"{path} is a {type(module).__name__}, which can't carry a vector: expected a linear, convolution "
-            "or embedding layer. Name such layers in target_modules, or leave this one to exclude_modules."
+            "or embedding layer, or experts in one module. Name such layers in target_modules, or leave this one to "
+            "exclude_modules."
         )
+    experts = find_experts(module)
+    if experts is not None:
+        return _site_of_experts(path, side, module, experts)
     width = widths[0] if side == "input" else widths[1]
     if width is None:
         raise ValueError(
@@ -480,3 +495,15 @@ def _site(path: str, module: nn.Module, side: Side, channels: Intervals | None) 
     if side == "input":
         return Site(path, side, (1, width))
     return Site(path, side, (width, 1), channels)
+
+
+def _site_of_experts(path: str, side: Side, module: nn.Module, experts: Experts) -> Site:
+    reason = unsupported_reason(module, experts)
+    if reason is not None:
+        raise ValueError(f"{path} holds experts that can't carry vectors: {reason}. Or leave it to exclude_modules.")
+    if side == "output":
+        raise ValueError(
+            f"{path} holds the matrices of {experts.count} experts: their vectors multiply what goes into "
+            f"{experts.second}, so name it in feedforward_modules, too, or leave it to exclude_modules."
+        )
+    return Site(path, side, (experts.count, experts.width))

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ia3.experts import acts_in_front, find_experts
+
 Intervals = tuple[tuple[int, int], ...]
 """Half-open channel ranges `(start, stop)` of a fused projection."""
 
@@ -87,7 +89,7 @@ class _Layer(NamedTuple):
     module: nn.Module
     inputs: int
     outputs: int
-    kind: str  # "linear", "convolution", "experts"
+    kind: str
 
 
 # What a projection's name says besides whether it makes queries, keys or values.
@@ -137,7 +139,8 @@ def layer_widths(module: Any) -> tuple[int | None, int] | None:
         return module.weight.shape[0], module.nf
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features
-    return None
+    experts = find_experts(module)
+    return None if experts is None else (experts.count * experts.width, experts.hidden)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -244,17 +247,13 @@ def _innermost_item(path: str) -> str:
 
 def _layers(modules: dict[str, nn.Module]) -> Iterator[_Layer]:
     for path, module in modules.items():
-        widths = layer_widths(module)
-        if widths is not None and widths[0] is not None:
-            yield _Layer(path, module, *widths, "convolution" if isinstance(module, _ConvNd) else "linear")  # type: ignore[arg-type]
-        elif is_experts(module):
-            yield _Layer(path, module, 0, 0, "experts")
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the matrices of all experts as 3-D parameters."""
-    deep = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-    return len(deep) >= 2 and (hasattr(module, "num_experts") or "Expert" in type(module).__name__)
+        experts, widths = find_experts(module), layer_widths(module)
+        if experts is not None:
+            kind = "experts" if acts_in_front(module) else "one matrix of experts"
+            yield _Layer(path, module, experts.width, experts.hidden, kind)
+        elif widths is not None and widths[0] is not None:
+            kind = "convolution" if isinstance(module, _ConvNd) else "linear"
+            yield _Layer(path, module, widths[0], widths[1], kind)
 
 
 def _meaning(name: str) -> tuple[str, frozenset[str]]:
@@ -281,7 +280,7 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
         if not made and not rest:  # a layer in a wrapper of its own goes by the wrapper's name
             around, _, name = around.rpartition(".")
             made, rest = _meaning(name)
-        if layer.kind != "experts":
+        if layer.kind in ("linear", "convolution"):
             groups[around].append((layer, made, rest))
     for path, group in groups.items():
         if path in modules and not _mixes_without_softmax(modules[path]):

@@ -59,17 +59,22 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     module.__class__ = swapped_class(type(module), mixin)
 
 
-def swap_back(module: nn.Module) -> None:
-    """Give the module its old class again, also where another library made a subclass of the swapped one."""
-    cls = type(module)
-    swapped = next(c for c in cls.__mro__ if "_ia3_old_class" in c.__dict__)
-    old: type[nn.Module] = swapped.__dict__["_ia3_old_class"]
-    if cls is swapped:
-        module.__class__ = old
-        return
-    bases = tuple(old if base is swapped else base for base in cls.__bases__)
-    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, bases, namespace)
+def swap_back(module: nn.Module, mixin: type[Swapped] | None = None) -> None:
+    """Take a mixin, by default the last one, from the module's class, also where another was swapped in or a library
+    made a subclass of the swapped one."""
+    cls: Any = type(module)
+    module.__class__ = _without(cls, mixin or cls._ia3_mixin)
+
+
+def _without(cls: type[Any], mixin: type[Swapped]) -> type[Any]:
+    if not issubclass(cls, mixin) or cls is mixin:
+        return cls
+    if "_ia3_old_class" not in cls.__dict__:
+        bases = tuple(_without(base, mixin) for base in cls.__bases__)
+        namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        return type(cls.__name__, bases, namespace)
+    old: type[nn.Module] = cls.__dict__["_ia3_old_class"]
+    return old if cls._ia3_mixin is mixin else swapped_class(_without(old, mixin), cls._ia3_mixin)
 
 
 class SavedModule(Swapped):

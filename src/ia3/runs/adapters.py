@@ -15,7 +15,7 @@ from ia3.arithmetic import CombinationType, Vectors, combine
 from ia3.card import write_card
 from ia3.config import PeftConfig
 from ia3.runs.run import check_output
-from ia3.sites import VECTORS, Layout, Site, matching
+from ia3.sites import VECTORS, Layout, Site, is_at_input, matching
 from ia3.state import Adapter
 from ia3.tasks.task import Task, load_task, save_task
 from ia3.tensors import PREFIX, SAFETENSORS_NAME, load_peft_weights, write_tensors
@@ -78,7 +78,7 @@ def read_adapter(name: str | Path) -> SavedAdapter:
 
 def _site(path: str, vector: Tensor, listed: bool) -> Site:
     """A vector's place: its shape tells the side, but for a convolution, where the configuration does."""
-    is_input = vector.shape[0] == 1 if vector.ndim == 2 else listed
+    is_input = is_at_input(vector) if vector.ndim == 2 else listed
     return Site(path, "input" if is_input else "output", tuple(vector.shape))
 
 
@@ -200,5 +200,5 @@ def _column(site: Site) -> str:
     name = site.path.rpartition(".")[2]
     kind = _SHORT.get(name, name)
     if name not in _SHORT and site.side == "input":
-        return "ff"
+        return "experts" if len(site.shape) == 2 and site.shape[0] > 1 else "ff"
     return f"cross {kind}" if _CROSS.search(site.path) else kind
