@@ -32,7 +32,6 @@ from builders import CAUSAL, SEQ2SEQ, gpt2, randomise, seq2seq_batch, t5
 from ia3 import IA3Config, PeftConfig, PeftModel, find_sites, get_peft_model
 from ia3.bundled import _FOLDER
 from ia3.cache import seal
-from ia3.families import FAMILIES
 from ia3.runs.defaults import least_steps  # as it is for users, before other tests train less
 from ia3.tasks.examples import Examples
 from tiny_seq2seq import examples, save_base
@@ -252,22 +251,6 @@ def table_after(page: str, heading: str) -> list[list[str]]:
     rows = re.search(r"^\|.*\|\n\|[-| :]+\|\n((?:\|.*\|\n)+)", text, re.MULTILINE)
     assert rows is not None
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
-
-
-def test_the_families_are_those_of_the_library() -> None:
-    def code(names: Any) -> str:
-        return ", ".join(f"`{name}`" for name in names) or "–"
-
-    expected = [
-        [
-            f"`{kind}`",
-            code(name for name in family.targets if name not in family.feedforward),
-            code(family.feedforward),
-            "k, v channels alone" if family.fused else f"not {code(family.exclude)}" if family.exclude else "",
-        ]
-        for kind, family in FAMILIES.items()
-    ]
-    assert table_after("method.md", "Which modules") == expected
 
 
 def test_the_defaults_are_those_of_the_page_and_measured() -> None:
@@ -696,7 +679,7 @@ def test_the_defaults_of_peft() -> None:
         ("queries and values → keys and values", ["q_proj", "v_proj"]),
         ("queries and keys → keys and values", ["q_proj", "k_proj"]),
     ):
-        assert kinds(said) == {kind for kind in FAMILIES if DEFAULTS.get(kind, ())[:2] == wrong}
+        assert kinds(said) == {kind for kind, names in DEFAULTS.items() if names[:2] == wrong}
     fused = kinds("the whole fused projection, queries too → its channels of keys and values")
-    assert fused == {kind for kind, family in FAMILIES.items() if family.fused and kind in DEFAULTS}
-    assert kinds("a default → none: pass `target_modules`") == set(DEFAULTS) - set(FAMILIES)
+    old = {"RefinedWeb", "RefinedWebModel"}  # Falcon's former names, which transformers has no more
+    assert fused == {kind for kind, names in DEFAULTS.items() if names[0] in ("c_attn", "query_key_value")} - old

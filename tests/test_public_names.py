@@ -62,9 +62,9 @@ def test_utils_says_what_it_has_not():
 def test_the_mappings_are_pefts():
     assert {"IA3": IA3Config} == ia3.PEFT_TYPE_TO_CONFIG_MAPPING
     assert ia3.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.keys() == {str(task.value) for task in peft.TaskType}
-    named = ia3.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    assert named["llama"] == peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["llama"]
-    assert ia3.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"] == ["down_proj"]
+    for name in ("TARGET", "FEEDFORWARD"):
+        whole = f"TRANSFORMERS_MODELS_TO_IA3_{name}_MODULES_MAPPING"
+        assert getattr(ia3, whole) == getattr(peft.utils, whole)
 
 
 def test_what_a_configuration_answers():

@@ -272,6 +272,11 @@ def _meaning(name: str) -> tuple[str, frozenset[str]]:
     return "".join(letter for letter in "qkv" if letter in made), frozenset(rest)
 
 
+def made_by(name: str) -> str:
+    """Which of `q`, `k` and `v` a layer makes, by its name: `"k"` for `k_proj`, `key` or `linear_k`, `"qkv"` for all."""
+    return _meaning(name)[0]
+
+
 def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[_Layer]) -> Iterator[FoundAttention]:
     groups: dict[str, list[tuple[_Layer, str, frozenset[str]]]] = defaultdict(list)
     for layer in layers:

@@ -17,12 +17,11 @@ from ia3.config import PeftConfig
 from ia3.runs.run import check_output
 from ia3.sites import VECTORS, Layout, Site, is_at_input, matching
 from ia3.state import Adapter
+from ia3.structure import made_by
 from ia3.tasks.task import Task, load_task, save_task
 from ia3.tensors import PREFIX, SAFETENSORS_NAME, load_peft_weights, write_tensors
 
-# How the keys and values of an attention are called in the model families of transformers.
-_SHORT = dict.fromkeys(("k", "k_proj", "key", "wk"), "k") | dict.fromkeys(("v", "v_proj", "value", "wv"), "v")
-_CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn", re.IGNORECASE)
+_CROSS = re.compile(r"EncDecAttention|encoder_attn|cross_?att", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,8 @@ def place_of(path: str) -> tuple[str, str]:
 
 def _column(site: Site) -> str:
     name = site.path.rpartition(".")[2]
-    kind = _SHORT.get(name, name)
-    if name not in _SHORT and site.side == "input":
-        return "experts" if len(site.shape) == 2 and site.shape[0] > 1 else "ff"
+    makes = made_by(name)
+    if site.side == "input":
+        return "ff"
+    kind = makes if makes in ("k", "v") else name
     return f"cross {kind}" if _CROSS.search(site.path) else kind
