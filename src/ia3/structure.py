@@ -97,8 +97,11 @@ _FILLERS = frozenset("attn b c conv d dense fc head heads in layer lin linear pr
 _MEANINGS = {"key": "k", "keys": "k", "value": "v", "values": "v", "query": "q", "queries": "q", "att": "attn"}
 # Mixers of tokens that are no softmax over keys: (IA)³ says nothing of them.
 _NO_SOFTMAX = re.compile(
-    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|Linear\w*Attention|Rwkv|xLSTM|Deformable|Gated\w*Conv"
+    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|Linear\w*Attention|Rwkv|xLSTM|Deformable|Indexer|Gated\w*Conv"
 )
+# Attentions whose fused projection has `[q | k | v]` of each head, and names of those that have it once.
+_HEAD_BY_HEAD = ("Bloom", "Falcon", "GPTNeoX", "Persimmon")
+_PART_BY_PART = ("qkv", "qkv_proj", "c_attn", "Wqkv", "att_proj")
 # Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
 _MIXES_TOKENS = re.compile(r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|adapter|lora", re.IGNORECASE)
 _FEEDS_FORWARD = re.compile(r"mlp|ffn?\b|ff\d|feed|expert|moe", re.IGNORECASE)
@@ -290,7 +293,9 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
     for path, group in groups.items():
         if path in modules and not _mixes_without_softmax(modules[path]):
             projections = _keys_and_values(model, modules[path], group)
-            if projections:
+            if isinstance(projections, str):
+                yield FoundAttention(path, (), lacks=projections)
+            elif projections:
                 query = next((layer.path for layer, made, _ in group if made == "q"), "")
                 yield FoundAttention(path, tuple(projections), query, _out(path, group, layers))
 
@@ -311,12 +316,17 @@ def _mixes_without_softmax(module: nn.Module) -> bool:
 
 def _keys_and_values(
     model: nn.Module, module: nn.Module, group: list[tuple[_Layer, str, frozenset[str]]]
-) -> list[Projection]:
-    """The key and value projections among the layers of one module; empty where it is no attention."""
+) -> list[Projection] | str:
+    """The key and value projections among the layers of one module, or why these can't be told; empty for no attention."""
     of = {made: [(layer, rest) for layer, said, rest in group if said == made] for made in ("q", "k", "v", "kv", "qkv", "qk")}
     if of["qkv"] and of["q"]:  # GPT-2's attention across: the same name makes keys and values alone
         of["kv"], of["qkv"] = of["kv"] + of["qkv"], []
-    found = [Projection(layer.path, _fused_channels(model, module, layer, group)) for layer, _ in of["qkv"]]
+    found = []
+    for layer, _ in of["qkv"]:
+        channels = _fused_channels(model, module, layer, group)
+        if channels is None:
+            return f"how {layer.path} divides its channels into queries, keys and values is unknown"
+        found.append(Projection(layer.path, channels))
     # Of compressed keys and values the last layer makes them, those before it what they are made of.
     found += [Projection(layer.path) for layer, _ in of["kv"][-1:]]
     if found:
@@ -334,22 +344,25 @@ def _keys_and_values(
 def _fused_channels(
     model: Any, module: Any, layer: _Layer, group: list[tuple[_Layer, str, frozenset[str]]]
 ) -> Intervals | None:
-    """The channels of a layer that makes queries, keys and values which are keys and values.
+    """The channels of a layer that makes queries, keys and values which are keys and values; None where it can't be told.
 
-    Usually they follow the queries, of which there are as many as the output's projection takes in. How three families
-    divide them otherwise no width tells.
+    Usually they follow the queries, of which there are as many as the output's projection takes in. Which families
+    divide them otherwise no width tells, nor whether code from elsewhere does.
     """
     width, kind = layer.outputs, type(module).__name__
-    config = getattr(module, "config", model.config)
+    config = getattr(module, "config", getattr(model, "config", None))
+    if not type(module).__module__.startswith("transformers."):
+        return None
     if kind.startswith("CodeGen"):  # [q | v | k] in each of four parts
         return _last_of_each(width, 4, 3, 2)
-    if "query_key_value" in layer.path.rpartition(".")[2] or (kind.startswith("GPTBigCode") and not module.multi_query):
-        if getattr(config, "new_decoder_architecture", False):
-            groups = config.num_kv_heads
-            return _last_of_each(width, groups, config.num_attention_heads // groups + 2, 2)
-        if getattr(config, "multi_query", False):
-            return _last_of_each(width, 1, config.num_attention_heads + 2, 2)
+    if kind.startswith("Falcon") and config.new_decoder_architecture:
+        return _last_of_each(width, config.num_kv_heads, config.num_attention_heads // config.num_kv_heads + 2, 2)
+    if kind.startswith("Falcon") and config.multi_query:
+        return _last_of_each(width, 1, config.num_attention_heads + 2, 2)
+    if kind.startswith(_HEAD_BY_HEAD) or (kind.startswith("GPTBigCode") and not module.multi_query):
         return _last_of_each(width, config.num_attention_heads, 3, 2)
+    if layer.path.rpartition(".")[2] not in _PART_BY_PART:
+        return None
     ends = [other.inputs for other, made, _ in group if not made and other.inputs < width]
     queries = ends[-1] if ends and 3 * ends[-1] != width else width // 3
     return ((queries, width),)
@@ -376,14 +389,22 @@ def _unreachable(modules: dict[str, nn.Module]) -> Iterator[FoundAttention]:
 def _feed_forwards(layers: Sequence[_Layer], attentions: Sequence[FoundAttention]) -> tuple[dict[str, FoundFeedForward], set[str]]:
     """Those that a layer ends which leads back from a width to which another of its scope led, to where that began.
 
-    A bottleneck, narrower than what it starts from, is one only among experts or where there is nothing else.
+    Returns:
+        By the path of its second matrix; and the paths of those that count only in a block with an attention and
+        nothing else: bottlenecks outside of experts, narrower than what they start from, and convolutions.
     """
     taken = {projection.path for attention in attentions for projection in attention.keys_values}
+    taken |= {attention.query for attention in attentions}
+    # What leads into latent channels around experts is no feed-forward of its own.
+    around_experts = {layer.path.rpartition(".")[0] for layer in layers if layer.kind == "experts"}
     inside = [attention.path for attention in attentions if not _is_item(attention.path)]
     free = [
         layer
         for layer in layers
-        if layer.path not in taken and not _inside(layer.path, inside) and not _is_part_of_a_mixer(layer.path)
+        if layer.path not in taken
+        and not _inside(layer.path, inside)
+        and not _is_part_of_a_mixer(layer.path)
+        and (layer.kind == "experts" or layer.path.rpartition(".")[0] not in around_experts)
     ]
     scopes: dict[str, list[tuple[int, _Layer]]] = defaultdict(list)
     for index, layer in enumerate(free):
@@ -398,21 +419,31 @@ def _feed_forwards(layers: Sequence[_Layer], attentions: Sequence[FoundAttention
         for index, layer in enumerate(free):
             if (layer.inputs >= layer.outputs) is not narrows or layer.path in taken_first:
                 continue
-            up = [] if layer.kind == "experts" else _first_matrices(index, layer, scopes)
+            up = [] if layer.kind == "experts" else _first_matrices(index, layer, scopes, taken_first)
             if layer.kind == "experts" or (up and (narrows or up[-1] not in found)):
                 found[layer.path] = FoundFeedForward(tuple(up), layer.path)
                 taken_first |= {*up[-1:]}
-    widens = {layer.path for layer in free if layer.inputs < layer.outputs and "expert" not in layer.path.lower()}
-    return {path: each for path, each in found.items() if path not in taken_first}, widens
+    beside = {
+        layer.path
+        for layer in free
+        if layer.kind == "convolution" or (layer.inputs < layer.outputs and "expert" not in layer.path.lower())
+    }
+    return {path: each for path, each in found.items() if path not in taken_first}, beside
 
 
-def _first_matrices(index: int, layer: _Layer, scopes: dict[str, list[tuple[int, _Layer]]]) -> list[str]:
+def _first_matrices(
+    index: int, layer: _Layer, scopes: dict[str, list[tuple[int, _Layer]]], used: set[str]
+) -> list[str]:
     """What leads to another layer's input, in the nearest scope that has it: one layer, or a gate's two in their order."""
     for around in _above(layer.path):
         fitting = [
             (at, up)
             for at, up in scopes[around]
-            if up.kind == layer.kind and up.inputs == layer.outputs and up.outputs in (layer.inputs, 2 * layer.inputs)
+            if up.kind == layer.kind
+            and up.path not in used
+            and up.inputs == layer.outputs
+            and up.outputs in (layer.inputs, 2 * layer.inputs)
+            and all(_is_alone(each.path, around, scopes) for each in (up, layer))
         ]
         before = [up for at, up in fitting if at < index]
         if before:
@@ -426,6 +457,12 @@ def _first_matrices(index: int, layer: _Layer, scopes: dict[str, list[tuple[int,
         if _is_item(around):
             return []
     return []
+
+
+def _is_alone(path: str, scope: str, scopes: dict[str, list[tuple[int, _Layer]]]) -> bool:
+    """Whether a layer stands directly in a scope, or has no other beside it in its own module there, as BERT's have."""
+    holder = path.rpartition(".")[0]
+    return holder == scope or sum(each.path.rpartition(".")[0] == holder for _, each in scopes[holder]) == 1
 
 
 def _is_part_of_a_mixer(path: str) -> bool:
@@ -444,7 +481,7 @@ def _blocks(
 ) -> list[Block]:
     if not attentions:
         return []
-    feeds, bottlenecks = _feed_forwards(layers, attentions)
+    feeds, lesser = _feed_forwards(layers, attentions)
     around = {attention.path: _block_around(attention.path, feeds, modules) for attention in attentions}
     held: dict[str, list[FoundAttention]] = defaultdict(list)
     for attention in attentions:
@@ -464,7 +501,8 @@ def _blocks(
     lists_fed = {_outermost_item(path).rpartition(".")[0] for path in feeds}
     found = []
     for path in [path for path in modules if path in held or path in fed]:
-        own = [each for each in fed.get(path, ()) if each.down not in bottlenecks] or fed.get(path, [])
+        own = [each for each in fed.get(path, ()) if each.down not in lesser]
+        own = own or (fed.get(path, []) if held[path] else [])
         lacks = [f"{each.path}: {each.lacks}" for each in held[path] if each.lacks]
         if not own and path.rpartition(".")[0] not in lists_fed:
             lacks += _unexplained(path, layers, attentions)
