@@ -288,7 +288,7 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
         if not made and not rest:  # a layer in a wrapper of its own goes by the wrapper's name
             around, _, name = around.rpartition(".")
             made, rest = _meaning(name)
-        if layer.kind in ("linear", "convolution"):
+        if layer.kind == "linear" or (layer.kind == "convolution" and not _mixes_neighbours(layer.module)):
             groups[around].append((layer, made, rest))
     for path, group in groups.items():
         if path in modules and not _mixes_without_softmax(modules[path]):
@@ -298,6 +298,11 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
             elif projections:
                 query = next((layer.path for layer, made, _ in group if made == "q"), "")
                 yield FoundAttention(path, tuple(projections), query, _out(path, group, layers))
+
+
+def _mixes_neighbours(module: Any) -> bool:
+    """Whether a convolution works on each channel for itself, as those behind a projection do."""
+    return bool(1 < module.groups == module.in_channels)
 
 
 def _out(path: str, group: list[tuple[_Layer, str, frozenset[str]]], layers: Sequence[_Layer]) -> str:
@@ -331,6 +336,8 @@ def _keys_and_values(
     found += [Projection(layer.path) for layer, _ in of["kv"][-1:]]
     if found:
         return found
+    if of["qk"] and of["v"]:
+        return f"{of['qk'][0][0].path} makes queries and keys in one"
     keys, values = of["k"], of["v"]
     alike = {rest for _, rest in keys} & {rest for _, rest in values}
     if alike:  # names that say more come in pairs, and what has no partner is something else
@@ -491,7 +498,8 @@ def _blocks(
     }
     claimed = {each.down for own in fed.values() for each in own}
     lists = {_outermost_item(attention.path).rpartition(".")[0] for attention in attentions} - {""}
-    near = {path.rpartition(".")[0] for path in lists}
+    bare = {_outermost_item(path).rpartition(".")[0] for path, block in around.items() if block is None}
+    near = {path.rpartition(".")[0] for path in bare if path}
     for down, each in feeds.items():
         item = _outermost_item(down)
         holder = item.rpartition(".")[0]
