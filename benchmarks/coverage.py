@@ -338,8 +338,8 @@ SECTIONS = {
     "fails": ("Failing a check", "The places are the paper's, and a check fails.", "what fails", "failed"),
     "refused": (
         "Refused",
-        "`IA3Config()` alone is an error here; give `target_modules` and `feedforward_modules`. What makes keys, values "
-        "and intermediates, as a forward shows, stands on the left.",
+        "`IA3Config()` alone is an error here; give `target_modules` and `feedforward_modules`. What makes keys, "
+        "values and intermediates, as a forward shows, stands on the left.",
         "what a forward shows",
         "flow",
     ),

@@ -113,8 +113,9 @@ def _text_part(model: nn.Module) -> Callable[[str], bool]:
     """Whether a path is in what the text configuration describes: all is, where nothing in particular is."""
     configs = {path: type(module.config) for path, module in model.named_modules() if hasattr(module, "config")}
     try:
-        text = type(model.config.get_text_config())
-    except (AttributeError, ValueError):  # several may be the text's
+        config: Any = model.config
+        text = type(config.get_text_config())
+    except (AttributeError, ValueError):  # no configuration, or several that may be the text's
         return lambda path: True
     if all(kind is not text for path, kind in configs.items() if path):
         return lambda path: True
@@ -370,11 +371,9 @@ def _feeders(tensor: torch.Tensor, leaves: dict[int, Cut]) -> Channels:
         return {}
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    gradients = torch.autograd.grad(tensor, [cut.leaf for cut in cuts], direction, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(tensor, [cut.leaf for cut in cuts], direction, retain_graph=True)
     found: list[Channels] = []
     for cut, gradient in zip(cuts, gradients, strict=True):
-        if gradient is None:
-            continue
         used = gradient.movedim(cut.dim, -1).reshape(-1, cut.width).ne(0).any(0)
         if used.any():
             found.append({cut.path: _intervals(used)})
@@ -443,7 +442,8 @@ def _pointwise_sources(tensor: torch.Tensor, leaves: dict[int, Cut]) -> dict[int
         return None
     straight: dict[int, bool] = {}
     bent_anywhere, normalised = False, _is_normalised(tensor)
-    waiting, seen = [(tensor.grad_fn, False)], set()
+    waiting: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
+    seen: set[tuple[Any, bool]] = set()
     while waiting:
         node, bent = waiting.pop()
         if node is None or (node, bent) in seen:
