@@ -190,8 +190,15 @@ class _TorchsOwn(torch.nn.Module):
 def test_attention_inside_of_a_function() -> None:
     """Where no module's output is the keys, that is said."""
     found = observe(_TorchsOwn().eval(), {"states": torch.randn(2, 3, 8)})
-    assert found.skipped["layers.0"].startswith("nn.MultiheadAttention at layers.0: layers.0.in_proj_weight makes")
-    assert compare(found, [Site("layers.0.out_proj", "input", (1, 8))])
+    assert found.keys == {"layers.0.in_proj_weight": ((8, 16),)}
+    assert found.values == {"layers.0.in_proj_weight": ((16, 24),)}
+    assert found.bare == {"layers.0.in_proj_weight"}
+    said = compare(found, [Site("layers.0.out_proj", "input", (1, 8))])
+    assert said == [
+        "The keys of layers.0 are made by layers.0.in_proj_weight, a parameter that a function uses.",
+        "The values of layers.0 are made by layers.0.in_proj_weight, a parameter that a function uses.",
+        "The input of layers.0.out_proj is multiplied, and is no feed-forward's intermediate.",
+    ]
 
 
 def test_keys_of_a_bare_parameter() -> None:
