@@ -45,11 +45,19 @@ from ia3.twin import NoTwinError, tiny_twin
 RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ROPE_BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+
 # What a type's default configuration leaves out although its own model reads it.
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": _ROPE_BY_LAYER},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
 }
 
@@ -338,8 +346,8 @@ SECTIONS = {
     "fails": ("Failing a check", "The places are the paper's, and a check fails.", "what fails", "failed"),
     "refused": (
         "Refused",
-        "`IA3Config()` alone is an error here; give `target_modules` and `feedforward_modules`. What makes keys, values "
-        "and intermediates, as a forward shows, stands on the left.",
+        "`IA3Config()` alone is an error here; give `target_modules` and `feedforward_modules`. What makes keys, "
+        "values and intermediates, as a forward shows, stands on the left.",
         "what a forward shows",
         "flow",
     ),

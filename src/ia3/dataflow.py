@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.recording import Attended, Cut, Recorder
+from ia3.recording import Attended, Cut, Intervals, Recorder
 from ia3.sites import Site
 
-Intervals = tuple[tuple[int, int], ...]
 Channels = dict[str, Intervals]
 """Output channels as half-open ranges, by the path of the module (or bare parameter) that makes them."""
 
@@ -113,8 +112,9 @@ def _text_part(model: nn.Module) -> Callable[[str], bool]:
     """Whether a path is in what the text configuration describes: all is, where nothing in particular is."""
     configs = {path: type(module.config) for path, module in model.named_modules() if hasattr(module, "config")}
     try:
-        text = type(model.config.get_text_config())
-    except (AttributeError, ValueError):  # several may be the text's
+        config: Any = model.config
+        text = type(config.get_text_config())
+    except (AttributeError, ValueError):  # no configuration, or several that may be the text's
         return lambda path: True
     if all(kind is not text for path, kind in configs.items() if path):
         return lambda path: True
@@ -175,13 +175,14 @@ def compare(flow: Flow, sites: Iterable[Site]) -> list[str]:
         else:
             outputs[site.path] = site.intervals or ((0, site.width),)
     touched = {_tower(path) for path in (*outputs, *inputs)}
-    attentions = [a for a in flow.attentions if a.text or _tower(a.path) in touched]
-    feedforwards = [f for f in flow.feedforwards if f.text or _tower(f.path) in touched]
+    meant = _meant(flow, touched, set(outputs))
+    attentions = [attention for attention in flow.attentions if meant(attention)]
+    feedforwards = [found for found in flow.feedforwards if meant(found)]
     spent: set[str] = set()  # vectors that stand for an intermediate
     said = [
         *(s for attention in attentions for s in _lacking(attention, outputs, flow)),
         *(s for found in feedforwards for s in _lacking_intermediate(found, flow, inputs, outputs, spent)),
-        *(reason for path, reason in flow.skipped.items() if _same_tower(path, touched)),
+        *(f"{reason[0].upper()}{reason[1:]}." for path, reason in flow.skipped.items() if _block(path)),
         *_too_much(flow, outputs, inputs, spent),
     ]
     return list(dict.fromkeys(said))
@@ -193,8 +194,16 @@ def _tower(path: str) -> str:
     return path[: found.start()] if found else path.rpartition(".")[0]
 
 
-def _same_tower(path: str, touched: set[str]) -> bool:
-    return bool(_NUMBER.search(path)) and _tower(path) in touched
+def _meant(flow: Flow, touched: set[str], outputs: set[str]) -> Callable[[AttentionFlow | FeedForwardFlow], bool]:
+    """What must have vectors: the text's blocks, other towers that have any, and what is in no block if it has one."""
+    blocks = any(_block(attention.path) for attention in flow.attentions)
+
+    def is_meant(found: AttentionFlow | FeedForwardFlow) -> bool:
+        if blocks and not _block(found.path):
+            return isinstance(found, AttentionFlow) and bool({*found.keys, *found.values} & outputs)
+        return found.text or _tower(found.path) in touched
+
+    return is_meant
 
 
 def _lacking(attention: AttentionFlow, outputs: Channels, flow: Flow) -> Iterator[str]:
@@ -202,8 +211,9 @@ def _lacking(attention: AttentionFlow, outputs: Channels, flow: Flow) -> Iterato
         # Where several projections are added, one vector behind each of them is one on their sum.
         for path, intervals in made.items():
             missing = _as_set(intervals) - _as_set(outputs.get(path, ()))
-            if path in flow.bare:
-                yield f"The {kind} of {attention.path} are made by {path}, a parameter that a function uses."
+            if path in flow.bare and path not in outputs:
+                if path.rpartition(".")[0] not in outputs:
+                    yield f"The {kind} of {attention.path} are made by {path}, a parameter that a function uses."
             elif missing == _as_set(intervals):
                 yield f"The {kind} of {attention.path} lack a vector: {path} makes them."
             elif missing:
@@ -257,29 +267,32 @@ def _spell(channels: set[int]) -> str:
 
 def _told(seen: Recorder, is_text: Callable[[str], bool]) -> Flow:
     leaves = {id(cut.leaf): cut for cut in seen.cuts}
-    attentions = list(_attentions(seen, leaves))
-    feedforwards = _feedforwards(seen, leaves, [a.path for a in attentions] + list(seen.skipped))
+    skipped: dict[str, str] = {}
+    attentions = [*_attentions(seen, leaves, skipped), *(AttentionFlow(*told) for told in seen.within)]
+    feedforwards = _feedforwards(seen, leaves, [a.path for a in attentions] + list(skipped))
     parameters = {path for _, path in seen.weights.values()}
+    projections = [cut for cut in seen.cuts if cut.projects]
+    widths = {cut.path: cut.width for cut in projections} | seen.within_widths
     return Flow(
         tuple(_distinct(replace(found, text=is_text(found.path)) for found in attentions)),
         tuple(_distinct(replace(found, text=is_text(found.path)) for found in feedforwards)),
-        seen.skipped,
-        frozenset(cut.path for cut in seen.cuts),
-        {cut.path: cut.width for cut in seen.cuts},
-        frozenset(cut.path for cut in seen.cuts if cut.path in parameters),
+        skipped,
+        frozenset(widths),
+        widths,
+        frozenset(path for path in widths if path in parameters),
     )
 
 
-def _attentions(seen: Recorder, leaves: dict[int, Cut]) -> Iterator[AttentionFlow]:
+def _attentions(seen: Recorder, leaves: dict[int, Cut], skipped: dict[str, str]) -> Iterator[AttentionFlow]:
     for attended in [*seen.attended, *_eager(seen)]:
-        keys, by_the_way = _main(_feeders(attended.keys, leaves), attended.keys)
-        values, beside = _main(_feeders(attended.values, leaves), attended.values)
+        keys, by_the_way = _main(_feeders(attended.keys, leaves))
+        values, beside = _main(_feeders(attended.values, leaves))
         queries = _feeders(attended.queries, leaves)
         if keys and values:
             yield AttentionFlow(attended.path, keys, values, queries, {**by_the_way, **beside})
         else:
             missing = " and ".join(n for n, found in (("keys", keys), ("values", values)) if not found)
-            seen.skipped.setdefault(attended.path, f"no projection makes the {missing} of {attended.path}")
+            skipped.setdefault(attended.path, f"no projection makes the {missing} of {attended.path}")
 
 
 def _eager(seen: Recorder) -> Iterator[Attended]:
@@ -308,10 +321,14 @@ def _when(seen: Recorder, pair: tuple[torch.Tensor, torch.Tensor]) -> int:
 
 def _feedforwards(seen: Recorder, leaves: dict[int, Cut], attentions: list[str]) -> Iterator[FeedForwardFlow]:
     for cut in seen.cuts:
+        if not cut.projects or not cut.entered.is_floating_point():
+            continue
         sources = _pointwise_sources(cut.entered, leaves)
         if sources is None:
             continue
         first = [leaves[leaf] for leaf in sources]
+        if not all(part.projects for part in first):
+            continue
         if not _is_feedforward(cut, first, _product_of_two(sources, first, cut)):
             continue
         if not any(_same_block(cut.path, attention) for attention in attentions):
@@ -365,16 +382,14 @@ def _feeders(tensor: torch.Tensor, leaves: dict[int, Cut]) -> Channels:
     if tensor.grad_fn is None:
         return {}
     reached = {id(node.variable): node.variable for node in _walk(tensor) if hasattr(node, "variable")}
-    cuts = [leaves[key] for key in reached if key in leaves]
+    cuts = [leaves[key] for key in reached if key in leaves and leaves[key].projects]
     if not cuts:
         return {}
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    gradients = torch.autograd.grad(tensor, [cut.leaf for cut in cuts], direction, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(tensor, [cut.leaf for cut in cuts], direction, retain_graph=True)
     found: list[Channels] = []
     for cut, gradient in zip(cuts, gradients, strict=True):
-        if gradient is None:
-            continue
         used = gradient.movedim(cut.dim, -1).reshape(-1, cut.width).ne(0).any(0)
         if used.any():
             found.append({cut.path: _intervals(used)})
@@ -413,7 +428,7 @@ def _merged(parts: Iterable[Channels]) -> Channels:
     return {path: _of_set(channels) for path, channels in merged.items()}
 
 
-def _main(feeders: Channels, tensor: torch.Tensor) -> tuple[Channels, Channels]:
+def _main(feeders: Channels) -> tuple[Channels, Channels]:
     """What makes most of the channels, and what makes a part of them beside (MLA's shared rotary part)."""
     most = max((_count(intervals) for intervals in feeders.values()), default=0)
     main = {path: intervals for path, intervals in feeders.items() if _count(intervals) == most}
@@ -433,7 +448,7 @@ _NORMALISES = re.compile(
 )
 _MIXES = re.compile(
     r"(Mm|Bmm|Addmm|Baddbmm|Linear|Cumsum|Cumprod|Softmax|LogSoftmax|ScaledDot\w+|Fft\w+|Sum|AvgPool\w*|MaxPool\w*|"
-    r"Adaptive\w*|Upsample\w*|LinalgInvEx|Prod|Triu|Tril|Max|Min|Amax|Einsum)\w*Backward\d*"
+    r"Adaptive\w*|Upsample\w*|LinalgInvEx|Prod|Triu|Tril|Max|Min|Amax|Amin|Einsum)Backward\d*"
 )
 
 
@@ -443,7 +458,8 @@ def _pointwise_sources(tensor: torch.Tensor, leaves: dict[int, Cut]) -> dict[int
         return None
     straight: dict[int, bool] = {}
     bent_anywhere, normalised = False, _is_normalised(tensor)
-    waiting, seen = [(tensor.grad_fn, False)], set()
+    waiting: list[tuple[Any, bool]] = [(tensor.grad_fn, False)]
+    seen: set[tuple[Any, bool]] = set()
     while waiting:
         node, bent = waiting.pop()
         if node is None or (node, bent) in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,15 +13,19 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+Intervals = tuple[tuple[int, int], ...]
+"""Channels as half-open ranges."""
+
 
 @dataclass
 class Cut:
-    """One call of a projection: its output as a leaf of the graph, and what went in."""
+    """One call of a projection, or of an embedding: its output as a leaf of the graph, and what went in."""
 
     path: str
     leaf: torch.Tensor
     entered: torch.Tensor
     dim: int
+    projects: bool = True
 
     @property
     def width(self) -> int:
@@ -53,7 +58,9 @@ class Recorder(TorchFunctionMode):
         self.products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.softmaxes: list[tuple[torch.Tensor, torch.Tensor, str]] = []
         self.attended: list[Attended] = []
-        self.skipped: dict[str, str] = {}
+        # Attentions of torch's own function: the module around it, and what makes keys, values and queries.
+        self.within: list[tuple[str, dict[str, Intervals], dict[str, Intervals], dict[str, Intervals]]] = []
+        self.within_widths: dict[str, int] = {}
         self.running: list[str] = []
         self.inside = 0  # projections that are running: their own products are not cut once more
         # What was computed of parameters alone, by identity: the tensor (kept, so that its identity stays its own)
@@ -88,17 +95,23 @@ class Recorder(TorchFunctionMode):
                 pass
             self.inside -= projects
             entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-            if not projects or entered is None or not isinstance(output, torch.Tensor):
+            if not isinstance(output, torch.Tensor) or entered is None:
+                return None
+            if isinstance(module, nn.Embedding):
+                return self._cut(path, output, entered, -1, projects=False)
+            if not projects:
                 return None
             return self._cut(path, output, entered, _channel_dim(module, output))
 
         return leave
 
-    def _cut(self, path: str, output: torch.Tensor, entered: torch.Tensor, dim: int) -> torch.Tensor:
+    def _cut(
+        self, path: str, output: torch.Tensor, entered: torch.Tensor, dim: int, projects: bool = True
+    ) -> torch.Tensor:
         if not output.is_floating_point():
             return output
         leaf = output.detach().requires_grad_()
-        self.cuts.append(Cut(path, leaf, entered, dim))
+        self.cuts.append(Cut(path, leaf, entered, dim, projects))
         return leaf.clone()  # no leaf, so that what follows may be computed in place
 
     # The functions
@@ -186,15 +199,25 @@ class Recorder(TorchFunctionMode):
         return self._cut(owner, output, entered, 1 if func in _CONVOLUTION else -1)
 
     def _multi_head(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weight = args[5] if len(args) > 5 else kwargs.get("in_proj_weight")
-        owner = self._owner(weight) or self._owner(kwargs.get("q_proj_weight")) or "its parameters"
-        self.skipped[self._around()] = (
-            f"nn.MultiheadAttention at {self._around()}: {owner} makes its queries, keys and values inside of a "
-            "function, where no module's output can be multiplied"
-        )
+        """torch's own attention makes everything inside of one function; its parameters say which channels."""
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        width = given["embed_dim_to_check"]
+        made: list[dict[str, Intervals]] = []
+        for place, name in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
+            apart = self._owner(given.get(name))
+            together = self._owner(given["in_proj_weight"])
+            if apart is not None:
+                made.append({apart: ((0, width),)})
+            elif together is not None:
+                made.append({together: ((place * width, (place + 1) * width),)})
+        if len(made) == 3:
+            queries, keys, values = made
+            self.within.append((self._around(), keys, values, queries))
+            for path, intervals in (item for part in made for item in part.items()):
+                self.within_widths[path] = max(self.within_widths.get(path, 0), intervals[-1][1])
         output = func(*args, **kwargs)
-        made, rest = output[0], output[1:]
-        return (self._cut(f"{self._around()}.out_proj", made, args[0] if args else kwargs["query"], -1), *rest)
+        owner = self._owner(given["out_proj_weight"]) or self._around()
+        return (self._cut(owner.removesuffix(".weight"), output[0], given["query"], -1), *output[1:])
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:

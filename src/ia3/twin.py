@@ -35,7 +35,7 @@ _WIDTHS = re.compile(
     r".*expand_dim|.*d_ssm|.*attention_dim|output_channels|fusion_hidden_size|neck_hidden_sizes|.*_lora_rank|emb_dim|"
     r"(encoder|decoder|text|vision|audio|query|key|value|qk|attention|attn)_(size|width|channels)|width|"
     r""
-    r"attention_head_size_sum|.*classifier_proj_size|qk_channels|v_channels|d_latents|conv_dim|output_dim|d_embed"
+    r"attention_head_size_sum|.*classifier_proj_size|qk_channels|v_channels|d_latents|conv_dim|upsample_groups|output_dim|d_embed"
 )
 _HEADS = re.compile(r"((num|n)_)?(\w+_)?(attention_)?heads?|n_head|num_attention_heads|\w*num_heads")
 _KV_HEADS = re.compile(r".*(num_|n_)(key_value|kv)_heads|num_kv_heads|multi_query_group_num|.*num_key_value_heads.*")
@@ -131,15 +131,15 @@ def _build(kind: type, config: PretrainedConfig) -> nn.Module:
 
 
 def _first_that_runs(model: nn.Module) -> dict[str, Any]:
-    reason: Exception = ValueError("no input of its forward is known")
+    reasons: list[Exception] = []
     for batch in batches(model):
         try:
             with torch.no_grad():
                 model(**batch)
             return batch
         except Exception as error:
-            reason = error
-    raise reason
+            reasons.append(error)
+    raise reasons[0] if reasons else ValueError("no input of its forward is known")
 
 
 # What is tried first where the configuration names no class: the class that people adapt, then the bare model.
@@ -215,8 +215,8 @@ def shrink(config: PretrainedConfig, how: Shrinking) -> PretrainedConfig:
         for name in ("dtype", "torch_dtype"):
             if vars(part).get(name) is not None:
                 setattr(part, name, None)
-        if getattr(part, "use_cache", False) is True:
-            part.use_cache = False
+        if vars(part).get("use_cache") is True:
+            _set(part, "use_cache", False)
     return config
 
 
@@ -318,9 +318,9 @@ def _shrink_counts(part: PretrainedConfig) -> None:
             _set(part, name, 2)
         elif re.fullmatch(r"n_group|topk_group|num_expert_groups?", name) and value > 1:
             _set(part, name, 1)
-    image = getattr(part, "image_size", None)
-    patch = getattr(part, "patch_size", None)
-    if isinstance(image, int) and isinstance(patch, int) and image > 20 * patch and image % patch == 0:
+    image, patch = vars(part).get("image_size"), vars(part).get("patch_size")
+    windows = vars(part).keys() & {"depths", "window_size"}
+    if not windows and isinstance(image, int) and isinstance(patch, int) and image > 20 * patch and image % patch == 0:
         _set(part, "image_size", 16 * patch)
 
 
@@ -404,9 +404,10 @@ def _fewer(heads: int, widths: list[int], divisor: int, how: Shrinking) -> int:
 def _fill_heads(part: PretrainedConfig) -> None:
     """Some models read what their own default leaves out."""
     numbers = dict(_numbers(part))
-    if "head_dim" in vars(part) and part.head_dim is None and _head(numbers):
-        _set(part, "head_dim", _head(numbers))
-    if "num_key_value_heads" in vars(part) and part.num_key_value_heads is None and "num_attention_heads" in numbers:
+    missing = {name for name, value in vars(part).items() if value is None}
+    if "head_dim" in missing and _head(numbers):
+        _set(part, "head_dim", numbers.get("qk_rope_head_dim", _head(numbers)))
+    if "num_key_value_heads" in missing and "num_attention_heads" in numbers:
         _set(part, "num_key_value_heads", numbers["num_attention_heads"])
 
 
@@ -420,7 +421,7 @@ def _head(numbers: dict[str, int]) -> int:
 
 def _shrink_rotation(part: PretrainedConfig, ratio: float) -> None:
     """Sections of a head's rotation (`mrope_section`) add up to half a head; `rotary_dim` is a part of one."""
-    rotated = getattr(part, "rotary_dim", None)
+    rotated = vars(part).get("rotary_dim")
     if isinstance(rotated, int) and ratio > 1:
         _set(part, "rotary_dim", max(int(rotated / ratio) // 2 * 2, 2))
     for name, value in list(vars(part).items()):
@@ -452,7 +453,7 @@ def _shrink_kv_heads(part: PretrainedConfig, before: dict[str, int], grouped: bo
             continue
         of = re.sub(r"(key_value|kv)_heads", "attention_heads", name)
         old = before.get(of, before.get("num_attention_heads", kv_heads))
-        new = getattr(part, of, getattr(part, "num_attention_heads", None))
+        new = vars(part).get(of, vars(part).get("num_attention_heads"))
         if not isinstance(new, int) or kv_heads == 1:
             continue
         small = new // 2 if kv_heads < old or grouped else new
@@ -477,7 +478,7 @@ def _small_vocabulary(parts: list[PretrainedConfig]) -> dict[int, int]:
 
 
 def _shrink_vocabulary(part: PretrainedConfig, tokens: dict[int, int]) -> None:
-    if "vocab_size" in vars(part) and part.vocab_size is None:
+    if vars(part).get("vocab_size", 0) is None:
         _set(part, "vocab_size", _VOCABULARY)
     for name, value in _numbers(part):
         if _VOCABULARIES.fullmatch(name) and value > _VOCABULARY:

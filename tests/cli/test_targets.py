@@ -54,6 +54,38 @@ def test_a_fused_projection_says_how_much_is_trained(tmp_path: Path) -> None:
     assert "c_attn  output  32 of 48" in shown
 
 
+def test_sites_that_a_forward_confirms(folder: Path) -> None:
+    shown = succeed("targets", folder, "--check").stdout
+    assert "checked by one forward of a tiny twin: one vector on keys, values and" in shown
+    assert "6 attentions and 4 feed-forwards" in shown
+    content = json.loads(succeed("targets", folder, "--check", "--json").stdout)
+    assert content["check"]["differences"] == []
+    assert content["check"]["class"] == type(tiny_seq2seq.base()).__name__
+    assert "check" not in json.loads(succeed("targets", folder, "--json").stdout)
+
+
+def test_sites_that_a_forward_denies(folder: Path) -> None:
+    chosen = ("--target-modules", "q,v,wo", "--feedforward-modules", "wo")
+    result = call("targets", folder, "--check", *chosen)
+    assert result.exit_code == 1
+    assert "one forward of a tiny twin says otherwise" in result.stdout
+    assert "encoder.block.1.layer.0.SelfAttention.q scales queries" in result.stdout
+    content = call("targets", folder, "--check", "--json", *chosen)
+    assert content.exit_code == 1
+    assert any(
+        said.startswith("The keys of decoder.block.0.layer.1.EncDecAttention lack a vector")
+        for said in json.loads(content.stdout)["check"]["differences"]
+    )
+
+
+def test_a_check_of_layers_that_a_twin_lacks(tmp_path: Path) -> None:
+    AutoConfig.for_model("gpt2", n_embd=16, n_layer=6, n_head=4, vocab_size=11).save_pretrained(tmp_path)
+    result = call("targets", tmp_path, "--check", "--target-modules", r".*h\.5\.attn\.c_attn")
+    assert result.exit_code == 2
+    assert "--check looks at a tiny" in message(result)
+    assert "without their layers' numbers" in message(result)
+
+
 def test_a_name_that_matches_nothing(folder: Path) -> None:
     result = call("targets", folder, "--target-modules", "keys")
     assert result.exit_code == 2
