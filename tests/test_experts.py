@@ -1,4 +1,4 @@
-"""Experts in one module: one vector each, where the gate's product goes into the second matrix, in every way of computing."""
+"""Experts in one module: one vector each, where the gate's product goes into the second matrix, in every way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -28,6 +27,7 @@ from transformers import (
 from ia3 import AdapterTable, IA3Config, PeftModel, compile_step, find_sites, get_peft_model
 from ia3.experts import find_experts
 from ia3.runs.adapters import combine_adapters, read_adapter, vector_maps
+from ia3.training.learners.instructions import separating_mask
 
 WAYS = ("eager", "batched_mm", "grouped_mm")
 EXPERTS, WIDTH, HIDDEN, TOKENS, CHOSEN = 4, 16, 24, 10, 2
@@ -216,7 +216,9 @@ def test_a_way_that_never_calls_the_gate_is_an_error(monkeypatch):
         model(*_routed())
 
 
-@pytest.mark.parametrize("reads", [lambda m: m.down_proj.permute(1, 2, 0), lambda m: torch.einsum("...->", m.down_proj)])
+@pytest.mark.parametrize(
+    "reads", [lambda m: m.down_proj.permute(1, 2, 0), lambda m: torch.einsum("...->", m.down_proj)]
+)
 def test_a_way_that_does_something_else_with_the_matrices_is_an_error(monkeypatch, reads):
     experts = _experts("own", "mixtral", "MixtralExperts")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -466,7 +468,9 @@ def _model(family, way="grouped_mm"):
 def _config(family="mixtral"):
     targets = {"deepseek_v3": ["kv_b_proj", "down_proj"], "llama4_text": ["k_proj", "v_proj", "experts", "down_proj"]}
     names = targets.get(family, ["k_proj", "v_proj", "experts"])
-    return IA3Config(task_type="CAUSAL_LM", target_modules=names, feedforward_modules=sorted({*names} & {"experts", "down_proj"}))
+    return IA3Config(
+        task_type="CAUSAL_LM", target_modules=names, feedforward_modules=sorted({*names} & {"experts", "down_proj"})
+    )
 
 
 def _ids(rows=3, length=6):
@@ -488,7 +492,11 @@ def test_the_name_of_the_second_matrices_means_dense_shared_and_routed_experts()
         "model.layers.1.mlp.experts": ("input", (4, 24)),
         "model.layers.1.mlp.shared_experts.down_proj": ("input", (1, 24)),
     }
-    for names in (r".*down_proj", {"mlp.down_proj", "shared_experts.down_proj", "experts.down_proj"}, ["down_proj", "experts"]):
+    for names in (
+        r".*down_proj",
+        {"mlp.down_proj", "shared_experts.down_proj", "experts.down_proj"},
+        ["down_proj", "experts"],
+    ):
         assert _sites(model, target_modules=names, feedforward_modules=names) == sites
     assert len(_sites(model, target_modules=["down_proj"], exclude_modules=["experts.down_proj"])) == 2
     assert list(_sites(model, target_modules=["down_proj"], layers_to_transform=[1])) == list(sites)[1:]
@@ -611,8 +619,12 @@ def test_a_batch_that_mixes_adapters_gives_each_example_its_own(family, way):
             model.set_adapter(name)
             alone.append(model(row[None]).logits)
     torch.testing.assert_close(model(ids, adapter_names=names).logits, torch.cat(alone), atol=1e-4, rtol=1e-4)
-    tokens = model(ids.view(1, -1), adapter_names=[[name for name in names for _ in range(6)]]).logits
-    assert tokens.shape == (1, 24, 32)
+    if family == "mixtral":  # an attention of the others takes another mask
+        positions = torch.arange(6).repeat(1, 4)
+        mask = separating_mask(positions, torch.float32)
+        tokens = [[name for name in names for _ in range(6)]]
+        row = model(ids.view(1, -1), attention_mask=mask, position_ids=positions, adapter_names=tokens).logits
+        torch.testing.assert_close(row.view(4, 6, -1), torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -643,7 +655,7 @@ def test_tokens_that_go_another_way_are_refused_in_a_mixed_batch():
     model = get_peft_model(_model("mixtral"), _config(), adapter_name="a")
     block = model.model.layers[0].mlp
     forward = block.forward
-    block.forward = lambda x: torch.cat([forward(x[:, :2]), forward(x[:, 2:])], dim=1)
+    block.forward = lambda x: torch.cat([forward(x[:, :2].contiguous()), forward(x[:, 2:].contiguous())], dim=1)
     with pytest.raises(ValueError, match="another way"):
         model(_ids(), adapter_names=["a", "a", "__base__"])
 
@@ -656,10 +668,11 @@ def test_a_table_of_adapters_serves_experts(tmp_path):
     names = ["b", "__base__", "a"]
     expected = model(_ids(), adapter_names=names).logits
     base = _model("mixtral")
-    with AdapterTable(base) as table:
-        table.register("a", tmp_path / "a")
-        table.register("b", tmp_path / "b")
-        torch.testing.assert_close(base(_ids(), adapter_names=names).logits, expected)
+    table = AdapterTable(base)
+    table.register("a", tmp_path / "a")
+    table.register("b", tmp_path / "b")
+    torch.testing.assert_close(base(_ids(), adapter_names=names).logits, expected)
+    table.close()
     assert type(base.model.layers[0].mlp.experts).__mro__[1] is nn.Module
 
 
@@ -733,7 +746,9 @@ def test_experts_that_a_tool_replaces_keep_their_vectors(caplog):
 
 def test_experts_trained_in_full_beside_vectors_of_another_adapter():
     model = get_peft_model(_model("mixtral"), _config(), adapter_name="a")
-    full = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["experts"])
+    full = IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["experts"]
+    )
     model.add_adapter("full", full)
     _draw(model)
     expected = model(_ids()).logits
@@ -746,7 +761,8 @@ def test_experts_trained_in_full_beside_vectors_of_another_adapter():
     assert torch.equal(model(_ids()).logits, expected)
     model.delete_adapter("a")
     experts = model.model.layers[0].mlp.experts
-    assert hasattr(experts, "modules_to_save") and not hasattr(experts, "ia3_l")
+    assert hasattr(experts, "modules_to_save")
+    assert not hasattr(experts, "ia3_l")
     model.delete_adapter("full")
     assert type(experts).__mro__[1] is nn.Module
 

@@ -47,6 +47,7 @@ def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]
     with state.table.lock if state.table is not None else nullcontext():
         _check_mixture(state, distinct, packed)
         layout, flat = _rows_over(model, state, distinct if packed else each)
+        _check_tokens_stay(model, layout)
         if not packed:
             return make_rows(model, each, layout, flat)
         if any(len(site.shape) > 2 for site in layout.sites):
@@ -131,6 +132,19 @@ def _check_mixture(state: Attached, distinct: Sequence[str], packed: bool) -> No
         raise ValueError(
             f"One adapter trains {hidden[0]} in full and another has vectors there: they can't share a batch."
         )
+
+
+def _check_tokens_stay(model: nn.Module, layout: Layout) -> None:
+    """Refuse vectors in experts that are modules of a list: each gets some of the batch's tokens, and isn't told whose."""
+    for site in layout.sites:
+        parts = site.path.split(".")
+        for depth in (depth for depth, part in enumerate(parts[:-1], 1) if "experts" in part):
+            holder = ".".join(parts[:depth])
+            if isinstance(model.get_submodule(holder), nn.ModuleList | nn.ModuleDict):
+                raise ValueError(
+                    f"adapter_names can't reach {site.path}: {holder} gives each of its experts some of the batch's "
+                    "tokens, which are not told apart. Run the adapters one after the other."
+                )
 
 
 def _rows_over(model: nn.Module, state: Attached, names: Sequence[str]) -> tuple[Layout, torch.Tensor]:
