@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -22,10 +24,14 @@ from transformers import (
     MixtralForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 
 from ia3 import AdapterTable, IA3Config, PeftModel, compile_step, find_sites, get_peft_model
 from ia3.experts import find_experts
+from ia3.fast.generate import Decoder, unsupported_reason
+from ia3.rows import Rows, acting
 from ia3.runs.adapters import combine_adapters, read_adapter, vector_maps
 from ia3.training.learners.instructions import separating_mask
 
@@ -651,6 +657,53 @@ def test_mixed_batches_train_and_generate(way):
     torch.testing.assert_close([experts.a.grad, experts.b.grad], grads, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
+def test_recorded_generation_mixes_and_steps_aside_for_a_loop(way):
+    model = get_peft_model(_model("mixtral", way), _config(), adapter_name="a")
+    model.add_adapter("b", _config())
+    _draw(model)
+    model.eval()
+    generate = Decoder(model, max_new_tokens=4)
+    ids, names = _ids(3), ["b", "__base__", "a"]
+    expected = model.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
+    for _ in range(2):
+        assert torch.equal(generate(ids, torch.ones_like(ids), adapter_names=names), expected)
+    assert unsupported_reason(model, max_new_tokens=4) is None
+    model.set_experts_implementation("eager")
+    assert "one after the other" in unsupported_reason(model, max_new_tokens=4)
+
+
+def test_rows_whose_names_say_nothing_are_not_taken_for_alike():
+    model = _adapted(Block(_experts("eager", "mixtral", "MixtralExperts")))
+    vectors = 0.5 + torch.rand(5, EXPERTS, WIDTH, dtype=torch.double)
+    rows = Rows(("__base__",) * 5, {model.experts.ia3_l: {"input": vectors.view(5, -1)}})
+    x, chosen, weights = _routed()
+    with acting(rows):
+        output = model.experts(x, chosen, weights)
+    own = vectors.repeat_interleave(2, dim=0)
+    torch.testing.assert_close(output, _formula("mixtral", model.experts, own, x, chosen, weights))
+
+
+def test_experts_that_are_modules_of_a_list_are_refused_in_a_mixed_batch():
+    config = SwitchTransformersConfig(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_experts=4,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    get_peft_model(model, IA3Config(target_modules=["wo"], feedforward_modules=["wo"]), adapter_name="a")
+    with pytest.raises(ValueError, match=r"mlp.experts gives each of its experts some of the batch's tokens"):
+        model(_ids(2), decoder_input_ids=_ids(2), adapter_names=["a", "__base__"])
+
+
 def test_tokens_that_go_another_way_are_refused_in_a_mixed_batch():
     model = get_peft_model(_model("mixtral"), _config(), adapter_name="a")
     block = model.model.layers[0].mlp
@@ -717,6 +770,52 @@ def test_a_compiled_model_acts_alike_and_switches_without_another_graph(way, dty
     assert len(graphs) == 1
     compiled(x).float().square().sum().backward()
     assert block.mlp.experts.ia3_l.a.grad.any()
+
+
+def test_a_module_compiled_alone_takes_one_graph():
+    model = get_peft_model(_model("mixtral"), _config())
+    _draw(model)
+    expected = model(_ids()).logits
+    graphs = []
+    torch._dynamo.reset()
+    model.model.layers[0].mlp.experts.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for _ in range(4):
+        assert torch.equal(model(_ids()).logits, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offloaded_experts_act_and_are_given_back(way, tmp_path):
+    model = get_peft_model(_model("mixtral", way), _config())
+    _draw(model)
+    expected = model(_ids()).logits
+    model.save_pretrained(tmp_path)
+    base = _model("mixtral", way)
+    plain = base(_ids()).logits
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded(_ids()).logits, expected)
+    torch.testing.assert_close(loaded.unload()(_ids()).logits, plain)
+
+
+def test_a_forward_that_was_replaced_before_is_an_error():
+    experts = _experts("eager", "mixtral", "MixtralExperts")
+    forward = experts.forward
+    experts.forward = lambda *args: forward(*args)
+    with pytest.raises(RuntimeError, match="was replaced"):
+        _adapted(Block(experts))(*_routed())
+
+
+def test_threads_hear_their_own_vectors():
+    models = []
+    for seed in (2, 3):
+        models.append(get_peft_model(_model("mixtral", "eager"), _config()))
+        _draw(models[-1], seed)
+    expected = [model(_ids()).logits for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            answers = list(pool.map(lambda model: model(_ids()).logits, models))
+            assert all(map(torch.equal, answers, expected))
 
 
 def test_a_copy_and_a_pickle_act_alike():

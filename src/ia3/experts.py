@@ -101,6 +101,19 @@ def unsupported_reason(module: nn.Module, experts: Experts) -> str | None:
     return None
 
 
+def way_of(module: nn.Module) -> str | None:
+    """Which of transformers' functions computes an experts module; None for a module outside of their interface."""
+    if not hasattr(type(module), "_apply_gate") or not hasattr(module, "is_transposed"):
+        return None
+    way: str | None = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return way
+
+
+def computes_in_a_loop(module: nn.Module) -> bool:
+    """Whether a module computes its experts one after the other, those that the values choose."""
+    return find_experts(module) is not None and way_of(module) == "eager"
+
+
 # Names
 
 

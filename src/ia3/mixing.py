@@ -135,7 +135,7 @@ def _check_mixture(state: Attached, distinct: Sequence[str], packed: bool) -> No
 
 
 def _check_tokens_stay(model: nn.Module, layout: Layout) -> None:
-    """Refuse vectors in experts that are modules of a list: each gets some of the batch's tokens, and isn't told whose."""
+    """Refuse vectors in experts that are modules of a list: each gets some of the tokens, and isn't told whose."""
     for site in layout.sites:
         parts = site.path.split(".")
         for depth in (depth for depth, part in enumerate(parts[:-1], 1) if "experts" in part):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ia3.experts import SECOND, Experts, ScaledWeight, find_experts
+from ia3.experts import SECOND, Experts, ScaledWeight, find_experts, way_of
 from ia3.hooks import SiteVectors, vectors_of
 from ia3.rows import Rows, running
 from ia3.swap import Swapped, swap, swap_back
@@ -131,14 +131,15 @@ class RoutedExperts(Swapped):
         _lead_on(module, former)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self._compiled_call_impl is not None:
+        # A module trained in full by the adapter that acts has no vectors that do.
+        if torch.compiler.is_compiling() or self._compiled_call_impl or not vectors_of(self).acting("input", False):
             return super().__call__(*args, **kwargs)
         _running.reached = None
         output = super().__call__(*args, **kwargs)
-        if _running.reached is not self:
+        if not _was_reached(self):
             raise RuntimeError(
-                f"The forward of this {type(self).__name__} was replaced, so its adapters would do nothing: attach them "
-                "before it is replaced."
+                f"The forward of this {type(self).__name__} was replaced before the adapter was attached, which would "
+                "do nothing: attach it first."
             )
         return output
 
@@ -184,20 +185,17 @@ class RoutedExperts(Swapped):
             return self._with(table, rows, args, kwargs)
         # A loop over the experts takes their tokens in an order of its own: one adapter's tokens at a time.
         output, of_tokens = torch.zeros_like(given[0]), rows.of_tokens(len(given[0]), given[0].device)
-        for row in rows.distinct():
-            names = torch.tensor([name == rows.names[row] for name in rows.names], device=of_tokens.device)
-            places = names[of_tokens].nonzero().squeeze(-1)
+        for alike in rows.alike():
+            places = torch.isin(of_tokens, torch.tensor(alike, device=of_tokens.device)).nonzero().squeeze(-1)
             if len(places):
                 its = [value[places] if isinstance(value, Tensor) else value for value in args]
                 also = {key: value[places] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-                output = output.index_copy(0, places, self._with(table[row], None, tuple(its), also))
+                output = output.index_copy(0, places, self._with(table[alike[0]], None, tuple(its), also))
         return output
 
     def _way(self) -> str | None:
         """The function that computes this module, if it is one that calls the gate once."""
-        if not hasattr(type(self), "_apply_gate") or not hasattr(self, "is_transposed"):
-            return None
-        way: str | None = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        way = way_of(self)
         return way if way in _AT_ONCE else None
 
     # What the forward reads
@@ -249,6 +247,10 @@ def _lead_on(module: nn.Module, former: type[nn.Module]) -> None:
     held = module.__dict__.get("_old_forward")
     if getattr(held, "__func__", None) is former.forward:
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def _was_reached(module: nn.Module) -> bool:
+    return _running.reached is module
 
 
 def _acting_in(module: nn.Module) -> _Acting | None:
