@@ -189,15 +189,19 @@ class Mixing(Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            if torch.compiler.is_compiling() or not act_here():
-                return super().__call__(*args, **kwargs)
-            with holding(_token_counts(args, kwargs)):
-                return super().__call__(*args, **kwargs)
+            return self._run(args, kwargs)
         if torch.compiler.is_compiling() or self._compiled_call_impl is not None:
             raise ValueError(
                 "A batch that mixes adapters runs without torch.compile: call the model that isn't compiled."
             )
-        with acting(rows_of(self, names, args, kwargs)), holding(_token_counts(args, kwargs)):
+        with acting(rows_of(self, names, args, kwargs)):
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base's call; where rows act, it is known how many tokens its batch has."""
+        if torch.compiler.is_compiling() or not act_here():
+            return super().__call__(*args, **kwargs)
+        with holding(_token_counts(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
