@@ -27,6 +27,7 @@ from transformers import (
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
+from transformers.integrations import moe
 
 from ia3 import AdapterTable, IA3Config, PeftModel, compile_step, find_sites, get_peft_model
 from ia3.experts import find_experts
@@ -105,7 +106,7 @@ class Block(nn.Module):
 @pytest.fixture
 def doubles(monkeypatch):
     """torch's grouped products take no float64; transformers' own do."""
-    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *args: False)
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
 
 
 def _routed(dtype: torch.dtype = torch.double):
@@ -215,9 +216,7 @@ def test_merging_is_exact_and_goes_back_to_the_bit(family, doubles):
 def test_a_way_that_never_calls_the_gate_is_an_error(monkeypatch):
     experts = _experts("batched_mm", "mixtral", "MixtralExperts")
     model = _adapted(Block(experts))
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", lambda module, x, chosen, weights: x)
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", lambda module, x, chosen, weights: x)
     with pytest.raises(RuntimeError, match="doesn't call its gate"):
         model(*_routed())
 
@@ -227,16 +226,40 @@ def test_a_way_that_never_calls_the_gate_is_an_error(monkeypatch):
 )
 def test_a_way_that_does_something_else_with_the_matrices_is_an_error(monkeypatch, reads):
     experts = _experts("own", "mixtral", "MixtralExperts")
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "own", lambda module, *args: reads(module))
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "own", lambda module, *args: reads(module))
     reads(experts)
     with pytest.raises(TypeError, match="set_experts_implementation"):
         _adapted(Block(experts))(*_routed())
 
 
+class _Garbage(torch.autograd.Function):
+    """What a grouped product leaves where it computes nothing: behind the last expert's rows, in either direction."""
+
+    @staticmethod
+    def forward(ctx, rows, start, is_output):
+        ctx.start, ctx.is_output = start, is_output
+        return _spoil(rows, start) if is_output else rows.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.is_output else _spoil(grad, ctx.start), None, None
+
+
+def _spoil(rows, start):
+    rows = rows.clone()
+    rows[start:] = torch.nan
+    return rows
+
+
 @pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
-def test_pairs_that_belong_to_no_expert_here_reach_no_vector(way, doubles):
+def test_pairs_that_belong_to_no_expert_here_reach_no_vector(way, doubles, monkeypatch):
+    grouped_mm = moe._grouped_mm
+
+    def spoiling(rows, weight, offs):
+        end = int(offs[-1])
+        return _Garbage.apply(grouped_mm(_Garbage.apply(rows, end, False), weight, offs), end, True)
+
+    monkeypatch.setattr(moe, "_grouped_mm", spoiling)
     experts = _experts(way, "mixtral", "MixtralExperts")
     experts._is_expert_parallel = True
     vector = _adapted(Block(experts)).experts.ia3_l.default
