@@ -1,17 +1,18 @@
-"""Experts in one module: one vector each, where the gate's product goes into the second matrix, in every way of computing."""
+"""Experts in one module: one vector each, where the gate's product goes into the second matrix, in every way."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -23,11 +24,17 @@ from transformers import (
     MixtralForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
+from transformers.integrations import moe
 
 from ia3 import AdapterTable, IA3Config, PeftModel, compile_step, find_sites, get_peft_model
 from ia3.experts import find_experts
+from ia3.fast.generate import Decoder, unsupported_reason
+from ia3.rows import Rows, acting
 from ia3.runs.adapters import combine_adapters, read_adapter, vector_maps
+from ia3.training.learners.instructions import separating_mask
 
 WAYS = ("eager", "batched_mm", "grouped_mm")
 EXPERTS, WIDTH, HIDDEN, TOKENS, CHOSEN = 4, 16, 24, 10, 2
@@ -99,7 +106,7 @@ class Block(nn.Module):
 @pytest.fixture
 def doubles(monkeypatch):
     """torch's grouped products take no float64; transformers' own do."""
-    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *args: False)
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
 
 
 def _routed(dtype: torch.dtype = torch.double):
@@ -209,26 +216,50 @@ def test_merging_is_exact_and_goes_back_to_the_bit(family, doubles):
 def test_a_way_that_never_calls_the_gate_is_an_error(monkeypatch):
     experts = _experts("batched_mm", "mixtral", "MixtralExperts")
     model = _adapted(Block(experts))
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", lambda module, x, chosen, weights: x)
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", lambda module, x, chosen, weights: x)
     with pytest.raises(RuntimeError, match="doesn't call its gate"):
         model(*_routed())
 
 
-@pytest.mark.parametrize("reads", [lambda m: m.down_proj.permute(1, 2, 0), lambda m: torch.einsum("...->", m.down_proj)])
+@pytest.mark.parametrize(
+    "reads", [lambda m: m.down_proj.permute(1, 2, 0), lambda m: torch.einsum("...->", m.down_proj)]
+)
 def test_a_way_that_does_something_else_with_the_matrices_is_an_error(monkeypatch, reads):
     experts = _experts("own", "mixtral", "MixtralExperts")
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "own", lambda module, *args: reads(module))
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "own", lambda module, *args: reads(module))
     reads(experts)
     with pytest.raises(TypeError, match="set_experts_implementation"):
         _adapted(Block(experts))(*_routed())
 
 
+class _Garbage(torch.autograd.Function):
+    """What a grouped product leaves where it computes nothing: behind the last expert's rows, in either direction."""
+
+    @staticmethod
+    def forward(ctx, rows, start, is_output):
+        ctx.start, ctx.is_output = start, is_output
+        return _spoil(rows, start) if is_output else rows.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.is_output else _spoil(grad, ctx.start), None, None
+
+
+def _spoil(rows, start):
+    rows = rows.clone()
+    rows[start:] = torch.nan
+    return rows
+
+
 @pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
-def test_pairs_that_belong_to_no_expert_here_reach_no_vector(way, doubles):
+def test_pairs_that_belong_to_no_expert_here_reach_no_vector(way, doubles, monkeypatch):
+    grouped_mm = moe._grouped_mm
+
+    def spoiling(rows, weight, offs):
+        end = int(offs[-1])
+        return _Garbage.apply(grouped_mm(_Garbage.apply(rows, end, False), weight, offs), end, True)
+
+    monkeypatch.setattr(moe, "_grouped_mm", spoiling)
     experts = _experts(way, "mixtral", "MixtralExperts")
     experts._is_expert_parallel = True
     vector = _adapted(Block(experts)).experts.ia3_l.default
@@ -466,7 +497,9 @@ def _model(family, way="grouped_mm"):
 def _config(family="mixtral"):
     targets = {"deepseek_v3": ["kv_b_proj", "down_proj"], "llama4_text": ["k_proj", "v_proj", "experts", "down_proj"]}
     names = targets.get(family, ["k_proj", "v_proj", "experts"])
-    return IA3Config(task_type="CAUSAL_LM", target_modules=names, feedforward_modules=sorted({*names} & {"experts", "down_proj"}))
+    return IA3Config(
+        task_type="CAUSAL_LM", target_modules=names, feedforward_modules=sorted({*names} & {"experts", "down_proj"})
+    )
 
 
 def _ids(rows=3, length=6):
@@ -488,7 +521,11 @@ def test_the_name_of_the_second_matrices_means_dense_shared_and_routed_experts()
         "model.layers.1.mlp.experts": ("input", (4, 24)),
         "model.layers.1.mlp.shared_experts.down_proj": ("input", (1, 24)),
     }
-    for names in (r".*down_proj", {"mlp.down_proj", "shared_experts.down_proj", "experts.down_proj"}, ["down_proj", "experts"]):
+    for names in (
+        r".*down_proj",
+        {"mlp.down_proj", "shared_experts.down_proj", "experts.down_proj"},
+        ["down_proj", "experts"],
+    ):
         assert _sites(model, target_modules=names, feedforward_modules=names) == sites
     assert len(_sites(model, target_modules=["down_proj"], exclude_modules=["experts.down_proj"])) == 2
     assert list(_sites(model, target_modules=["down_proj"], layers_to_transform=[1])) == list(sites)[1:]
@@ -611,8 +648,12 @@ def test_a_batch_that_mixes_adapters_gives_each_example_its_own(family, way):
             model.set_adapter(name)
             alone.append(model(row[None]).logits)
     torch.testing.assert_close(model(ids, adapter_names=names).logits, torch.cat(alone), atol=1e-4, rtol=1e-4)
-    tokens = model(ids.view(1, -1), adapter_names=[[name for name in names for _ in range(6)]]).logits
-    assert tokens.shape == (1, 24, 32)
+    if family == "mixtral":  # an attention of the others takes another mask
+        positions = torch.arange(6).repeat(1, 4)
+        mask = separating_mask(positions, torch.float32)
+        tokens = [[name for name in names for _ in range(6)]]
+        row = model(ids.view(1, -1), attention_mask=mask, position_ids=positions, adapter_names=tokens).logits
+        torch.testing.assert_close(row.view(4, 6, -1), torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -639,11 +680,58 @@ def test_mixed_batches_train_and_generate(way):
     torch.testing.assert_close([experts.a.grad, experts.b.grad], grads, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
+def test_recorded_generation_mixes_and_steps_aside_for_a_loop(way):
+    model = get_peft_model(_model("mixtral", way), _config(), adapter_name="a")
+    model.add_adapter("b", _config())
+    _draw(model)
+    model.eval()
+    generate = Decoder(model, max_new_tokens=4)
+    ids, names = _ids(3), ["b", "__base__", "a"]
+    expected = model.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
+    for _ in range(2):
+        assert torch.equal(generate(ids, torch.ones_like(ids), adapter_names=names), expected)
+    assert unsupported_reason(model, max_new_tokens=4) is None
+    model.set_experts_implementation("eager")
+    assert "one after the other" in unsupported_reason(model, max_new_tokens=4)
+
+
+def test_rows_whose_names_say_nothing_are_not_taken_for_alike():
+    model = _adapted(Block(_experts("eager", "mixtral", "MixtralExperts")))
+    vectors = 0.5 + torch.rand(5, EXPERTS, WIDTH, dtype=torch.double)
+    rows = Rows(("__base__",) * 5, {model.experts.ia3_l: {"input": vectors.view(5, -1)}})
+    x, chosen, weights = _routed()
+    with acting(rows):
+        output = model.experts(x, chosen, weights)
+    own = vectors.repeat_interleave(2, dim=0)
+    torch.testing.assert_close(output, _formula("mixtral", model.experts, own, x, chosen, weights))
+
+
+def test_experts_that_are_modules_of_a_list_are_refused_in_a_mixed_batch():
+    config = SwitchTransformersConfig(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_experts=4,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    get_peft_model(model, IA3Config(target_modules=["wo"], feedforward_modules=["wo"]), adapter_name="a")
+    with pytest.raises(ValueError, match=r"mlp.experts gives each of its experts some of the batch's tokens"):
+        model(_ids(2), decoder_input_ids=_ids(2), adapter_names=["a", "__base__"])
+
+
 def test_tokens_that_go_another_way_are_refused_in_a_mixed_batch():
     model = get_peft_model(_model("mixtral"), _config(), adapter_name="a")
     block = model.model.layers[0].mlp
     forward = block.forward
-    block.forward = lambda x: torch.cat([forward(x[:, :2]), forward(x[:, 2:])], dim=1)
+    block.forward = lambda x: torch.cat([forward(x[:, :2].contiguous()), forward(x[:, 2:].contiguous())], dim=1)
     with pytest.raises(ValueError, match="another way"):
         model(_ids(), adapter_names=["a", "a", "__base__"])
 
@@ -656,10 +744,11 @@ def test_a_table_of_adapters_serves_experts(tmp_path):
     names = ["b", "__base__", "a"]
     expected = model(_ids(), adapter_names=names).logits
     base = _model("mixtral")
-    with AdapterTable(base) as table:
-        table.register("a", tmp_path / "a")
-        table.register("b", tmp_path / "b")
-        torch.testing.assert_close(base(_ids(), adapter_names=names).logits, expected)
+    table = AdapterTable(base)
+    table.register("a", tmp_path / "a")
+    table.register("b", tmp_path / "b")
+    torch.testing.assert_close(base(_ids(), adapter_names=names).logits, expected)
+    table.close()
     assert type(base.model.layers[0].mlp.experts).__mro__[1] is nn.Module
 
 
@@ -706,6 +795,52 @@ def test_a_compiled_model_acts_alike_and_switches_without_another_graph(way, dty
     assert block.mlp.experts.ia3_l.a.grad.any()
 
 
+def test_a_module_compiled_alone_takes_one_graph():
+    model = get_peft_model(_model("mixtral"), _config())
+    _draw(model)
+    expected = model(_ids()).logits
+    graphs = []
+    torch._dynamo.reset()
+    model.model.layers[0].mlp.experts.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for _ in range(4):
+        assert torch.equal(model(_ids()).logits, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offloaded_experts_act_and_are_given_back(way, tmp_path):
+    model = get_peft_model(_model("mixtral", way), _config())
+    _draw(model)
+    expected = model(_ids()).logits
+    model.save_pretrained(tmp_path)
+    base = _model("mixtral", way)
+    plain = base(_ids()).logits
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded(_ids()).logits, expected)
+    torch.testing.assert_close(loaded.unload()(_ids()).logits, plain)
+
+
+def test_a_forward_that_was_replaced_before_is_an_error():
+    experts = _experts("eager", "mixtral", "MixtralExperts")
+    forward = experts.forward
+    experts.forward = lambda *args: forward(*args)
+    with pytest.raises(RuntimeError, match="was replaced"):
+        _adapted(Block(experts))(*_routed())
+
+
+def test_threads_hear_their_own_vectors():
+    models = []
+    for seed in (2, 3):
+        models.append(get_peft_model(_model("mixtral", "eager"), _config()))
+        _draw(models[-1], seed)
+    expected = [model(_ids()).logits for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            answers = list(pool.map(lambda model: model(_ids()).logits, models))
+            assert all(map(torch.equal, answers, expected))
+
+
 def test_a_copy_and_a_pickle_act_alike():
     model = get_peft_model(_model("mixtral"), _config())
     _draw(model)
@@ -733,7 +868,9 @@ def test_experts_that_a_tool_replaces_keep_their_vectors(caplog):
 
 def test_experts_trained_in_full_beside_vectors_of_another_adapter():
     model = get_peft_model(_model("mixtral"), _config(), adapter_name="a")
-    full = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["experts"])
+    full = IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["experts"]
+    )
     model.add_adapter("full", full)
     _draw(model)
     expected = model(_ids()).logits
@@ -746,7 +883,8 @@ def test_experts_trained_in_full_beside_vectors_of_another_adapter():
     assert torch.equal(model(_ids()).logits, expected)
     model.delete_adapter("a")
     experts = model.model.layers[0].mlp.experts
-    assert hasattr(experts, "modules_to_save") and not hasattr(experts, "ia3_l")
+    assert hasattr(experts, "modules_to_save")
+    assert not hasattr(experts, "ia3_l")
     model.delete_adapter("full")
     assert type(experts).__mro__[1] is nn.Module
 

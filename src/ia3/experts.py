@@ -1,7 +1,7 @@
 """Experts that are no modules: one module holds the matrices of all of them, `[experts, …, …]`, as parameters.
 
-A vector multiplies an expert's intermediate, so such a module has one vector an expert, `[experts, width]`, on the input
-of its second matrix. The module is found by its parameters: a second matrix that leads back to where the first came from.
+A vector multiplies an expert's intermediate, so such a module has one vector an expert, `[experts, width]`, on the
+input of its second matrix. The module is found by its parameters.
 """
 
 from __future__ import annotations
@@ -93,12 +93,25 @@ def unsupported_reason(module: nn.Module, experts: Experts) -> str | None:
     assert weight is not None
     if weight.dtype not in _FLOATING:
         return (
-            f"its {experts.second} is {weight.dtype}, which its own kernels multiply by: load the base with its experts "
-            "dequantised"
+            f"its {experts.second} is {weight.dtype}, which kernels of its own multiply by: load the base with its "
+            "experts dequantised"
         )
     if getattr(module, "_is_expert_parallel", False) and getattr(module, "num_experts", None) != experts.count:
         return "its experts are split over processes (expert parallelism): load the base without"
     return None
+
+
+def way_of(module: nn.Module) -> str | None:
+    """Which of transformers' functions computes an experts module; None for a module outside of their interface."""
+    if not hasattr(type(module), "_apply_gate") or not hasattr(module, "is_transposed"):
+        return None
+    way: str | None = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return way
+
+
+def computes_in_a_loop(module: nn.Module) -> bool:
+    """Whether a module computes its experts one after the other, those that the values choose."""
+    return find_experts(module) is not None and way_of(module) == "eager"
 
 
 # Names
@@ -145,9 +158,9 @@ def _with_owners(names: Any, seconds: Mapping[str, str], modules: Mapping[str, n
         return names
     new: set[str] = set()
     for name in names:
-        owners = {seconds[path] for path in match({name}, seconds)}
-        new |= _shortest(owners, modules, match)
-        if not owners or match({name}, modules):
+        meant = {seconds[path] for path in match({name}, seconds)}
+        new |= _shortest(meant, modules, match)
+        if not meant or match({name}, modules):
             new.add(name)
     return new
 

@@ -47,6 +47,7 @@ def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]
     with state.table.lock if state.table is not None else nullcontext():
         _check_mixture(state, distinct, packed)
         layout, flat = _rows_over(model, state, distinct if packed else each)
+        _check_tokens_stay(model, layout)
         if not packed:
             return make_rows(model, each, layout, flat)
         if any(len(site.shape) > 2 for site in layout.sites):
@@ -133,6 +134,19 @@ def _check_mixture(state: Attached, distinct: Sequence[str], packed: bool) -> No
         )
 
 
+def _check_tokens_stay(model: nn.Module, layout: Layout) -> None:
+    """Refuse vectors in experts that are modules of a list: each gets some of the tokens, and isn't told whose."""
+    for site in layout.sites:
+        parts = site.path.split(".")
+        for depth in (depth for depth, part in enumerate(parts[:-1], 1) if "experts" in part):
+            holder = ".".join(parts[:depth])
+            if isinstance(model.get_submodule(holder), nn.ModuleList | nn.ModuleDict):
+                raise ValueError(
+                    f"adapter_names can't reach {site.path}: {holder} gives each of its experts some of the batch's "
+                    "tokens, which are not told apart. Run the adapters one after the other."
+                )
+
+
 def _rows_over(model: nn.Module, state: Attached, names: Sequence[str]) -> tuple[Layout, torch.Tensor]:
     """One row a name, `[len(names), D]`, and the sites that it is over; an absent vector is one."""
     distinct = list(dict.fromkeys(names))
@@ -175,15 +189,19 @@ class Mixing(Swapped):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            if torch.compiler.is_compiling() or not act_here():
-                return super().__call__(*args, **kwargs)
-            with holding(_token_counts(args, kwargs)):
-                return super().__call__(*args, **kwargs)
+            return self._run(args, kwargs)
         if torch.compiler.is_compiling() or self._compiled_call_impl is not None:
             raise ValueError(
                 "A batch that mixes adapters runs without torch.compile: call the model that isn't compiled."
             )
-        with acting(rows_of(self, names, args, kwargs)), holding(_token_counts(args, kwargs)):
+        with acting(rows_of(self, names, args, kwargs)):
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base's call; where rows act, it is known how many tokens its batch has."""
+        if torch.compiler.is_compiling() or not act_here():
+            return super().__call__(*args, **kwargs)
+        with holding(_token_counts(args, kwargs)):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,21 +1,22 @@
 """How the vectors of experts enter the forward of their module: one multiplies each pair of a token and an expert.
 
-transformers computes experts by one of several functions. Its batched and grouped ways call the gate once, for all pairs
-in an order that follows from the router's choice; there the gate's product is multiplied. Whatever else computes them (the
-module's own loop over the experts, or code of a module outside of that interface) is given stand-ins for the second
-matrices, which multiply what is multiplied by them. Either way no scaled matrix is ever made.
+transformers computes experts by one of several functions. Its batched and grouped ways call the gate once, for all
+pairs in an order that follows from the router's choice; there the gate's product is multiplied. Whatever else computes
+them (the module's own loop over the experts, or code of a module outside of that interface) is given stand-ins for the
+second matrices, which multiply what is multiplied by them. Either way no scaled matrix is ever made.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ia3.experts import SECOND, Experts, ScaledWeight, find_experts
+from ia3.experts import SECOND, Experts, ScaledWeight, find_experts, way_of
 from ia3.hooks import SiteVectors, vectors_of
 from ia3.rows import Rows, running
 from ia3.swap import Swapped, swap, swap_back
@@ -85,9 +86,10 @@ class _Acting:
 
 
 class _Running(threading.local):
-    """The experts module that is computing in a thread."""
+    """The experts module that is computing in a thread, and the last whose forward was reached."""
 
     acting: _Acting | None = None
+    reached: nn.Module | None = None
 
 
 _running = _Running()
@@ -115,24 +117,43 @@ class RoutedExperts(Swapped):
     def wrap(module: nn.Module, experts: Experts) -> None:
         """Let an experts module multiply by its vectors; harmless where it does already."""
         if not isinstance(module, RoutedExperts):
+            former = type(module)
             swap(module, RoutedExperts)
+            _lead_on(module, former)
         module.__dict__["_ia3_experts"] = experts
 
     @staticmethod
     def unwrap(module: nn.Module) -> None:
         """Give it its class back."""
         del module.__dict__["_ia3_experts"]
+        former = type(module)
         swap_back(module, RoutedExperts)
+        _lead_on(module, former)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A module trained in full by the adapter that acts has no vectors that do.
+        if torch.compiler.is_compiling() or self._compiled_call_impl or not vectors_of(self).acting("input", False):
+            return super().__call__(*args, **kwargs)
+        _running.reached = None
+        output = super().__call__(*args, **kwargs)
+        if not _was_reached(self):
+            raise RuntimeError(
+                f"The forward of this {type(self).__name__} was replaced before the adapter was attached, which would "
+                "do nothing: attach it first."
+            )
+        return output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiling = torch.compiler.is_compiling()
+        if not compiling:
+            _running.reached = self
         site = vectors_of(self)
         rows = None if compiling else running(site)
         if rows is not None:
             return self._by_rows(rows, site, args, kwargs)
         vectors = site.acting("input", compiling)
         if not vectors:
-            return super().__call__(*args, **kwargs)
+            return super().forward(*args, **kwargs)
         return self._with(site.product(vectors), None, args, kwargs)
 
     def _with(self, table: Tensor, rows: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +163,7 @@ class RoutedExperts(Swapped):
         acting = _Acting(self, table, way, chosen, rows)
         former, _running.acting = _running.acting, acting
         try:
-            output = super().__call__(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
         finally:
             _running.acting = former
         if way is not None and not acting.used:
@@ -156,7 +177,7 @@ class RoutedExperts(Swapped):
         """The output where each token's experts have its example's vectors."""
         table = rows.slices[site].get("input")
         if table is None:
-            return super().__call__(*args, **kwargs)
+            return super().forward(*args, **kwargs)
         table = table.view(-1, self._ia3_experts.count, self._ia3_experts.width)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         is_routed = len(given) == 3 and given[0].shape[:1] == given[1].shape[:1] and not given[1].is_floating_point()
@@ -164,20 +185,17 @@ class RoutedExperts(Swapped):
             return self._with(table, rows, args, kwargs)
         # A loop over the experts takes their tokens in an order of its own: one adapter's tokens at a time.
         output, of_tokens = torch.zeros_like(given[0]), rows.of_tokens(len(given[0]), given[0].device)
-        for row in rows.distinct():
-            names = torch.tensor([name == rows.names[row] for name in rows.names], device=of_tokens.device)
-            places = names[of_tokens].nonzero().squeeze(-1)
+        for alike in rows.alike():
+            places = torch.isin(of_tokens, torch.tensor(alike, device=of_tokens.device)).nonzero().squeeze(-1)
             if len(places):
                 its = [value[places] if isinstance(value, Tensor) else value for value in args]
                 also = {key: value[places] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-                output = output.index_copy(0, places, self._with(table[row], None, tuple(its), also))
+                output = output.index_copy(0, places, self._with(table[alike[0]], None, tuple(its), also))
         return output
 
     def _way(self) -> str | None:
         """The function that computes this module, if it is one that calls the gate once."""
-        if not hasattr(type(self), "_apply_gate") or not hasattr(self, "has_gate"):
-            return None
-        way: str | None = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        way = way_of(self)
         return way if way in _AT_ONCE else None
 
     # What the forward reads
@@ -199,7 +217,7 @@ class RoutedExperts(Swapped):
             return weight
         if len(weight) != self._ia3_experts.count:
             raise RuntimeError(
-                f"This {type(self).__name__} has {len(weight)} experts here, and its vectors {self._ia3_experts.count}: "
+                f"This {type(self).__name__} has {len(weight)} experts here, and vectors of {self._ia3_experts.count}: "
                 "experts that are split over processes can't be adapted."
             )
         return acting.stand_in(weight)
@@ -210,7 +228,7 @@ class RoutedExperts(Swapped):
         if function is None:
             raise AttributeError("act_fn")
         acting = _acting_in(self)
-        if acting is None or acting.way is None or self.has_gate:
+        if acting is None or acting.way is None or getattr(self, "has_gate", True):
             return function
         return lambda product: acting.gated(function(product))
 
@@ -222,6 +240,17 @@ def hold_experts(module: nn.Module) -> bool:
         return False
     RoutedExperts.wrap(module, experts)
     return True
+
+
+def _lead_on(module: nn.Module, former: type[nn.Module]) -> None:
+    """Let the forward that accelerate put before the class's own lead to that of the class which the module has now."""
+    held = module.__dict__.get("_old_forward")
+    if getattr(held, "__func__", None) is former.forward:
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def _was_reached(module: nn.Module) -> bool:
+    return _running.reached is module
 
 
 def _acting_in(module: nn.Module) -> _Acting | None:

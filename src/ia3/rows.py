@@ -102,9 +102,12 @@ class Rows:
             raise ValueError(f"{tokens} tokens can't be told apart by {len(self.names)} adapter_names.")
         return torch.arange(len(self.names), device=device).repeat_interleave(count)
 
-    def distinct(self) -> list[int]:
-        """The first row of each name."""
-        return [self.names.index(name) for name in dict.fromkeys(self.names)]
+    def alike(self) -> list[list[int]]:
+        """The rows that have the same vectors, those of each adapter; a row of none stands alone."""
+        found: dict[str | int, list[int]] = {}
+        for row, name in enumerate(self.names):
+            found.setdefault(row if name == BASE else name, []).append(row)
+        return list(found.values())
 
     def rows_an_example(self, activation: Tensor) -> int:
         """How many rows of an activation belong to each example.

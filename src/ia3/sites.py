@@ -194,6 +194,14 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
+        left_out = [path for path, module in candidates.items() if find_experts(module) is not None]
+        if left_out and not loading:
+            logger.warning(
+                "'all-linear' means modules: the experts of %s and %d more like it are parameters and get no vector. "
+                "Name them in target_modules, beside the linear layers, where they should.",
+                left_out[0],
+                len(left_out) - 1,
+            )
     elif not loading:  # a file names modules
         config = name_modules(config, candidates, matching)
     if config.layers_to_transform is not None:

@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from ia3.adapter import site_vectors
 from ia3.architectures import architecture_of, has_learned_positions
+from ia3.experts import computes_in_a_loop
 from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_seq2seq, packable, round_up
 from ia3.fast.capture import GraphedCallable
@@ -181,6 +182,9 @@ def capture_unsupported_reason(model: Any) -> str | None:
         return "its weights are quantised"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not vouch that a {kind}'s forward is the same for all values"
+    looped = next((path for path, module in model.named_modules() if computes_in_a_loop(module)), None)
+    if looped is not None:
+        return f"the experts of {looped} are computed one after the other: set_experts_implementation('grouped_mm')"
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {model.config._attn_implementation}, and masks are made for sdpa and eager"
     return None
