@@ -199,6 +199,6 @@ def _column(site: Site) -> str:
     name = site.path.rpartition(".")[2]
     makes = made_by(name)
     if site.side == "input":
-        return "ff"
+        return "experts" if site.shape[0] > 1 else "ff"
     kind = makes if makes in ("k", "v") else name
     return f"cross {kind}" if _CROSS.search(site.path) else kind
