@@ -156,6 +156,19 @@ def test_layers_without_a_backward_train_in_silence(kind: str) -> None:
     assert logits(model.train()).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_own_dynamic_layers_train_in_silence() -> None:
+    model = torch.ao.quantization.quantize_dynamic(llama(), {nn.Linear}, dtype=torch.qint8)
+    assert "quantized" in type(model.model.layers[0].mlp.up_proj).__module__
+    model = adapt(model).train()
+    with pytest.raises(RuntimeError, match=r"q_proj holds its weight as a Linear and passes no gradient on"):
+        model(input_ids=IDS, labels=IDS)
+    assert logits(model).isfinite().all()
+    assert "no weight as a parameter" in unsupported_reason(model)
+    with pytest.raises(ValueError, match="is quantised"):
+        model.merge_adapter()
+
+
 class _Stubborn(Scaled):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.detach())
@@ -368,6 +381,19 @@ def test_a_merged_base_that_still_carries_something(kind: str) -> None:
     assert type(model) is LlamaForCausalLM
     assert not [name for name, _ in model.named_modules() if "ia3" in name]
     assert distance(logits(model), wanted) < limit(kind)
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_dynamic_layers_merge(kind: str) -> None:
+    expect("torchao")
+    model = adapt(quantised(llama(), DYNAMIC[kind]))
+    before, wanted = bits(model), logits(model)
+    model.merge_adapter()
+    assert distance(logits(model), wanted) < 0.15
+    changed = {name for name, part in bits(model).items() if not torch.equal(part, before[name])}
+    assert not [name for name in changed if "self_attn" in name and not before[name].is_floating_point()]
+    model.unmerge_adapter()
+    assert same(bits(model), before)
 
 
 def test_scales_that_hold_groups_first() -> None:

@@ -366,10 +366,10 @@ def _example(held: Held) -> Tensor:
     weight = getattr(module, "weight", None)
     candidates = (
         getattr(module, "compute_dtype", None),
-        *(each.dtype for each in (parts.get("bias"), weight) if each is not None),
+        *(each.dtype for each in (parts.get("bias"), weight) if isinstance(each, Tensor)),
     )
     floats = (torch.float32, torch.bfloat16, torch.float16)
-    device = next(iter(parts.values())).device
+    device = next((part.device for part in parts.values()), torch.device("cpu"))
     dtype = next((each for each in candidates if each in floats), torch.float16 if device.type == "cuda" else floats[0])
     drawn = torch.randn(_ROWS, module.in_features, generator=torch.Generator().manual_seed(0))
     return drawn.to(device, dtype)
@@ -439,10 +439,26 @@ def _largest_integer(kind: torch.dtype) -> int:
 def layer_without_backward(model: nn.Module) -> tuple[str, str] | None:
     """The path and the format of the first layer in few bits through which no gradient comes; each is tried once."""
     for path, module in model.named_modules():
-        held = held_by(module)
+        held = held_by(module) or _of_nobody(module)
         if held is not None and not _passes_gradients(held):
             return path, held.name
     return None
+
+
+class _OfNobody(Held):
+    """A layer whose weight nobody knows: torch's own dynamic int8, and what is written by anybody."""
+
+    def parts(self) -> Parts:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+
+def _of_nobody(module: nn.Module) -> Held | None:
+    """A linear layer without a weight in numbers; None for others, and for what only stands around a linear layer."""
+    weight = module._parameters.get("weight")
+    if not hasattr(module, "in_features") or (weight is not None and weight.is_floating_point()):
+        return None
+    is_around = any(hasattr(child, "in_features") for child in module.children())
+    return None if is_around else _OfNobody(module, f"a {type(module).__name__}")
 
 
 def _passes_gradients(held: Held) -> bool:
