@@ -330,7 +330,7 @@ def _merged_parts(
     folded = fold(held, path, scales, before)
     if folded.rounded_anew:
         rounded[path] = folded.error
-    for name, new in {**before, **folded.parts}.items():
+    for name, new in folded.parts.items():
         yield f"{path}{_PART}{name}", held.parts()[name], new
 
 
