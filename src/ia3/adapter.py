@@ -13,6 +13,7 @@ from ia3.config import IA3Config
 from ia3.hooks import SiteVectors
 from ia3.listening import unwatch, watch
 from ia3.placement import drop_idle_hooks, unwrap
+from ia3.quantised import first_quantised
 from ia3.rows import BASE
 from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, is_inside, logger
 from ia3.state import Adapter, Attached, attached, carry, carry_nothing, find_attached, get_adapter
@@ -75,6 +76,8 @@ def attach(
     found = find_sites(model, config, loading=loading)
     for site in found.layout.sites:
         _check_free(model.get_submodule(site.path), site, state)
+    for path in found.saved:
+        _check_trainable_in_full(model.get_submodule(path), path)
     copies = {path: _copy_for_itself(model.get_submodule(path)) for path in found.saved}
     if not state.adapters:
         _freeze_base(model, state)
@@ -283,6 +286,18 @@ def _check_free(module: nn.Module, site: Site, state: Attached) -> None:
         raise ValueError(
             f"{site.path} carries {others} already, attached to the model around or inside this one: add to that one "
             "with add_adapter, or unload() it first."
+        )
+
+
+def _check_trainable_in_full(module: nn.Module, path: str) -> None:
+    held = first_quantised(module)
+    if held is not None:
+        inside, kind = held
+        whole = f"{path}.{inside}".rstrip(".")
+        raise ValueError(
+            f"modules_to_save: {path} can't be trained in full, since the weight of {whole} is {kind}. Load the base "
+            f"with it left out of the quantisation (llm_int8_skip_modules=[{path!r}] for bitsandbytes), or leave it "
+            "out of modules_to_save."
         )
 
 

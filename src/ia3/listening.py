@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ia3.placement import Listener, Placement
+from ia3.quantised import layer_without_backward
 from ia3.sites import logger
 from ia3.state import find_attached
 
@@ -79,7 +80,11 @@ _settle_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def listen(model: nn.Module) -> None:
-    """Hear which modules a forward calls, if that is not known of its adapters; `stop_listening` ends it."""
+    """Hear which modules a forward calls, if that is not known of its adapters; `stop_listening` ends it.
+
+    Raises:
+        RuntimeError: it would train through layers that pass no gradient on.
+    """
     if torch.compiler.is_compiling():
         return
     state = find_attached(model)
@@ -90,10 +95,31 @@ def listen(model: nn.Module) -> None:
     # Hooks that come and go would compile a part that is compiled again.
     if due and not any(_is_compiled(module) for module in model.modules()):
         adapters = [state.adapters[name] for name in due]
+        if training:
+            _expect_backward(model)
         placement = state.placement
         modules = {site.path: placement.site_module(site.path) for each in adapters for site in each.layout.sites}
         modules |= {path: placement.saved_module(path) for each in adapters for path in each.saved}
         state.listener = Listener(model, modules, training=training)
+
+
+def _expect_backward(model: nn.Module) -> None:
+    """Refuse to train through layers that pass no gradient on, as some do without a word.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    found = layer_without_backward(model)
+    if found is not None:
+        path, kind = found
+        raise RuntimeError(
+            f"{path} holds its weight as {kind} and passes no gradient on, so the vectors before it would learn "
+            "nothing, in silence: layers that quantise their inputs, too, mostly have no backward. Train over a base "
+            "with quantised weights alone (int8 or nf4 of bitsandbytes, torchao's weight-only kinds); for answers "
+            "call model.eval(), or run the model under torch.no_grad()."
+        )
 
 
 def _forget_interrupted(model: nn.Module) -> None:

@@ -20,9 +20,11 @@ from torch.nn.modules.conv import _ConvNd
 from ia3.adapter import check_choice, repoint, rest, saved_copies, wake, whole_vectors
 from ia3.errors import PeftWarning
 from ia3.experts import find_experts
+from ia3.quantised import Held, fold, held_by
 from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
 from ia3.state import Adapter, Originals, attached, get_adapter
 
+_PART = ": "
 Scales = dict[tuple[str, Side], torch.Tensor]
 """Module path and side to the product of the adapters' vectors there, every channel, `[width]`."""
 
@@ -86,11 +88,11 @@ def _merge(model: nn.Module, names: Iterable[str] | None, undo: ExitStack, *, ke
         warnings.warn(f"{list(state.merged)} are merged already: {what}.", PeftWarning, stacklevel=4)
     if not more:
         return
-    kept = state.originals or {}
+    kept, rounded = state.originals or {}, dict[str, float]()
     _check_mergeable(model, [site for adapter in adapters for site in adapter.layout.sites])
     scales, changed = _scales(model, adapters), []
-    for name, parameter, new in _merged_values(model, scales, kept):
-        if not torch.isfinite(new).all():
+    for name, parameter, new in _merged_values(model, scales, kept, rounded):
+        if not _is_finite(new):
             raise ValueError(
                 f"Merging {list(chosen)} would make {name} non-finite (the vector or the weight overflows "
                 f"{parameter.dtype}): nothing was merged. Look for NaN or huge values in the adapter."
@@ -100,6 +102,16 @@ def _merge(model: nn.Module, names: Iterable[str] | None, undo: ExitStack, *, ke
     for _, parameter, new in _merged_values(model, scales, kept):
         parameter.data.copy_(new)
     _mark(model, {**weights, **kept} if keep_originals else kept, (*state.merged, *more))
+    if rounded:
+        worst = max(rounded, key=rounded.__getitem__)
+        logger.warning(
+            "Merging %s rounded %d quantised weights anew, which have no scale for each channel of theirs: the answers "
+            "of %s differ most from those of its vector, by %.2g of them.",
+            list(chosen),
+            len(rounded),
+            worst,
+            rounded[worst],
+        )
 
 
 def unmerge(model: nn.Module) -> None:
@@ -129,7 +141,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         yield
         return
     originals = state.originals or {}
-    merged = {name: model.get_parameter(name).detach().clone() for name in originals}
+    merged = {name: _held(model, name).detach().clone() for name in originals}
     try:
         rest(model)
         restore(model, originals)
@@ -153,13 +165,20 @@ def restore(model: nn.Module, weights: Originals) -> None:
 
 def _write(model: nn.Module, weights: Originals) -> None:
     for name, weight in weights.items():
-        model.get_parameter(name).data.copy_(weight)
+        _held(model, name).data.copy_(weight)
+
+
+def _held(model: nn.Module, name: str) -> torch.Tensor:
+    """What a name of `Originals` stands for: a parameter, or after the path a part of a quantised layer."""
+    path, _, part = name.partition(_PART)
+    held = held_by(attached(model).placement.site_module(path)) if part else None
+    return model.get_parameter(name) if held is None else held.parts()[part]
 
 
 def _store(model: nn.Module, names: Iterable[str], undo: ExitStack) -> Originals:
     """Copies of weights in CPU memory, which come back with what is marked as merged now, should anything fail."""
     state = attached(model)
-    weights = {name: model.get_parameter(name).detach().cpu().clone() for name in names}
+    weights = {name: _held(model, name).detach().cpu().clone() for name in names}
     undo.callback(_mark, model, state.originals, state.merged)
     undo.callback(restore, model, weights)
     return weights
@@ -189,10 +208,10 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
     ]
     for site in sites:
         module = attached(model).placement.site_module(site.path)
-        experts = find_experts(module)
+        experts, held = find_experts(module), held_by(module)
         own = experts.second if experts is not None else "weight"
         weight = module._parameters.get(own)
-        reason = _unmergeable_reason(module, site, weight)
+        reason = _unmergeable_reason(module, site, weight) if held is None else _away(held.parts().values())
         if reason is not None:
             raise ValueError(
                 f"{site.path} has no floating-point weight of its own to merge into ({reason}): merge into a plain "
@@ -223,8 +242,8 @@ def _unmergeable_reason(module: nn.Module, site: Site, weight: nn.Parameter | No
     """Why a scaled weight would not do what the vector does; None where it would."""
     if weight is None:
         return f"a {type(module).__name__} is quantised, or its weight is computed"
-    if weight.device.type == "meta":
-        return "it is offloaded or on the meta device"
+    if (reason := _away([weight])) is not None:
+        return reason
     if type(weight) is not nn.Parameter or weight.dtype not in _MERGEABLE:
         return f"a {type(weight).__name__} of {weight.dtype} is quantised or sharded"
     experts = find_experts(module)
@@ -235,6 +254,10 @@ def _unmergeable_reason(module: nn.Module, site: Site, weight: nn.Parameter | No
     if plain or is_conv1d(module) or _is_linear_in_its_weight(module, site):
         return None
     return f"a {type(module).__name__} doesn't multiply by its weight as it is, but rounds or computes it"
+
+
+def _away(tensors: Iterable[torch.Tensor]) -> str | None:
+    return "it is offloaded or on the meta device" if any(tensor.is_meta for tensor in tensors) else None
 
 
 @torch.no_grad()
@@ -287,16 +310,38 @@ def _memory(parameter: torch.Tensor) -> tuple[torch.device, int, int]:
 
 
 def _merged_values(
-    model: nn.Module, scales: Scales, kept: Originals
-) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Each parameter that changes: its name, itself, its new value in its own dtype, from the value before merging.
+    model: nn.Module, scales: Scales, kept: Originals, rounded: dict[str, float] | None = None
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each tensor that changes: its name, itself, its new value in its own dtype, from the value before merging.
 
-    A module with vectors on both sides (of two adapters) is multiplied by both at once.
+    A module with vectors on both sides (of two adapters) is multiplied by both at once. `rounded` takes the errors of
+    quantised modules whose weights are rounded anew.
     """
     placement = attached(model).placement
     for path in {path: None for path, _ in scales}:
         own = {side: scale for (at, side), scale in scales.items() if at == path}
-        yield from _merged_module(placement.site_module(path), path, own, kept)
+        module = placement.site_module(path)
+        held = held_by(module)
+        if held is None:
+            yield from _merged_module(module, path, own, kept)
+        else:
+            yield from _merged_parts(held, path, own, kept, {} if rounded is None else rounded)
+
+
+def _merged_parts(
+    held: Held, path: str, scales: Mapping[Side, torch.Tensor], kept: Originals, rounded: dict[str, float]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    before = {name: kept[f"{path}{_PART}{name}"] for name in held.parts() if f"{path}{_PART}{name}" in kept}
+    folded = fold(held, path, scales, before)
+    if folded.rounded_anew:
+        rounded[path] = folded.error
+    for name, new in folded.parts.items():
+        yield f"{path}{_PART}{name}", held.parts()[name], new
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    # torch can't tell of all numbers of 8 bits.
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
 
 def _merged_module(

@@ -70,7 +70,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         ),
         Mutant("_check_mergeable", Instead("len(shared) > 1", "len(shared) > 2"),
                "merging a tied head scales the embedding"),
-        Mutant("_merge", Never("isfinite"), "NaN and overflow are merged into the weights"),
+        Mutant("_merge", Never("_is_finite"), "NaN and overflow are merged into the weights"),
         Mutant("_store", Skip("clone"), "unmerging puts the merged weights back"),
         Mutant("Attached.acting", Instead("self.enabled and self.originals is None", "self.enabled"),
                "a merged adapter acts twice"),
@@ -173,6 +173,22 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ("test_convert.py",): [
         Mutant("convert_tfew", Skip("_check_ones"), "T-Few's scaled inputs are dropped in silence"),
         Mutant("convert_tfew", Never("dim"), "a T-Few checkpoint of another rank is taken for vectors"),
+    ],
+    ("test_quantised.py",): [
+        Mutant("_into_scales", Instead('_error(held, {"output": ramp}, tried) <= _NEAR', "True"),
+               "a scale of inputs is taken for one of outputs"),
+        Mutant("_passes_gradients", Instead("gradient is not None", "True"),
+               "a layer without a backward is trained through"),
+        Mutant("layer_without_backward", Instead("held_by(module) or _of_nobody(module)", "held_by(module)"),
+               "torch's own dynamic layers are trained through"),
+        Mutant("fold", Instead("_holding(held.parts(), before)", "_holding(held.parts(), {})"),
+               "a second merge starts from the first"),
+        Mutant("_merged_parts", Never("rounded_anew"), "weights are rounded anew without a word"),
+        Mutant("_check_trainable_in_full", Never("held"), "integers are trained in full"),
+    ],
+    ("cli/test_quantize.py",): [
+        Mutant("load_adapter", Instead("{} if quantize is None else _quantised(quantize, dtype)", "{}"),
+               "an adapter answers over another base than it was measured over"),
     ],
     ("test_gguf.py",): [
         Mutant("from_gguf", Drop("loaded.name_or_path"), "an adapter of a GGUF file forgets which"),

@@ -102,6 +102,7 @@ def test_an_adapter_of_peft_has_no_task(tmp_path: Path) -> None:
         ("label-words", {"answer_by": "guess"}, r"answer_by is 'guess', expected one of \['rank', 'generation'\]"),
         ("generation", {"answer_by": "rank"}, r"fields that this version of ia3 doesn't know: \['answer_by'\]"),
         ("instructions", {"precision": "fp8"}, r"precision is 'fp8', expected one of \['fp32', 'bf16'\]"),
+        ("instructions", {"quantize": "int4"}, r"quantize is 'int4', expected one of \['int8', 'nf4'\]"),
     ],
 )
 def test_what_is_not_understood_is_refused(kind: str, change: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -112,10 +113,12 @@ def test_what_is_not_understood_is_refused(kind: str, change: dict[str, object],
 
 
 def test_a_file_of_before_ranks_in_its_bases_precision(tmp_path: Path) -> None:
-    path = save_task(tmp_path, replace(TASK, answer_by="generation", precision="bf16"))
-    assert load_task(tmp_path) == replace(TASK, answer_by="generation", precision="bf16")
+    path = save_task(tmp_path, replace(TASK, answer_by="generation", precision="bf16", quantize="nf4"))
+    assert load_task(tmp_path) == replace(TASK, answer_by="generation", precision="bf16", quantize="nf4")
     content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({key: content[key] for key in content if key not in ("answer_by", "precision")}))
+    path.write_text(
+        json.dumps({key: content[key] for key in content if key not in ("answer_by", "precision", "quantize")})
+    )
     assert load_task(tmp_path) == replace(TASK, answer_by="rank", precision=None)
 
 

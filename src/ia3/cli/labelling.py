@@ -64,8 +64,9 @@ def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Label
         disable_progress_bar()
         saved = load_task(adapter)
         task = None if saved is None else overrides.over(saved)
-        precision = None if task is None else task.precision
-        model, tokenizer = load_adapter(adapter, dtype=None if precision is None else DTYPES[precision])
+        precision, quantize = (None, None) if task is None else (task.precision, task.quantize)
+        dtype = None if precision is None else DTYPES[precision]
+        model, tokenizer = load_adapter(adapter, dtype=dtype, quantize=quantize)
         if task is None:
             task_type = model.peft_config[model.active_adapter].task_type
             task = overrides.over(task_without_file(task_type, lambda: class_labels(model)))

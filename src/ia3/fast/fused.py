@@ -26,6 +26,7 @@ from ia3.fast.ops.dropout import dropout
 from ia3.fast.own import Gather, answered, own_loss
 from ia3.fast.positions import Positions
 from ia3.fast.ragged import IGNORE_INDEX, Ragged
+from ia3.quantised import first_quantised
 from ia3.sites import Layout, Site
 
 # Positions turn by the same angles whatever the batch; of the others, longrope's and dynamic's depend on its length.
@@ -42,7 +43,7 @@ def unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
     architecture, config = architecture_of(model), getattr(model, "config", None)
     if architecture is None:
         return f"a {getattr(config, 'model_type', type(model).__name__)} is not described"
-    reason = architecture.unsupported(config) or _other_head(model, architecture)
+    reason = architecture.unsupported(config) or _quantised(model) or _other_head(model, architecture)
     if reason is not None:
         return reason
     return (
@@ -64,6 +65,11 @@ def front_of(model: Any) -> str | None:
     """The path of the encoder whose blocks are fused below the model's own head; None where the head is fused too."""
     architecture = architecture_of(model)
     return None if architecture is None else architecture.front or None
+
+
+def _quantised(model: Any) -> str | None:
+    found = first_quantised(model)
+    return None if found is None else f"the weight of {found[0]} is {found[1]}, and the products are of plain weights"
 
 
 def _other_head(model: Any, architecture: Architecture) -> str | None:

@@ -30,6 +30,7 @@ from ia3.fast.guard import Guard, unsupported_modules
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.sessions import BUCKET, CausalSession, FusedSession, GenerationPlan, Session, Size, start_of
 from ia3.mixing import gather_flat, gather_rows
+from ia3.quantised import first_quantised
 from ia3.rows import BASE, Rows, act_here, acting
 from ia3.sites import Layout, Side
 from ia3.state import find_attached
@@ -178,7 +179,7 @@ def capture_unsupported_reason(model: Any) -> str | None:
         return "the model is in training mode"
     if {parameter.device for parameter in model.parameters()} != {model.device}:
         return "the model is spread over several devices"
-    if getattr(model, "hf_quantizer", None) is not None:
+    if getattr(model, "hf_quantizer", None) is not None or first_quantised(model) is not None:
         return "its weights are quantised"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not vouch that a {kind}'s forward is the same for all values"

@@ -349,6 +349,10 @@ def missing_part(model: Any, architecture: Architecture) -> str | None:
                 for name in [] if part is None else names_in(part):
                     if not _has(model, f"{path}.{name}"):
                         return f"it has no {path}.{name}, which its description expects"
+                    module = model.get_submodule(f"{path}.{name}")
+                    holds = getattr(part, "module", None) != name
+                    if holds and not isinstance(getattr(module, "weight", None), nn.Parameter):
+                        return f"{path}.{name} is a {type(module).__name__}, which has no weight as a parameter"
     return None
 
 

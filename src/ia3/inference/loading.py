@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from ia3.config import PeftConfig, TaskType
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
 from ia3.peft_model import CLASS_FOR_TASK
-from ia3.tasks.task import TaskKind
+from ia3.tasks.task import Quantisation, TaskKind
 
 # The precisions of recipes and task files.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -83,17 +85,27 @@ class Base:
             f"doesn't say what to train it for: name the task, one of {', '.join(TaskKind)}."
         )
 
-    def load(self, kind: TaskKind, *, labels: Sequence[str] = (), dtype: Any = "auto", seed: int = 42) -> Any:
+    def load(
+        self,
+        kind: TaskKind,
+        *,
+        labels: Sequence[str] = (),
+        dtype: Any = "auto",
+        quantize: Quantisation | None = None,
+        seed: int = 42,
+    ) -> Any:
         """Load the model for a kind of task.
 
         Args:
             kind: what it is to be trained for.
             labels: the classes of a head, in order.
             dtype: its numbers' type; `"auto"` is the saved one.
+            quantize: what its linear layers are held in, for kinds that write; None for numbers of `dtype`.
             seed: decides a head that the model lacks.
 
         Raises:
             ValueError: a model that can't do this, or damaged weights.
+            ImportError: bitsandbytes is not installed, and `quantize` needs it.
         """
         if kind.task_type is TaskType.SEQ_2_SEQ_LM and not self.config.is_encoder_decoder:
             raise ValueError(
@@ -102,11 +114,25 @@ class Base:
             )
         if is_gguf(self.name) and not kind.writes:
             raise ValueError(f"{self.name} is a GGUF file, which has no head for {kind}: take a model folder.")
+        if quantize is not None and (held := self._held_in) is not None:
+            raise ValueError(f"{self.name} is {held}, which `quantize={quantize!r}` can't change: leave it out.")
+        more = {} if quantize is None else _quantised(quantize, dtype)
         with reading_weights(self.name):
             if not kind.writes:
                 return load_classifier(self.name, kind, labels, dtype, seed=seed)
             auto_class = AutoModelForCausalLM if kind.task_type is TaskType.CAUSAL_LM else AutoModelForSeq2SeqLM
-            return load_model(self.name, auto_class, dtype=dtype)
+            return load_model(self.name, auto_class, dtype=dtype, **more)
+
+    @property
+    def _held_in(self) -> str | None:
+        """In which form its weights are stored that is none of plain numbers."""
+        if is_gguf(self.name):
+            return "a GGUF file, whose weights are made floats"
+        stored: Any = getattr(self.config, "quantization_config", None)
+        if stored is None:
+            return None
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        return f"quantised already ({getattr(method, 'value', method)})"
 
 
 _ARCHITECTURES = {
@@ -114,6 +140,38 @@ _ARCHITECTURES = {
     TaskKind.TOKEN_CLASSIFICATION: r"ForTokenClassification",
     TaskKind.SEQUENCE_CLASSIFICATION: r"ForMaskedLM|ForPreTraining|ForSequenceClassification|ForMultipleChoice|Model\b",
 }
+
+
+def _quantised(kind: Quantisation, dtype: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model whose linear layers are held in few bits.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"`quantize={kind!r}` holds weights in the formats of bitsandbytes, and {missing[0]} is not installed: "
+            "pip install 'ia3[quantized]'."
+        )
+    from transformers import BitsAndBytesConfig
+
+    _quiet(logging.getLogger("bitsandbytes.autograd._functions"))
+    if kind == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": config}
+
+
+def _quiet(logger: logging.Logger) -> None:
+    """Leave out what bitsandbytes says in each product of a model in fp32 or bf16: that its int8 rounds inputs."""
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "inputs will be cast from" not in record.getMessage()
 
 
 def load_tokenizer(model_name: str, **hub: Any) -> Any:
@@ -148,12 +206,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def load_adapter(adapter: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
+def load_adapter(adapter: str | Path, *, dtype: Any = None, quantize: Quantisation | None = None) -> tuple[Any, Any]:
     """Load a saved adapter on its base model, and the base's tokenizer, on the accelerator if there is one.
 
     Args:
         adapter: a directory written by `save_pretrained`, or a hub repository.
         dtype: the base model's numbers' type; None for that of its file.
+        quantize: what the base's linear layers are held in, as in its training; None for numbers of `dtype`.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -162,6 +221,7 @@ def load_adapter(adapter: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
         FileNotFoundError: there is no adapter.
         ValueError: the adapter doesn't say which base model it belongs to or doesn't fit it, or the base's
             weights are damaged.
+        ImportError: bitsandbytes is not installed, and `quantize` needs it.
     """
     config = PeftConfig.from_pretrained(adapter)
     if config.base_model_name_or_path is None:
@@ -173,5 +233,6 @@ def load_adapter(adapter: str | Path, *, dtype: Any = None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision)
     with reading_weights(config.base_model_name_or_path):
         loader = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
-        model = loader.from_pretrained(adapter, **({} if dtype is None else {"dtype": dtype}))
+        more = {} if quantize is None else _quantised(quantize, dtype)
+        model = loader.from_pretrained(adapter, **({} if dtype is None else {"dtype": dtype}), **more)
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer

@@ -95,8 +95,9 @@ def answer_each(
     answers: dict[int, Answer] = {}
     for together in by_base.values():
         first = together[0]
-        precision = tasks[first].precision
-        model, tokenizer = load_adapter(folders[first], dtype=None if precision is None else DTYPES[precision])
+        precision, quantize = tasks[first].precision, tasks[first].quantize
+        dtype = None if precision is None else DTYPES[precision]
+        model, tokenizer = load_adapter(folders[first], dtype=dtype, quantize=quantize)
         if len(together) > 1:
             table = AdapterTable(model, capacity=max(_CAPACITY, batch_size))
             for name in together:
@@ -117,7 +118,7 @@ def answer_each(
 def _base_of(name: str, folder: Path, task: Task) -> tuple[Any, ...]:
     """What adapters must share for one batch: the base as it is loaded; nobody shares one with whole modules."""
     config = PeftConfig.from_pretrained(folder)
-    base = (config.base_model_name_or_path, config.revision, config.task_type, task.precision)
+    base = (config.base_model_name_or_path, config.revision, config.task_type, task.precision, task.quantize)
     is_vectors = task.kind.writes and all(".ia3_l" in key for key in load_peft_weights(folder))
     return base if is_vectors else (*base, name)
 

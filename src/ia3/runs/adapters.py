@@ -139,7 +139,7 @@ def _as_attached(saved: SavedAdapter) -> Adapter:
 def _common_task(adapters: Sequence[SavedAdapter]) -> Task | None:
     tasks = [each.task for each in adapters]
     if len({*tasks}) > 1:  # how they are asked need not be the same, and is then the usual way
-        tasks = [task and replace(task, answer_by="rank", precision=None) for task in tasks]
+        tasks = [task and replace(task, answer_by="rank", precision=None, quantize=None) for task in tasks]
     return tasks[0] if len({*tasks}) == 1 else None
 
 

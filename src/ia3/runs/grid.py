@@ -36,6 +36,7 @@ NOT_SWEPT = {
     "optimizer": "each row has an AdamW of its own",
     "objective": "its loss is the language model's",
     "packing": "its rows hold one example each",
+    "quantize": "its products are of plain weights",
     "trackers": "its figures go to the runs' folders",
 }
 
@@ -65,7 +66,7 @@ def make_recipes(given: Mapping[str, Any], over: Over | None) -> tuple[list[Reci
         recipes.append(recipe)
     for name, reason in NOT_SWEPT.items():
         value = getattr(recipes[0], name)
-        if value not in ("adamw", "lm", False, ()):
+        if value not in ("adamw", "lm", False, None, ()):
             raise SettingError(
                 f"A sweep takes no `{name}={value!r}`, since {reason}: leave it out, or train by ia3.train."
             )

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from ia3.errors import SettingError
-from ia3.tasks.task import AnswerBy, Precision
+from ia3.tasks.task import AnswerBy, Precision, Quantisation
 
 ModelT = TypeVar("ModelT")
 
@@ -141,6 +141,9 @@ class TrainSettings:
     """Scale a gradient of a larger norm down to this."""
     precision: Annotated[Precision, Flag("Base model and adapter")] = "fp32"
     """The base model's numbers, fp32 or bf16; the vectors are fp32 in both."""
+    quantize: Annotated[Quantisation | None, Flag("Base model and adapter", unset="no")] = None
+    """Hold the base model's linear layers in few bits, int8 or nf4 of bitsandbytes, in training and for answers. All
+    else stays in `precision`; for tasks that write their answers."""
     objective: Annotated[Literal["lm", "t-few"], _TASK] = "lm"
     """lm, the model's own loss, or t-few, which adds the unlikelihood of wrong labels and the length-normalised choice
     among all (Liu et al. 2022, section 3.2); for label words."""

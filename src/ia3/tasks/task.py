@@ -21,6 +21,8 @@ TASK_NAME = "ia3_task.json"
 # How a label word is answered: the likeliest of the labels, or what the model writes.
 AnswerBy = Literal["rank", "generation"]
 Precision = Literal["fp32", "bf16"]
+# What the base model's linear layers may be held in.
+Quantisation = Literal["int8", "nf4"]
 
 
 class TaskKind(StrEnum):
@@ -82,6 +84,8 @@ class Task:
             the labels, or `generation`. The other kinds have one way each, and don't look at it.
         precision: the base model's numbers in training, in which it is loaded for answers too; None for those of
             its file.
+        quantize: what the base model's linear layers were held in, in training and for answers; None for numbers of
+            that precision.
     """
 
     kind: TaskKind = TaskKind.LABEL_WORDS
@@ -94,6 +98,7 @@ class Task:
     system: str | None = None
     answer_by: AnswerBy = "rank"
     precision: Precision | None = None
+    quantize: Quantisation | None = None
 
     @property
     def ranks(self) -> bool:
@@ -152,7 +157,7 @@ def save_task(directory: str | Path, task: Task) -> Path:
         "type": task.kind.value,
     }
     content = {key: content[key] for key in content.keys() & _keys_of(task.kind)}
-    optional = {"precision": task.precision, "system": task.system}
+    optional = {"precision": task.precision, "quantize": task.quantize, "system": task.system}
     content |= {key: value for key, value in optional.items() if value is not None}
     path = Path(directory) / TASK_NAME
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
@@ -206,7 +211,7 @@ def _task_of(content: Any, source: str) -> Task:
 
     template = checked("template", content.get("template"), _is_text, "a text such as '{text}'")
     labels = checked("labels", content.get("labels"), _are_words, "a list of words") if kind.has_labels else ()
-    precision = content.get("precision")
+    precision, quantize = content.get("precision"), content.get("quantize")
     return Task(
         kind=kind,
         template=Template(template),
@@ -218,6 +223,7 @@ def _task_of(content: Any, source: str) -> Task:
         system=content.get("system"),
         answer_by=one_of("answer_by", content.get("answer_by", "rank"), AnswerBy),
         precision=None if precision is None else one_of("precision", precision, Precision),
+        quantize=None if quantize is None else one_of("quantize", quantize, Quantisation),
     )
 
 
@@ -228,7 +234,7 @@ def _keys_of(kind: TaskKind) -> set[str]:
         "labels": kind.has_labels,
         "system": kind is TaskKind.INSTRUCTIONS,
     }
-    always = {"base_model", "label_column", "max_length", "precision", "template", "type"}
+    always = {"base_model", "label_column", "max_length", "precision", "quantize", "template", "type"}
     return always | {key for key, is_there in of_some.items() if is_there}
 
 

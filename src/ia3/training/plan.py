@@ -20,6 +20,7 @@ from ia3.peft_model import get_peft_model
 from ia3.runs.look import Looked
 from ia3.runs.recipe import Recipe, describe_choice, resolve
 from ia3.runs.run import METRICS_NAME, RESULT_NAME, Evaluation, Run, TrainerState, compute_metrics, write_json
+from ia3.status import count_parameters
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import Task, TaskKind, save_task
 from ia3.training.collate import shuffled_batches, tokenise_label
@@ -74,7 +75,13 @@ def prepare(
             _make_task(each, training, own, base.tokenizer)
             for each, (training, _), own in zip(complete, data, labels, strict=True)
         ]
-        loaded = base.load(kind, labels=tasks[0].labels, dtype=DTYPES[common.precision], seed=common.seed)
+        loaded = base.load(
+            kind,
+            labels=tasks[0].labels,
+            dtype=DTYPES[common.precision],
+            quantize=common.quantize,
+            seed=common.seed,
+        )
         config = IA3Config(
             task_type=kind.task_type,
             target_modules=common.target_modules,
@@ -113,6 +120,7 @@ def _make_task(recipe: Recipe, training: Examples, labels: tuple[str, ...], toke
         label_column=recipe.label_column if reading is None else reading.label_column,
         system=recipe.system,
         precision=recipe.precision,
+        quantize=recipe.quantize,
     )
 
 
@@ -289,7 +297,7 @@ class RunPlan:
             progress=self.progress,
             train_examples=len(self.training),
             trainable_parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
-            all_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            all_parameters=count_parameters(model)[1],
         )
         answers = zip(run.shown, run.references, run.final.predictions, strict=True)
         predictions = [{"label": right, "prediction": found, "text": text} for text, right, found in answers]

@@ -56,6 +56,7 @@ def settings_of(settings: SettingsT, kind: TaskKind) -> SettingsT:
         (settings.max_label_length is not None, "max_label_length", _WRITTEN),
         # A head is trained in the base's precision, where most of its small steps would be lost.
         (settings.precision == "bf16", "precision='bf16'", _ALL_WRITTEN),
+        (settings.quantize is not None, f"quantize={settings.quantize!r}", _ALL_WRITTEN),
     ):
         if given and kind not in kinds:
             raise ValueError(
