@@ -825,8 +825,12 @@ def test_a_forward_that_was_replaced_before_is_an_error():
     experts = _experts("eager", "mixtral", "MixtralExperts")
     forward = experts.forward
     experts.forward = lambda *args: forward(*args)
+    model = _adapted(Block(experts))
     with pytest.raises(RuntimeError, match="was replaced"):
-        _adapted(Block(experts))(*_routed())
+        model(*_routed())
+    rows = Rows(("a", "b"), {experts.ia3_l: {"input": torch.ones(2, EXPERTS * WIDTH)}})
+    with pytest.raises(RuntimeError, match="was replaced"), model.disable_adapter(), acting(rows):
+        model(*_routed())
 
 
 def test_threads_hear_their_own_vectors():
