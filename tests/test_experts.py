@@ -549,6 +549,13 @@ def test_naming_the_first_matrices_says_what_to_name(family, name):
         find_sites(_model(family), IA3Config(target_modules=[name]))
 
 
+def test_the_first_matrices_of_excluded_experts_may_have_a_layers_name():
+    model = _model("nemotron_h")
+    sites = _sites(model, target_modules=["up_proj", "q_proj"], exclude_modules=["experts"], feedforward_modules=[])
+    assert {path.rpartition(".")[2] for path in sites} == {"up_proj", "q_proj"}
+    assert "experts" not in {path.split(".")[-2] for path in sites}
+
+
 def test_experts_left_out_of_feedforward_modules_are_an_error():
     with pytest.raises(ValueError, match="feedforward_modules, too"):
         find_sites(_model("mixtral"), IA3Config(target_modules=["k_proj", "experts"], feedforward_modules=[]))
@@ -825,8 +832,12 @@ def test_a_forward_that_was_replaced_before_is_an_error():
     experts = _experts("eager", "mixtral", "MixtralExperts")
     forward = experts.forward
     experts.forward = lambda *args: forward(*args)
+    model = _adapted(Block(experts))
     with pytest.raises(RuntimeError, match="was replaced"):
-        _adapted(Block(experts))(*_routed())
+        model(*_routed())
+    rows = Rows(("a", "b"), {experts.ia3_l: {"input": torch.ones(2, EXPERTS * WIDTH)}})
+    with pytest.raises(RuntimeError, match="was replaced"), model.disable_adapter(), acting(rows):
+        model(*_routed())
 
 
 def test_threads_hear_their_own_vectors():

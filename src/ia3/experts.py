@@ -133,7 +133,8 @@ def name_modules(config: IA3Config, modules: Mapping[str, nn.Module], match: Cal
     found = {path: experts for path, module in modules.items() if (experts := find_experts(module)) is not None}
     if not found:
         return config
-    for path, experts in found.items():
+    excluded = match(config.exclude_modules, found)
+    for path, experts in ((path, experts) for path, experts in found.items() if path not in excluded):
         for field in ("target_modules", "feedforward_modules"):
             first = sorted(match(getattr(config, field), [f"{path}.{name}" for name in experts.others]))
             if first:

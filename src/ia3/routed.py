@@ -132,7 +132,7 @@ class RoutedExperts(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A module trained in full by the adapter that acts has no vectors that do.
-        if torch.compiler.is_compiling() or self._compiled_call_impl or not vectors_of(self).acting("input", False):
+        if torch.compiler.is_compiling() or self._compiled_call_impl or not self._acts():
             return super().__call__(*args, **kwargs)
         _running.reached = None
         output = super().__call__(*args, **kwargs)
@@ -142,6 +142,12 @@ class RoutedExperts(Swapped):
                 "do nothing: attach it first."
             )
         return output
+
+    def _acts(self) -> bool:
+        """Whether vectors act in a call of the module now."""
+        site = vectors_of(self)
+        rows = running(site)
+        return bool(site.acting("input", False)) if rows is None else "input" in rows.slices[site]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiling = torch.compiler.is_compiling()
