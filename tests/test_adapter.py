@@ -481,20 +481,6 @@ def test_integer_activations_are_refused():
         model(torch.ones(1, 2))
 
 
-def test_an_input_passed_by_name_is_refused():
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.fc(input=x)
-
-    model = get_peft_model(Named(), IA3Config(target_modules=["fc"], feedforward_modules=["fc"]))
-    with pytest.raises(TypeError, match="Linear was called without a positional argument"):
-        model(torch.ones(1, 2))
-
-
 @pytest.mark.parametrize("targets", [["linear1"], ["linear2"], ["out_proj"]])
 def test_layers_whose_call_is_bypassed_are_not_ignored_in_silence(targets):
     """torch's own encoder layer reads its weights directly: the vector must act, or be refused."""

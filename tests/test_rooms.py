@@ -37,7 +37,16 @@ FLOORS = (
     {"ia3.architectures"},
     {"ia3.families"},
     {"ia3.config"},
-    {"ia3.cache", "ia3.files", "ia3.errors", "ia3.elsewhere", "ia3.interrupts", "ia3.precision", "ia3.storage"},
+    {
+        "ia3.cache",
+        "ia3.files",
+        "ia3.errors",
+        "ia3.elsewhere",
+        "ia3.interrupts",
+        "ia3.layers",
+        "ia3.precision",
+        "ia3.storage",
+    },
 )
 
 # Arrows that stand although they point up or close a circle, each with its reason.

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError
 from ia3.families import FAMILIES, FEEDFORWARD_NAMES, Family, Intervals
+from ia3.layers import paths_around, refusal, why_nothing_learns
 
 logger = logging.getLogger("ia3")
 
@@ -187,6 +188,11 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     if config.target_modules == "all-linear":
         config.target_modules = set(_linear_paths(model, candidates))
+        if not config.target_modules:
+            raise NoMatchingPeftModuleError(
+                f"target_modules: {type(model).__name__} has no linear layer for 'all-linear', which leaves out the "
+                "output layer: name its modules instead."
+            )
     if config.layers_to_transform is not None:
         if not loading:
             _check_layers(model, candidates, config)
@@ -203,6 +209,7 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
         # A module that is trained in full may be excluded besides: it gets no vector either way.
         excluded = matching(config.exclude_modules, modules)
         _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
+        _check_all_learn(modules, targets)
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
 
@@ -301,12 +308,23 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[str]:
-    """Every linear layer but the output layer."""
+    """Every linear layer but the output layer, and those in which no vector could act or learn."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    for path, module in candidates.items():
+    linear = {
+        p: w for p, m in candidates.items() if (w := layer_widths(m)) and (is_conv1d(m) or hasattr(m, "in_features"))
+    }
+    for path, widths in linear.items():
+        module = candidates[path]
         is_head = any(inner is head for inner in module.modules())  # the head, or what holds its copy trained in full
-        if not is_head and layer_widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
+        # What a linear layer is made of, such as a LoRA's matrices, is reached through it.
+        is_part = any(around in linear for around in paths_around(path))
+        if is_head or is_part:
+            continue
+        reason = why_nothing_learns(candidates, path) or refusal(module, "output", widths)
+        if reason is None:
             yield path
+        else:
+            logger.warning("all-linear leaves out %s: it %s.", path, reason)
 
 
 def _as_peft_takes_it(feedforward: Names, targets: Names) -> Names:
@@ -336,11 +354,21 @@ def _check_all_matched(
                 raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, field, name))
 
 
+def _check_all_learn(modules: dict[str, nn.Module], targets: set[str]) -> None:
+    """Refuse sites where no gradient comes back."""
+    for path in sorted(targets):
+        reason = why_nothing_learns(modules, path)
+        if reason is not None:
+            raise ValueError(f"{path} {reason}.")
+
+
 def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: str, names: Names) -> str:
     ends = sorted({path.rsplit(".", 1)[-1] for path, module in candidates.items() if layer_widths(module)})
     wanted = names if isinstance(names, str) else " ".join(sorted(names or ()))
     near = difflib.get_close_matches(wanted, ends, n=3)
     hint = f"Did you mean {near}? " if near else ""
+    first = _first_path(model, names)
+    hint = f"{first[0]} is the same module as {first[1]}: name it {first[1]!r}. " if first else hint
     shown = ends if len(ends) <= 30 else [*ends[:30], "…"]
     return (
         f"{field}: {names!r} matches no module of {type(model).__name__}. {hint}A name matches a module's "
@@ -348,14 +376,23 @@ def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: 
     )
 
 
+def _first_path(model: nn.Module, names: Names) -> tuple[str, str] | None:
+    """Of a module that has several paths, one that the names match and the first, by which it is known."""
+    first = {module: path for path, module in _base_modules(model)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.get(module, path) != path and matching(names, [path]):
+            return path, first[module]
+    return None
+
+
 def layer_widths(module: Any) -> tuple[int | None, int] | None:
     """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
     # The latter is the last projection of torch's MultiheadAttention, which reads its weight and never calls it.
-    if isinstance(module, _ConvTransposeNd | nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     if isinstance(module, _ConvNd):
         return module.in_channels, module.out_channels
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return None, module.embedding_dim
     if is_conv1d(module):
         return module.weight.shape[0], module.nf
@@ -383,6 +420,9 @@ def _site(
             f"{path} is an embedding: its input are token numbers, which no vector can multiply. Remove it "
             "from feedforward_modules."
         )
+    refused = refusal(module, side, widths)
+    if refused is not None:
+        raise ValueError(f"{path} {refused}.")
     if isinstance(module, _ConvNd):
         return Site(path, side, (1, width) + (1,) * len(module.kernel_size))
     if side == "input":
