@@ -137,7 +137,7 @@ def test_a_refusal_leaves_the_model_as_it_was(tiny, trace, bad):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a.b", "__base__", "forward", "view", "weight.x", "keys", "items", "a/b", "..", 3]
+    "name", ["", "a.b", "__base__", "forward", "width", "weight.x", "keys", "items", "a/b", "..", 3]
 )
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
 def test_bad_names_are_refused(tiny, trace, name, task):

@@ -133,9 +133,11 @@ class SiteVectors(nn.Module):
 
 
 def scale_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> tuple[Any, ...] | None:
     """Forward pre-hook: multiply the module's input `[…, width]`, its first argument or the only tensor it is given.
+
+    A tool that carries hooks over to another module registers it without keywords.
 
     Raises:
         TypeError: there is no such tensor, or it can't be multiplied.
@@ -146,9 +148,11 @@ def scale_input(
         return None
     try:
         if args and isinstance(args[0], torch.Tensor):
-            return (multiply(args[0]), *args[1:]), kwargs
-        name = find_tensor(kwargs)
-        return args, {**kwargs, name: multiply(kwargs[name])}
+            scaled = (multiply(args[0]), *args[1:])
+            return scaled if kwargs is None else (scaled, kwargs)
+        named = kwargs or {}
+        name = find_tensor(named)
+        return args, {**named, name: multiply(named[name])}
     except TypeError as error:
         raise TypeError(_unscaled(module, "was called with", error)) from error
 
