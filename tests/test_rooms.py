@@ -21,7 +21,7 @@ FLOORS = (
     {"ia3.inference", "ia3.runs"},
     {"ia3.data"},
     {"ia3.tasks"},
-    {"ia3.auto", "ia3.bridge", "ia3.bundled", "ia3.convert", "ia3.gguf", "ia3.table"},
+    {"ia3.auto", "ia3.bridge", "ia3.bundled", "ia3.convert", "ia3.dora", "ia3.gguf", "ia3.table"},
     {"ia3.peft_model"},
     {"ia3.factory"},
     {"ia3.fast"},
