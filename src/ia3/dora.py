@@ -83,7 +83,7 @@ def _reason(module: nn.Module) -> str | None:
     forward = getattr(type(module), "_ia3_old_class", type(module)).forward
     if not isinstance(module, nn.Linear) or forward is not nn.Linear.forward or not module.weight.is_floating_point():
         return f"is a {type(module).__name__}, not a linear layer of floating-point numbers"
-    if module.bias is not None:
+    if getattr(module, "bias", None) is not None:
         return "has a bias, which a vector multiplies and DoRA doesn't"
     if not torch.linalg.norm(module.weight.detach().float(), dim=1).all():
         return "has a row of zeros"

@@ -22,6 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import ia3
 from ia3 import IA3Config, PeftModel, get_peft_model
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -112,6 +113,8 @@ def without(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    for name in ia3.__all__:  # each is loaded with what it needs
+        getattr(ia3, name)
     run(llama, "CAUSAL_LM", {"input_ids": IDS, "labels": IDS})
     run(t5, "SEQ_2_SEQ_LM", {"input_ids": IDS, "labels": IDS[:, :4].contiguous()})
     run(bert, "SEQ_CLS", {"input_ids": IDS, "labels": torch.tensor([0, 1])})
