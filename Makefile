@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-quick test-kernels test-vllm lint docs mutants benchmarks hooks install clean
+.PHONY: quickstart test test-quick test-kernels test-vllm test-matrix lint docs mutants benchmarks hooks install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
@@ -38,6 +38,11 @@ $(VLLM)/.installed: plugins/vllm/requirements.lock plugins/vllm/pyproject.toml p
 	$(VLLM)/bin/python -m pip install --quiet --no-deps -r plugins/vllm/requirements.lock
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable . --editable plugins/vllm
 	touch $@
+
+# Not part of `test`: the oldest and newest torch, transformers and Python that are promised, each in an environment of its
+# own under build/ (gigabytes); `make test-matrix MATRIX=--torch-here` changes transformers alone.
+test-matrix: install
+	$(BIN)/python tests/smoke/matrix.py $(MATRIX)
 
 lint: install
 	$(BIN)/ruff check .

@@ -138,12 +138,6 @@ def test_an_embeddings_input_is_refused(zoo):
         find_sites(zoo(), IA3Config(target_modules=["embed"], feedforward_modules=["embed"]))
 
 
-def test_a_transposed_convolution_is_refused():
-    model = nn.Sequential(nn.ConvTranspose2d(2, 3, 1))
-    with pytest.raises(ValueError, match="0 is a ConvTranspose2d, which can't carry a vector"):
-        find_sites(model, IA3Config(target_modules=["0"]))
-
-
 def test_loading_tolerates_names_without_a_match():
     config = IA3Config(target_modules=["o", "nothing"], modules_to_save=["score"])
     assert len(find_sites(Blocks(), config, loading=True).layout.sites) == 2

@@ -147,13 +147,13 @@ if TYPE_CHECKING:
     )
     from ia3.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
     from ia3.factory import inject_adapter_in_model
+    from ia3.fast.generate import compile_generate
+    from ia3.fast.step import compile_step
+    from ia3.hotswap import hotswap_adapter
     from ia3.peft_defaults import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     )
-    from ia3.fast.generate import compile_generate
-    from ia3.fast.step import compile_step
-    from ia3.hotswap import hotswap_adapter
     from ia3.peft_model import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftModel,

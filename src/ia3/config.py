@@ -173,6 +173,10 @@ class PeftConfig:
         """Build the configuration from a JSON object; see `from_pretrained` for what is refused."""
         peft_type = content.get("peft_type")
         if peft_type not in list(PeftType):
+            if isinstance(content.get("config"), dict) and content["config"].get("composition_mode") == "scale":
+                raise ValueError(
+                    f"{source} is AdapterHub's: read the folder by ia3.convert.load_adapterhub(model, folder)."
+                )
             raise ValueError(
                 f"{source} describes a {peft_type!r} adapter; ia3 reads IA3 adapters. Load it with `peft`."
             )

@@ -58,6 +58,7 @@ def inject_adapter_in_model(
     Raises:
         ValueError: what `find_sites` or `set_peft_model_state_dict` raises. The model is then unchanged.
     """
+    _refuse_wrapper(model)
     config = own_copy(peft_config)
     adapter = adapters.attach(model, config, adapter_name, on_meta=low_cpu_mem_usage)
     if state_dict is not None:
@@ -96,6 +97,7 @@ def attach(
     model: nn.Module, config: IA3Config, name: str, *, half_to_fp32: bool, on_meta: bool = False, loading: bool = False
 ) -> Adapter:
     """Attach an adapter with its head; a new one with all that the checkpoint lacks, which is told."""
+    _refuse_wrapper(model)
     told = [] if loading else with_whole_head(model, config)
     if loading:
         with_head(model, config)
@@ -105,10 +107,25 @@ def attach(
     return adapter
 
 
+def _refuse_wrapper(model: nn.Module) -> None:
+    """Refuse PEFT's wrapper around a model, under whose paths nothing would be found again.
+
+    Raises:
+        ValueError: the model is a `peft.PeftModel`.
+    """
+    if any(f"{cls.__module__}.{cls.__name__}" == "peft.peft_model.PeftModel" for cls in type(model).__mro__):
+        raise ValueError(
+            "The model is a peft.PeftModel, a wrapper around the model: attach to model.get_base_model(), which keeps "
+            "PEFT's layers and puts the vectors on top of them, or to model.merge_and_unload()."
+        )
+
+
 def become_adapted(model: nn.Module, cls: type[Swapped]) -> None:
     """Give a base model its new class."""
     swap(model, cls)
-    model.__dict__.pop("peft_config", None)  # of adapters that were injected, which are its own now
+    held = model.__dict__.get("peft_config", {})
+    if all(isinstance(config, IA3Config) for config in held.values()):
+        model.__dict__.pop("peft_config", None)  # of adapters that were injected, which are its own now
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # transformers then lets a quantised model train
 
 
@@ -118,7 +135,8 @@ def become_base(model: nn.Module, *, input_gradients: bool) -> None:
         model.disable_input_require_grads()  # type: ignore[operator]
         model.__dict__.pop("_require_grads_hooks", None)
     forget(model)
-    del model._hf_peft_config_loaded
+    if "peft_config" not in model.__dict__:  # else another library's adapters stay
+        del model._hf_peft_config_loaded
     swap_back(model)
 
 

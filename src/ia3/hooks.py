@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ia3.layers import NoSingleTensorError, channel_dims, check_numbers, find_tensor, put_tensor, take_tensor
 from ia3.rows import running
 from ia3.sites import VECTORS, Side, Site
 
@@ -26,9 +28,10 @@ class SiteVectors(nn.Module):
     output_vectors: tuple[nn.Parameter, ...]
     channels: torch.Tensor | None
 
-    def __init__(self, dims: int) -> None:
+    def __init__(self, trailing_dims: int, module_path: str = "") -> None:
         super().__init__()
-        self.view = (-1,) + (1,) * dims
+        self.module_path = module_path
+        self.trailing_dims = trailing_dims  # dimensions of the activation after its channels: a convolution's
         self.sides: dict[str, Side] = {}
         self.active: tuple[str, ...] = ()
         self.input_vectors = self.output_vectors = ()
@@ -105,17 +108,17 @@ class SiteVectors(nn.Module):
         ]
 
     def scale(self, vectors: Sequence[torch.Tensor], activation: torch.Tensor) -> torch.Tensor:
-        """The product of the vectors, shaped and cast for the activation `[…, width]` (channels first: `[width, …]`).
+        """The activation `[…, width]` (channels first: `[width, …]`) times the vectors.
 
         Raises:
-            TypeError: the activation is not floating-point.
+            TypeError: the activation is not of floating-point or complex numbers, or has other channels.
         """
-        if not activation.is_floating_point():
-            raise TypeError(
-                f"ia3 multiplies floating-point activations; this layer's is {activation.dtype}. Load the model "
-                "so that its activations stay floating, or exclude the layer with exclude_modules."
-            )
-        return self.product(vectors).view(self.view).to(activation.dtype)
+        check_numbers(activation)
+        product = self.product(vectors)
+        dims: tuple[int, ...] = (-1,)
+        if not torch._C._get_tracing_state():  # it would write the comparison of shapes down
+            dims = channel_dims(activation.shape, product.numel(), spatial=self.trailing_dims)
+        return activation * product.view(*dims, *(1,) * self.trailing_dims).to(activation.dtype)
 
     def product(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The product of the vectors over every channel."""
@@ -134,33 +137,62 @@ class SiteVectors(nn.Module):
         return ones.index_copy(0, self.channels, vector.view(-1))
 
 
-def scale_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook: multiply the module's first positional argument `[…, width]`."""
+def scale_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> tuple[Any, ...] | None:
+    """Forward pre-hook: multiply the module's input `[…, width]`, its first argument or the only tensor it is given.
+
+    A tool that carries hooks over to another module registers it without keywords.
+
+    Raises:
+        TypeError: there is no such tensor, or it can't be multiplied.
+    """
     site = vectors_of(module)
-    compiling = torch.compiler.is_compiling()
-    rows = None if compiling else running(site)
-    if rows is not None:
-        scaled = rows.scale(site, "input", args[0], channels_first=len(site.view) > 1)
-        return None if scaled is None else (scaled, *args[1:])
-    vectors = site.acting("input", compiling)
-    if not vectors:
+    multiply = _multiplication(site, "input")
+    if multiply is None:
         return None
-    if not args:
-        raise TypeError(
-            f"{type(module).__name__} was called without a positional argument, so ia3 can't tell its input."
-        )
-    return (args[0] * site.scale(vectors, args[0]), *args[1:])
+    try:
+        if args and isinstance(args[0], torch.Tensor):
+            scaled = (multiply(args[0]), *args[1:])
+            return scaled if kwargs is None else (scaled, kwargs)
+        named = kwargs or {}
+        name = find_tensor(named)
+        return args, {**named, name: multiply(named[name])}
+    except TypeError as error:
+        raise TypeError(_unscaled(module, "was called with", error)) from error
 
 
-def scale_output(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    """Forward hook: multiply the module's output `[…, width]`."""
-    site = vectors_of(module)
+def scale_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: multiply the module's output `[…, width]`, or the only tensor of the tuple that it answers with.
+
+    Raises:
+        TypeError: there is no such tensor, or it can't be multiplied.
+    """
+    multiply = _multiplication(vectors_of(module), "output")
+    if multiply is None:
+        return None
+    try:
+        tensor, place = take_tensor(output)
+        return put_tensor(output, place, multiply(tensor))
+    except TypeError as error:
+        raise TypeError(_unscaled(module, "answered with", error)) from error
+
+
+def _multiplication(site: SiteVectors, side: Side) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What multiplies an activation at this side now; None where nothing does."""
     compiling = torch.compiler.is_compiling()
     rows = None if compiling else running(site)
     if rows is not None:
-        return rows.scale(site, "output", output, channels_first=len(site.view) > 1)
-    vectors = site.acting("output", compiling)
-    return output * site.scale(vectors, output) if vectors else None
+        return partial(rows.scale, site, side, channels_first=site.trailing_dims > 0) if rows.has(site, side) else None
+    vectors = site.acting(side, compiling)
+    return partial(site.scale, vectors) if vectors else None
+
+
+def _unscaled(module: nn.Module, how: str, error: TypeError) -> str:
+    """An activation's error, with the path of its layer."""
+    at = f"{vectors_of(module).module_path} ({type(module).__name__})"
+    fault = f"{at} {how} {error}" if isinstance(error, NoSingleTensorError) else f"{at}: {error}"
+    return f"{fault}. Leave this layer to exclude_modules."
 
 
 def vectors_of(module: nn.Module) -> SiteVectors:

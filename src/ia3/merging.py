@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ia3.adapter import check_choice, repoint, rest, saved_copies, wake, whole_vectors
 from ia3.errors import PeftWarning
 from ia3.experts import find_experts
+from ia3.layers import channel_dims, is_plain, take_tensor
 from ia3.quantised import Held, fold, held_by
 from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
 from ia3.state import Adapter, Originals, attached, get_adapter
@@ -234,8 +235,6 @@ def _check_mergeable(model: nn.Module, sites: Iterable[Site]) -> None:
 
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Forwards that are linear in their weight, which merging may therefore scale.
-_LINEAR = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _unmergeable_reason(module: nn.Module, site: Site, weight: nn.Parameter | None) -> str | None:
@@ -249,9 +248,9 @@ def _unmergeable_reason(module: nn.Module, site: Site, weight: nn.Parameter | No
     experts = find_experts(module)
     if experts is not None:
         return None if experts.is_told else f"the shape of its {experts.second} doesn't tell what is its input"
-    forward = getattr(type(module), "_ia3_old_class", type(module)).forward
-    plain = any(isinstance(module, kind) and forward is kind.forward for kind in _LINEAR)
-    if plain or is_conv1d(module) or _is_linear_in_its_weight(module, site):
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        return "an EmbeddingBag that takes the maximum takes another one where a vector is negative"
+    if is_plain(module) or is_conv1d(module) or _is_linear_in_its_weight(module, site):
         return None
     return f"a {type(module).__name__} doesn't multiply by its weight as it is, but rounds or computes it"
 
@@ -272,11 +271,11 @@ def _is_linear_in_its_weight(module: nn.Module, site: Site) -> bool:
     if inputs is None:
         return False
     try:
-        scaled = tried(_times(inputs, site, scale) if site.side == "input" else inputs)
+        scaled, _ = take_tensor(tried(_times(inputs, site, scale) if site.side == "input" else inputs))
         scaled = _times(scaled, site, scale) if site.side == "output" else scaled
         for name, _, new in _merged_module(module, site.path, {site.side: scale}, {}):
             tried._parameters[name.rpartition(".")[2]] = nn.Parameter(new, requires_grad=False)
-        merged = tried(inputs)
+        merged, _ = take_tensor(tried(inputs))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # whatever else a foreign layer raises, it can't be tried
@@ -292,15 +291,18 @@ def _example_inputs(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | N
         return None
     if widths[0] is None:
         return torch.arange(len(weight), device=weight.device)[:8]
-    shape = (8, widths[0], *(4 * size for size in getattr(module, "kernel_size", ())))
+    kernel = tuple(4 * size for size in getattr(module, "kernel_size", ()))
+    groups = getattr(module, "n_groups", 1) if not kernel else 1  # of a linear layer that takes them apart
+    shape = (8, *(groups,) * (groups > 1), widths[0], *kernel)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(weight)
 
 
 def _times(activation: torch.Tensor, site: Site, scale: torch.Tensor) -> torch.Tensor:
-    """An activation times a scale of its channels, which stand last, or first where the site is a convolution's."""
-    dims = activation.dim() - 2 if len(site.shape) > 2 else 0
-    return activation * scale.to(activation.dtype).view(-1, *(1,) * dims)
+    """An activation times a scale of its channels, which stand last, or before a convolution's dimensions."""
+    after = max(len(site.shape) - 2, 0)
+    dims = channel_dims(activation.shape, site.width, spatial=after)
+    return activation * scale.to(activation.dtype).view(*dims, *(1,) * after)
 
 
 def _memory(parameter: torch.Tensor) -> tuple[torch.device, int, int]:
@@ -374,12 +376,14 @@ def _over_weight(module: nn.Module, side: str, scale: torch.Tensor) -> torch.Ten
     """The scale `[width]` shaped to multiply the module's weight."""
     if isinstance(module, _ConvNd):
         ones = (1,) * len(module.kernel_size)
-        if side == "output":
+        # `[out, in / groups, …]`, transposed `[in, out / groups, …]`: each group of rows sees its own slice of columns.
+        transposed = isinstance(module, _ConvTransposeNd)
+        if (side == "output") != transposed:
             return scale.view(-1, 1, *ones)
-        # `[out, in / groups, …]`: each group of outputs sees its own slice of the inputs.
-        by_group = scale.view(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)
-        return by_group.reshape(module.out_channels, -1, *ones)
-    outputs_are_columns = is_conv1d(module) or isinstance(module, nn.Embedding)
+        rows = module.in_channels if transposed else module.out_channels
+        by_group = scale.view(module.groups, 1, -1).expand(-1, rows // module.groups, -1)
+        return by_group.reshape(rows, -1, *ones)
+    outputs_are_columns = is_conv1d(module) or isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return scale.view(1, -1) if (side == "output") == outputs_are_columns else scale.view(-1, 1)
 
 

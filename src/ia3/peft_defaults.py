@@ -32,7 +32,8 @@ TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING: dict[str, list[str]] = {
 }
 """PEFT's names of default targets. `IA3Config()` doesn't read them: its default is found in the model, by the paper."""
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING: dict[str, list[str]] = {
-    kind: [] if kind == "mt5" else names[-1:] for kind, names in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.items()
+    kind: [] if kind == "mt5" else names[-1:]
+    for kind, names in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.items()
 }
 """Those of PEFT's default targets whose input is multiplied."""
 

@@ -93,7 +93,7 @@ class Placement:
         with self.lock:
             if _vectors(site.path) not in self.places:
                 module = model.get_submodule(site.path)
-                held = SiteVectors(len(site.shape) - 2)
+                held = SiteVectors(len(site.shape) - 2, site.path)
                 module.add_module(VECTORS, held)
                 self._add(Place(site.path, module, held, layer_widths(module)), _vectors(site.path))
             _hook(self.site_module(site.path), {site.side})
@@ -263,7 +263,7 @@ def _hook(module: nn.Module, sides: Iterable[str]) -> None:
     if hold_experts(module):
         return
     if "input" in sides and scale_input not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(scale_input)
+        module.register_forward_pre_hook(scale_input, with_kwargs=True)
     if "output" in sides and scale_output not in module._forward_hooks.values():
         module.register_forward_hook(scale_output)
 
@@ -280,6 +280,7 @@ def drop_idle_hooks(module: nn.Module) -> None:
     ):
         for key in [key for key, hook in hooks.items() if hook is ours and side not in sides]:
             del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def unwrap(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ia3.layers import channel_dims, check_numbers
 from ia3.sites import Side
 
 # The name for no adapter.
@@ -44,8 +45,12 @@ class Rows:
     slices: Mapping[nn.Module, Mapping[Side, Tensor]]
     places: Tensor | None = None
 
-    def scale(self, site: nn.Module, side: Side, activation: Tensor, *, channels_first: bool) -> Tensor | None:
-        """The product of an activation with its examples' vectors; None where no example has one here.
+    def has(self, site: nn.Module, side: Side) -> bool:
+        """Whether any example has a vector here."""
+        return self.slices[site].get(side) is not None
+
+    def scale(self, site: nn.Module, side: Side, activation: Tensor, *, channels_first: bool) -> Tensor:
+        """The product of an activation with its examples' vectors, at a site and side that `has` them.
 
         Args:
             site: the site's module.
@@ -56,22 +61,20 @@ class Rows:
 
         Raises:
             ValueError: a number of rows that is no multiple of the examples', or of tokens that isn't the places'.
-            TypeError: the activation is not floating-point.
+            TypeError: the activation is not of floating-point or complex numbers, or has other channels.
         """
-        vectors = self.slices[site].get(side)
-        if vectors is None:
-            return None
-        if not activation.is_floating_point():
-            raise TypeError(f"ia3 multiplies floating-point activations; this layer's is {activation.dtype}.")
+        vectors = self.slices[site][side]
+        check_numbers(activation)
         if self.places is not None:
             return activation * self._of_each_token(vectors, self.places, activation)
         count = self.rows_an_example(activation)
         if count > 1:  # else the product alone is one kernel
             vectors = vectors.repeat_interleave(count, dim=0)
         vectors = vectors.to(activation)
-        ones = (1,) * (activation.dim() - 2)
-        shape = (len(vectors), -1, *ones) if channels_first else (len(vectors), *ones, vectors.shape[-1])
-        return activation * vectors.view(shape)
+        after = activation.dim() - 2 if channels_first else 0
+        dims = channel_dims(activation.shape, vectors.shape[-1], spatial=after)
+        before = activation.dim() - 1 - len(dims) - after
+        return activation * vectors.view(len(vectors), *(1,) * before, *dims, *(1,) * after)
 
     def _of_each_token(self, vectors: Tensor, places: Tensor, activation: Tensor) -> Tensor:
         """The tokens' own vectors, shaped as the activation `[batch, length, width]` or `[batch · length, width]`."""

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError
 from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
+from ia3.layers import paths_around, refusal, why_nothing_learns
 from ia3.peft_defaults import difference, gate_side
 from ia3.structure import Block, Intervals, find_blocks, is_conv1d, layer_widths
 
@@ -202,6 +203,11 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
                 left_out[0],
                 len(left_out) - 1,
             )
+        if not config.target_modules:
+            raise NoMatchingPeftModuleError(
+                f"target_modules: {type(model).__name__} has no linear layer for 'all-linear', which leaves out the "
+                "output layer: name its modules instead."
+            )
     elif not loading:  # a file names modules
         config = name_modules(config, candidates, matching)
     if config.layers_to_transform is not None:
@@ -219,6 +225,7 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
         # A module that is trained in full may be excluded besides: it gets no vector either way.
         excluded = matching(config.exclude_modules, modules)
         _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
+        _check_all_learn(modules, targets)
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", config.target_modules))
 
@@ -264,7 +271,10 @@ def _with_defaults(
     keys_values = {made.path for block in blocks for made in block.keys_values}
     inputs = {path for block in blocks for path in block.second_matrices}
     gates = {gate_side(_model_type(model), path) for path in inputs}
-    outputs, inputs = keys_values | (gates & modules.keys()), inputs - {path for path in inputs if gates & modules.keys()}
+    outputs, inputs = (
+        keys_values | (gates & modules.keys()),
+        inputs - {path for path in inputs if gates & modules.keys()},
+    )
     others = [path for path in modules if path not in outputs | inputs]
     names = [_names_of(paths, others) for paths in (outputs, inputs) if paths]
     usual = set().union(*(excluded for _, excluded in names))
@@ -324,12 +334,23 @@ def is_at_input(vector: torch.Tensor) -> bool:
 
 
 def _linear_paths(model: nn.Module, candidates: dict[str, nn.Module]) -> Iterator[str]:
-    """Every linear layer but the output layer."""
+    """Every linear layer but the output layer, and those in which no vector could act or learn."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    for path, module in candidates.items():
+    linear = {
+        p: w for p, m in candidates.items() if (w := layer_widths(m)) and (is_conv1d(m) or hasattr(m, "in_features"))
+    }
+    for path, widths in linear.items():
+        module = candidates[path]
         is_head = any(inner is head for inner in module.modules())  # the head, or what holds its copy trained in full
-        if not is_head and layer_widths(module) and (is_conv1d(module) or hasattr(module, "in_features")):
+        # What a linear layer is made of, such as a LoRA's matrices, is reached through it.
+        is_part = any(around in linear for around in paths_around(path))
+        if is_head or is_part:
+            continue
+        reason = why_nothing_learns(candidates, path) or refusal(module, "output", widths)
+        if reason is None:
             yield path
+        else:
+            logger.warning("all-linear leaves out %s: it %s.", path, reason)
 
 
 def _names_of(wanted: set[str], others: Sequence[str], *, may_exclude: bool = True) -> tuple[set[str] | str, set[str]]:
@@ -469,16 +490,35 @@ def _check_all_matched(
                 raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, field, name))
 
 
+def _check_all_learn(modules: dict[str, nn.Module], targets: set[str]) -> None:
+    """Refuse sites where no gradient comes back."""
+    for path in sorted(targets):
+        reason = why_nothing_learns(modules, path)
+        if reason is not None:
+            raise ValueError(f"{path} {reason}.")
+
+
 def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: str, names: Names) -> str:
     ends = sorted({path.rsplit(".", 1)[-1] for path, module in candidates.items() if layer_widths(module)})
     wanted = names if isinstance(names, str) else " ".join(sorted(names or ()))
     near = difflib.get_close_matches(wanted, ends, n=3)
     hint = f"Did you mean {near}? " if near else ""
+    first = _first_path(model, names)
+    hint = f"{first[0]} is the same module as {first[1]}: name it {first[1]!r}. " if first else hint
     shown = ends if len(ends) <= 30 else [*ends[:30], "…"]
     return (
         f"{field}: {names!r} matches no module of {type(model).__name__}. {hint}A name matches a module's "
         f"whole path or its end after a dot, a regular expression the whole path. Its layers end with {shown}."
     )
+
+
+def _first_path(model: nn.Module, names: Names) -> tuple[str, str] | None:
+    """Of a module that has several paths, one that the names match and the first, by which it is known."""
+    first = {module: path for path, module in _base_modules(model)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.get(module, path) != path and matching(names, [path]):
+            return path, first[module]
+    return None
 
 
 def _site(path: str, module: nn.Module, side: Side, channels: Intervals | None) -> Site:
@@ -498,6 +538,9 @@ def _site(path: str, module: nn.Module, side: Side, channels: Intervals | None) 
             f"{path} is an embedding: its input are token numbers, which no vector can multiply. Remove it "
             "from feedforward_modules."
         )
+    refused = refusal(module, side, widths)
+    if refused is not None:
+        raise ValueError(f"{path} {refused}.")
     if isinstance(module, _ConvNd):
         return Site(path, side, (1, width) + (1,) * len(module.kernel_size))
     if side == "input":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from ia3.experts import acts_in_front, find_experts
 
@@ -93,7 +93,29 @@ class _Layer(NamedTuple):
 
 
 # What a projection's name says besides whether it makes queries, keys or values.
-_FILLERS = frozenset("attn b c conv d dense fc head heads in layer lin linear proj project projection self to w".split())
+_FILLERS = frozenset(
+    [
+        "attn",
+        "b",
+        "c",
+        "conv",
+        "d",
+        "dense",
+        "fc",
+        "head",
+        "heads",
+        "in",
+        "layer",
+        "lin",
+        "linear",
+        "proj",
+        "project",
+        "projection",
+        "self",
+        "to",
+        "w",
+    ]
+)
 _MEANINGS = {"key": "k", "keys": "k", "value": "v", "values": "v", "query": "q", "queries": "q", "att": "attn"}
 # Mixers of tokens that are no softmax over keys: (IA)³ says nothing of them.
 _NO_SOFTMAX = re.compile(
@@ -103,7 +125,9 @@ _NO_SOFTMAX = re.compile(
 _HEAD_BY_HEAD = ("Bloom", "Falcon", "GPTNeoX", "Persimmon")
 _PART_BY_PART = ("qkv", "qkv_proj", "c_attn", "Wqkv", "att_proj")
 # Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
-_MIXES_TOKENS = re.compile(r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|adapter|lora", re.IGNORECASE)
+_MIXES_TOKENS = re.compile(
+    r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|adapter|lora", re.IGNORECASE
+)
 _FEEDS_FORWARD = re.compile(r"mlp|ffn?\b|ff\d|feed|expert|moe", re.IGNORECASE)
 
 
@@ -132,11 +156,11 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
 def layer_widths(module: Any) -> tuple[int | None, int] | None:
     """Input and output channels of a layer; None for the input of an embedding, or for other modules."""
     # The latter is the last projection of torch's MultiheadAttention, which reads its weight and never calls it.
-    if isinstance(module, _ConvTransposeNd | nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     if isinstance(module, _ConvNd):
         return module.in_channels, module.out_channels
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return None, module.embedding_dim
     if is_conv1d(module):
         return module.weight.shape[0], module.nf
@@ -323,7 +347,10 @@ def _keys_and_values(
     model: nn.Module, module: nn.Module, group: list[tuple[_Layer, str, frozenset[str]]]
 ) -> list[Projection] | str:
     """The key and value projections among the layers of one module, or why these can't be told; empty for no attention."""
-    of = {made: [(layer, rest) for layer, said, rest in group if said == made] for made in ("q", "k", "v", "kv", "qkv", "qk")}
+    of = {
+        made: [(layer, rest) for layer, said, rest in group if said == made]
+        for made in ("q", "k", "v", "kv", "qkv", "qk")
+    }
     if of["qkv"] and of["q"]:  # GPT-2's attention across: the same name makes keys and values alone
         of["kv"], of["qkv"] = of["kv"] + of["qkv"], []
     found = []
@@ -387,13 +414,17 @@ def _unreachable(modules: dict[str, nn.Module]) -> Iterator[FoundAttention]:
     """Attentions of blocks whose keys and values no module makes; one outside of lists pools what the blocks made."""
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention) and _outermost_item(path):
-            yield FoundAttention(path, (), lacks="torch's MultiheadAttention reads its in_proj_weight, and no module makes its keys")
+            yield FoundAttention(
+                path, (), lacks="torch's MultiheadAttention reads its in_proj_weight, and no module makes its keys"
+            )
 
 
 # Feed-forwards
 
 
-def _feed_forwards(layers: Sequence[_Layer], attentions: Sequence[FoundAttention]) -> tuple[dict[str, FoundFeedForward], set[str]]:
+def _feed_forwards(
+    layers: Sequence[_Layer], attentions: Sequence[FoundAttention]
+) -> tuple[dict[str, FoundFeedForward], set[str]]:
     """Those that a layer ends which leads back from a width to which another of its scope led, to where that began.
 
     Returns:
