@@ -1,7 +1,8 @@
-"""What a family of transformers is besides its projections: how it norms, where tokens stand, what is scaled and dropped.
+"""What a family of transformers is besides its projections: how it norms, where tokens stand, what is dropped.
 
 The projections are found by structure, in the model; a description is what structure can't tell. Dimensions, biases,
-epsilons, scales and windows are read from the model. Paths of a stack are from the model, those of a norm from its block.
+epsilons, scales and windows are read from the model. Paths of a stack are from the model, those of its norms from a
+block.
 """
 
 from __future__ import annotations

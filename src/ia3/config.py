@@ -315,7 +315,7 @@ def chosen_layers(config: IA3Config) -> list[int]:
 
 
 def in_layers(config: IA3Config) -> str:
-    """The regular expression for `target_modules`, names or a default's pattern, in the layers of `layers_to_transform`."""
+    """The regular expression for `target_modules`, names or a pattern, in the layers of `layers_to_transform` alone."""
     assert config.target_modules is not None
     numbers = "|".join(str(number) for number in chosen_layers(config))
     if config.layers_pattern:

@@ -13,7 +13,8 @@ from torch import nn
 from ia3.checkpoint import set_peft_model_state_dict
 from ia3.config import IA3Config, TaskType
 from ia3.peft_model import PeftModel, get_peft_model
-from ia3.sites import VECTORS, layer_widths, logger, matching
+from ia3.sites import VECTORS, logger, matching
+from ia3.structure import layer_widths
 from ia3.tensors import PREFIX, Tensors, read_tensors
 
 # T-Few adapts T5 models alone. Its vectors are columns of a matrix that scales the weight: `multi_lora_b` the

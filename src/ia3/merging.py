@@ -22,8 +22,9 @@ from ia3.errors import PeftWarning
 from ia3.experts import find_experts
 from ia3.layers import channel_dims, is_plain, take_tensor
 from ia3.quantised import Held, fold, held_by
-from ia3.sites import SAVED_COPIES, Side, Site, is_conv1d, layer_widths, logger
+from ia3.sites import SAVED_COPIES, Side, Site, logger
 from ia3.state import Adapter, Originals, attached, get_adapter
+from ia3.structure import is_conv1d, layer_widths
 
 _PART = ": "
 Scales = dict[tuple[str, Side], torch.Tensor]

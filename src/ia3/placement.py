@@ -17,7 +17,8 @@ from torch import nn
 
 from ia3.hooks import SiteVectors, scale_input, scale_output
 from ia3.routed import RoutedExperts, hold_experts
-from ia3.sites import SAVED_COPIES, VECTORS, Site, layer_widths, logger
+from ia3.sites import SAVED_COPIES, VECTORS, Site, logger
+from ia3.structure import layer_widths
 from ia3.swap import SavedModule, swap_back
 
 _TOKENS = itertools.count()

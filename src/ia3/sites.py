@@ -393,7 +393,8 @@ def _pattern_of(wanted: set[str], others: Sequence[str]) -> str:
         head, _, last = path.rpartition(".")
         ends.setdefault(re.sub(r"\\\.\d+(?=\\\.|$)", lambda _: r"\.\d+", re.escape(head)), set()).add(last)
     heads = sorted(ends)
-    common = next((n for n, parts in enumerate(zip(*(head.split(r"\.") for head in heads))) if len({*parts}) > 1), 0)
+    columns = zip(*(head.split(r"\.") for head in heads), strict=False)
+    common = next((n for n, parts in enumerate(columns) if len({*parts}) > 1), 0)
     for dropped in range(common or (heads[0].count(r"\.") if len(heads) == 1 else 0), -1, -1):
         cut = [r"\.".join(head.split(r"\.")[dropped:]) for head in heads]
         each = [rf"{short}\.({'|'.join(sorted(ends[head]))})" for short, head in zip(cut, heads, strict=True)]
@@ -460,7 +461,10 @@ def _explicitly(model: nn.Module, blocks: Sequence[Block]) -> str:
         form = f"IA3Config(target_modules={targets}, feedforward_modules={fed}) is what was found of it"
     else:
         form = "IA3Config(target_modules=[…], feedforward_modules=[…])"
-    return f"Name the layers to adapt yourself: {form}; its layers end with {shown}. `ia3 targets` shows what a choice means."
+    return (
+        f"Name the layers to adapt yourself: {form}; its layers end with {shown}. `ia3 targets` shows what a choice "
+        "means."
+    )
 
 
 def _as_peft_takes_it(feedforward: Names, targets: Names) -> Names:

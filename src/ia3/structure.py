@@ -51,7 +51,7 @@ class FoundAttention:
 
 @dataclass(frozen=True)
 class FoundFeedForward:
-    """One feed-forward: the matrices before the activation, the gate's first, and the second one; experts have one path."""
+    """One feed-forward: the matrices before the activation, the gate's first, and the second; experts have one path."""
 
     up: tuple[str, ...]
     down: str
@@ -300,7 +300,7 @@ def _meaning(name: str) -> tuple[str, frozenset[str]]:
 
 
 def made_by(name: str) -> str:
-    """Which of `q`, `k` and `v` a layer makes, by its name: `"k"` for `k_proj`, `key` or `linear_k`, `"qkv"` for all."""
+    """Which of `q`, `k` and `v` a layer makes, by its name: `"k"` for `k_proj` or `linear_k`, `"qkv"` for all."""
     return _meaning(name)[0]
 
 
@@ -346,7 +346,7 @@ def _mixes_without_softmax(module: nn.Module) -> bool:
 def _keys_and_values(
     model: nn.Module, module: nn.Module, group: list[tuple[_Layer, str, frozenset[str]]]
 ) -> list[Projection] | str:
-    """The key and value projections among the layers of one module, or why these can't be told; empty for no attention."""
+    """The key and value projections among a module's layers, or why these can't be told; empty for no attention."""
     of = {
         made: [(layer, rest) for layer, said, rest in group if said == made]
         for made in ("q", "k", "v", "kv", "qkv", "qk")
@@ -378,13 +378,13 @@ def _keys_and_values(
 def _fused_channels(
     model: Any, module: Any, layer: _Layer, group: list[tuple[_Layer, str, frozenset[str]]]
 ) -> Intervals | None:
-    """The channels of a layer that makes queries, keys and values which are keys and values; None where it can't be told.
+    """The key and value channels of a layer that makes queries, too; None where they can't be told.
 
     Usually they follow the queries, of which there are as many as the output's projection takes in. Which families
     divide them otherwise no width tells, nor whether code from elsewhere does.
     """
     width, kind = layer.outputs, type(module).__name__
-    config = getattr(module, "config", getattr(model, "config", None))
+    config: Any = getattr(module, "config", getattr(model, "config", None))
     if not type(module).__module__.startswith("transformers."):
         return None
     if kind.startswith("CodeGen"):  # [q | v | k] in each of four parts
@@ -472,7 +472,7 @@ def _feed_forwards(
 def _first_matrices(
     index: int, layer: _Layer, scopes: dict[str, list[tuple[int, _Layer]]], used: set[str]
 ) -> list[str]:
-    """What leads to another layer's input, in the nearest scope that has it: one layer, or a gate's two in their order."""
+    """What leads to another layer's input, in the nearest scope that has it: one layer, or a gate's two in order."""
     for around in _above(layer.path):
         fitting = [
             (at, up)
