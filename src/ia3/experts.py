@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ia3.config import IA3Config
 
@@ -56,7 +57,11 @@ class Experts:
 def find_experts(module: Any) -> Experts | None:
     """What the module holds; None where it isn't an experts module."""
     held = getattr(module, "_parameters", None)
-    stacks = {name: each for name, each in held.items() if each is not None and each.dim() == 3} if held else {}
+    stacks = (
+        {name: each for name, each in held.items() if each is not None and not is_lazy(each) and each.dim() == 3}
+        if held
+        else {}
+    )
     if SECOND in stacks:
         first = next((name for name in _FIRST if name in stacks), None)
         if first is not None:

@@ -455,7 +455,9 @@ class _OfNobody(Held):
 def _of_nobody(module: nn.Module) -> Held | None:
     """A linear layer without a weight in numbers; None for others, and for what only stands around a linear layer."""
     weight = module._parameters.get("weight")
-    if not hasattr(module, "in_features") or (weight is not None and weight.is_floating_point()):
+    if not hasattr(module, "in_features") or (
+        weight is not None and (weight.is_floating_point() or weight.is_complex())
+    ):
         return None
     is_around = any(hasattr(child, "in_features") for child in module.children())
     return None if is_around else _OfNobody(module, f"a {type(module).__name__}")

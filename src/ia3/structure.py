@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -126,7 +126,7 @@ _HEAD_BY_HEAD = ("Bloom", "Falcon", "GPTNeoX", "Persimmon")
 _PART_BY_PART = ("qkv", "qkv_proj", "c_attn", "Wqkv", "att_proj")
 # Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
 _MIXES_TOKENS = re.compile(
-    r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|adapter|lora", re.IGNORECASE
+    r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|laurel|bottleneck|adapter|lora", re.IGNORECASE
 )
 _FEEDS_FORWARD = re.compile(r"mlp|ffn?\b|ff\d|feed|expert|moe", re.IGNORECASE)
 
@@ -147,7 +147,7 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
     within = _chosen_towers(model, towers)
     modules = {path: module for path, module in model.named_modules() if within(path)}
     layers = list(_layers(modules))
-    attentions = [*_attentions(model, modules, layers), *_unreachable(modules)]
+    attentions = _apart([*_attentions(model, modules, layers), *_unreachable(modules)])
     if not attentions and towers is None:  # what a tower's configuration says is all that there is
         return find_blocks(model, ("all",))
     return _blocks(modules, layers, attentions)
@@ -202,13 +202,15 @@ def _parts_of(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _chosen_towers(model: nn.Module, towers: Sequence[str] | None) -> Any:
+    if towers is not None and "all" in towers:
+        return lambda path: True
     named = tower_names(model)
     if towers is not None:
-        unknown = sorted({*towers} - {*named, "all"})
+        unknown = sorted({*towers} - {*named})
         if unknown:
             raise ValueError(f"towers: {unknown} are none of this model's, {sorted(named)} or 'all'.")
-        chosen = [""] if "all" in towers else [path for name in towers for path in named[name]]
-        return lambda path: any(not root or _is_at(path, root) for root in chosen)
+        chosen = [path for name in towers for path in named[name]]
+        return lambda path: any(_is_at(path, root) for root in chosen)
     config: Any = _config(model)
     texts = _text_configs(config)
     roots = [path for path, module in model.named_modules() if path and any(_config(module) is one for one in texts)]
@@ -338,6 +340,16 @@ def _out(path: str, group: list[tuple[_Layer, str, frozenset[str]]], layers: Seq
     return layers[last + 1].path if last + 1 < len(layers) else ""
 
 
+def _apart(attentions: Sequence[FoundAttention]) -> list[FoundAttention]:
+    """Attentions, without those that hold another: its keys are mixed with theirs, and no layer makes them alone."""
+    held = {around: each.path for each in attentions for around in _above(each.path)}
+    mixed = "its keys and values are mixed with those of"
+    return [
+        replace(each, keys_values=(), lacks=f"{mixed} {held[each.path]}") if each.path in held else each
+        for each in attentions
+    ]
+
+
 def _mixes_without_softmax(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters(recurse=False)}
     return bool(_NO_SOFTMAX.search(type(module).__name__) or names & {"A_log", "dt_bias", "time_decay"})
@@ -435,12 +447,12 @@ def _feed_forwards(
     taken |= {attention.query for attention in attentions}
     # What leads into latent channels around experts is no feed-forward of its own.
     around_experts = {layer.path.rpartition(".")[0] for layer in layers if layer.kind == "experts"}
-    inside = [attention.path for attention in attentions if not _is_item(attention.path)]
+    inside = {attention.path for attention in attentions if not _is_item(attention.path)}
     free = [
         layer
         for layer in layers
         if layer.path not in taken
-        and not _inside(layer.path, inside)
+        and inside.isdisjoint(_above(layer.path))
         and not _is_part_of_a_mixer(layer.path)
         and (layer.kind == "experts" or layer.path.rpartition(".")[0] not in around_experts)
     ]
@@ -520,13 +532,15 @@ def _blocks(
     if not attentions:
         return []
     feeds, lesser = _feed_forwards(layers, attentions)
-    around = {attention.path: _block_around(attention.path, feeds, modules) for attention in attentions}
+    holding: dict[str, list[FoundFeedForward]] = defaultdict(list)
+    for down, each in feeds.items():
+        for holder in (down, *_above(down)):
+            holding[holder].append(each)
+    around = {attention.path: _block_around(attention.path, holding, modules) for attention in attentions}
     held: dict[str, list[FoundAttention]] = defaultdict(list)
     for attention in attentions:
         held[around[attention.path] or _outermost_item(attention.path) or attention.path].append(attention)
-    fed: dict[str, list[FoundFeedForward]] = {
-        path: [each for down, each in feeds.items() if _is_at(down, path)] for path in {*around.values()} if path
-    }
+    fed = {path: list(holding[path]) for path in around.values() if path}
     claimed = {each.down for own in fed.values() for each in own}
     lists = {_outermost_item(attention.path).rpartition(".")[0] for attention in attentions} - {""}
     bare = {_outermost_item(path).rpartition(".")[0] for path, block in around.items() if block is None}
@@ -549,13 +563,13 @@ def _blocks(
     return found
 
 
-def _block_around(path: str, feeds: Iterable[str], modules: dict[str, nn.Module]) -> str | None:
+def _block_around(path: str, holding: Container[str], modules: dict[str, nn.Module]) -> str | None:
     """The smallest module around an attention that has a feed-forward, no further than its outermost list's item."""
     limit = _outermost_item(path)
     for around in (path, *_above(path)):
         if (limit and not _is_at(around, limit)) or not around:
             return None
-        if not isinstance(modules.get(around), nn.ModuleList) and any(_is_at(down, around) for down in feeds):
+        if around in holding and not isinstance(modules.get(around), nn.ModuleList):
             return around
     return None
 
