@@ -46,6 +46,7 @@ RESULTS = Path(__file__).parent / "results" / "coverage.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GLM = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _ROPE_BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 
 # What a type's default configuration leaves out although its own model reads it.
@@ -53,6 +54,12 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
+    **{
+        kind: {"text_config": {"rope_parameters": _GLM}}
+        for kind in ("glm4v", "glm46v", "glm4v_moe", "glmga", "glm_image")
+    },
+    **{kind: {"rope_parameters": _GLM} for kind in ("glm4v_text", "glm4v_moe_text", "glm_image_text")},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": _ROPE_BY_LAYER},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},

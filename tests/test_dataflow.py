@@ -209,6 +209,40 @@ def test_keys_of_a_bare_parameter() -> None:
     assert any("transformer.layer.1.rel_attn.k, a parameter that a function uses" in sentence for sentence in said)
 
 
+class _Block(torch.nn.Module):
+    """Attention, and what looks like a feed-forward without being one, of a residual 8 wide."""
+
+    def __init__(self, inner: int, out: int) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+        self.one, self.two = torch.nn.Linear(8, inner), torch.nn.Linear(inner, out)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        queries, keys, values = self.qkv(states).chunk(3, -1)
+        attended = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
+        return self.two(torch.relu(self.one(attended)))
+
+
+class _Stack(torch.nn.Module):
+    """Blocks over an embedding that is used without its module."""
+
+    def __init__(self, *blocks: torch.nn.Module) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(5, 8))
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        states = torch.nn.functional.embedding(tokens, self.table)
+        return [block(states) for block in self.blocks]
+
+
+def test_a_bottleneck_and_a_head_are_no_feed_forward() -> None:
+    stack = _Stack(_Block(32, 8), _Block(4, 8), _Block(32, 6))
+    found = observe(stack, {"tokens": torch.tensor([[1, 2, 3]])})
+    assert [*found.keys] == ["blocks.0.qkv", "blocks.1.qkv", "blocks.2.qkv"]
+    assert [*found.feedforward] == ["blocks.0.two"]
+
+
 def test_no_softmax_no_attention() -> None:
     assert flow("mamba").attentions == ()
     assert flow("mamba").feedforwards == ()

@@ -269,6 +269,8 @@ def _told(seen: Recorder, is_text: Callable[[str], bool]) -> Flow:
     leaves = {id(cut.leaf): cut for cut in seen.cuts}
     skipped: dict[str, str] = {}
     attentions = [*_attentions(seen, leaves, skipped), *(AttentionFlow(*told) for told in seen.within)]
+    for attention in attentions:  # another call of it said more
+        skipped.pop(attention.path, None)
     feedforwards = _feedforwards(seen, leaves, [a.path for a in attentions] + list(skipped))
     parameters = {path for _, path in seen.weights.values()}
     projections = [cut for cut in seen.cuts if cut.projects]

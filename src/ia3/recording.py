@@ -95,6 +95,8 @@ class Recorder(TorchFunctionMode):
                 pass
             self.inside -= projects
             entered = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+            if projects and entered is not None and isinstance(output, tuple) and isinstance(output[0], torch.Tensor):
+                return (self._cut(path, output[0], entered, _channel_dim(module, output[0])), *output[1:])
             if not isinstance(output, torch.Tensor) or entered is None:
                 return None
             if isinstance(module, nn.Embedding):

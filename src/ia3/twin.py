@@ -205,9 +205,12 @@ def shrink(config: PretrainedConfig, how: Shrinking) -> PretrainedConfig:
     parts = list(_parts(config))
     divisor = _divisor(parts, how) if how.widths else 1
     tokens = _small_vocabulary(parts) if how.vocabulary else {}
+    windowed = any(vars(part).keys() & {"depths", "window_size"} for part in parts)
     for part in parts:
         _shrink_depth(part)
         _shrink_counts(part)
+        if not windowed:
+            _shrink_pictures(part)
         if how.widths:
             _shrink_widths(part, divisor, how)
         if how.vocabulary:
@@ -260,7 +263,10 @@ def _shrink_depth(part: PretrainedConfig) -> None:
     for name, old in depths.items():
         per_layer = {key: value for key, value in _lists(part) if len(value) == old and key not in by_index}
         mine = {key: value for key, value in by_index.items() if max(value) <= old}
-        kept = _layers_to_keep(old, per_layer, mine)
+        cycle = max(
+            (len(value) for key, value in _lists(part) if key.endswith("block_types") and len(value) < old), default=0
+        )
+        kept = _layers_to_keep(old, per_layer, mine, cycle)
         for key, value in per_layer.items():
             _set(part, key, type(value)(value[layer] for layer in kept))
         for key, value in mine.items():
@@ -273,6 +279,8 @@ def _shrink_depth(part: PretrainedConfig) -> None:
     for name, number in _numbers(part):
         if _PATTERNS.fullmatch(name) and number > 2:
             _set(part, name, 2)
+        if name.endswith("_layer_offset") and number > 1:
+            _set(part, name, 1)
         if re.fullmatch(r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", name) and number > 1:
             _set(part, name, 1)
         if re.fullmatch(r"num_kv_shared_layers|num_nextn_predict_layers|mtp_num_hidden_layers", name):
@@ -290,14 +298,14 @@ def _shrink_stages(part: PretrainedConfig, old: int, new: int) -> None:
         vars(part).update(_out_indices=places, _out_features=[stages[place] for place in places])
 
 
-def _layers_to_keep(old: int, per_layer: dict[str, Any], by_index: dict[str, Any]) -> list[int]:
-    """Two layers, and one of each kind: what the lists with an entry a layer tell apart, and what others point at."""
+def _layers_to_keep(old: int, per_layer: dict[str, Any], by_index: dict[str, Any], cycle: int) -> list[int]:
+    """Two layers, and one of each kind: what lists with an entry a layer tell apart, what others point at or repeat."""
     kinds: dict[str, int] = {}
     for layer in range(old):
         kinds.setdefault(repr([value[layer] for value in per_layer.values()]), layer)
     kept = set(list(kinds.values())[:8]) | {layer for value in by_index.values() for layer in value if layer < old}
     for layer in range(old):
-        if len(kept) >= 2:
+        if len(kept) >= max(2, cycle):
             break
         kept.add(layer)
     return sorted(kept)
@@ -314,13 +322,15 @@ def _shrink_counts(part: PretrainedConfig) -> None:
     for name, value in _numbers(part):
         if re.fullmatch(r".*experts?|.*num_experts|.*moe_num_experts|n_routed_experts", name) and value > 4:
             _set(part, name, 4)
-        elif re.fullmatch(r".*(experts_per_tok(en)?|top_?k|moe_k)", name) and value > 2:
+        elif re.fullmatch(r".*(experts_per_tok(en)?|top_?k|moe_k)|(mamba_)?n_groups", name) and value > 2:
             _set(part, name, 2)
         elif re.fullmatch(r"n_group|topk_group|num_expert_groups?", name) and value > 1:
             _set(part, name, 1)
+
+
+def _shrink_pictures(part: PretrainedConfig) -> None:
     image, patch = vars(part).get("image_size"), vars(part).get("patch_size")
-    windows = vars(part).keys() & {"depths", "window_size"}
-    if not windows and isinstance(image, int) and isinstance(patch, int) and image > 20 * patch and image % patch == 0:
+    if isinstance(image, int) and isinstance(patch, int) and image > 20 * patch and image % patch == 0:
         _set(part, "image_size", 16 * patch)
 
 
@@ -360,6 +370,8 @@ def _shrink_widths(part: PretrainedConfig, divisor: int, how: Shrinking) -> None
 
 
 def _divided(value: int, divisor: int) -> int:
+    if value % divisor and value % 8:  # of no proportion that must be kept
+        return -(-value // (8 * divisor)) * 8
     while divisor > 1 and value % divisor:
         divisor //= 2
     small = value // divisor
