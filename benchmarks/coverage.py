@@ -37,7 +37,7 @@ from transformers import CONFIG_MAPPING
 from transformers import logging as transformers_logging
 
 import ia3
-from bench import say_machine
+from bench import machine, say_machine
 from ia3.dataflow import Flow, compare, observe
 from ia3.sites import Site, find_sites
 from ia3.twin import NoTwinError, tiny_twin
@@ -292,7 +292,7 @@ def page(told: dict[str, dict[str, Any]]) -> str:
             built=f"{len(told) - counts['no twin']:,}",
             attending=f"{attending:,}",
             true=f"{counts['true']:,}",
-            version=_version(),
+            version=machine()["transformers"],
         )
     ]
     for outcome, (title, prose, column, key) in SECTIONS.items():
@@ -310,16 +310,22 @@ def page(told: dict[str, dict[str, Any]]) -> str:
 
 
 def _cell(line: dict[str, Any], key: str) -> str:
-    value = line.get(key) or line.get("reason") or line.get("failed") or ""
+    if line["outcome"] == "no twin":
+        return next(words for words, pattern in NOT_BUILT.items() if re.search(pattern, line["reason"]))
+    value = line.get(key) or line.get("reason") or ""
     text = " ".join(value) if isinstance(value, list) else str(value)
-    text = text.replace(line["type"], "…") if key == "reason" else text
-    return text.replace("|", "/").replace("<", "&lt;")[:160]
+    if key == "reason":
+        text = text.replace(line["type"], "…").partition(": pass")[0]
+    return text.replace("|", "/").replace("<", "&lt;")[:200]
 
 
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__
+NOT_BUILT = {
+    "transformers has no model of this part alone": "transformers has no model of it",
+    "a package is missing": r"ImportError|ModuleNotFoundError|No module named",
+    "its default takes longer than the limit": "not done in",
+    "it takes inputs of its own kind": r"missing \d+ required positional|must be passed|ou (must|have to) specify",
+    "its default doesn't run, or not with the inputs that were tried": "",
+}
 
 
 INTRODUCTION = """# Which models
@@ -368,7 +374,7 @@ SECTIONS = {
         "Not built",
         "No tiny model of the default configuration runs here: a package is missing, the default is incomplete, or no "
         "rule makes its inputs. Your model's own configuration may well work.",
-        "the first reason",
+        "why",
         "reason",
     ),
 }  # fmt: skip
