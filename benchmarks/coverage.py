@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -109,33 +109,34 @@ def look(kind: str) -> dict[str, Any]:
     differences = compare(flow, sites)
     if differences:
         return {**told, "outcome": "differs", "differences": _without_numbers(differences)}
-    failed = list(checks(model, batch))
+    failed = list(checks(model, batch, flow.ran))
     return {**told, "outcome": "fails" if failed else "true", "failed": failed}
 
 
-def checks(model: nn.Module, batch: dict[str, Any]) -> Iterator[str]:
-    """What doesn't hold of the adapted model, a sentence each."""
+def checks(model: nn.Module, batch: dict[str, Any], ran: Container[str]) -> Iterator[str]:
+    """What doesn't hold of the adapted model, a sentence each; what the batch reaches is in `ran`."""
     base = deepcopy(model)
     expected = outputs(base, batch)
     adapted: Any = ia3.get_peft_model(model, ia3.IA3Config())
     adapted.eval()
-    if not _equal(outputs(adapted, batch), expected):
+    # Times one is the same number, and may lie in memory otherwise, where a product rounds otherwise.
+    if not _close(outputs(adapted, batch), expected, 1e-6):
         yield "the adapted model isn't its base at the start"
     vectors = {name: value for name, value in adapted.named_parameters() if ".ia3_l." in f".{name}"}
     with torch.no_grad():
         for vector in vectors.values():
             vector.add_(torch.randn_like(vector), alpha=0.1)
-    without = list(_without_gradient(adapted, batch, vectors))
+    without = [path for path in _without_gradient(adapted, batch, vectors) if path in ran]
     if without:
         yield f"no gradient: {', '.join(_without_numbers(without)[:4])}"
     moved = outputs(adapted, batch)
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder)
         again = ia3.PeftModel.from_pretrained(deepcopy(base), folder).eval()
-        if not _equal(outputs(again, batch), moved):
+        if not _close(outputs(again, batch), moved, 1e-6):
             yield "loaded into a fresh base it answers otherwise"
     merged = adapted.merge_and_unload()
-    if not _close(outputs(merged, batch), moved):
+    if not _close(outputs(merged, batch), moved, 1e-3):
         yield "merged it answers otherwise"
 
 
@@ -166,16 +167,10 @@ def _floats(value: Any) -> Iterator[torch.Tensor]:
             yield from _floats(item)
 
 
-def _equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(left, right, strict=True)
-    )
-
-
-def _close(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+def _close(left: list[torch.Tensor], right: list[torch.Tensor], rtol: float) -> bool:
     return len(left) == len(right) and all(
         torch.allclose(
-            a, b, rtol=1e-3, atol=1e-4 * float(b.nan_to_num().abs().max()) if b.numel() else 0, equal_nan=True
+            a, b, rtol=rtol, atol=rtol * float(b.nan_to_num().abs().max()) if b.numel() else 0, equal_nan=True
         )
         for a, b in zip(left, right, strict=True)
     )

@@ -337,6 +337,9 @@ def _feedforwards(seen: Recorder, leaves: dict[int, Cut], attentions: list[str])
             continue
         if not all(_block(part.path) == _block(cut.path) or _same_block(part.path, cut.path) for part in first):
             continue
+        # A convolution ends a block's feed-forward where the block attends, and is a stage of its own elsewhere.
+        if cut.dim % cut.leaf.dim() != cut.leaf.dim() - 1 and _block(cut.path) not in map(_block, attentions):
+            continue
         linear = tuple(leaves[leaf].path for leaf, bent in sources.items() if not bent)
         yield FeedForwardFlow(cut.path, tuple(part.path for part in first), linear)
 

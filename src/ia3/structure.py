@@ -119,14 +119,14 @@ _FILLERS = frozenset(
 _MEANINGS = {"key": "k", "keys": "k", "value": "v", "values": "v", "query": "q", "queries": "q", "att": "attn"}
 # Mixers of tokens that are no softmax over keys: (IA)³ says nothing of them.
 _NO_SOFTMAX = re.compile(
-    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|Linear\w*Attention|Rwkv|xLSTM|Deformable|Indexer|Gated\w*Conv"
+    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|Linear(Self)?Attention$|Rwkv|xLSTM|Deformable|Indexer|Gated\w*Conv"
 )
 # Attentions whose fused projection has `[q | k | v]` of each head, and names of those that have it once.
 _HEAD_BY_HEAD = ("Bloom", "Falcon", "GPTNeoX", "Persimmon")
 _PART_BY_PART = ("qkv", "qkv_proj", "c_attn", "Wqkv", "att_proj")
 # Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
 _MIXES_TOKENS = re.compile(
-    r"att|mamba|conv|delta|recurrent|mixer|temporal_block|per_layer|ple_|laurel|bottleneck|adapter|lora", re.IGNORECASE
+    r"att|mamba|conv|delta|recurrent|temporal_block|per_layer|ple_|laurel|bottleneck|adapter|lora", re.IGNORECASE
 )
 _FEEDS_FORWARD = re.compile(r"mlp|ffn?\b|ff\d|feed|expert|moe", re.IGNORECASE)
 
@@ -150,7 +150,8 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
     attentions = _apart([*_attentions(model, modules, layers), *_unreachable(modules)])
     if not attentions and towers is None:  # what a tower's configuration says is all that there is
         return find_blocks(model, ("all",))
-    return _blocks(modules, layers, attentions)
+    other = {path for path, module in modules.items() if _mixes_without_softmax(module)}
+    return _blocks(modules, [layer for layer in layers if other.isdisjoint(_above(layer.path))], attentions)
 
 
 def layer_widths(module: Any) -> tuple[int | None, int] | None:
@@ -234,6 +235,7 @@ def _text_configs(config: Any) -> list[Any]:
     found = [config.get_text_config()]
     if getattr(config, "is_encoder_decoder", False) and found[0] is not config:
         encoder = config.get_text_config(encoder=True)
+        encoder = getattr(config, "encoder", config) if encoder is config or encoder is found[0] else encoder
         found += [encoder] if hasattr(encoder, "vocab_size") and encoder is not config else []
     return found
 
@@ -311,9 +313,9 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
     for layer in layers:
         around, _, name = layer.path.rpartition(".")
         made, rest = _meaning(name)
-        if not made and not rest:  # a layer in a wrapper of its own goes by the wrapper's name
-            around, _, name = around.rpartition(".")
-            made, rest = _meaning(name)
+        outer, _, wrapper = around.rpartition(".")
+        if not made and not rest and _meaning(wrapper)[0]:  # a layer in a wrapper of its own goes by the wrapper's name
+            around, (made, rest) = outer, _meaning(wrapper)
         if layer.kind == "linear" or (layer.kind == "convolution" and not _mixes_neighbours(layer.module)):
             groups[around].append((layer, made, rest))
     for path, group in groups.items():
@@ -381,7 +383,8 @@ def _keys_and_values(
     alike = {rest for _, rest in keys} & {rest for _, rest in values}
     if alike:  # names that say more come in pairs, and what has no partner is something else
         keys, values = ([(layer, rest) for layer, rest in side if rest in alike] for side in (keys, values))
-    shared = any(child is None and _meaning(name)[0] == "v" for name, child in module._modules.items())
+    absent = [name for name, child in {**vars(module), **module._modules}.items() if child is None]
+    shared = any(_meaning(name)[0] == "v" for name in absent)  # values are the keys
     if not keys or not (values or shared):
         return []
     return [Projection(layer.path) for layer, said, _ in group if layer in [each for each, _ in keys + values]]
@@ -476,7 +479,8 @@ def _feed_forwards(
     beside = {
         layer.path
         for layer in free
-        if layer.kind == "convolution" or (layer.inputs < layer.outputs and "expert" not in layer.path.lower())
+        if layer.kind == "convolution"
+        or (layer.inputs < layer.outputs and not re.search("expert|shared", layer.path.lower()))
     }
     return {path: each for path, each in found.items() if path not in taken_first}, beside
 
@@ -510,9 +514,10 @@ def _first_matrices(
 
 
 def _is_alone(path: str, scope: str, scopes: dict[str, list[tuple[int, _Layer]]]) -> bool:
-    """Whether a layer stands directly in a scope, or has no other beside it in its own module there, as BERT's have."""
+    """Whether a layer stands directly in a scope, or beside its like alone in its own module there, as BERT's do."""
     holder = path.rpartition(".")[0]
-    return holder == scope or sum(each.path.rpartition(".")[0] == holder for _, each in scopes[holder]) == 1
+    beside = {(each.inputs, each.outputs) for _, each in scopes[holder] if each.path.rpartition(".")[0] == holder}
+    return holder == scope or len(beside) == 1
 
 
 def _is_part_of_a_mixer(path: str) -> bool:
