@@ -554,7 +554,7 @@ def _blocks(
         item = _outermost_item(down)
         holder = item.rpartition(".")[0]
         # Blocks without attention among those with one, or lists of feed-forwards beside one of attentions.
-        if down not in claimed and item and (holder in lists or holder.rpartition(".")[0] in near):
+        if down not in claimed and item not in ("", down) and (holder in lists or holder.rpartition(".")[0] in near):
             fed.setdefault(item, []).append(each)
     lists_fed = {_outermost_item(path).rpartition(".")[0] for path in feeds}
     found = []
