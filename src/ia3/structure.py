@@ -119,7 +119,7 @@ _FILLERS = frozenset(
 _MEANINGS = {"key": "k", "keys": "k", "value": "v", "values": "v", "query": "q", "queries": "q", "att": "attn"}
 # Mixers of tokens that are no softmax over keys: (IA)³ says nothing of them.
 _NO_SOFTMAX = re.compile(
-    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|Linear(Self)?Attention$|Rwkv|xLSTM|Deformable|Indexer|Gated\w*Conv"
+    r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|(?<!Kimi)Linear(Self)?Attention$|Rwkv|xLSTM|Deformable|Indexer|Gated\w*Conv"
 )
 # Attentions whose fused projection has `[q | k | v]` of each head, and names of those that have it once.
 _HEAD_BY_HEAD = ("Bloom", "Falcon", "GPTNeoX", "Persimmon")
@@ -234,8 +234,7 @@ def _text_configs(config: Any) -> list[Any]:
         return []
     found = [config.get_text_config()]
     if getattr(config, "is_encoder_decoder", False) and found[0] is not config:
-        encoder = config.get_text_config(encoder=True)
-        encoder = getattr(config, "encoder", config) if encoder is config or encoder is found[0] else encoder
+        encoder = getattr(config, "encoder", None) or config.get_text_config(encoder=True)
         found += [encoder] if hasattr(encoder, "vocab_size") and encoder is not config else []
     return found
 
