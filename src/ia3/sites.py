@@ -243,8 +243,8 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
 def _check_layers(model: nn.Module, candidates: dict[str, nn.Module], config: IA3Config) -> None:
     """Refuse a name that matches nothing in any layer, and a layer that has none of the names."""
-    assert isinstance(config.target_modules, set)
-    for name in sorted(config.target_modules):
+    names = config.target_modules
+    for name in sorted(names) if isinstance(names, set) else ():  # a default's pattern matches by itself
         if not matching({name}, candidates):
             raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", name))
     for number in chosen_layers(config):
@@ -252,7 +252,7 @@ def _check_layers(model: nn.Module, candidates: dict[str, nn.Module], config: IA
             of = f" of {config.layers_pattern}" if config.layers_pattern else ""
             raise NoMatchingPeftModuleError(
                 f"layers_to_transform: layer {number}{of} of {type(model).__name__} has none of the target_modules "
-                f"{sorted(config.target_modules)}. A layer's number is the first one in a path, as in "
+                f"{names if isinstance(names, str) else sorted(names or ())}. A layer's number is the first one in a path, as in "
                 f"{next((path for path in candidates if re.search(r'[.][0-9]+[.]', path)), 'no path of this model')!r}."
             )
 
