@@ -544,5 +544,6 @@ def _same_block(path: str, attention: str) -> bool:
             return True
     if not _NUMBER.search(path):
         parent = attention.rpartition(".")[0]
-        return bool(parent) and path.startswith(f"{parent}.")
+        around = (parent, parent.rpartition(".")[0])  # an attention may stand in a module of its own there
+        return any(one and path.startswith(f"{one}.") for one in around)
     return False

@@ -469,7 +469,8 @@ def write_untied(model: Any, undo: ExitStack) -> None:
         if model.get_parameter(target) is not model.get_parameter(source):
             undo.callback(mapping.__setitem__, target, source)
             del mapping[target]
-    configs = [each for each in (model.config, model.config.get_text_config()) if each.tie_word_embeddings]
+    both = (model.config, model.config.get_text_config())
+    configs = [each for each in both if getattr(each, "tie_word_embeddings", False)]
     for config in configs if not mapping else ():
         content = config.to_dict()
         # A T5's configuration means another forward by it.

@@ -248,11 +248,14 @@ def _check_layers(model: nn.Module, candidates: dict[str, nn.Module], config: IA
         if not matching({name}, candidates):
             raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, "target_modules", name))
     for number in chosen_layers(config):
-        if not matching(in_layers(replace(config, layers_to_transform=number)), candidates):
+        one = deepcopy(config)
+        one.layers_to_transform = number
+        if not matching(in_layers(one), candidates):
             of = f" of {config.layers_pattern}" if config.layers_pattern else ""
             raise NoMatchingPeftModuleError(
                 f"layers_to_transform: layer {number}{of} of {type(model).__name__} has none of the target_modules "
-                f"{names if isinstance(names, str) else sorted(names or ())}. A layer's number is the first one in a path, as in "
+                f"{names if isinstance(names, str) else sorted(names or ())}. A layer's number is the first one in a "
+                "path, as in "
                 f"{next((path for path in candidates if re.search(r'[.][0-9]+[.]', path)), 'no path of this model')!r}."
             )
 
