@@ -178,5 +178,6 @@ def test_saving_over_a_file_is_refused(tmp_path):
 
 def test_positional_arguments_are_pefts():
     names = [field.name for field in dataclasses.fields(peft.IA3Config)]
-    assert [field.name for field in dataclasses.fields(IA3Config)] == [*names, "layers_to_transform", "layers_pattern"]
+    own = ["layers_to_transform", "layers_pattern", "towers"]
+    assert [field.name for field in dataclasses.fields(IA3Config)] == [*names, *own]
     assert IA3Config("CAUSAL_LM").task_type == "CAUSAL_LM"

@@ -114,13 +114,13 @@ class SiteVectors(nn.Module):
             TypeError: the activation is not of floating-point or complex numbers, or has other channels.
         """
         check_numbers(activation)
-        product = self.product(vectors)
+        product = self.product_of(vectors)
         dims: tuple[int, ...] = (-1,)
         if not torch._C._get_tracing_state():  # it would write the comparison of shapes down
             dims = channel_dims(activation.shape, product.numel(), spatial=self.trailing_dims)
         return activation * product.view(*dims, *(1,) * self.trailing_dims).to(activation.dtype)
 
-    def product(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def product_of(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The product of the vectors over every channel."""
         product = self._full(vectors[0])
         for vector in vectors[1:]:

@@ -160,7 +160,7 @@ class RoutedExperts(Swapped):
         vectors = site.acting("input", compiling)
         if not vectors:
             return super().forward(*args, **kwargs)
-        return self._with(site.product(vectors), None, args, kwargs)
+        return self._with(site.product_of(vectors), None, args, kwargs)
 
     def _with(self, table: Tensor, rows: Rows | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output while these vectors act, `[experts, width]` or `[rows, experts, width]`."""

@@ -92,6 +92,8 @@ class _Layer(NamedTuple):
     kind: str
 
 
+# Under these names adapters hold their vectors and copies, of which there may be thousands.
+_ADAPTERS = ("ia3_l", "modules_to_save")
 # What a projection's name says besides whether it makes queries, keys or values.
 _FILLERS = frozenset(
     [
@@ -145,7 +147,11 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
         ValueError: no such tower.
     """
     within = _chosen_towers(model, towers)
-    modules = {path: module for path, module in model.named_modules() if within(path)}
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if within(path) and not any(part in _ADAPTERS for part in path.split("."))
+    }
     layers = list(_layers(modules))
     attentions = _apart([*_attentions(model, modules, layers), *_unreachable(modules)])
     if not attentions and towers is None:  # what a tower's configuration says is all that there is

@@ -22,7 +22,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
             "queries of fused projections vanish",
         ),
         Mutant(
-            "SiteVectors.product",
+            "SiteVectors.product_of",
             Instead("product * self._full(vector)", "self._full(vector)"),
             "of several active adapters only the last acts",
         ),
