@@ -91,6 +91,11 @@ def paths(block: Any) -> tuple[list[str], list[str]]:
             {**QKV, **FEED, "adapter__down": (8, 8), "adapter__up": (8, 8), "conv__up": (8, 16), "conv__out": (16, 8)},
             (["attn.k_proj", "attn.v_proj"], ["mlp.down"]),
         ),
+        # Bottlenecks in two modules, which are no feed-forward across them.
+        (
+            {**QKV, "n1__a": (8, 2), "n1__b": (2, 8), "n2__a": (8, 2), "n2__b": (2, 8), **FEED},
+            (["attn.k_proj", "attn.v_proj"], ["mlp.down"]),
+        ),
         # Two feed-forwards, as a conformer's.
         (
             {"ff1__up": (8, 24), "ff1__down": (24, 8), **QKV, "ff2__up": (8, 24), "ff2__down": (24, 8)},
@@ -163,6 +168,17 @@ def test_attention_whose_projections_are_no_modules_is_refused():
 def test_a_model_without_attention_is_told_what_is_meant():
     with pytest.raises(ValueError, match="multiplies an attention's keys and values"):
         find_sites(model_of(Block(**FEED)), IA3Config())
+
+
+def test_the_note_tells_what_pefts_default_does_otherwise(tiny):
+    notes = {name: find_sites(tiny(name), IA3Config()).note for name in ("gpt2", "qwen2", "bert", "llama", "t5")}
+    assert notes == {
+        "gpt2": "PEFT's default scales the queries of c_attn too",
+        "qwen2": "PEFT's default scales q_proj in place of k_proj",
+        "bert": "PEFT's default also scales attention.output.dense",
+        "llama": "",
+        "t5": "",
+    }
 
 
 # Towers
