@@ -237,7 +237,7 @@ def test_default_layers_of_one_tower_alone(llava):
     assert all("language_model" in site.path for site in sites)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "modernbert", "whisper", "vit", "wav2vec2", "albert", "mpt", "cohere2"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "modernbert", "whisper", "vit", "wav2vec2", "albert", "mpt", "cohere2", "deberta"])
 def test_types_that_no_table_names(kind):
     """None of these is written down anywhere; the census looks at all."""
     from ia3.dataflow import compare, observe

@@ -92,6 +92,10 @@ class _Layer(NamedTuple):
     kind: str
 
 
+# A module's layers, what of queries, keys and values each says it makes, and the rest of its name.
+_Group = list[tuple[_Layer, str, frozenset[str]]]
+
+
 # Under these names adapters hold their vectors and copies, of which there may be thousands.
 _ADAPTERS = ("ia3_l", "modules_to_save")
 # What a projection's name says besides whether it makes queries, keys or values.
@@ -124,7 +128,7 @@ _NO_SOFTMAX = re.compile(
     r"Mamba|Delta(Net|Attention)|RecurrentBlock|RgLru|ShortConv|Lightning|(?<!Kimi)Linear(Self)?Attention$|Rwkv|xLSTM|Deformable|Indexer|Gated\w*Conv"
 )
 # Attentions whose fused projection has `[q | k | v]` of each head, and names of those that have it once.
-_HEAD_BY_HEAD = ("Bloom", "Falcon", "GPTNeoX", "Persimmon")
+_HEAD_BY_HEAD = ("Bloom", "Disentangled", "Falcon", "GPTNeoX", "Persimmon")
 _PART_BY_PART = ("qkv", "qkv_proj", "c_attn", "Wqkv", "att_proj")
 # Inside a block, what these modules end with is no feed-forward unless it stands in a module that says so.
 _MIXES_TOKENS = re.compile(
@@ -314,7 +318,7 @@ def made_by(name: str) -> str:
 
 
 def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[_Layer]) -> Iterator[FoundAttention]:
-    groups: dict[str, list[tuple[_Layer, str, frozenset[str]]]] = defaultdict(list)
+    groups: dict[str, _Group] = defaultdict(list)
     for layer in layers:
         around, _, name = layer.path.rpartition(".")
         made, rest = _meaning(name)
@@ -325,6 +329,10 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
             groups[around].append((layer, made, rest))
     for path, group in groups.items():
         if path in modules and not _mixes_without_softmax(modules[path]):
+            if type(modules[path]).__name__.startswith("Disentangled"):  # DeBERTa's name says nothing
+                group = [
+                    (layer, made or ("qkv" if layer.path.endswith(".in_proj") else ""), r) for layer, made, r in group
+                ]
             projections = _keys_and_values(model, modules[path], group)
             if isinstance(projections, str):
                 yield FoundAttention(path, (), lacks=projections)
@@ -338,7 +346,7 @@ def _mixes_neighbours(module: Any) -> bool:
     return bool(1 < module.groups == module.in_channels)
 
 
-def _out(path: str, group: list[tuple[_Layer, str, frozenset[str]]], layers: Sequence[_Layer]) -> str:
+def _out(path: str, group: _Group, layers: Sequence[_Layer]) -> str:
     """The projection of an attention's output: beside the others, or the next layer in another module, as BERT's."""
     beside = [layer.path for layer, made, _ in group if not made and layer.path.startswith(f"{path}.")]
     if beside:
@@ -362,9 +370,7 @@ def _mixes_without_softmax(module: nn.Module) -> bool:
     return bool(_NO_SOFTMAX.search(type(module).__name__) or names & {"A_log", "dt_bias", "time_decay"})
 
 
-def _keys_and_values(
-    model: nn.Module, module: nn.Module, group: list[tuple[_Layer, str, frozenset[str]]]
-) -> list[Projection] | str:
+def _keys_and_values(model: nn.Module, module: nn.Module, group: _Group) -> list[Projection] | str:
     """The key and value projections among a module's layers, or why these can't be told; empty for no attention."""
     of = {
         made: [(layer, rest) for layer, said, rest in group if said == made]
@@ -395,9 +401,7 @@ def _keys_and_values(
     return [Projection(layer.path) for layer, said, _ in group if layer in [each for each, _ in keys + values]]
 
 
-def _fused_channels(
-    model: Any, module: Any, layer: _Layer, group: list[tuple[_Layer, str, frozenset[str]]]
-) -> Intervals | None:
+def _fused_channels(model: Any, module: Any, layer: _Layer, group: _Group) -> Intervals | None:
     """The key and value channels of a layer that makes queries, too; None where they can't be told.
 
     Usually they follow the queries, of which there are as many as the output's projection takes in. Which families
