@@ -685,4 +685,7 @@ def test_the_defaults_of_peft() -> None:
         assert kinds(said) == {kind for kind, names in DEFAULTS.items() if names[:2] == wrong}
     fused = kinds("the whole fused projection, queries too → its channels of keys and values")
     old = {"RefinedWeb", "RefinedWebModel"}  # Falcon's former names, which transformers has no more
-    assert fused == {kind for kind, names in DEFAULTS.items() if names[0] in ("c_attn", "query_key_value", "in_proj")} - old
+    assert (
+        fused
+        == {kind for kind, names in DEFAULTS.items() if names[0] in ("c_attn", "query_key_value", "in_proj")} - old
+    )

@@ -237,11 +237,20 @@ def test_default_layers_of_one_tower_alone(llava):
     assert all("language_model" in site.path for site in sites)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "modernbert", "whisper", "vit", "wav2vec2", "albert", "mpt", "cohere2", "deberta"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "modernbert", "whisper", "vit", "wav2vec2", "albert", "mpt", "cohere2"])
 def test_types_that_no_table_names(kind):
     """None of these is written down anywhere; the census looks at all."""
+    assert differences(kind) == []
+
+
+def test_a_fused_projection_whose_name_says_nothing():
+    assert differences("deberta") == []
+
+
+def differences(kind: str) -> list[str]:
+    """Between the sites that are found in a tiny twin and what its forward shows."""
     from ia3.dataflow import compare, observe
     from ia3.twin import tiny_twin
 
     model, batch = tiny_twin(transformers.CONFIG_MAPPING[kind]())
-    assert compare(observe(model, batch), find_sites(model, IA3Config()).layout.sites) == []
+    return compare(observe(model, batch), find_sites(model, IA3Config()).layout.sites)

@@ -132,6 +132,11 @@ def refusal(module: nn.Module, side: str, widths: tuple[int | None, int]) -> str
     return None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a layer's forward is torch's own, linear in its weight."""
     forward = getattr(type(module), "_ia3_old_class", type(module)).forward

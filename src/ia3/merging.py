@@ -20,11 +20,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ia3.adapter import check_choice, repoint, rest, saved_copies, wake, whole_vectors
 from ia3.errors import PeftWarning
 from ia3.experts import find_experts
-from ia3.layers import channel_dims, is_plain, take_tensor
+from ia3.layers import channel_dims, is_conv1d, is_plain, take_tensor
 from ia3.quantised import Held, fold, held_by
 from ia3.sites import SAVED_COPIES, Side, Site, logger
 from ia3.state import Adapter, Originals, attached, get_adapter
-from ia3.structure import is_conv1d, layer_widths
+from ia3.structure import layer_widths
 
 _PART = ": "
 Scales = dict[tuple[str, Side], torch.Tensor]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ia3.experts import acts_in_front, find_experts
+from ia3.layers import is_conv1d
 
 Intervals = tuple[tuple[int, int], ...]
 """Half-open channel ranges `(start, stop)` of a fused projection."""
@@ -179,11 +180,6 @@ def layer_widths(module: Any) -> tuple[int | None, int] | None:
         return module.in_features, module.out_features
     experts = find_experts(module)
     return None if experts is None else (experts.count * experts.width, experts.hidden)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer with a transposed weight, recognised without importing transformers."""
-    return any(c.__name__ == "Conv1D" for c in type(module).__mro__) and hasattr(module, "nf")
 
 
 # Towers
