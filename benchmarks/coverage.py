@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,12 @@ def look(kind: str) -> dict[str, Any]:
     differences = compare(flow, sites)
     if differences:
         return {**told, "outcome": "differs", "differences": _without_numbers(differences)}
-    failed = list(checks(untouched, batch, flow.ran))
+    failed = list(checks(untouched, batch, flow))
     return {**told, "outcome": "fails" if failed else "true", "failed": failed}
 
 
-def checks(model: nn.Module, batch: dict[str, Any], ran: Container[str]) -> Iterator[str]:
-    """What doesn't hold of the adapted model, a sentence each; what the batch reaches is in `ran`."""
+def checks(model: nn.Module, batch: dict[str, Any], flow: Flow) -> Iterator[str]:
+    """What doesn't hold of the adapted model, a sentence each, of what the batch reaches."""
     base, fresh = deepcopy(model), deepcopy(model)
     expected = outputs(base, batch)
     adapted: Any = ia3.get_peft_model(model, ia3.IA3Config())
@@ -127,7 +127,8 @@ def checks(model: nn.Module, batch: dict[str, Any], ran: Container[str]) -> Iter
     with torch.no_grad():
         for vector in vectors.values():
             vector.add_(torch.randn_like(vector), alpha=0.1)
-    without = [path for path in _without_gradient(adapted, batch, vectors) if path in ran]
+    read = {name.rpartition(".")[0] for name in flow.bare}  # by a function, past the module that holds it
+    without = [path for path in _without_gradient(adapted, batch, vectors) if path in flow.ran or path in read]
     if without:
         yield f"no gradient: {', '.join(_without_numbers(without)[:4])}"
     moved = outputs(adapted, batch)
