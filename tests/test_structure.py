@@ -120,6 +120,15 @@ def test_blocks_without_attention_among_those_with_one():
     assert [paths(block) for block in found] == [(["attn.k_proj", "attn.v_proj"], ["mlp.down"]), ([], ["mlp.down"])]
 
 
+def test_the_feed_forward_of_a_block_that_mixes_tokens_otherwise():
+    class MambaDecoderLayer(Block):
+        """Named after its mixer, as Jamba's."""
+
+    mamba = MambaDecoderLayer(mamba__in_proj=(8, 16), mamba__out_proj=(16, 8), **FEED)
+    found = find_blocks(model_of(Block(**QKV, **FEED), mamba))
+    assert [paths(block)[1] for block in found] == [["mlp.down"], ["mlp.down"]]
+
+
 def test_a_head_and_a_projector_are_no_blocks():
     model = model_of(Block(**QKV, **FEED))
     model.head = Block(dense=(8, 24), out=(24, 8))

@@ -15,8 +15,9 @@ from ia3.listening import unwatch, watch
 from ia3.placement import drop_idle_hooks, unwrap
 from ia3.quantised import first_quantised
 from ia3.rows import BASE
-from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, is_inside, logger
+from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, logger
 from ia3.state import Adapter, Attached, attached, carry, carry_nothing, find_attached, get_adapter
+from ia3.structure import is_inside
 from ia3.swap import SavedModule
 
 _HALF = (torch.float16, torch.bfloat16)

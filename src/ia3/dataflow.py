@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.recording import Attended, Cut, Intervals, Recorder
+from ia3.recording import Attended, Cut, Recorder
 from ia3.sites import Site
+from ia3.structure import Intervals
 
 Channels = dict[str, Intervals]
 """Output channels as half-open ranges, by the path of the module (or bare parameter) that makes them."""

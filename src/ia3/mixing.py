@@ -18,8 +18,9 @@ from torch import nn
 from ia3.adapter import site_vectors
 from ia3.hooks import SiteVectors
 from ia3.rows import BASE, Rows, act_here, acting, holding
-from ia3.sites import Layout, Side, Site, is_inside
+from ia3.sites import Layout, Side, Site
 from ia3.state import Attached, attached
+from ia3.structure import is_inside
 from ia3.swap import Swapped
 
 # How many known names an error lists in full.

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Intervals = tuple[tuple[int, int], ...]
-"""Channels as half-open ranges."""
+from ia3.structure import Intervals
 
 
 @dataclass

@@ -21,7 +21,7 @@ from ia3.errors import NoMatchingPeftModuleError
 from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
 from ia3.layers import is_conv1d, paths_around, refusal, why_nothing_learns
 from ia3.peft_defaults import difference, gate_side
-from ia3.structure import Block, Intervals, find_blocks, layer_widths
+from ia3.structure import Block, Intervals, find_blocks, is_inside, layer_widths
 
 logger = logging.getLogger("ia3")
 
@@ -171,18 +171,19 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
 
     Args:
         model: the base model.
-        config: what to adapt; defaults by `model.config.model_type` where it leaves them out.
+        config: what to adapt; what it leaves out is found by the model's structure.
         loading: the configuration comes with a checkpoint whose keys will be compared with the sites, so a
             name that matches nothing is no error here, and a fused projection is narrowed to its keys and
             values until its vectors say otherwise.
 
     Raises:
         ValueError: nothing matched, a name or pattern matched nothing, a module of a kind that can't carry a
-            vector, an unknown model type without targets.
+            vector, a default for a model whose keys, values or feed-forwards can't be told or reached.
     """
     by_default = config.target_modules is None
     modules = dict(_base_modules(model))
-    blocks = find_blocks(model, config.towers) if by_default else find_blocks(model, ("all",))
+    is_asked = by_default or loading or config.feedforward_modules is None  # else the configuration says all
+    blocks = find_blocks(model, config.towers if by_default else ("all",)) if is_asked else []
     config = _with_defaults(model, config, blocks, modules)
     saved = tuple(_find_saved(modules, config.modules_to_save or ()))
     for path in saved:
@@ -273,11 +274,8 @@ def _with_defaults(
     _check_complete(model, blocks)
     keys_values = {made.path for block in blocks for made in block.keys_values}
     inputs = {path for block in blocks for path in block.second_matrices}
-    gates = {gate_side(_model_type(model), path) for path in inputs}
-    outputs, inputs = (
-        keys_values | (gates & modules.keys()),
-        inputs - {path for path in inputs if gates & modules.keys()},
-    )
+    gates = {gate_side(_model_type(model), path) for path in inputs} & modules.keys()
+    outputs, inputs = keys_values | gates, set() if gates else inputs
     others = [path for path in modules if path not in outputs | inputs]
     names = [_names_of(paths, others) for paths in (outputs, inputs) if paths]
     usual = set().union(*(excluded for _, excluded in names))
@@ -306,10 +304,6 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def matches_name(path: str, names: Iterable[str]) -> bool:
     """Whether a path is one of the names, or ends with one after a dot."""
     return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def is_inside(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(f"{parent}.")
 
 
 def matching(names: Names, paths: Iterable[str]) -> set[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ia3.experts import acts_in_front, find_experts
-from ia3.layers import is_conv1d
+from ia3.layers import is_conv1d, paths_around
 
 Intervals = tuple[tuple[int, int], ...]
 """Half-open channel ranges `(start, stop)` of a fused projection."""
@@ -158,11 +158,13 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
         if within(path) and not any(part in _ADAPTERS for part in path.split("."))
     }
     layers = list(_layers(modules))
-    attentions = _apart([*_attentions(model, modules, layers), *_unreachable(modules)])
+    other = {path for path, module in modules.items() if _mixes_without_softmax(module)}
+    attending = {path: module for path, module in modules.items() if path not in other}
+    attentions = _apart([*_attentions(model, attending, layers), *_unreachable(modules)])
     if not attentions and towers is None:  # what a tower's configuration says is all that there is
         return find_blocks(model, ("all",))
-    other = {path for path, module in modules.items() if _mixes_without_softmax(module)}
-    return _blocks(modules, [layer for layer in layers if other.isdisjoint(_above(layer.path))], attentions)
+    mixers = {path for path in other if not _is_item(path)}  # a block around one may have a feed-forward
+    return _blocks(modules, [layer for layer in layers if mixers.isdisjoint(_above(layer.path))], attentions)
 
 
 def layer_widths(module: Any) -> tuple[int | None, int] | None:
@@ -217,16 +219,16 @@ def _chosen_towers(model: nn.Module, towers: Sequence[str] | None) -> Any:
         if unknown:
             raise ValueError(f"towers: {unknown} are none of this model's, {sorted(named)} or 'all'.")
         chosen = [path for name in towers for path in named[name]]
-        return lambda path: any(_is_at(path, root) for root in chosen)
+        return lambda path: any(is_inside(path, root) for root in chosen)
     config: Any = _config(model)
     texts = _text_configs(config)
     roots = [path for path, module in model.named_modules() if path and any(_config(module) is one for one in texts)]
     if roots and not any(one is config for one in texts):
-        return lambda path: any(_is_at(path, root) for root in roots)
+        return lambda path: any(is_inside(path, root) for root in roots)
     others = [path for paths in named.values() for path in paths if path not in roots]
     if not others or not hasattr(config, "vocab_size"):
         return lambda path: True
-    return lambda path: not any(_is_at(path, other) for other in others)
+    return lambda path: not any(is_inside(path, other) for other in others)
 
 
 def _config(module: Any) -> Any:
@@ -250,13 +252,14 @@ def _text_configs(config: Any) -> list[Any]:
 
 def _above(path: str) -> Iterator[str]:
     """The paths around a module's, the nearest first, the model's own last."""
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
+    yield from paths_around(path)
+    if path:
+        yield ""
 
 
-def _is_at(path: str, root: str) -> bool:
-    return path == root or path.startswith(f"{root}.")
+def is_inside(path: str, parent: str) -> bool:
+    """Whether a module is another or in it."""
+    return path == parent or path.startswith(f"{parent}.")
 
 
 def _inside(path: str, roots: Iterable[str]) -> bool:
@@ -321,10 +324,10 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
         outer, _, wrapper = around.rpartition(".")
         if not made and not rest and _meaning(wrapper)[0]:  # a layer in a wrapper of its own goes by the wrapper's name
             around, (made, rest) = outer, _meaning(wrapper)
-        if layer.kind == "linear" or (layer.kind == "convolution" and not _mixes_neighbours(layer.module)):
+        if layer.kind == "linear" or (layer.kind == "convolution" and not _is_depthwise(layer.module)):
             groups[around].append((layer, made, rest))
     for path, group in groups.items():
-        if path in modules and not _mixes_without_softmax(modules[path]):
+        if path in modules:
             if type(modules[path]).__name__.startswith("Disentangled"):  # DeBERTa's name says nothing
                 group = [
                     (layer, made or ("qkv" if layer.path.endswith(".in_proj") else ""), r) for layer, made, r in group
@@ -337,7 +340,7 @@ def _attentions(model: nn.Module, modules: dict[str, nn.Module], layers: Sequenc
                 yield FoundAttention(path, tuple(projections), query, _out(path, group, layers))
 
 
-def _mixes_neighbours(module: Any) -> bool:
+def _is_depthwise(module: Any) -> bool:
     """Whether a convolution works on each channel for itself, as those behind a projection do."""
     return bool(1 < module.groups == module.in_channels)
 
@@ -577,7 +580,7 @@ def _block_around(path: str, holding: Container[str], modules: dict[str, nn.Modu
     """The smallest module around an attention that has a feed-forward, no further than its outermost list's item."""
     limit = _outermost_item(path)
     for around in (path, *_above(path)):
-        if (limit and not _is_at(around, limit)) or not around:
+        if (limit and not is_inside(around, limit)) or not around:
             return None
         if around in holding and not isinstance(modules.get(around), nn.ModuleList):
             return around
@@ -590,8 +593,8 @@ def _unexplained(path: str, layers: Sequence[_Layer], attentions: Sequence[Found
         layer.path[len(path) + 1 :]
         for layer in layers
         if _is_item(path)
-        and _is_at(layer.path, path)
-        and not any(_is_at(layer.path, each.path) for each in attentions)
+        and is_inside(layer.path, path)
+        and not any(is_inside(layer.path, each.path) for each in attentions)
         and not _is_part_of_a_mixer(layer.path)
     ]
     return [f"no second matrix of a feed-forward is to be told among {beside[:6]}"] if len(beside) > 1 else []

@@ -82,7 +82,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("difference", Never("narrowed"), "that PEFT scales fused queries isn't said"),
         Mutant("_keys_and_values", Instead("rest in alike", "True"), "relative positions' projections are keys"),
         Mutant("_is_alone", Instead("len(beside) == 1", "True"), "layers of different modules make a feed-forward"),
-        Mutant("_chosen_towers", Instead("any(_is_at(path, root) for root in roots)", "True"),
+        Mutant("_chosen_towers", Instead("any(is_inside(path, root) for root in roots)", "True"),
                "every tower is adapted by default"),
         Mutant("_apart", Instead("each.path in held", "False"), "keys that are mixed with others are scaled in part"),
     ],
