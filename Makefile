@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-quick test-kernels test-vllm test-matrix lint docs mutants benchmarks hooks install clean
+.PHONY: quickstart test test-quick test-kernels test-vllm test-ray test-matrix lint docs mutants benchmarks hooks install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
@@ -37,6 +37,16 @@ $(VLLM)/.installed: plugins/vllm/requirements.lock plugins/vllm/pyproject.toml p
 	$(VLLM)/bin/python -m pip install --quiet --upgrade "pip>=25"
 	$(VLLM)/bin/python -m pip install --quiet --no-deps -r plugins/vllm/requirements.lock
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable . --editable plugins/vllm
+	touch $@
+
+# Not part of `test`: Ray, a quarter of a gigabyte, beside what .venv has; a cluster of two workers on this machine.
+RAY := build/ray
+test-ray: install $(RAY)/.installed
+	PYTHONPATH=$(CURDIR)/$(RAY):$(CURDIR)/src:$(CURDIR)/tests RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q tests/ray/on_cluster.py
+
+$(RAY)/.installed: tests/ray/requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(RAY) -r tests/ray/requirements.lock
 	touch $@
 
 # Not part of `test`: the oldest and newest torch, transformers and Python that are promised, each in an environment of its
