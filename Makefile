@@ -43,10 +43,10 @@ $(VLLM)/.installed: plugins/vllm/requirements.lock plugins/vllm/pyproject.toml p
 RAY := build/ray
 test-ray: install $(RAY)/.installed
 	PYTHONPATH=$(CURDIR)/$(RAY):$(CURDIR)/src:$(CURDIR)/tests RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q tests/ray/on_cluster.py
+		$(BIN)/python -m pytest -q tests/cluster/on_cluster.py
 
-$(RAY)/.installed: tests/ray/requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(RAY) -r tests/ray/requirements.lock
+$(RAY)/.installed: tests/cluster/requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(RAY) -r tests/cluster/requirements.lock
 	touch $@
 
 # Not part of `test`: the oldest and newest torch, transformers and Python that are promised, each in an environment of its

@@ -41,8 +41,8 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune over the processes of a Ray cluster: `ia3.train` in each, data-parallel, the batch divided over them.
 
-    When a worker is lost, Ray starts all of them again, on what is left of the cluster or what joined it, and they go on
-    from the last `state.pt`: that of the last evaluation, or one at most five minutes old.
+    When a worker is lost, Ray starts all of them again, on what is left of the cluster or what joined it, and they go
+    on from the last `state.pt`: that of the last evaluation, or one at most five minutes old.
 
     Args:
         model: the base model, as `ia3.train` takes it; every machine must find it under this name.
