@@ -1,51 +1,13 @@
 """Two gloo processes: DDP with and without checkpointing, and FSDP2."""
 
-import os
-import socket
-import sys
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
 
 from builders import CAUSAL, adapted, gpt2, seq2seq_batch, t5, vector_gradients
 from ia3 import IA3Config, PeftModel, get_peft_model
+from two_processes import in_two_processes
 
-WORLD = 2
 STEPS = 3
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def in_two_processes(function, *args):
-    """Run `function(rank, *args)` in two processes of one gloo group and return what rank 0 returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        multiprocessing.spawn(worker, (free_port(), result, function, args), nprocs=WORLD)
-        return torch.load(result, weights_only=False)
-
-
-def worker(rank, port, result, function, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    try:
-        returned = function(rank, *args)
-        if rank == 0:
-            torch.save(returned, result)
-    finally:
-        dist.destroy_process_group()
-    # Leave without ending the interpreter: gloo's threads may free their last tensors while it ends, and each
-    # that asks for its lock by then aborts the process, although the work is done and written.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def trained(model, batches):
