@@ -68,7 +68,8 @@ def compile_step(
     """
     if frozen not in (None, "fp8"):
         raise ValueError(f"frozen is {frozen!r}: expected 'fp8', or None for the model's own precision.")
-    if reduce is None and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    in_group = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if in_group and reduce is None:
         logger.warning("compile_step without `reduce`: each of the processes trains an adapter of its own.")
     reason = _unsupported_reason(model, optimizer)
     if reason is not None and (recompute or frozen):

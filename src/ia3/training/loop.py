@@ -241,7 +241,7 @@ class Training:
         return {"learning_rate": rate, "loss": float(loss), "step": self.progress.step + 1}
 
     def _weights(self, counts: Sequence[Sequence[int]]) -> Tensor:
-        """What each part of the loss of each batch counts, `[batches, parts]`, among all of the step's, in all processes."""
+        """What each part of each batch's loss counts among those of the step in all processes, `[batches, parts]`."""
         device = self.accelerator.device
         own = torch.tensor(counts, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         return own / self.processes.sum(own.sum(0)).clamp(min=1)

@@ -24,11 +24,12 @@ AnswerT = TypeVar("AnswerT")
 RowT = TypeVar("RowT")
 SharedT = TypeVar("SharedT")
 
+_CPU = torch.device("cpu")
 # After so long without a word from the others a process takes them for lost.
 _PATIENCE = timedelta(minutes=10)
 
 
-class LostProcess(ConnectionError):
+class LostProcessError(ConnectionError):
     """Another process of the training ended, or did not answer in time."""
 
 
@@ -44,7 +45,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @property
     def alone(self) -> bool:
@@ -152,6 +153,11 @@ def join() -> Processes:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not has_device
     several = expected > 1 or "LOCAL_RANK" in os.environ
     state = PartialState(cpu=on_cpu, **({"timeout": _PATIENCE} if several else {}))
+    if state.num_processes > 1 and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"The process group of {state.num_processes} processes that this one belonged to is gone: start another "
+            "process to train on."
+        )
     if state.num_processes != expected:
         raise ValueError(
             f"A launcher or a process group says that there are {expected} processes, and this one is joined with "
@@ -186,13 +192,13 @@ def _hearing_the_others() -> Iterator[None]:
     """Say in plain words that another process is gone.
 
     Raises:
-        LostProcess: instead of what the transport raises.
+        LostProcessError: instead of what the transport raises.
     """
     try:
         yield
     except RuntimeError as error:
         said = (str(error).strip().splitlines() or [""])[0][:200]
-        raise LostProcess(
+        raise LostProcessError(
             "Another process of this training ended or did not answer for "
             f"{_PATIENCE.seconds // 60} minutes, so this one ends, too; its own message says why. The run's folder is "
             f"as it was last saved: start again with `resume` and the folder. ({said})"

@@ -59,7 +59,7 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         FileNotFoundError: no such model or data.
         ValueError: an unknown or wrong field of the recipe, data that can't be trained on.
         Interrupted: Ctrl-C or SIGTERM; `resume` goes on.
-        LostProcess: of several processes another one ended; the folder is as it was last saved.
+        LostProcessError: of several processes another one ended; the folder is as it was last saved.
 
     Of several processes, started by `torchrun` or `accelerate launch` or in a process group, each calls it with the
     same arguments and takes its part of every batch; the first one writes and prints.

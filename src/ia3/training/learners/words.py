@@ -64,7 +64,7 @@ class Words(Writer[TokenisedExample]):
         return batch
 
     def targets(self, batch: dict[str, Tensor]) -> int:
-        """The label tokens; for T-Few's losses, whose parts are means over different things (`counts`), the examples."""
+        """The label tokens; for T-Few's losses, whose parts are means over different things, the examples."""
         return len(batch["correct"]) if "correct" in batch else int((batch["labels"] != IGNORE_INDEX).sum())
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
