@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import ia3
@@ -128,6 +129,9 @@ DROPPING = replace(SETTINGS, batch_size=4, dropout=True, evaluate_every=2)
 STEADY = replace(DROPPING, dropout=False)
 
 
+SHARDED = ("fast", "t-few", "packed", "classes")
+
+
 def run_all(rank: int, folder: Path) -> dict[str, Any]:
     """Each case into a folder that only the first process knows, so that nothing of the other's is seen."""
     found: dict[str, Any] = {}
@@ -144,7 +148,20 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
     torch.rand(3 + rank)
     found["two, then two"] = go_on(folder / "two, then two", DROPPING, resume=True)
     found["draws"] = join().gather(torch.initial_seed())
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp`
+    for name in SHARDED:
+        learner, *examples = CASES[name]()
+        found[f"sharded {name}"] = Training(RunPlan(learner, *examples)).run(folder / "sharded" / name, QUIET)
+        found[f"parts of {name}"] = parts_of(learner.model)
     return found
+
+
+def parts_of(model: Any) -> tuple[int, int, bool]:
+    """How many numbers of the blocks this process holds, out of how many, and whether all that is trained is whole."""
+    divided = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    held = sum(parameter.to_local().numel() for parameter in divided)
+    whole = not any(isinstance(each, DTensor) for each in model.parameters() if each.requires_grad)
+    return held, sum(parameter.numel() for parameter in divided), whole
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +194,21 @@ def test_two_processes_reach_ones_numbers(trained: tuple[dict[str, Any], Path], 
     assert both.progress.stopped_early == alone.progress.stopped_early == (name == "stopped early")
     for adapter in ("adapter", "best"):
         assert_near(alone.output_dir, folder / "0" / name, adapter)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_divided_base_trains_a_whole_adapter(trained: tuple[dict[str, Any], Path], name: str, tmp_path: Path) -> None:
+    runs, folder = trained
+    held, numbers, is_whole = runs[f"parts of {name}"]
+    assert is_whole
+    assert 0 < held < 0.6 * numbers
+    both, alone = runs[f"sharded {name}"], fit(*CASES[name](), tmp_path / name)
+    assert both.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert [each.loss for each in both.evaluations] == pytest.approx(
+        [each.loss for each in alone.evaluations], rel=1e-5
+    )
+    assert both.final.predictions == alone.final.predictions
+    assert_near(alone.output_dir, folder / "sharded" / name)
 
 
 def test_only_the_first_process_writes(trained: tuple[dict[str, Any], Path]) -> None:

@@ -26,9 +26,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from ia3.fast.step import Step, compile_step, sum_gradients
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
 from ia3.runs.settings import TrainSettings
+from ia3.training import sharding
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
-from ia3.training.processes import join
+from ia3.training.processes import ALONE, join
 from ia3.training.state import load_state, save_state
 
 # A process's part of a batch, and how many targets each part of its loss is the mean of.
@@ -66,11 +67,15 @@ class Training:
         self.plan, self.learner, self.settings = plan, plan.learner, plan.settings
         self.processes = join()
         self.accelerator = make_accelerator(self.settings)
+        self.sharded = not self.processes.alone and sharding.is_asked_for()
         self.trainable = trainable_parameters(self.learner.model)
         torch.manual_seed(self.settings.seed + self.processes.rank)  # each drops other places of its own examples
         optimizer = make_optimizer(self.trainable, self.settings)
-        # In evaluation mode it isn't wrapped: the loop adds up the gradients itself, which are a file of one megabyte.
-        self.accelerator.prepare_model(self.learner.model, evaluation_mode=not self.processes.alone)
+        if self.sharded:
+            sharding.shard(self.learner.model, self.trainable.values(), self.processes.device)
+        else:
+            # In evaluation mode it isn't wrapped: the loop adds up the gradients itself, which are about a megabyte.
+            self.accelerator.prepare_model(self.learner.model, evaluation_mode=not self.processes.alone)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = LambdaLR(optimizer, plan.schedule)
         self.saved_at = time.monotonic()
@@ -98,6 +103,8 @@ class Training:
 
     def describe_path(self) -> str:
         """Which way a step goes, and why, in a line."""
+        if self.sharded:
+            return "The ordinary step, over a base model that is divided among the processes (FSDP2)."
         if self.fast is None:
             return "The ordinary step: the fast one is for the model's own loss of one batch a step."
         if self.fast.reason is not None:
@@ -272,7 +279,8 @@ class Training:
         device = self.accelerator.device
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                found = self.learner.measure(self.plan.test_rows, beat, self.processes)
+                # Where each needs the others' parts of the base, all answer everything together.
+                found = self.learner.measure(self.plan.test_rows, beat, ALONE if self.sharded else self.processes)
         finally:
             bars.remove_task(bar)
         return self.plan.compute_metrics(found, time.perf_counter() - started)

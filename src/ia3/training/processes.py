@@ -166,6 +166,8 @@ def join() -> Processes:
         )
     if state.process_index:
         _be_silent()
+    # With this, which accelerate's launcher sets by default, transformers would read the base in one process alone.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return Processes(state.process_index, state.num_processes, state.device)
 
 
