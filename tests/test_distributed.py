@@ -1,51 +1,16 @@
 """Two gloo processes: DDP with and without checkpointing, and FSDP2."""
 
 import os
-import socket
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
+import transformers
 
-from builders import CAUSAL, adapted, gpt2, seq2seq_batch, t5, vector_gradients
+from builders import CAUSAL, adapted, gpt2, llama, seq2seq_batch, t5, vector_gradients
 from ia3 import IA3Config, PeftModel, get_peft_model
+from two_processes import in_two_processes
 
-WORLD = 2
 STEPS = 3
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def in_two_processes(function, *args):
-    """Run `function(rank, *args)` in two processes of one gloo group and return what rank 0 returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        multiprocessing.spawn(worker, (free_port(), result, function, args), nprocs=WORLD)
-        return torch.load(result, weights_only=False)
-
-
-def worker(rank, port, result, function, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    try:
-        returned = function(rank, *args)
-        if rank == 0:
-            torch.save(returned, result)
-    finally:
-        dist.destroy_process_group()
-    # Leave without ending the interpreter: gloo's threads may free their last tensors while it ends, and each
-    # that asks for its lock by then aborts the process, although the work is done and written.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def trained(model, batches):
@@ -177,6 +142,38 @@ def test_fsdp2_loads_and_unloads(tmp_path):
     assert name == "FSDPT5ForConditionalGeneration"
     assert not is_peft
     assert keys == [n for n, _ in t5().named_parameters()]
+
+
+def with_trainer(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    trainer = trainer_of(adapted(llama(), **CAUSAL), folder, 2)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    trainer.save_model(f"{folder}/saved")
+    return vectors_of(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def trainer_of(model, folder, batch_size):
+    """transformers' Trainer on twelve texts in their order; a causal model's loss counts the tokens of all."""
+    arguments = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=batch_size, max_steps=3, learning_rate=0.1, optim="sgd",
+        max_grad_norm=0.0, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    torch.manual_seed(3)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(2, 60, (12, 7))]
+    return transformers.Trainer(model, arguments, train_dataset=rows)
+
+
+def test_trainer_in_two_processes_trains_as_in_one(tmp_path):
+    got = in_two_processes(with_trainer, str(tmp_path / "two"))
+    model = adapted(llama(), **CAUSAL)
+    trainer_of(model, tmp_path / "one", 4).train()
+    for name, vector in vectors_of(model).items():
+        torch.testing.assert_close(got[name], vector, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(vector, torch.ones_like(vector)) for vector in got.values())
+    for name, vector in vectors_of(PeftModel.from_pretrained(llama(), tmp_path / "two" / "saved")).items():
+        assert torch.equal(vector, got[name])
 
 
 def test_gradients_of_the_oracle_are_not_zero():

@@ -48,6 +48,7 @@ FLOORS = (
         "ia3.errors",
         "ia3.elsewhere",
         "ia3.interrupts",
+        "ia3.launched",
         "ia3.layers",
         "ia3.precision",
         "ia3.quantised",

@@ -362,12 +362,6 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(ValueError, match="There are 2 processes, and ia3 train uses one"):
-        run_on(tiny_seq2seq.adapted(), tmp_path / "run")
-
-
 def test_tfews_losses_and_ranking(tmp_path: Path) -> None:
     settings = replace(FAST, objective="t-few", optimizer="adafactor", answer_by="rank", epochs=2)
     model = tiny_seq2seq.adapted(head=True)

@@ -47,12 +47,12 @@ class Signalling(Words):
         self._count("batch", self.at_batch)
         return super().collate(rows)
 
-    def measure(self, rows: Sequence[Any], beat: Callable[[int], None]) -> EvalOutput:
+    def measure(self, rows: Sequence[Any], beat: Callable[[int], None], *processes: Any) -> EvalOutput:
         def counted(count: int) -> None:
             self._count("beat", self.at_beat)
             beat(count)
 
-        return super().measure(rows, counted)
+        return super().measure(rows, counted, *processes)
 
 
 def run(

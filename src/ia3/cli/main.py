@@ -27,6 +27,7 @@ from ia3.cli.runs import runs
 from ia3.cli.sweep import sweep
 from ia3.cli.targets import targets
 from ia3.cli.train import train
+from ia3.launched import launched_processes, launched_rank
 
 # What the library raises for input that it cannot use, with the remedy in the message.
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
@@ -48,7 +49,8 @@ class _ErrorsOnOneScreen(TyperGroup):
             params = getattr(command, "made", command).params if command is not None else []
             flags = {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
             said = Text(in_flags(str(error) or type(error).__name__, flags))
-            Console(stderr=True).print(Panel(said, title="Error", title_align="left", border_style="red"))
+            title = "Error" if launched_processes() == 1 else f"Error in process {launched_rank()}"
+            Console(stderr=True).print(Panel(said, title=title, title_align="left", border_style="red"))
             raise typer.Exit(_EXIT_CODE) from error
 
 

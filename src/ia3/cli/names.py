@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from ia3.launched import launched_rank
+
 NumberT = TypeVar("NumberT", int, float)
 
 _OF_PATTERNS = set("\\^$*+?()[]{}|")
@@ -43,10 +45,10 @@ def in_flags(message: str, known: Collection[str] | None = None) -> str:
 
 
 class FlagConsole(Console):
-    """Standard error, where the settings that the library's lines name are flags."""
+    """Standard error, where the settings that the library's lines name are flags; of several processes the first's."""
 
     def __init__(self) -> None:
-        super().__init__(stderr=True)
+        super().__init__(stderr=True, quiet=launched_rank() > 0)
 
     def print(self, *objects: Any, **how: Any) -> None:
         super().print(*(in_flags(each) if isinstance(each, str) else each for each in objects), **how)

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import FlagConsole, numbers, with_settings
+from ia3.launched import first_prints
 
 if TYPE_CHECKING:
     from ia3.runs.look import Looked
@@ -37,6 +38,11 @@ def _command(
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
+    with first_prints():
+        _train(resume, seeds, as_json, given)
+
+
+def _train(resume: Path | None, seeds: str | None, as_json: bool, given: dict[str, Any]) -> None:
     progress = FlagConsole()
     if resume is not None:
         beside = [*given, *([] if seeds is None else ["seeds"])]

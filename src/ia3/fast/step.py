@@ -7,11 +7,11 @@ forward computes something else, the step is the ordinary one, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,6 +33,7 @@ def compile_step(
     weight_decay: float = 0.0,
     recompute: bool = False,
     frozen: Precision | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Step:
     """Make a function that does a whole training step of a model with one active adapter.
 
@@ -46,11 +47,15 @@ def compile_step(
             memory, about a third more time.
         frozen: `"fp8"` multiplies the layers' frozen weights in eight bits, which large batches gain by on a GPU that
             has it: other numbers, within rounding, for two more bytes of memory a weight.
+        reduce: where several processes each take a part of every batch: gives the sum over all of them of a flat
+            tensor, as accelerate's `Accelerator.reduce`. Each process then calls the step the same number of times, and
+            the update is that of the whole batch.
 
     Returns:
         The step: `loss = step(batch)` with a tensor that need not be looked at; `step.path` says which way it goes
         and `step.reason` why not the fast one. The first batch is also given to the model's own forward: where its
-        loss or gradient is another than the fused one's, the step becomes the ordinary one.
+        loss or gradient is another than the fused one's, the step becomes the ordinary one. With `reduce` it is
+        `step(batch, weight)`.
 
     Raises:
         ValueError: recompute or frozen for a model that takes the ordinary step, recompute for one with attention
@@ -63,6 +68,9 @@ def compile_step(
     """
     if frozen not in (None, "fp8"):
         raise ValueError(f"frozen is {frozen!r}: expected 'fp8', or None for the model's own precision.")
+    in_group = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if in_group and reduce is None:
+        logger.warning("compile_step without `reduce`: each of the processes trains an adapter of its own.")
     reason = _unsupported_reason(model, optimizer)
     if reason is not None and (recompute or frozen):
         asked, instead = (
@@ -75,8 +83,9 @@ def compile_step(
         raise ValueError(f"frozen='fp8' can't be had: {without}.")
     if reason is not None or not isinstance(optimizer, AdamW):
         logger.info("The step: the ordinary one, since %s.", reason)
-        return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reason)
-    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, recompute=recompute, frozen=frozen)
+        return _Eager(model, optimizer, scheduler, max_gradient_norm, weight_decay, reduce, reason)
+    how = {"recompute": recompute, "frozen": frozen}
+    return _Fast(model, optimizer, scheduler, max_gradient_norm, weight_decay, reduce, **how)
 
 
 class Step:
@@ -85,16 +94,46 @@ class Step:
     path: str
     reason: str | None = None
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
         """Forward, backward, clipping, optimizer, scheduler.
 
         Args:
             batch: what the model's forward takes, labels among it, best on the CPU.
+            weight: where several processes add up their gradients, this batch's part of all targets.
 
         Returns:
-            The loss before the update, a scalar on the model's device.
+            The loss before the update, of all processes, a scalar on the model's device.
         """
         raise NotImplementedError
+
+
+def sum_gradients(
+    parameters: Sequence[Parameter], loss: Tensor, reduce: Callable[[Tensor], Tensor], weight: float | Tensor = 1.0
+) -> Tensor:
+    """Put the sum over all processes into the gradients, by one transfer of all of them.
+
+    Args:
+        parameters: the same in the same order in every process. A gradient that no process has stays None.
+        loss: of this process's batch, a scalar.
+        reduce: see `compile_step`.
+        weight: what this process's loss and gradients count.
+
+    Returns:
+        The sum of the losses.
+    """
+    has = [parameter.grad is not None for parameter in parameters]
+    own = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    flat = torch.cat([*(gradient.flatten() for gradient in own), loss.detach().reshape(1)]) * weight
+    flat = reduce(torch.cat([flat, flat.new_ones(len(has)) if all(has) else flat.new_tensor(has)]))
+    *sums, total, owners = flat.split([*(each.numel() for each in parameters), 1, len(has)])
+    # Only a process that lacks a gradient has to look whether another has it, for which a GPU's host waits.
+    held = has if all(has) else [count > 0 for count in owners.tolist()]
+    for parameter, found, is_held in zip(parameters, sums, held, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.copy_(found.view_as(parameter))
+        elif is_held:
+            parameter.grad = found.view_as(parameter).to(parameter.dtype)
+    return total.view(())
 
 
 def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
@@ -118,16 +157,19 @@ class _Eager(Step):
     path = "eager"
 
     def __init__(
-        self, model: Any, optimizer: Optimizer, scheduler: Any, norm: float | None, decay: float, reason: str | None
-    ) -> None:
+        self, model: Any, optimizer: Optimizer, scheduler: Any, norm: float | None, decay: float, reduce: Any,
+        reason: str | None,
+    ) -> None:  # fmt: skip
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
-        self.reason = reason
+        self.reduce, self.reason = reduce, reason
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
         device = self.model.device
         loss: Tensor = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
         loss.backward()  # type: ignore[no-untyped-call]
         trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        if self.reduce is not None:
+            loss = sum_gradients(list(trained.values()), loss, self.reduce, weight)
         if self.norm is not None:
             torch.nn.utils.clip_grad_norm_(trained.values(), self.norm)
         if self.decay:
@@ -143,9 +185,10 @@ class _Fast(Step):
     """The step over fused weights, captured on a GPU."""
 
     def __init__(
-        self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, **how: Any
+        self, model: Any, optimizer: AdamW, scheduler: Any, norm: float | None, decay: float, reduce: Any, **how: Any
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.norm, self.decay = model, optimizer, scheduler, norm, decay
+        self.reduce = reduce
         adapter = sole_active_adapter(model)
         assert adapter is not None
         self.adapter = adapter
@@ -156,51 +199,58 @@ class _Fast(Step):
         self.gradients = [flat, *map(torch.zeros_like, loss.others)]
         views = [part.view_as(vector) for part, vector in zip(loss.layout.split(flat), loss.vectors, strict=True)]
         self.places = list(zip((*loss.vectors, *loss.others), (*views, *self.gradients[1:]), strict=True))
-        self.computation = GraphedCallable(self._step, loss.device, warm_up=self._backward)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Between two graphs the processes add up their gradients: each records its own shapes, when they come.
+        whole = self._step if reduce is None else self._backward
+        self.computation = GraphedCallable(whole, loss.device, warm_up=self._backward)
+        self.update = GraphedCallable(self._update, loss.device)
         self.path = "captured" if self.computation.captures else "fused"
         if self.computation.captures:
             _make_capturable(optimizer, loss.device)
         self.settings = _settings(optimizer)
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
         if self.eager is not None:
-            return self.eager(batch)
+            return self.eager(batch, weight)
         try:
             packed = self.loss.pack(batch)
         except ValueError as error:
             if not self.loss.losses.architecture.front:
                 raise
-            return self._by_own_forward(batch, str(error))
+            return self._by_own_forward(batch, weight, str(error))
         self._expect_as_it_was()
         reason = self.loss.difference(batch, packed)
         if reason is not None:
-            return self._step_aside(reason)(batch)
+            return self._step_aside(reason)(batch, weight)
         for parameter, gradient in self.places:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
         (loss,) = self.loss.run(self.computation, packed)
+        if self.reduce is not None:
+            loss = sum_gradients(self.trained, loss, self.reduce, weight)
+            self.update()
         for parameter, _ in self.places:
             parameter.grad = None
         if self.scheduler is not None:
             self.scheduler.step()
         return loss
 
-    def _by_own_forward(self, batch: Mapping[str, Tensor], reason: str) -> Tensor:
+    def _by_own_forward(self, batch: Mapping[str, Tensor], weight: float | Tensor, reason: str) -> Tensor:
         """A step with a batch that only an encoder's own forward takes, such as one of questions and answers."""
         if reason not in self.said:
             self.said.add(reason)
             logger.info("The step of such a batch: the ordinary one, since %s", reason)
-        return self._ordinary(reason)(batch)
+        return self._ordinary(reason)(batch, weight)
 
     def _ordinary(self, reason: str) -> _Eager:
-        return _Eager(self.model, self.optimizer, self.scheduler, self.norm, self.decay, reason)
+        return _Eager(self.model, self.optimizer, self.scheduler, self.norm, self.decay, self.reduce, reason)
 
     def _step_aside(self, reason: str) -> _Eager:
         """The ordinary step from now on; what the fused one held is let go."""
         logger.warning("The step is the ordinary one from now on: %s.", reason)
         self.path, self.reason = "eager", reason
         self.eager = self._ordinary(reason)
-        del self.loss, self.computation, self.gradients, self.places
+        del self.loss, self.computation, self.update, self.gradients, self.places
         return self.eager
 
     def _expect_as_it_was(self) -> None:
@@ -228,6 +278,11 @@ class _Fast(Step):
 
     def _step(self, *fixed: Any, **tensors: Tensor) -> tuple[Tensor]:
         found = self._backward(*fixed, **tensors)
+        self._update()
+        return found
+
+    def _update(self) -> tuple[()]:
+        """Clip, decay and step, from the gradients in their places."""
         if self.norm is not None:
             norms = [gradient.norm() for gradient in self.gradients]
             whole = norms[0] if len(norms) == 1 else torch.stack([norm.float() for norm in norms]).norm()
@@ -236,7 +291,7 @@ class _Fast(Step):
         if self.decay:
             _decay(self.loss.vectors, self.optimizer, self.decay)
         self.optimizer.step()
-        return found
+        return ()
 
     def _backward(self, *fixed: Any, **tensors: Tensor) -> tuple[Tensor]:
         """The loss of a batch; its gradients are left where the optimizer reads them."""

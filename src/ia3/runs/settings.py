@@ -134,7 +134,7 @@ class TrainSettings:
     """How much of its way back a number goes a step, times the rate: a vector towards one, which is the base model, a
     module trained in full towards zero."""
     batch_size: Annotated[Positive, _STEPS] = 8
-    """Examples a step on the device at once."""
+    """Examples a step on the device at once; several processes share them."""
     gradient_accumulation: Annotated[Positive, _STEPS] = 1
     """Batches a step; the gradient is that of all their examples as one batch."""
     max_gradient_norm: Annotated[PositiveReal | None, Flag("Steps", unset="any")] = None

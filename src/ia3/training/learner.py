@@ -10,11 +10,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ia3.inference.predict import answer_in_batches, sorted_batches
+from ia3.inference.predict import sorted_batches
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Example
 from ia3.tasks.metrics import count_correct
 from ia3.tasks.task import Task
+from ia3.training.processes import ALONE, Processes
 
 RowT = TypeVar("RowT")
 
@@ -104,13 +105,22 @@ class Learner(ABC, Generic[RowT]):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch on the model's device, with its graph."""
 
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """The parts that `loss` is the sum of, `[parts]`, each a mean over targets of its own."""
+        return self.loss(batch).reshape(1)
+
+    def counts(self, batch: dict[str, Tensor]) -> list[int]:
+        """How many targets each part of `losses` is the mean of."""
+        return [self.targets(batch)]
+
     @abstractmethod
-    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> EvalOutput:
+    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None], processes: Processes = ALONE) -> EvalOutput:
         """Answer held-out rows; the model is left in evaluation mode.
 
         Args:
             rows: what `tokenise` gave.
             beat: called after each batch with its number of rows; what it raises ends the measurement.
+            processes: which share the batches; all of them get the whole measurement.
         """
 
 
@@ -138,11 +148,13 @@ class Writer(Learner[RowT]):
         return sorted_batches(lengths, self.settings.evaluation_batch_size)
 
     @torch.inference_mode()
-    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None]) -> EvalOutput:
+    def measure(self, rows: Sequence[RowT], beat: Callable[[int], None], processes: Processes = ALONE) -> EvalOutput:
         """The loss of the right answers, and the model's own."""
         self.model.eval()
         batches = self.batches([self.asked(row) for row in rows])
-        return measurement(answer_in_batches(batches, lambda indices: self.answer([rows[i] for i in indices]), beat))
+        return measurement(
+            processes.answer_in_batches(batches, lambda indices: self.answer([rows[i] for i in indices]), beat)
+        )
 
 
 def measurement(answers: Sequence[Answered]) -> EvalOutput:

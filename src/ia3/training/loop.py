@@ -23,12 +23,17 @@ from rich.text import Text
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ia3.fast.step import Step, compile_step
+from ia3.fast.step import Step, compile_step, sum_gradients
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
 from ia3.runs.settings import TrainSettings
+from ia3.training import sharding
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
+from ia3.training.processes import ALONE, join
 from ia3.training.state import load_state, save_state
+
+# A process's part of a batch, and how many targets each part of its loss is the mean of.
+_Batch = tuple[dict[str, Tensor], list[int]]
 
 _AHEAD = 16
 # A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.
@@ -54,21 +59,29 @@ class Training:
         resume: the `state.pt` to go on from, to the same numbers, bit for bit, on the same machine and versions.
 
     Raises:
-        ValueError: nothing to train, a tracker that is not installed, several processes, a state of something else.
+        ValueError: nothing to train, a tracker that is not installed, a state of something else, processes that can't
+            be joined.
     """
 
     def __init__(self, plan: RunPlan, *, resume: Path | None = None) -> None:
         self.plan, self.learner, self.settings = plan, plan.learner, plan.settings
+        self.processes = join()
         self.accelerator = make_accelerator(self.settings)
+        self.sharded = not self.processes.alone and sharding.is_asked_for()
         self.trainable = trainable_parameters(self.learner.model)
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed + self.processes.rank)  # each drops other places of its own examples
         optimizer = make_optimizer(self.trainable, self.settings)
-        _, self.optimizer = self.accelerator.prepare(self.learner.model, optimizer)
+        if self.sharded:
+            sharding.shard(self.learner.model, self.trainable.values(), self.processes.device)
+        else:
+            # In evaluation mode it isn't wrapped: the loop adds up the gradients itself, which are about a megabyte.
+            self.accelerator.prepare_model(self.learner.model, evaluation_mode=not self.processes.alone)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.schedule = LambdaLR(optimizer, plan.schedule)
         self.saved_at = time.monotonic()
         self.stop_asked = False
         if resume is not None:
-            plan.progress = load_state(resume, self.trainable, optimizer, self.schedule)
+            plan.progress = load_state(resume, self.trainable, optimizer, self.schedule, self.processes)
         self.fast: Step | None = None  # where it isn't right, the step is the ordinary one
         if self.learner.is_the_models_loss and self.settings.gradient_accumulation == 1:
             self.fast = compile_step(
@@ -77,6 +90,7 @@ class Training:
                 self.schedule,
                 max_gradient_norm=self.settings.max_gradient_norm,
                 weight_decay=self.settings.weight_decay,
+                reduce=None if self.processes.alone else self.processes.sum,
             )
         # Losses are looked at so many steps at a time: to look at each would let a GPU wait for the host.
         self.ahead = _AHEAD if self.fast is not None and self.fast.path == "captured" else 1
@@ -89,6 +103,8 @@ class Training:
 
     def describe_path(self) -> str:
         """Which way a step goes, and why, in a line."""
+        if self.sharded:
+            return "The ordinary step, over a base model that is divided among the processes (FSDP2)."
         if self.fast is None:
             return "The ordinary step: the fast one is for the model's own loss of one batch a step."
         if self.fast.reason is not None:
@@ -99,7 +115,7 @@ class Training:
         """The seconds of a step, the mean of so many after the first; to train, make another one from here on."""
         self.learner.model.train(self.settings.dropout)
         steps = islice(self.plan.steps_from(0), count + 1)
-        batches = [[self.learner.collate(rows) for rows in parts] for parts in steps]
+        batches = [[self._batch(rows) for rows in parts] for parts in steps]
         float(self._step(batches[0])["loss"])
         started = time.perf_counter()
         losses = [self._step(each)["loss"] for each in batches[1:]]
@@ -123,12 +139,14 @@ class Training:
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; the state and the adapter of that moment are saved.
         """
         self.folder = folder
+        console = console if self.processes.is_first else Console(quiet=True)
         with progress_bars(console) as bars, _stop_on_signals(self):
             bar = bars.add_task("training", total=self.plan.total_steps, completed=self.progress.step, note="")
             self.estimate = TimeEstimate(bars, [self.plan])
             try:
                 self._evaluate_if_due(bars)
-                self.plan.write_metrics(folder)
+                if self.processes.is_first:
+                    self.plan.write_metrics(folder)
                 if self.settings.trackers:
                     self._begin_tracking()
                 while not self.plan.finished:
@@ -136,45 +154,55 @@ class Training:
                     self._evaluate_if_due(bars)
                     self._save_state()
                 bars.update(bar, description="trained")
-                self.plan.save_adapter(folder / ADAPTER_FOLDER)
+                self._save_adapter(ADAPTER_FOLDER)
                 if self.plan.shown is None:  # resumed when all but these files was done
                     self._evaluate(bars)
-                return self.plan.result(folder)
+                self.processes.wait()  # for the adapters, whose size is told
+                return self.plan.result(folder, write=self.processes.is_first)
             except _Stop:
                 self._save_state()
-                adapter = self.plan.save_adapter(folder / ADAPTER_FOLDER)
+                adapter = self._save_adapter(ADAPTER_FOLDER)
                 raise Interrupted(
                     f"Interrupted at step {self.progress.step} of {self.plan.total_steps}. Go on: {resumed_by}\n"
                     f"The adapter as it is now: {adapter}"
                 ) from None
             except FloatingPointError:
                 # Going on from here would diverge again, so the folder is free for another try.
-                (folder / STATE_NAME).unlink(missing_ok=True)
+                if self.processes.is_first:
+                    (folder / STATE_NAME).unlink(missing_ok=True)
                 raise
             finally:
-                self.accelerator.end_training()
+                for tracker in self.accelerator.trackers:  # `end_training` would end the process group, too
+                    tracker.finish()
 
     def _train_until_due(self, bars: ProgressBars, bar: Any) -> None:
         """Steps up to the next evaluation."""
         self.learner.model.train(self.settings.dropout)
         for parts in self.plan.steps_from(self.progress.step):
-            batches = [self.learner.collate(rows) for rows in parts]
+            batches = [self._batch(rows) for rows in parts]
             started = time.perf_counter()
             record = self._step(batches)
             self.progress.steps.append(record)
             self.waiting.append(record)
-            is_time = time.monotonic() - self.saved_at > _SAVE_SECONDS
-            if self.stop_asked or is_time or self.plan.evaluation_is_due() or len(self.waiting) >= self.ahead:
+            stop, is_time = self._asked()
+            if stop or is_time or self.plan.evaluation_is_due() or len(self.waiting) >= self.ahead:
                 self._look_at_losses(bars, bar)
             self.progress.seconds += time.perf_counter() - started
             if not self.waiting:
                 self.estimate.look()
-            if self.stop_asked:
+            if stop:
                 raise _Stop
             if self.plan.evaluation_is_due():
                 return
             if is_time:
                 self._save_state()
+
+    def _asked(self) -> list[bool]:
+        """Whether to stop and whether to save, which several processes agree on when they look at the losses."""
+        is_time = time.monotonic() - self.saved_at > _SAVE_SECONDS
+        if not (self.processes.alone or self.plan.evaluation_is_due() or len(self.waiting) >= self.ahead):
+            return [False, False]
+        return self.processes.any(self.stop_asked, is_time)
 
     def _look_at_losses(self, bars: ProgressBars, bar: Any) -> None:
         """Check and log those of the last steps, which a GPU may still have been at."""
@@ -185,28 +213,45 @@ class Training:
         bars.update(bar, advance=len(self.waiting), note=f"loss {self.waiting[-1]['loss']:.3f}")
         self.waiting.clear()
 
-    def _step(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """One update from one or more batches, whose losses count by their targets; its number, loss and rate."""
+    def _batch(self, rows: Sequence[Any]) -> _Batch:
+        """This process's part of a batch; a process that gets none of few rows takes one that doesn't count."""
+        own = self.processes.share(rows)
+        batch = self.learner.collate(own or rows[:1])
+        return batch, [count if own else 0 for count in self.learner.counts(batch)]
+
+    def _step(self, batches: Sequence[_Batch]) -> dict[str, Any]:
+        """One update from one or more batches, whose losses count by their targets; its number, loss and rate.
+
+        Of several processes each does it on its parts of the same batches.
+        """
         rate = self.plan.rate
+        weights = self._weights([counts for _, counts in batches])
         if self.fast is not None and self.fast.reason is None:
-            return {"learning_rate": rate, "loss": self.fast(batches[0]), "step": self.progress.step + 1}
-        targets = [self.learner.targets(batch) for batch in batches]
-        loss = 0.0
-        for batch, count in zip(batches, targets, strict=True):
+            loss = self.fast(batches[0][0], *([] if self.processes.alone else weights[0]))
+            return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
+        loss = torch.zeros((), device=self.accelerator.device)
+        for (batch, _), weight in zip(batches, weights, strict=True):
             on_device = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            part = self.learner.loss(on_device)
-            if len(batches) > 1:
-                part = part * (count / sum(targets))
+            part = (self.learner.losses(on_device) * weight).sum()
             self.accelerator.backward(part)
-            loss += part.item()
-        self.plan.check_finite(loss, "training loss", self.progress.step + 1)
+            loss = loss + part.detach()
+        parameters = list(self.trainable.values())
+        if not self.processes.alone:
+            loss = sum_gradients(parameters, loss, self.processes.sum)
+        self.plan.check_finite(float(loss), "training loss", self.progress.step + 1)
         if self.settings.max_gradient_norm is not None:
-            self.accelerator.clip_grad_norm_(list(self.trainable.values()), self.settings.max_gradient_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_gradient_norm)
         decay_vectors(self.trainable, rate, self.settings.weight_decay)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return {"learning_rate": rate, "loss": loss, "step": self.progress.step + 1}
+        return {"learning_rate": rate, "loss": float(loss), "step": self.progress.step + 1}
+
+    def _weights(self, counts: Sequence[Sequence[int]]) -> Tensor:
+        """What each part of each batch's loss counts among those of the step in all processes, `[batches, parts]`."""
+        device = self.accelerator.device
+        own = torch.tensor(counts, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return own / self.processes.sum(own.sum(0)).clamp(min=1)
 
     def _evaluate_if_due(self, bars: ProgressBars) -> None:
         if not self.plan.evaluation_is_due():
@@ -218,7 +263,7 @@ class Training:
             method = self.learner.task.method
             self._log({"evaluation": evaluation.summary(), "method": method, "step": evaluation.step})
         if best:
-            self.plan.save_adapter(self.folder / BEST_FOLDER)
+            self._save_adapter(BEST_FOLDER)
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
@@ -226,7 +271,7 @@ class Training:
 
         def beat(rows: int) -> None:
             bars.update(bar, advance=rows)
-            if self.stop_asked:
+            if self.processes.any(self.stop_asked)[0]:
                 raise _Stop
 
         # An evaluation that is interrupted is done again, so it must leave no draws behind: a GPU's kernels are given
@@ -234,7 +279,8 @@ class Training:
         device = self.accelerator.device
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                found = self.learner.measure(self.plan.test_rows, beat)
+                # Where each needs the others' parts of the base, all answer everything together.
+                found = self.learner.measure(self.plan.test_rows, beat, ALONE if self.sharded else self.processes)
         finally:
             bars.remove_task(bar)
         return self.plan.compute_metrics(found, time.perf_counter() - started)
@@ -249,6 +295,8 @@ class Training:
             self._track({"evaluation": each.summary(), "step": each.step})
 
     def _log(self, line: dict[str, Any]) -> None:
+        if not self.processes.is_first:
+            return
         with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line, sort_keys=True)}\n")
         if self.settings.trackers:
@@ -259,8 +307,14 @@ class Training:
         scalars = {f"{kind}/{name}": value for name, value in figures.items() if name != "step"}
         self.accelerator.log(scalars, step=int(line["step"]))
 
+    def _save_adapter(self, name: str) -> Path:
+        if self.processes.is_first:
+            self.plan.save_adapter(self.folder / name)
+        return self.folder / name
+
     def _save_state(self) -> None:
-        save_state(self.folder / STATE_NAME, self.progress, self.trainable, self.optimizer, self.schedule)
+        path = self.folder / STATE_NAME
+        save_state(path, self.progress, self.trainable, self.optimizer, self.schedule, self.processes)
         self.saved_at = time.monotonic()
 
 
@@ -273,25 +327,23 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
             f"The trackers {missing} are not installed, or not known to accelerate: of its trackers there are "
             f"{sorted(installed) or 'none'}. Install the package of that name, or leave it out."
         )
-    accelerator = Accelerator(log_with=list(settings.trackers) or None, project_dir=".")  # until the run has its folder
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"There are {accelerator.num_processes} processes, and ia3 train uses one: start it without a launcher, "
-            "or train with transformers' Trainer, which takes several."
-        )
-    return accelerator
+    return Accelerator(log_with=list(settings.trackers) or None, project_dir=".")  # until the run has its folder
 
 
 @contextmanager
 def _stop_on_signals(training: Training) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends training after the step under way; the second SIGINT at once."""
+    """The first SIGINT or SIGTERM ends training after the step under way; the second SIGINT at once.
+
+    Of several processes none ends at once, since a launcher passes on a Ctrl-C that each of them has got already.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, frame: Any) -> None:
         training.stop_asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if training.processes.alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

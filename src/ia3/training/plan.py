@@ -285,8 +285,8 @@ class RunPlan:
                 "float32 or bfloat16."
             )
 
-    def result(self, folder: Path) -> Run:
-        """The run, once it is finished and its adapters are in the folder; writes `result.json`."""
+    def result(self, folder: Path, *, write: bool = True) -> Run:
+        """The run, once it is finished and its adapters are in the folder; with `write` it writes `result.json`."""
         model = self.learner.model
         run = Run(
             output_dir=folder,
@@ -299,6 +299,8 @@ class RunPlan:
             trainable_parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
             all_parameters=count_parameters(model)[1],
         )
+        if not write:
+            return run
         answers = zip(run.shown, run.references, run.final.predictions, strict=True)
         predictions = [{"label": right, "prediction": found, "text": text} for text, right, found in answers]
         write_json(folder / RESULT_NAME, run.summary() | {"predictions": predictions})

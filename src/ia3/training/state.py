@@ -23,9 +23,10 @@ from ia3.files import write_atomically
 from ia3.runs.recipe import Recipe
 from ia3.runs.run import Evaluation, TrainerState
 from ia3.training.plan import RunPlan
+from ia3.training.processes import ALONE, Processes
 
 
-def describe_environment(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
+def describe_environment(recipe: Recipe, plan: RunPlan, processes: Processes = ALONE) -> dict[str, Any]:
     """What decides a run's numbers: its recipe, versions, hardware, seed, digests of data and base model."""
     model = plan.learner.model
     device = model.device
@@ -37,6 +38,7 @@ def describe_environment(recipe: Recipe, plan: RunPlan) -> dict[str, Any]:
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
+        "processes": processes.count,
         "recipe": recipe.content(),
         "seed": recipe.seed,
         "threads": torch.get_num_threads(),
@@ -61,9 +63,20 @@ def _fingerprint(model: Any) -> str:
 
 
 def save_state(
-    path: Path, progress: TrainerState, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
+    path: Path,
+    progress: TrainerState,
+    trainable: Mapping[str, Parameter],
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    processes: Processes = ALONE,
 ) -> None:
-    """Write all that the next step depends on, atomically; a pickle without code, read by `load_state`."""
+    """Write all that the next step depends on, atomically; a pickle without code, read by `load_state`.
+
+    Of several processes the first writes, with the random states of all.
+    """
+    random_states = processes.gather(_random_state(processes))
+    if not processes.is_first:
+        return
     kept = {progress.best, len(progress.evaluations) - 1}  # the predictions that are asked for later
     evaluations = [
         asdict(each if index in kept else replace(each, predictions=[]))
@@ -73,11 +86,7 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "parameters": {name: parameter.detach() for name, parameter in trainable.items()},
         "progress": {**vars(progress), "evaluations": evaluations},
-        "random": {
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": random.getstate(),
-            "torch": torch.get_rng_state(),
-        },
+        "random": random_states,
         "schedule": schedule.state_dict(),
     }
     file = io.BytesIO()
@@ -86,13 +95,21 @@ def save_state(
 
 
 def load_state(
-    path: Path, trainable: Mapping[str, Parameter], optimizer: Optimizer, schedule: LRScheduler
+    path: Path,
+    trainable: Mapping[str, Parameter],
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    processes: Processes = ALONE,
 ) -> TrainerState:
-    """Put back what `save_state` wrote, the random state too; a ValueError for a damaged file or another model's."""
+    """Put back what `save_state` wrote, the random state too; a ValueError for a damaged file or another model's.
+
+    Another number of processes than wrote it goes on with the random states that fresh ones have.
+    """
     try:
         content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
         progress = dict(content["progress"])
         evaluations = [Evaluation(**each) for each in progress.pop("evaluations")]
+        random_states = list(content["random"])
     except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no whole state of a training ({error}): begin the training anew.") from error
     saved: dict[str, Tensor] = content["parameters"]
@@ -106,13 +123,25 @@ def load_state(
             parameter.copy_(saved[name])
     optimizer.load_state_dict(content["optimizer"])
     schedule.load_state_dict(content["schedule"])
-    _restore_random_state(content["random"])
+    if len(random_states) == processes.count:
+        _restore_random_state(random_states[processes.rank], processes)
     return TrainerState(**progress, evaluations=evaluations)
 
 
-def _restore_random_state(state: Mapping[str, Any]) -> None:
+def _random_state(processes: Processes) -> dict[str, Any]:
+    """Of several processes each has a GPU of its own, and leaves the others alone."""
+    cuda: list[Tensor] = []
+    if torch.cuda.is_available():
+        cuda = torch.cuda.get_rng_state_all() if processes.alone else [torch.cuda.get_rng_state()]
+    return {"cuda": cuda, "python": random.getstate(), "torch": torch.get_rng_state()}
+
+
+def _restore_random_state(state: Mapping[str, Any], processes: Processes) -> None:
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if processes.alone:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        else:
+            torch.cuda.set_rng_state(state["cuda"][0])

@@ -37,7 +37,8 @@ from ia3.tasks.examples import Examples
 from ia3.tasks.task import TASK_NAME, TaskKind
 from ia3.training.learners.making import settings_of
 from ia3.training.loop import Training
-from ia3.training.plan import prepare
+from ia3.training.plan import RunPlan, prepare
+from ia3.training.processes import join
 from ia3.training.state import describe_environment
 
 
@@ -58,6 +59,10 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         FileNotFoundError: no such model or data.
         ValueError: an unknown or wrong field of the recipe, data that can't be trained on.
         Interrupted: Ctrl-C or SIGTERM; `resume` goes on.
+        LostProcessError: of several processes another one ended; the folder is as it was last saved.
+
+    Of several processes, started by `torchrun` or `accelerate launch` or in a process group, each calls it with the
+    same arguments and takes its part of every batch; the first one writes and prints.
 
     Example:
         >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
@@ -110,6 +115,9 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         resuming: go on with the run in the recipe's folder.
         looked: what `look_before` has read of this recipe.
     """
+    processes = join()
+    if not processes.is_first:
+        console = Console(quiet=True)
     looked = look_before(recipe) if looked is None else looked
     folder = recipe.output
     if folder is not None and not resuming and begun(recipe) and not (folder / RESULT_NAME).is_file():
@@ -118,24 +126,36 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         )
     base = Base(recipe.model)
     [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, looked)
-    environment = describe_environment(recipe, plan)
+    environment = describe_environment(recipe, plan, processes)
+    processes.expect_alike(
+        {"data": environment["data"], "base model": environment["base_model"], "recipe": plan.settings}
+    )
     if resuming and folder is not None:
         _check_environment(folder, environment, console)
         training = Training(plan, resume=folder / STATE_NAME)
     else:
         training = Training(plan)
-        folder = claim(folder, recipe.source)
-        begin_folder(folder, recipe, environment)
+        folder = processes.of_first(claim(folder, recipe.source) if processes.is_first else None)
+        assert folder is not None
+        if processes.is_first:
+            begin_folder(folder, recipe, environment)
     console.print(training.describe_path(), highlight=False)
     in_memory = [f"{name}=…" for name in ("data", "test_data") if isinstance(getattr(recipe, name), Examples)]
     again = f"ia3.resume({str(folder)!r}, {', '.join(in_memory)})" if in_memory else f"ia3 train --resume {folder}"
     run = training.run(folder, console, resumed_by=again)
+    if processes.is_first:
+        _finish_folder(run, recipe, plan)
+    processes.wait()
+    return run
+
+
+def _finish_folder(run: Run, recipe: Recipe, plan: RunPlan) -> None:
+    """Draw and write what is told of a finished run; there is nothing to go on with any more."""
     title = f"{Path(recipe.model).name} on {Path(recipe.source).name}"
-    draw_report(run, plan.learner.model, folder / PICTURE_NAME, title=title)
+    draw_report(run, plan.learner.model, run.output_dir / PICTURE_NAME, title=title)
     write_report(run, title)
     complete_cards(run, recipe.source, named=isinstance(recipe.data, str))
-    (folder / STATE_NAME).unlink(missing_ok=True)
-    return run
+    (run.output_dir / STATE_NAME).unlink(missing_ok=True)
 
 
 def claim(output: Path | None, source: str) -> Path:
@@ -210,6 +230,7 @@ def _check_environment(output: Path, environment: Mapping[str, Any], console: Co
                 f"{began['data'][name]['rows']:,} then): put {began['data'][name]['source']} back as it was, or begin "
                 "anew a run of an ia3 that held out other rows of the same data."
             )
-    others = [name for name in ("device", "threads", "versions") if environment[name] != began[name]]
+    facts = ("device", "processes", "threads", "versions")
+    others = [name for name in facts if environment[name] != began.get(name, 1)]  # 1 process, where none are told
     if others:
         console.print(f"Other {', '.join(others)} than when the run began: its numbers may differ.", style="yellow")

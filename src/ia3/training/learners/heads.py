@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.classify import batched_logits, class_labels, padding_token, split_words, tokenise_texts
-from ia3.inference.predict import pad_rows
+from ia3.inference.predict import pad_rows, sorted_batches
 from ia3.inference.rank import likeliest
 from ia3.tasks.entities import tag_scores
 from ia3.tasks.examples import Example
 from ia3.training.learner import EvalOutput, Learner
+from ia3.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -90,25 +91,31 @@ class HeadLearner(Learner[HeadRow]):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE_INDEX)
 
-    def measure(self, rows: Sequence[HeadRow], beat: Callable[[int], None]) -> EvalOutput:
+    def measure(self, rows: Sequence[HeadRow], beat: Callable[[int], None], processes: Processes = ALONE) -> EvalOutput:
         """The cross-entropy a text or a word, and the likeliest labels."""
-        answers: list[list[int]] = [[] for _ in rows]
-        loss = 0.0
-        tokens = [row.input_ids for row in rows]
-        for indices, logits in batched_logits(self.model, tokens, self.settings.evaluation_batch_size, beat):
-            for index, own in zip(indices, logits, strict=True):
-                row = rows[index]
-                answered = own.unsqueeze(0) if row.starts is None else own[row.starts]
-                loss += float(cross_entropy(answered, torch.tensor(row.class_ids), reduction="sum"))
-                answers[index] = likeliest(answered)
+        self.model.eval()
+        batches = sorted_batches([len(row.input_ids) for row in rows], self.settings.evaluation_batch_size)
+        answers = processes.answer_in_batches(batches, lambda indices: self._answer([rows[i] for i in indices]), beat)
+        loss = sum(own for own, _ in answers)
         references, predictions = (
             [[self.task.labels[index] for index in own] for own in ids]
-            for ids in ([row.class_ids for row in rows], answers)
+            for ids in ([row.class_ids for row in rows], [classes for _, classes in answers])
         )
         units = [unit for row in rows for unit in row.units]
         scores = self.scores(references, predictions, sum(row.unread for row in rows))
         right, found = (list(chain.from_iterable(each)) for each in (references, predictions))
         return EvalOutput(loss / len(units), units, right, found, scores)
+
+    def _answer(self, rows: Sequence[HeadRow]) -> list[tuple[float, list[int]]]:
+        """Of each text of a batch the summed cross-entropy and the likeliest classes, of itself or of its words."""
+        found: dict[int, tuple[float, list[int]]] = {}
+        for places, logits in batched_logits(self.model, [row.input_ids for row in rows], len(rows)):
+            for place, own in zip(places, logits, strict=True):
+                starts = rows[place].starts
+                answered = own.unsqueeze(0) if starts is None else own[starts]
+                loss = cross_entropy(answered, torch.tensor(rows[place].class_ids), reduction="sum")
+                found[place] = float(loss), likeliest(answered)
+        return [found[place] for place in range(len(rows))]
 
     def scores(self, references: list[list[str]], predictions: list[list[str]], unread: int) -> dict[str, float]:
         """Further figures of an evaluation, from the labels of each text."""

@@ -34,6 +34,7 @@ from ia3.inference.predict import pad_rows
 from ia3.tasks.examples import Example
 from ia3.tasks.losses import token_log_probabilities
 from ia3.training.learner import Answered, EvalOutput, Writer
+from ia3.training.processes import ALONE, Processes
 
 _logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Instructions(Writer[Row]):
         following = following[:, places]
         return -token_log_probabilities(self._logits(places, batch), following), following != IGNORE_INDEX
 
-    def measure(self, rows: Sequence[Row], beat: Callable[[int], None]) -> EvalOutput:
+    def measure(self, rows: Sequence[Row], beat: Callable[[int], None], processes: Processes = ALONE) -> EvalOutput:
         """The loss of all that is learned, and the last answers, written greedily, in the examples' order."""
         dialogues = sorted((dialogue for row in rows for dialogue in row), key=lambda dialogue: dialogue.place)
         per_row = len(rows) / len(dialogues)
@@ -153,7 +154,7 @@ class Instructions(Writer[Row]):
             former, done = done, done + count
             beat(round(done * per_row) - round(former * per_row))
 
-        return super().measure([(dialogue,) for dialogue in dialogues], beat_rows)
+        return super().measure([(dialogue,) for dialogue in dialogues], beat_rows, processes)
 
     def asked(self, row: Row) -> int:
         """Of the prompt as it is asked, or of all that is read where none is."""

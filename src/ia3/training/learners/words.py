@@ -69,11 +69,23 @@ class Words(Writer[TokenisedExample]):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The cross-entropy a label token, or L_LM + L_UL + L_LN."""
+        return self.losses(batch).sum()
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """The cross-entropy a label token, `[1]`, or L_LM, L_UL and L_LN, `[3]`."""
         if "choices" not in batch:
-            return _mean_loss(self.model(**batch, use_cache=False), batch["labels"])
+            return _mean_loss(self.model(**batch, use_cache=False), batch["labels"]).reshape(1)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = choice_logits(self.model, batch["choices"], **inputs)
-        return tfew_losses(logits, batch["choices"], batch["correct"]).total
+        found = tfew_losses(logits, batch["choices"], batch["correct"])
+        return torch.stack([found.language_model, found.unlikelihood, found.length_normalised])
+
+    def counts(self, batch: dict[str, Tensor]) -> list[int]:
+        """The label tokens; of T-Few's losses the tokens of right labels, those of wrong ones, and the examples."""
+        if "choices" not in batch:
+            return [self.targets(batch)]
+        right = int((batch["labels"] != IGNORE_INDEX).sum())
+        return [right, int((batch["choices"] != IGNORE_INDEX).sum()) - right, len(batch["correct"])]
 
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """By the model's own forward, summed in fp32 at least."""
