@@ -16,8 +16,8 @@ import changes  # noqa: E402
 import mutants  # noqa: E402
 
 EVERY = [mutant for of_tests in mutants.MUTANTS.values() for mutant in of_tests]
-# Modules in which nothing can go wrong that a test of `make test` would see: names, classes of errors, a table of files,
-# and what needs Ray.
+# Modules in which nothing can go wrong that a test of `make test` would see: names, classes of errors, a table of
+# files, and what needs Ray.
 WITHOUT = {"__init__", "__main__", "bundled", "elsewhere", "errors", "on_ray", "utils"}
 
 
