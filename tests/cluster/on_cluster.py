@@ -67,12 +67,15 @@ def kill_one(title: str) -> None:
 
 
 def kill_one_when(title: str, there: Path) -> threading.Thread:
-    """Kill one of the actors of a class once there is a file."""
+    """Kill one of the actors of a class once there is a file, and see that others follow."""
 
     def wait_and_kill() -> None:
         while not there.is_file():
             time.sleep(0.05)
+        former = {each.pid for each in workers(title)}
         kill_one(title)
+        while not {each.pid for each in workers(title)} - former:
+            time.sleep(0.05)
 
     thread = threading.Thread(target=wait_and_kill, daemon=True)
     thread.start()
@@ -83,7 +86,8 @@ def test_a_lost_worker_is_replaced_and_training_goes_on(cluster: None, base: Pat
     alone = ia3.train(str(base), str(data), output=tmp_path / "alone", **RECIPE)
     killer = kill_one_when("RayTrainWorker", tmp_path / "run" / "state.pt")
     figures = on_ray.train(base, data, output=tmp_path / "run", workers=2, **RECIPE)
-    killer.join()
+    killer.join(timeout=1)
+    assert not killer.is_alive()
     assert figures["steps"] == 120
     assert figures["accuracy"] == alone.final.accuracy
     found, right = (load_peft_weights(each / "adapter") for each in (tmp_path / "run", alone.output_dir))
