@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,11 @@ def expected(adapter: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def ended(adapter: Path, rows: Path, tmp_path: Path) -> Iterator[Path]:
+def ended(adapter: Path, rows: Path, tmp_path: Path) -> Path:
     """An output that was left when one part was there."""
     with pytest.raises(KeyboardInterrupt):
         label_file(adapter, rows, tmp_path / "out.jsonl", **HOW, tell=Telling(beat=_stop_after(40)))
-    yield tmp_path / "out.jsonl"
+    return tmp_path / "out.jsonl"
 
 
 def _stop_after(count: int) -> Any:
@@ -105,8 +104,8 @@ def test_the_command_goes_on(adapter: Path, rows: Path, expected: bytes, ended: 
 def test_an_early_end_says_what_is_kept(adapter: Path, rows: Path, tmp_path: Path) -> None:
     said: list[str] = []
     for count, kept in ((3, False), (50, True)):
+        tell = Telling(beat=_stop_after(count), say=said.append)
         with pytest.raises(KeyboardInterrupt):
-            tell = Telling(beat=_stop_after(count), say=said.append)
             label_file(adapter, rows, tmp_path / "out.csv", **HOW, tell=tell)
         assert (tmp_path / "out.csv.parts").exists() is kept
     assert said[-1].startswith("1 of 3 parts are kept in ")
