@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ia3.data.columns import ColumnRows, Row, gather, shared
+from ia3.data.columns import ColumnRows, Row, gather, shared, without_collecting
 from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
 from ia3.files import nearest_beside
 
@@ -94,8 +94,9 @@ def read_records(
     name, split = _name_and_split(str(source), split)
     if not name:
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
-    table = _read(name, Wanted(line_column, line_label, tuple(named), split))
-    rows, blank = (table.rows, table.blank) if isinstance(table.rows, ColumnRows) else gather(table.rows)
+    with without_collecting():
+        table = _read(name, Wanted(line_column, line_label, tuple(named), split))
+        rows, blank = (table.rows, table.blank) if isinstance(table.rows, ColumnRows) else gather(table.rows)
     if not rows:
         raise ValueError(f"{table.source} has no rows: expected at least one.")
     if isinstance(rows, ColumnRows):

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,17 +115,23 @@ class _Labelling:
         count_filled(self.work, self.tell)
         shares = {f"probability_{label}" for task in self.work.questions.tasks for label in task.labels}
         check_rows(self.output, self.records, {"prediction", "probability", "probabilities", *shares})
-        try:
-            missing_parts, summary = self.processes.by_first(lambda: self._begin(resume=resume))
-            if summary is None:
-                self._answer(missing_parts[self.processes.rank :: self.processes.count])
-                self.processes.wait()
-                summary = self.processes.by_first(self._join)
-            if self.processes.is_first:
-                self.parts.close(summary)
-        except BaseException:
-            self._give_up()
-            raise
+        with ExitStack() as stack:
+
+            def begin() -> tuple[list[int], dict[str, Any] | None]:
+                stack.enter_context(self.parts.held())
+                return self._begin(resume=resume)
+
+            try:
+                missing, summary = self.processes.by_first(begin)
+                if summary is None:
+                    self._answer(missing[self.processes.rank :: self.processes.count])
+                    self.processes.wait()
+                    summary = self.processes.by_first(self._join)
+                if self.processes.is_first:
+                    self.parts.close(summary)
+            except BaseException:
+                self._give_up()
+                raise
         say_cut(self.work, summary["cut"], summary["answered"], self.tell)
         return Labelled(self.output, **{**summary, "remarks": tuple(summary["remarks"])})
 
@@ -181,12 +188,11 @@ class _Labelling:
 
     def _give_up(self) -> None:
         """Say what is kept of a work that ends early; nothing is where no part was made."""
-        if not self.processes.is_first or not self.parts.is_begun_here:
+        if not self.parts.is_begun_here:
             return
         done = self.parts.done()
-        if not done and self.parts.folder.exists():
-            self.parts.remove()
         if not done:
+            self.parts.clear()
             return
         self.tell.say(
             f"{len(done):,} of {len(self.stretches):,} parts are kept in {self.parts.folder}: the same again with "

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ia3.files import write_atomically
 from ia3.inference.answering import Answer
 from ia3.inference.work import Answered
+from ia3.runs.lock import LOCK_NAME, locked
 
 _VERSION = 1
 _PLAN = "plan.json"
+_PART = ".part"
 _JOINED = "joined"
 
 
@@ -34,8 +37,23 @@ class Parts:
         self.is_begun_here = False  # or gone on with, by this process
         self.joined = self.folder / _JOINED  # what is moved to the output
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, and keep others from working in it; it goes again if nothing is left in it.
+
+        Raises:
+            BlockingIOError: somebody else works in it.
+        """
+        self.folder.mkdir(exist_ok=True)
+        try:
+            with locked(self.folder):
+                yield
+        finally:
+            with suppress(OSError):
+                self.folder.rmdir()
+
     def begin(self, settings: dict[str, Any], count: int, *, resume: bool) -> bool:
-        """Make the folder, or go on with that of an earlier work.
+        """Begin, or go on with an earlier work; the folder is held.
 
         Args:
             settings: what decides the answers, by name: texts, numbers or None.
@@ -57,13 +75,12 @@ class Parts:
         if plan is not None and resume:
             self._expect_same(plan, settings, count)
             self.is_begun_here = True
-            for left in self.folder.glob(".*"):  # what was being written when the work ended
-                left.unlink()
+            for path in self.folder.iterdir():
+                if path.name not in (_PLAN, LOCK_NAME) and path.suffix != _PART:  # was being written at the end
+                    path.unlink()
             return True
-        if self.folder.exists():
-            self.remove()
         self.is_begun_here = True
-        self.folder.mkdir()
+        self.clear()
         self._write_plan({"version": _VERSION, "parts": count, "settings": settings})
         return False
 
@@ -105,7 +122,7 @@ class Parts:
 
     def done(self) -> set[int]:
         """The numbers of the parts that are there."""
-        return {int(path.stem) for path in self.folder.glob("*.part") if path.stem.isdecimal()}
+        return {int(path.stem) for path in self.folder.glob(f"*{_PART}") if path.stem.isdecimal()}
 
     def write(self, number: int, answered: Answered) -> None:
         """Keep the answers to a stretch."""
@@ -127,21 +144,20 @@ class Parts:
         return Answered([None if each is None else Answer(*each) for each in found["answers"]], found["cut"])
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Remove the folder, now that the output is there."""
+        """Take everything away, now that the output is there."""
         plan = self.plan()
         assert plan is not None
         self._write_plan({**plan, "summary": summary})
-        self.remove()
+        self.clear()
 
-    def remove(self) -> None:
-        """Remove the folder; the plan goes last, since it tells what the rest is."""
-        for path in self.folder.iterdir():
-            if path.name != _PLAN:
+    def clear(self) -> None:
+        """Empty the folder; the plan goes last, since it tells what the rest is."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _PLAN):
+            if path.name != LOCK_NAME:
                 path.unlink()
-        shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06}.part"
+        return self.folder / f"{number:06}{_PART}"
 
     def _write_plan(self, plan: dict[str, Any]) -> None:
         write_atomically(self.folder / _PLAN, (json.dumps(plan, indent=2) + "\n").encode())
