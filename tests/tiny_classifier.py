@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import string
+from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, RobertaTokenizerFast
 
+from ia3 import IA3Config, get_peft_model
+from ia3.inference.classify import load_classifier
 from ia3.tasks.examples import Example
-from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.task import Task, TaskKind, save_task
 from ia3.tasks.template import Template
 
 LABELS = ("negative", "neutral", "positive")
@@ -53,3 +57,23 @@ def labelled(count: int) -> list[Example]:
         label = LABELS[index % 3]
         rows.append(Example(" ".join(["the", *["share"] * (index % 4), telling[label]]), label))
     return rows
+
+
+def save_adapter(folder: Path) -> Path:
+    """A BERT, 16 wide, with an adapter of a head for `LABELS` whose answers are not all one; the adapter's folder."""
+    base, adapter = folder / "base", folder / "adapter"
+    torch.manual_seed(0)
+    config = BertConfig(
+        **{"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0, "initializer_range": 0.5},
+    )
+    BertForMaskedLM(config).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    torch.manual_seed(1)
+    kind = TaskKind.SEQUENCE_CLASSIFICATION
+    model = load_classifier(str(base), kind, LABELS)
+    torch.nn.init.normal_(model.classifier.weight)
+    peft = get_peft_model(model, IA3Config(task_type="SEQ_CLS", modules_to_save=["classifier"]))
+    peft.save_pretrained(adapter)
+    save_task(adapter, task(kind))
+    return adapter

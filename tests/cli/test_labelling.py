@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from ia3.cli.labelling import Overrides, load_labeller
+from ia3.inference.labelling import Overrides, load_labeller
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
@@ -20,5 +19,5 @@ def test_another_precision_than_that_of_the_training(
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     task = folder / "ia3_task.json"
     task.write_text(json.dumps(json.loads(task.read_text()) | {"precision": precision}))
-    labeller = load_labeller(str(folder), Console(quiet=True), Overrides())
+    labeller = load_labeller(str(folder), Overrides())
     assert labeller.model.get_input_embeddings().weight.dtype is dtype

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 from running import call, message, succeed
 
-from ia3.cli.labelling import Overrides, load_labeller
+from ia3.inference.labelling import Overrides, load_labeller
 from ia3.inference.loading import Base
 from ia3.quantised import first_quantised
 from quantising import expect
@@ -35,7 +34,7 @@ def test_the_base_of_the_answers_is_another_than_that_of_the_training(
     assert result["all_parameters"] >= sum(
         each.numel() for each in Base(str(base)).load(Base(str(base)).kind).parameters()
     )
-    labeller = load_labeller(str(tmp_path / "run" / "adapter"), Console(quiet=True), Overrides())
+    labeller = load_labeller(str(tmp_path / "run" / "adapter"), Overrides())
     assert labeller.task.quantize == kind
     found = first_quantised(labeller.model)
     assert found is not None

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from running import call, message, succeed
 
 import tiny_causal
 import tiny_classifier
 import tiny_seq2seq
-from ia3.cli.labelling import Overrides, load_labeller
+from ia3.inference.labelling import Overrides, load_labeller
 from ia3.tasks.examples import Example
 from ia3.tasks.task import load_task
 
@@ -196,7 +195,7 @@ def test_a_sweep_says_what_training_says(trained: Trained, tmp_path: Path) -> No
 
 
 def test_the_base_answers_in_the_precision_of_the_training(trained: Trained) -> None:
-    labeller = load_labeller(str(trained.folder / "adapter"), Console(quiet=True), Overrides())
+    labeller = load_labeller(str(trained.folder / "adapter"), Overrides())
     dtypes = {name: value.dtype for name, value in labeller.model.named_parameters() if value.dtype != torch.float32}
     assert dtypes == {}
 

@@ -21,7 +21,8 @@ from ia3.data import records, tables
 from ia3.data.loading import bundled_tweets, load_examples
 from ia3.data.records import SENTIMENTS
 from ia3.inference.predict import count_truncated
-from ia3.tasks.examples import Example, Examples, _normalised, split_examples
+from ia3.tasks.example import Example, _normalised
+from ia3.tasks.examples import Examples, split_examples
 from ia3.tasks.task import TaskKind
 from ia3.tasks.template import Template
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, print_json
-from ia3.cli.labelling import Labeller, Overrides, answer, answered_by, load_labeller
+from ia3.cli.labelling import answer, load_labeller
 from ia3.cli.names import FlagConsole
+from ia3.inference.labelling import Labeller, Overrides, answered_by
 from ia3.runs.tables import NONE, Column, facts, print_table
 from ia3.tasks.entities import tag_scores
 from ia3.tasks.labels import match_spellings

@@ -1,121 +1,97 @@
-"""What `ia3 predict` and `ia3 evaluate` share: an adapter with its task, and its answers with a progress bar."""
+"""What the commands that answer share: loading and answering, with what is said of them meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ia3.inference import labelling
+from ia3.inference.labelling import Labeller, Overrides
+
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ia3.inference.answering import Answer
+    from ia3.inference.work import Telling
     from ia3.tasks.examples import Example
-    from ia3.tasks.task import Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overrides:
-    """What flags ask for instead of what an adapter's task says; None is not asked for."""
-
-    text_column: str | None = None
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    way: str | None = None
-
-    def over(self, task: Task) -> Task:
-        """The task with what is asked for, which it has to have a use for."""
-        if self.text_column is not None:
-            task = replace(task, template=task.template.with_column(self.text_column))
-        if self.max_length is not None:
-            task = replace(task, max_length=self.max_length)
-        task = answered_by(task, self.way)
-        if self.max_new_tokens is None:
-            return task
-        if not task.kind.writes:
-            raise ValueError(f"This adapter's task is {task.kind}, which writes nothing: leave --max-new-tokens out.")
-        if task.ranks:
-            raise ValueError(
-                "The labels are ranked here and nothing is written: leave --max-new-tokens out, or add "
-                "--answer-by generation."
-            )
-        return replace(task, max_new_tokens=self.max_new_tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labeller:
-    """A base model with its adapter, its tokenizer, and the task: what the model reads and how it answers."""
-
-    model: Any
-    tokenizer: Any
-    task: Task
 
 
 def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Labeller:
-    """Load an adapter with its base model, in its training's precision, and its task; what is given overrides it."""
+    """As the library loads it, and says meanwhile that it does."""
     with console.status(f"Loading {adapter}"):
-        from transformers.utils.logging import disable_progress_bar
-
-        from ia3.inference.classify import class_labels
-        from ia3.inference.loading import DTYPES, load_adapter
-        from ia3.tasks.task import load_task
-
-        disable_progress_bar()
-        saved = load_task(adapter)
-        task = None if saved is None else overrides.over(saved)
-        precision, quantize = (None, None) if task is None else (task.precision, task.quantize)
-        dtype = None if precision is None else DTYPES[precision]
-        model, tokenizer = load_adapter(adapter, dtype=dtype, quantize=quantize)
-        if task is None:
-            task_type = model.peft_config[model.active_adapter].task_type
-            task = overrides.over(task_without_file(task_type, lambda: class_labels(model)))
-    return Labeller(model=model, tokenizer=tokenizer, task=task)
-
-
-def task_without_file(task_type: str, labels: Callable[[], tuple[str, ...]]) -> Task:
-    """The task of an adapter that PEFT saved: it reads the text alone, and writes its answer or has a head."""
-    from ia3.tasks.task import Task, TaskKind
-    from ia3.tasks.template import Template
-
-    kinds = {kind.task_type.value: kind for kind in TaskKind}  # the last of a type: free text, for a seq2seq model
-    kind = kinds[task_type]
-    return Task(
-        kind=kind,
-        template=Template.of_column("text"),
-        labels=labels() if kind.has_labels else (),
-        max_length=128,
-        max_new_tokens=16 if kind.writes else None,
-    )
-
-
-def answered_by(task: Task, way: str | None) -> Task:
-    """The task, answered as --answer-by asks for, which has to be a way for it."""
-    try:
-        return task if way is None else task.answered_by(way)
-    except ValueError as error:
-        raise ValueError(f"--answer-by: {error}") from error
+        return labelling.load_labeller(adapter, overrides)
 
 
 def answer(labeller: Labeller, examples: Sequence[Example], console: Console, *, batch_size: int) -> list[Answer]:
     """Answer rendered texts, in order, with a progress bar; says how many are cut, and on a GPU the way they go."""
-    from ia3.inference.answering import Answerer
+    from ia3.inference.answering import Answerer, cut_line
 
     answerer = Answerer(labeller.model, labeller.tokenizer, labeller.task, batch_size=batch_size)
     if cut := answerer.count_cut(examples):
-        length = labeller.task.max_length
-        console.print(f"Cut at {length} tokens: {cut:,} of {len(examples):,} texts.", highlight=False)
+        console.print(cut_line(labeller.task.max_length, cut, len(examples)), highlight=False)
     if (path := answerer.describe_path()) is not None:
         console.print(path, markup=False, highlight=False)
-    with answering_bar(console, len(examples), batch_size) as beat:
-        return answerer(examples, beat)
+    with answering_bar(console, batch_size) as bar:
+        bar.begin(len(examples))
+        return answerer(examples, bar.beat)
+
+
+class AnsweringBar:
+    """A progress bar of rows, with their rate, which appears where there are several batches.
+
+    Args:
+        progress: what draws it.
+        batch_size: rows of a batch.
+    """
+
+    def __init__(self, progress: Progress, batch_size: int) -> None:
+        self.progress, self.batch_size = progress, batch_size
+        self.bar = progress.add_task("answering", total=None)
+
+    def begin(self, total: int) -> None:
+        """Draw it for so many rows."""
+        self.progress.update(self.bar, total=total)
+
+    def beat(self, count: int) -> None:
+        """So many more rows are answered."""
+        total = self.progress.tasks[0].total
+        if total is not None and total > self.batch_size:
+            self.progress.start()  # again, after what was loaded
+        self.progress.advance(self.bar, count)
+
+    @contextmanager
+    def loading(self, adapter: str) -> Iterator[None]:
+        """Say in its place that an adapter is loaded."""
+        self.progress.stop()
+        with self.progress.console.status(f"Loading {adapter}"):
+            yield
+
+    def telling(self) -> Telling:
+        """What tells the bar, and its console's reader, how the work goes."""
+        from ia3.inference.work import Telling
+
+        def say(line: str) -> None:
+            self.progress.console.print(line, markup=False, highlight=False)
+
+        return Telling(begin=self.begin, beat=self.beat, loading=self.loading, say=say)
 
 
 @contextmanager
-def answering_bar(console: Console, total: int, batch_size: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar where there are several batches; it is told of each batch's number of texts."""
-    from rich.progress import Progress
+def answering_bar(console: Console, batch_size: int) -> Iterator[AnsweringBar]:
+    """A bar that is gone afterwards, however that comes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
 
-    with Progress(console=console, transient=True, disable=total <= batch_size) as bars:
-        bar = bars.add_task("answering", total=total)
-        yield lambda count: bars.advance(bar, count)
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")
+
+    columns = ("answering", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True)
+    try:
+        yield AnsweringBar(progress, batch_size)
+    finally:
+        progress.stop()

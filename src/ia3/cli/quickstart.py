@@ -37,8 +37,9 @@ def quickstart(
 ) -> None:
     """Teach the bundled model the sentiment of up to 3,600 bundled tweets, in minutes on any machine, no download."""
     from ia3.bundled import TITLER
-    from ia3.cli.labelling import Overrides, answer, load_labeller
+    from ia3.cli.labelling import answer, load_labeller
     from ia3.cli.train import print_result, run_visibly
+    from ia3.inference.labelling import Overrides
     from ia3.runs.recipe import make_recipe
     from ia3.tasks.examples import Example
     from ia3.training.train import run_recipe

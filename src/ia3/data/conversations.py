@@ -163,7 +163,7 @@ def format_to_answer(records: Records, template: Template) -> Format:
 
 def holds_lists(records: Records, column: str) -> bool:
     """Whether a column has messages instead of texts."""
-    return any(isinstance(record.get(column), list) for _, record in records)
+    return any(isinstance(cell, list) for cell in records.column(column))
 
 
 class Learnable(NamedTuple):

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ia3.data.columns import ColumnRows, shared
 from ia3.data.conversations import Format, Learnable, find_format, holds_lists, missing_answer, read_to_learn
 from ia3.data.reading import with_unread
 from ia3.data.records import TWEETS, Records, read_records
 from ia3.errors import SettingError
 from ia3.tasks.columns import as_text
+from ia3.tasks.example import Example, ExampleRows
 from ia3.tasks.examples import (
-    Example,
     Examples,
     Reading,
     count_duplicates,
@@ -86,10 +87,19 @@ def load_examples(
     how = known or Format("", wording, label_column if kind.has_answers else None, reads_system=system)
     how.require(records.source, records.columns)
     tagged = kind is TaskKind.TOKEN_CLASSIFICATION
-    read = read_to_learn if chats else _read_tagged_words if tagged else partial(_read_text, kind=kind)
-    found = [read(record, f"{records.source}, {place}", how) for place, record in records]
-    rows = tuple(each.example for each in found if each.example is not None)
-    empty = len(found) - len(rows) + records.blank
+    columns = None if chats or tagged else _read_columns(records, how, kind)
+    said: list[str] = [] if known is None else known.describe(records.columns)
+    if columns is not None:
+        texts, answers = columns
+        whole, places = texts, [place for place, text in enumerate(texts) if text]
+        rows = ExampleRows(texts, answers) if len(places) == len(texts) else ExampleRows(texts, answers).take(places)
+    else:
+        read = read_to_learn if chats else _read_tagged_words if tagged else partial(_read_text, kind=kind)
+        found = [read(record, f"{records.source}, {place}", how) for place, record in records]
+        whole = ["" if each.example is None else _whole(each.example) for each in found]
+        rows = ExampleRows.of(each.example for each in found if each.example is not None)
+        said += _oddities(found)
+    empty = len(records) - len(rows) + records.blank
     if not rows:
         what = "labelled texts" if kind.has_answers else "texts"
         raise ValueError(f"{records.source} has no rows with a text ({empty} empty); expected {what}.")
@@ -97,10 +107,9 @@ def load_examples(
     # The questions that are asked afterwards come in a column of texts.
     asked = wording if known is not None and how.answer is None else how.template
     reading = Reading(asked, label_column, how.columns(records.columns), label_column in records.classes)
-    reading = with_unread(reading, records, ["" if each.example is None else _whole(each.example) for each in found])
+    reading = with_unread(reading, records, whole)
     labels = ordered_labels(rows, records.classes.get(label_column), kind)
-    said = [] if known is None else known.describe(records.columns)
-    remarks = (*records.remarks, *said, *_oddities(found))
+    remarks = (*records.remarks, *said)
     examples = Examples(rows, labels, records.source, count_duplicates(rows), empty, kind, reading, remarks)
     return merge_labels_of(examples) if merge_labels else examples
 
@@ -161,6 +170,34 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
     return template
 
 
+def _read_columns(records: Records, how: Format, kind: TaskKind) -> tuple[list[str], list[str]] | None:
+    """The texts, empty of a row without any, and the answers, column by column as `_read_text` reads row by row.
+
+    None where a row has something that can't be read, or may not: reading row by row says what and where.
+    """
+    if not isinstance(records.rows, ColumnRows):
+        return None
+    try:
+        cells = [_texts_in(records.column(field)) for field in how.template.fields]
+        labels = [""] * len(records) if how.answer is None else _texts_in(records.column(how.answer))
+    except ValueError:
+        return None
+    texts = cells[0] if how.template.is_one_column else [how.template.fill(row) for row in zip(*cells, strict=True)]
+    missing = {label for label in {*labels} if _is_missing(label, kind)} if how.answer is not None else set()
+    if missing and any(text and label in missing for text, label in zip(texts, labels, strict=True)):
+        return None
+    return texts, labels
+
+
+def _texts_in(cells: list[Any]) -> list[str]:
+    return shared([cell.strip() if type(cell) is str else as_text(cell, "") for cell in cells])
+
+
+def _is_missing(label: str, kind: TaskKind) -> bool:
+    """Tables of classes write a gap as NaN; as free text it may be a word."""
+    return not label or (kind.has_labels and label.casefold() == "nan")
+
+
 def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKind) -> Learnable:
     how.require(place, record)
     text = how.template.render(record, place)
@@ -170,8 +207,7 @@ def _read_text(record: Mapping[str, Any], place: str, how: Format, kind: TaskKin
         return Learnable(Example(text, ""))
     noun = "label" if kind.has_labels else "completion"
     label = as_text(record[how.answer], f"{place}: the {noun}")
-    # Tables of classes write a gap as NaN; as free text it may be a word.
-    if not label or (kind.has_labels and label.casefold() == "nan"):
+    if _is_missing(label, kind):
         raise missing_answer(text, place, noun)
     return Learnable(Example(text, label))
 

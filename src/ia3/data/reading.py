@@ -27,7 +27,7 @@ def with_unread(reading: Reading, records: Records, texts: Sequence[str]) -> Rea
         if belongs_to_text(column, reading.columns) and (count := _saying_more(records, column, reading, texts))
     }
     shown = [column for column in records.columns if column in counts or column in reading.template.fields]
-    are_texts = all(_is_text(record.get(column)) for column in counts for _, record in records)
+    are_texts = all(_is_text(cell) for column in counts for cell in records.column(column))
     return replace(
         reading,
         unread=tuple(counts.items()),
@@ -38,10 +38,11 @@ def with_unread(reading: Reading, records: Records, texts: Sequence[str]) -> Rea
 
 def _saying_more(records: Records, column: str, reading: Reading, texts: Sequence[str]) -> int:
     """How many rows have something in a column; 0 where it is all in what is read, or repeats that and the answer."""
-    cells = [_plain(record.get(column)) for _, record in records]
+    cells = [_plain(cell) for cell in records.column(column)]
+    beside = zip(*(records.column(read) for read in reading.columns), strict=True)
     said = all(
-        cell in text or all(_plain(record.get(read)) in cell for read in reading.columns)
-        for cell, text, (_, record) in zip(cells, texts, records, strict=True)
+        cell in text or all(_plain(other) in cell for other in others)
+        for cell, text, others in zip(cells, texts, beside, strict=True)
     )
     return 0 if said else sum(bool(cell) for cell in cells)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ia3.data.columns import ColumnRows, Row, gather, shared, without_collecting
 from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
 from ia3.files import nearest_beside
 
@@ -29,7 +30,8 @@ class Records:
     Args:
         source: where they were read.
         columns: their names, in order.
-        rows: where each row stood ("line 7"), and its cells by column.
+        rows: where each row stood ("line 7"), and its cells by column; made when asked for where all rows have the
+            same columns.
         classes: the names of each column of classes in their source's order; the cells hold names, or lists of
             names, and None where the class is hidden.
         blank: how many blank lines were left out.
@@ -39,7 +41,7 @@ class Records:
 
     source: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, dict[str, Any]], ...]
+    rows: Sequence[Row]
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blank: int = 0
     remarks: tuple[str, ...] = ()
@@ -50,6 +52,12 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        """The cells of a column, None where a row has none."""
+        if isinstance(self.rows, ColumnRows):
+            return self.rows.columns.get(name) or [None] * len(self.rows)
+        return [record.get(name) for _, record in self.rows]
 
 
 def read_records(
@@ -86,13 +94,16 @@ def read_records(
     name, split = _name_and_split(str(source), split)
     if not name:
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
-    table = _read(name, Wanted(line_column, line_label, tuple(named), split))
-    read = list(table.rows)
-    rows: Any = tuple(row for row in read if row[1] is not None)
+    with without_collecting():
+        table = _read(name, Wanted(line_column, line_label, tuple(named), split))
+        rows, blank = (table.rows, table.blank) if isinstance(table.rows, ColumnRows) else gather(table.rows)
     if not rows:
         raise ValueError(f"{table.source} has no rows: expected at least one.")
-    columns = tuple(dict.fromkeys(column for _, record in rows for column in record))
-    return Records(table.source, columns, rows, table.classes, len(read) - len(rows), table.remarks, table.dialect)
+    if isinstance(rows, ColumnRows):
+        columns = tuple(rows.columns)
+    else:
+        columns = tuple(dict.fromkeys(column for _, record in rows for column in record))
+    return Records(table.source, columns, rows, table.classes, blank, table.remarks, table.dialect)
 
 
 def _name_and_split(source: str, split: str | None) -> tuple[str, str | None]:
@@ -189,6 +200,15 @@ def _read_txt(path: Path, wanted: Wanted) -> Table:
     text, remarks = _text_of(path.read_bytes(), str(path))
     rows = ((place, {wanted.text: line} if line else None) for place, line in _stripped_lines(text))
     return Table(str(path), rows, {}, remarks)
+
+
+def is_phrasebank(path: Path) -> bool:
+    """Whether a file is a `.txt` of whose lines each ends in `@` and one of PhraseBank's labels."""
+    if path.suffix.lower() != ".txt" or not path.is_file():
+        return False
+    text, _ = _text_of(path.read_bytes(), str(path))
+    lines = (line for _, line in _stripped_lines(text) if line)
+    return all(line.rpartition("@")[2].strip() in SENTIMENTS and "@" in line for line in lines)
 
 
 def _phrasebank(content: bytes, source: str, wanted: Wanted) -> Table:
@@ -304,10 +324,11 @@ def _classes_of(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {column: tuple(found) for column, found in names.items() if found is not None}
 
 
-def _table_rows(table: Any, classes: dict[str, tuple[str, ...]]) -> _Rows:
-    for number, record in enumerate(table.to_pylist(), start=1):
-        named = {column: _class_names(record[column], names) for column, names in classes.items()}
-        yield f"row {number}", record | named
+def _table_rows(table: Any, classes: dict[str, tuple[str, ...]]) -> ColumnRows:
+    columns = {name: shared(table.column(place).to_pylist()) for place, name in enumerate(table.column_names)}
+    for name, names in classes.items():
+        columns[name] = [_class_names(cell, names) for cell in columns[name]]
+    return ColumnRows([f"row {number}" for number in range(1, table.num_rows + 1)], columns)
 
 
 def _class_names(cell: Any, names: tuple[str, ...]) -> Any:

@@ -7,7 +7,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, time
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from ia3.data.columns import ColumnRows, shared
 from ia3.tasks.columns import is_usual
 
 # `csv` of the standard library rather than pyarrow's reader, which takes about half the time for a million rows: that
@@ -74,13 +75,17 @@ class Wanted(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a source holds: rows with None for a blank line, names of classes, lines on how it was read."""
+    """What a source holds: rows with None for a blank line, names of classes, lines on how it was read.
+
+    Of `ColumnRows` the blank ones are left out already, and `blank` counts them.
+    """
 
     source: str
     rows: Any
     classes: dict[str, tuple[str, ...]]
     remarks: tuple[str, ...] = ()
     dialect: Dialect | None = None
+    blank: int = 0
 
 
 def require_package(package: str, extra: str, what: str) -> None:
@@ -130,20 +135,28 @@ def remark_of(source: str, said: Sequence[str]) -> tuple[str, ...]:
 
 def read_csv(path: Path, wanted: Wanted) -> Table:
     """Read a `.csv` or `.tsv`, the delimiter by what is in it."""
-    text, encoding, mark = decode(path.read_bytes(), str(path))
+    content = path.read_bytes()
+    text, encoding, mark = decode(content, str(path))
     asked = re.match(r'"?sep=(.)"?(\r\n|\r|\n)', text, re.IGNORECASE)
-    body = text[asked.end() :] if asked else text
-    usual = "\t" if path.suffix.lower() == ".tsv" else ","
-    delimiter = asked[1] if asked else _sniff(body, usual)
     line_end = "\r\n" if "\r\n" in text else "\n" if "\n" in text or "\r" not in text else "\r"
+    start = len(mark) + len(text[: asked.end()].encode(encoding) if asked else b"")
+    del text  # lines are decoded one by one
+
+    def lines() -> Iterable[str]:
+        file = io.BytesIO(content)
+        file.seek(start)
+        return io.TextIOWrapper(file, encoding, newline="")
+
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = asked[1] if asked else _sniff(lines, usual)
     dialect = Dialect(delimiter, encoding, mark, line_end, bool(asked))
-    rows = list(_csv_rows(body, delimiter, str(path), 1 if asked else 0))
+    rows = list(_csv_rows(lines(), delimiter, str(path), 1 if asked else 0))
     said = [f"with {_DELIMITERS.get(delimiter, repr(delimiter))} between the cells"] if delimiter != usual else []
     return _as_table(str(path), rows, wanted, dialect, [*said, *ENCODINGS.get(encoding, ())])
 
 
-def _csv_rows(text: str, delimiter: str, source: str, before: int) -> Iterator[tuple[str, list[Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _csv_rows(lines: Iterable[str], delimiter: str, source: str, before: int) -> Iterator[tuple[str, list[Any]]]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         for cells in reader:
             yield f"line {reader.line_num + before}", cells if len(cells) > 1 or "".join(cells).strip() else []
@@ -154,11 +167,11 @@ def _csv_rows(text: str, delimiter: str, source: str, before: int) -> Iterator[t
         ) from error
 
 
-def _sniff(text: str, usual: str) -> str:
+def _sniff(lines: Callable[[], Iterable[str]], usual: str) -> str:
     """The delimiter by which the rows have equally many cells, more than one; of several the least like text."""
 
     def fit(delimiter: str) -> tuple[float, float, bool]:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         rows: list[list[str]] = []
         try:
             rows.extend(cells for cells in islice(reader, _SAMPLE) if cells)
@@ -246,20 +259,28 @@ def _as_table(source: str, rows: _Rows, wanted: Wanted, dialect: Dialect, said: 
         said = [*said, f"without a header: {meaning}"]
     if dialect.delimiter != "," and any(re.fullmatch(r"-?\d+,\d+", cell) for cells in below for cell in cells):
         dialect = replace(dialect, decimal=",")
-    return Table(
-        source, _named(source, names, rows[start:], dialect), {}, (*remark_of(source, said), *remarks), dialect
-    )
+    found, blank = _in_columns(source, names, rows[start:], dialect)
+    return Table(source, found, {}, (*remark_of(source, said), *remarks), dialect, blank)
 
 
-def _named(source: str, names: list[str], rows: _Rows, dialect: Dialect) -> Iterator[tuple[str, dict[str, Any] | None]]:
+def _in_columns(source: str, names: list[str], rows: _Rows, dialect: Dialect) -> tuple[ColumnRows, int]:
+    """The rows that aren't blank, and how many are."""
+    filled = [row for row in rows if row[1]]
+    if {len(cells) for _, cells in filled} - {len(names)}:
+        _expect_width(source, names, filled, dialect)
+    columns = {name: shared([cells[index] for _, cells in filled]) for index, name in enumerate(names)}
+    return ColumnRows([place for place, _ in filled], columns), len(rows) - len(filled)
+
+
+def _expect_width(source: str, names: list[str], rows: _Rows, dialect: Dialect) -> None:
+    """Refuse a row that hasn't one cell a column; empty ones behind them don't count."""
     for place, cells in rows:
-        if cells and len(cells) != len(names) and not _filled(cells) <= len(names) <= len(cells):
+        if len(cells) != len(names) and not _filled(cells) <= len(names) <= len(cells):
             first = "the header" if dialect.header else "the first row"
             raise ValueError(
                 f"{source}, {place} has {len(cells)} cells, and {first} {len(names)}: "
                 f"put texts with {_DELIMITERS.get(dialect.delimiter, dialect.delimiter)} in double quotes."
             )
-        yield place, dict(zip(names, cells, strict=False)) if cells else None
 
 
 def _filled(cells: Sequence[Any]) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ia3.data.records import Records
 from ia3.data.tables import Dialect, require_package
-from ia3.files import write_atomically
 
 _SHEET_ROWS, _CELL_LENGTH = 1_048_576, 32_767  # Excel's own limits
 
@@ -70,56 +72,76 @@ def check_rows(output: Path, records: Records, own: set[str]) -> None:
             )
 
 
-def write_rows(output: Path, records: Records, found: Sequence[Found]) -> list[str]:
-    """Write rows with what was found for them: a table in the dialect of theirs.
+def write_rows(output: Path, records: Records, found: Iterable[Found], through: Path | None = None) -> list[str]:
+    """Write rows with what was found for them, as they come: a table in the dialect of theirs.
 
     Args:
-        output: the file to write, of a kind that `check_output` knows.
+        output: the file to write, of a kind that `check_output` knows; it is replaced when all is written.
         records: the rows that were read.
-        found: what is put beside each.
+        found: what is put beside each; looked through several times, and never held as a whole.
+        through: the file to write first, on the output's disk; one beside the output by default.
 
     Returns:
         What to say of how they are written, a line each.
     """
-    content, remarks = _WRITERS[output.suffix.lower()](output, records, found)
-    write_atomically(output, content)
+    temporary = through or output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            remarks = _WRITERS[output.suffix.lower()](file, output, records, found)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return remarks
 
 
-_Written = tuple[bytes, list[str]]
+def _as_jsonl(file: BinaryIO, output: Path, records: Records, found: Iterable[Found]) -> list[str]:
+    for (_, record), more in zip(records, found, strict=True):
+        file.write(json.dumps({**record, **more}, ensure_ascii=False, default=str).encode() + b"\n")
+    return []
 
 
-def _as_jsonl(output: Path, records: Records, found: Sequence[Found]) -> _Written:
-    lines = [{**record, **more} for (_, record), more in zip(records, found, strict=True)]
-    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode(), []
-
-
-def _as_csv(output: Path, records: Records, found: Sequence[Found]) -> _Written:
+def _as_csv(file: BinaryIO, output: Path, records: Records, found: Iterable[Found]) -> list[str]:
     suffix = output.suffix.lower()
     dialect = records.dialect or Dialect(header=records.columns)
     if suffix != Path(records.source).suffix.lower():
         dialect = replace(dialect, delimiter="\t" if suffix == ".tsv" else ",", sep_line=False, decimal=".")
-    header, rows = _table(records, found)
-    text = io.StringIO(newline="")
-    if dialect.sep_line:
-        text.write(f"sep={dialect.delimiter}{dialect.line_end}")
-    writer = csv.writer(text, delimiter=dialect.delimiter, lineterminator=dialect.line_end)
-    writer.writerows([header] if dialect.header else [])
-    for row in rows:
-        writer.writerow([str(cell).replace(".", dialect.decimal) if isinstance(cell, float) else cell for cell in row])
     remarks = []
     if not dialect.header:
-        added = ", ".join(header[len(records.columns) :])
+        added = ", ".join(_added(found))
         remarks.append(f"{output} has no header, like {records.source}; its last columns are {added}.")
     try:
-        return dialect.mark + text.getvalue().encode(dialect.encoding), remarks
+        _write_csv(file, dialect, records, found)
     except UnicodeEncodeError as error:
         missing = error.object[error.start]
         remarks.append(f"{output} is UTF-8, since the encoding of {records.source} has no {missing!r}.")
-        return text.getvalue().encode("utf-8-sig"), remarks  # with the mark, by which Excel knows it
+        file.seek(0)
+        file.truncate()
+        # With the mark, by which Excel knows it.
+        _write_csv(file, replace(dialect, encoding="utf-8", mark=codecs.BOM_UTF8), records, found)
+    return remarks
 
 
-def _as_xlsx(output: Path, records: Records, found: Sequence[Found]) -> _Written:
+def _write_csv(file: BinaryIO, dialect: Dialect, records: Records, found: Iterable[Found]) -> None:
+    file.write(dialect.mark)
+    text = io.TextIOWrapper(file, dialect.encoding, newline="")
+    try:
+        if dialect.sep_line:
+            text.write(f"sep={dialect.delimiter}{dialect.line_end}")
+        writer = csv.writer(text, delimiter=dialect.delimiter, lineterminator=dialect.line_end)
+        header, rows = _table(records, found)
+        writer.writerows([header] if dialect.header else [])
+        for row in rows:
+            writer.writerow(
+                [str(cell).replace(".", dialect.decimal) if isinstance(cell, float) else cell for cell in row]
+            )
+    finally:
+        text.detach()
+
+
+def _as_xlsx(file: BinaryIO, output: Path, records: Records, found: Iterable[Found]) -> list[str]:
     import openpyxl
     from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -139,12 +161,11 @@ def _as_xlsx(output: Path, records: Records, found: Sequence[Found]) -> _Written
         return cell
 
     header, rows = _table(records, found)
-    for row in [header, *rows] if _header(records) else rows:
+    for row in chain([header] if _header(records) else [], rows):
         sheet.append([cell_of(value) for value in row])
-    content = io.BytesIO()
-    book.save(content)
+    book.save(file)
     remark = f"{output} lacks {left_out:,} control characters, which Excel can't hold."
-    return content.getvalue(), [remark] if left_out else []
+    return [remark] if left_out else []
 
 
 def _header(records: Records) -> tuple[str, ...]:
@@ -152,14 +173,21 @@ def _header(records: Records) -> tuple[str, ...]:
     return records.columns if records.dialect is None else records.dialect.header or ()
 
 
-def _table(records: Records, found: Sequence[Found]) -> tuple[list[str], list[list[Any]]]:
-    """The names of the columns, and the cells by row, empty where something wasn't found."""
-    flat = [_flat(more) for more in found]
-    added = list(dict.fromkeys(column for more in flat for column in more))
-    rows = [
-        [_cell(record.get(column)) for column in records.columns] + [_cell(more.get(column)) for column in added]
-        for (_, record), more in zip(records, flat, strict=True)
-    ]
+def _added(found: Iterable[Found]) -> list[str]:
+    """The names of the columns that are put behind the rows' own."""
+    return list(dict.fromkeys(column for more in found for column in _flat(more)))
+
+
+def _table(records: Records, found: Iterable[Found]) -> tuple[list[str], Iterator[list[Any]]]:
+    """The names of the columns, and the cells row by row, empty where something wasn't found."""
+    added = _added(found)
+    rows = (
+        [
+            *(_cell(record.get(column)) for column in records.columns),
+            *(_cell(more.get(column)) for more in [_flat(each)] for column in added),
+        ]
+        for (_, record), each in zip(records, found, strict=True)
+    )
     return [*(_header(records) or records.columns), *added], rows
 
 
@@ -173,7 +201,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
 
 
-_WRITERS: dict[str, Callable[[Path, Records, Sequence[Found]], _Written]] = {
+_WRITERS: dict[str, Callable[[BinaryIO, Path, Records, Iterable[Found]], list[str]]] = {
     ".csv": _as_csv,
     ".tsv": _as_csv,
     ".xlsx": _as_xlsx,

@@ -38,6 +38,11 @@ class Answer:
         return None if self.probabilities is None else self.probabilities[self.label]
 
 
+def cut_line(length: int, cut: int, count: int) -> str:
+    """That some of so many texts were cut."""
+    return f"Cut at {length} tokens: {cut:,} of {count:,} texts."
+
+
 class Answerer:
     """Answers texts as a task asks for; what a GPU has recorded for one call serves the next.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ia3.config import CONFIG_NAME, PeftConfig
 from ia3.inference.answering import Answer, Answerer
@@ -18,7 +20,7 @@ from ia3.tasks.examples import Example
 from ia3.tasks.labels import quote_labels
 from ia3.tasks.task import Task
 from ia3.tasks.template import Template
-from ia3.tensors import load_peft_weights
+from ia3.tensors import SAFETENSORS_NAME, load_peft_weights
 
 # The folder of a run in which its adapter is, which then goes by the run's name, too.
 _IN_A_RUN = "adapter"
@@ -89,38 +91,97 @@ def answer_each(
     Raises:
         FileNotFoundError, ValueError: what `load_adapter`, `AdapterTable.register` and `Answerer` raise.
     """
+    answers: dict[int, Answer] = {}
+    for company in companies_of(folders, tasks, names):
+        places = [place for place, name in enumerate(names) if name in company.tasks]
+        answer = company.open(batch_size)
+        found = answer([examples[place] for place in places], [names[place] for place in places], beat)
+        answers |= zip(places, found, strict=True)
+    return [answers[place] for place in range(len(examples))]
+
+
+@dataclass(frozen=True)
+class Company:
+    """Adapters that are answered with one base model in memory, and what they answer.
+
+    Args:
+        folders: where each adapter is.
+        tasks: what each answers, and how; without what only says how texts are read, in which adapters that share a
+            batch may differ.
+    """
+
+    folders: Mapping[str, Path]
+    tasks: Mapping[str, Task]
+
+    def open(self, batch_size: int) -> Together:
+        """Load the base with these adapters."""
+        return Together(self, batch_size)
+
+
+class Together:
+    """The adapters of a company, loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: what `load_adapter` and `AdapterTable.register` raise.
+    """
+
+    def __init__(self, company: Company, batch_size: int) -> None:
+        self.company, self.batch_size = company, batch_size
+        first, *others = company.folders
+        precision, quantize = company.tasks[first].precision, company.tasks[first].quantize
+        dtype = None if precision is None else DTYPES[precision]
+        self.model, self.tokenizer = load_adapter(company.folders[first], dtype=dtype, quantize=quantize)
+        self.shares = bool(others)
+        if self.shares:
+            table = AdapterTable(self.model, capacity=max(_CAPACITY, batch_size))
+            for folder in company.folders.values():
+                table.register(str(folder), folder)
+        self._answerers: dict[Task, Answerer] = {}
+
+    def __call__(self, examples: Sequence[Example], names: Sequence[str], beat: Beat | None = None) -> list[Answer]:
+        """One answer an example, each by the adapter of its name; those whose tasks are the same share batches."""
+        by_task: dict[Task, list[int]] = defaultdict(list)
+        for place, name in enumerate(names):
+            by_task[self.company.tasks[name]].append(place)
+        answers: dict[int, Answer] = {}
+        for task, places in by_task.items():
+            own = [str(self.company.folders[names[place]]) for place in places] if self.shares else None
+            found = self._answerer(task)([examples[place] for place in places], beat, own)
+            answers |= zip(places, found, strict=True)
+        return [answers[place] for place in range(len(examples))]
+
+    def _answerer(self, task: Task) -> Answerer:
+        if task not in self._answerers:
+            self._answerers[task] = Answerer(self.model, self.tokenizer, task, batch_size=self.batch_size)
+        return self._answerers[task]
+
+
+def companies_of(folders: Mapping[str, Path], tasks: Mapping[str, Task], names: Iterable[str]) -> list[Company]:
+    """Who is answered together, in the order of `names`: adapters of one base and precision that hold vectors alone."""
     by_base: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
         by_base[_base_of(name, folders[name], tasks[name])].append(name)
-    answers: dict[int, Answer] = {}
-    for together in by_base.values():
-        first = together[0]
-        precision, quantize = tasks[first].precision, tasks[first].quantize
-        dtype = None if precision is None else DTYPES[precision]
-        model, tokenizer = load_adapter(folders[first], dtype=dtype, quantize=quantize)
-        if len(together) > 1:
-            table = AdapterTable(model, capacity=max(_CAPACITY, batch_size))
-            for name in together:
-                table.register(str(folders[name]), folders[name])
-        answered_by = {name: _without_reading(tasks[name]) for name in together}
-        by_task: dict[Task, list[int]] = defaultdict(list)
-        for place, name in enumerate(names):
-            if name in answered_by:
-                by_task[answered_by[name]].append(place)
-        for task, places in by_task.items():
-            answerer = Answerer(model, tokenizer, task, batch_size=batch_size)
-            own = [str(folders[names[place]]) for place in places] if len(together) > 1 else None
-            found = answerer([examples[place] for place in places], beat, own)
-            answers |= zip(places, found, strict=True)
-    return [answers[place] for place in range(len(examples))]
+    return [
+        Company({name: folders[name] for name in own}, {name: _without_reading(tasks[name]) for name in own})
+        for own in by_base.values()
+    ]
 
 
 def _base_of(name: str, folder: Path, task: Task) -> tuple[Any, ...]:
     """What adapters must share for one batch: the base as it is loaded; nobody shares one with whole modules."""
     config = PeftConfig.from_pretrained(folder)
     base = (config.base_model_name_or_path, config.revision, config.task_type, task.precision, task.quantize)
-    is_vectors = task.kind.writes and all(".ia3_l" in key for key in load_peft_weights(folder))
+    is_vectors = task.kind.writes and all(".ia3_l" in key for key in _keys_of(folder))
     return base if is_vectors else (*base, name)
+
+
+def _keys_of(folder: Path) -> Iterable[str]:
+    """The names of an adapter's tensors, which a file has in front."""
+    try:
+        with safe_open(folder / SAFETENSORS_NAME, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):  # a pickle, or damaged, which is said by who reads it
+        return load_peft_weights(folder)
 
 
 def _without_reading(task: Task) -> Task:

@@ -13,8 +13,10 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import NamedTuple, overload
 
+from ia3.tasks.example import Example, ExampleRows
 from ia3.tasks.labels import (
     describe_spellings,
     doubt_classes,
@@ -34,24 +36,6 @@ _IMBALANCE = 5
 _MANY_ANSWERS = 3
 
 ONE_LABEL_A_TEXT = (TaskKind.LABEL_WORDS, TaskKind.SEQUENCE_CLASSIFICATION)
-
-# What makes two rows the same to the model, see `_what_is_read`.
-_Text = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One text and its label, or the last message of a conversation and the answer to it.
-
-    Args:
-        text: what is read, or the user's last message.
-        label: the label; the answer; or for the words of a text, one tag each with a blank between.
-        turns: the messages before the text as (role, content), the system's among them.
-    """
-
-    text: str
-    label: str
-    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +81,7 @@ class Examples(Sequence[Example]):
     """Texts with their answers and where they come from.
 
     Args:
-        rows: the examples in order.
+        rows: the examples in order; any sequence is kept as columns.
         labels: the classes or tags in their source's order, those without a row too; empty where the answers are
             free text.
         source: where the rows were read.
@@ -108,7 +92,7 @@ class Examples(Sequence[Example]):
         remarks: how they were read, a line each.
     """
 
-    rows: tuple[Example, ...]
+    rows: ExampleRows
     labels: tuple[str, ...]
     source: str
     duplicates: int
@@ -116,6 +100,9 @@ class Examples(Sequence[Example]):
     kind: TaskKind = TaskKind.LABEL_WORDS
     reading: Reading | None = None
     remarks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", ExampleRows.of(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,7 +122,7 @@ class Examples(Sequence[Example]):
     @property
     def texts(self) -> list[str]:
         """The texts in order."""
-        return [row.text for row in self.rows]
+        return [*self.rows.texts]
 
     def describe(self) -> str:
         """A line on rows, rows of each class or words of each tag, and what was odd; then a line a remark."""
@@ -170,7 +157,7 @@ class Examples(Sequence[Example]):
 
     def _answers(self) -> list[str]:
         tagged = self.kind is TaskKind.TOKEN_CLASSIFICATION
-        return [label for row in self.rows for label in (row.label.split() if tagged else [row.label])]
+        return [tag for tags in self.rows.labels for tag in tags.split()] if tagged else [*self.rows.labels]
 
     @property
     def _named_classes(self) -> bool:
@@ -187,10 +174,15 @@ class Examples(Sequence[Example]):
     def digest(self) -> str:
         """The SHA-256 of the rows in order, in hexadecimal: equal for equal texts, labels and turns alone."""
         digest = hashlib.sha256()
-        for row in self.rows:
-            # Escaped to ASCII, so that no text, lone surrogates among them, is without bytes.
-            digest.update(json.dumps([row.text, row.label, row.turns], separators=(",", ":")).encode() + b"\n")
+        rows, no_turns = self.rows, repeat("[]")
+        turns = no_turns if rows.turns is None else map(_as_json, rows.turns)
+        for text, label, before in zip(rows.texts, rows.labels, turns, strict=False):
+            digest.update(f"[{_as_json(text)},{_as_json(label)},{before}]\n".encode())
         return digest.hexdigest()
+
+
+# Escaped to ASCII, so that no text, lone surrogates among them, is without bytes.
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def merge_labels_of(examples: Examples) -> Examples:
@@ -200,7 +192,7 @@ def merge_labels_of(examples: Examples) -> Examples:
     """
     if examples.kind not in ONE_LABEL_A_TEXT or examples._named_classes:
         return examples
-    merged = merge_spellings(row.label for row in examples)
+    merged = merge_spellings(examples.rows.labels)
     said = f"Spellings of one label are merged: {describe_spellings(merged)} (`merge_labels=False` keeps them apart)."
     return _respelled(examples, merged, said)
 
@@ -215,8 +207,8 @@ def match_labels(examples: Examples, known: Sequence[str], whose: str) -> Exampl
     """
     if examples.kind not in ONE_LABEL_A_TEXT:
         return examples
-    labels = {row.label for row in examples}
-    matched = match_spellings((row.label for row in examples), known)
+    labels = {*examples.rows.labels}
+    matched = match_spellings(examples.rows.labels, known)
     if examples._named_classes:  # of which no two become one
         shared = Counter([*matched.values(), *labels])
         matched = {label: other for label, other in matched.items() if shared[other] == 1}
@@ -227,7 +219,7 @@ def _respelled(examples: Examples, labels: Mapping[str, str], said: str) -> Exam
     """The examples with other labels in place of some, and a remark; the order of labels is kept."""
     if not labels:
         return examples
-    rows = tuple(replace(row, label=labels.get(row.label, row.label)) for row in examples)
+    rows = examples.rows.labelled([labels.get(label, label) for label in examples.rows.labels])
     by_order = examples.labels == ordered_labels(examples.rows, None, examples.kind)
     names = tuple(dict.fromkeys(labels.get(label, label) for label in examples.labels))
     ordered = ordered_labels(rows, None, examples.kind) if by_order else names
@@ -253,14 +245,16 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
     """
     if not 0 < test_size < 1:
         raise ValueError(f"test_size is {test_size}; expected a fraction between 0 and 1, such as 0.1.")
-    rows = list(examples.rows)
-    random.Random(seed).shuffle(rows)
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    assert len(examples.rows.keys) == len(order)  # known before the rows are taken, which then have them
+    rows = examples.rows.take(order)
     room = math.ceil(len(rows) * test_size)
-    sizes = Counter(_what_is_read(row) for row in rows)
+    sizes = Counter(rows.keys)
     if examples.kind in ONE_LABEL_A_TEXT:
         held_out = _stratified(rows, sizes, room)
-        learned = {row.label for row in rows if _what_is_read(row) not in held_out}
-        held_out -= {_what_is_read(row) for row in rows if row.label not in learned}
+        learned = {label for key, label in zip(rows.keys, rows.labels, strict=True) if key not in held_out}
+        held_out -= {key for key, label in zip(rows.keys, rows.labels, strict=True) if label not in learned}
     else:
         held_out = _fitting(sizes, sizes, room)
     if not 0 < len(held_out) < len(sizes):
@@ -268,13 +262,13 @@ def split_examples(examples: Examples, test_size: float = 0.1, seed: int = 42) -
             f"{examples.source} cannot be split: test_size={test_size} holds out {len(held_out)} of its "
             f"{len(sizes)} different texts. Give more rows, or another `test_size`."
         )
-    train = [row for row in rows if _what_is_read(row) not in held_out]
-    test = [row for row in rows if _what_is_read(row) in held_out]
-    return _part(examples, train), _part(examples, test)
+    train = [place for place, key in enumerate(rows.keys) if key not in held_out]
+    test = [place for place, key in enumerate(rows.keys) if key in held_out]
+    return _part(examples, rows.take(train)), _part(examples, rows.take(test))
 
 
-def _fitting(texts: Iterable[_Text], sizes: Mapping[_Text, int], room: int) -> set[_Text]:
-    """The first texts whose rows fit into so many together."""
+def _fitting(texts: Iterable[int], sizes: Mapping[int, int], room: int) -> set[int]:
+    """The first texts, by their keys, whose rows fit into so many together."""
     found = set()
     for text in texts:
         if sizes[text] <= room:
@@ -283,16 +277,16 @@ def _fitting(texts: Iterable[_Text], sizes: Mapping[_Text, int], room: int) -> s
     return found
 
 
-def _stratified(rows: Sequence[Example], sizes: Mapping[_Text, int], room: int) -> set[_Text]:
+def _stratified(rows: ExampleRows, sizes: Mapping[int, int], room: int) -> set[int]:
     """Texts of so many rows, of each label in proportion: the rows left over go to the largest remainders."""
-    of_label: dict[str, list[_Text]] = defaultdict(list)
-    for text, label in {_what_is_read(row): row.label for row in reversed(rows)}.items():
+    of_label: dict[str, list[int]] = defaultdict(list)
+    for text, label in dict(zip(reversed(rows.keys), reversed(rows.labels), strict=True)).items():
         of_label[label].append(text)
     shares = {label: divmod(room * sum(sizes[text] for text in texts), len(rows)) for label, texts in of_label.items()}
     rest = room - sum(whole for whole, _ in shares.values())
     several = [label for label, texts in of_label.items() if len(texts) > 1]
     one_more = sorted(several, key=lambda label: shares[label][1], reverse=True)[:rest]
-    held_out: set[_Text] = set()
+    held_out: set[int] = set()
     missed = 0
     for label in several:  # one text stays
         share = shares[label][0] + (label in one_more)
@@ -306,7 +300,9 @@ def _stratified(rows: Sequence[Example], sizes: Mapping[_Text, int], room: int) 
 
 def answers_to_texts(*parts: Sequence[Example]) -> list[str]:
     """The answers, one for each different text and answer: what was held out again tells nothing about classes."""
-    return [label for _, label in dict.fromkeys((_what_is_read(row), row.label) for part in parts for row in part)]
+    first, *others = parts
+    rows = ExampleRows.of(_rows_of(first) if not any(others) else [row for part in parts for row in part])
+    return [label for _, label in dict.fromkeys(zip(rows.keys, rows.labels, strict=True))]
 
 
 def ordered_labels(rows: Sequence[Example], classes: tuple[str, ...] | None, kind: TaskKind) -> tuple[str, ...]:
@@ -315,9 +311,9 @@ def ordered_labels(rows: Sequence[Example], classes: tuple[str, ...] | None, kin
     if classes is not None:
         return classes
     if kind is TaskKind.TOKEN_CLASSIFICATION:
-        tags = {tag for row in rows for tag in row.label.split()}
+        tags = {tag for tags in {*_rows_of(rows).labels} for tag in tags.split()}
         return tuple(sorted(tags, key=lambda tag: (tag != "O", _label_order(tag))))
-    return tuple(sorted({row.label for row in rows}, key=_label_order))
+    return tuple(sorted({*_rows_of(rows).labels}, key=_label_order))
 
 
 def _label_order(label: str) -> tuple[int, str]:
@@ -325,21 +321,17 @@ def _label_order(label: str) -> tuple[int, str]:
     return (int(label), "") if label.isdecimal() else (-1, label)
 
 
-def _part(whole: Examples, rows: Sequence[Example]) -> Examples:
-    return replace(whole, rows=tuple(rows), duplicates=count_duplicates(rows), empty=0, remarks=())
+def _part(whole: Examples, rows: ExampleRows) -> Examples:
+    return replace(whole, rows=rows, duplicates=count_duplicates(rows), empty=0, remarks=())
 
 
-def _normalised(text: str) -> str:
-    return " ".join(text.split()).casefold()
+def _rows_of(rows: Iterable[Example]) -> ExampleRows:
+    return rows.rows if isinstance(rows, Examples) else ExampleRows.of(rows)
 
 
-def _what_is_read(row: Example) -> _Text:
-    """What makes two rows the same to the model: the text and the messages before it, case and white space aside."""
-    return (*(_normalised(content) for _, content in row.turns), _normalised(row.text))
-
-
-def count_duplicates(rows: Sequence[Example]) -> int:
-    return len(rows) - len({_what_is_read(row) for row in rows})
+def count_duplicates(rows: Iterable[Example]) -> int:
+    keys = _rows_of(rows).keys
+    return len(keys) - len({*keys})
 
 
 class Conflicts(NamedTuple):
@@ -353,21 +345,28 @@ class Conflicts(NamedTuple):
 
 def conflicts_of(rows: Sequence[Example]) -> Conflicts:
     """Count the texts with several answers."""
-    of_text = defaultdict(list)
-    for row in rows:
-        of_text[_what_is_read(row)].append(row)
-    answers = {text: len({row.label for row in found}) for text, found in of_text.items()}
-    several = [text for text, count in answers.items() if count > 1]
-    if not several:
+    columns = _rows_of(rows)
+    first: dict[int, str] = {}
+    others: dict[int, set[str]] = defaultdict(set)
+    for key, label in zip(columns.keys, columns.labels, strict=True):
+        if first.setdefault(key, label) != label:
+            others[key].add(label)
+    if not others:
         return Conflicts(0, 0, "", 0)
-    most = max(several, key=answers.__getitem__)
-    return Conflicts(len(several), sum(len(of_text[text]) for text in several), of_text[most][0].text, answers[most])
+    most = max((key for key in first if key in others), key=lambda key: len(others[key]))
+    count = sum(key in others for key in columns.keys)
+    return Conflicts(len(others), count, columns.texts[columns.keys.index(most)], 1 + len(others[most]))
 
 
 def _imbalance(rows: Sequence[Example]) -> str:
     """A remark where one class is far more frequent than another; classes without a row can't be drawn."""
-    labels = {label_key(row.label): row.label for row in rows}  # spellings of one label are no rare classes
-    counts = Counter(labels[label_key(row.label)] for row in rows).most_common()
+    answers = _rows_of(rows).labels
+    in_order = reversed(dict.fromkeys(reversed(answers)))
+    labels = {label_key(label): label for label in in_order}  # spellings of one label are no rare classes
+    known: Counter[str] = Counter()
+    for label, count in Counter(answers).items():
+        known[labels[label_key(label)]] += count
+    counts = known.most_common()
     if not counts or counts[0][1] < _IMBALANCE * counts[-1][1]:
         return ""
     (most, often), (least, seldom) = counts[0], counts[-1]

@@ -36,11 +36,13 @@ def merge_spellings(labels: Iterable[str]) -> dict[str, str]:
     Returns:
         Spelling to label; empty where each label has one spelling.
     """
-    found = list(labels)
+    found, tidy = Counter(labels), Counter[str]()
+    for label, count in found.items():
+        tidy[_tidy(label)] += count
     kept: dict[str, str] = {}
-    for label, _ in Counter(map(_tidy, found)).most_common():  # among equals in the order of the rows
+    for label, _ in tidy.most_common():  # among equals in the order of the rows
         kept.setdefault(label_key(label), label)
-    return {label: kept[label_key(label)] for label in dict.fromkeys(found) if kept[label_key(label)] != label}
+    return {label: kept[label_key(label)] for label in found if kept[label_key(label)] != label}
 
 
 def match_spellings(labels: Iterable[str], known: Sequence[str]) -> dict[str, str]:

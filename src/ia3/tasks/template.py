@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,15 +87,26 @@ class Template:
         require_columns(place, record, *self.required)
         one = "the text" if len(self.fields) == 1 else ""
         cells = {field: as_text(record.get(field), f"{place}: {one or repr(field)}") for field in self.fields}
-        if not any(cells.values()):
+        return self.fill([*cells.values()])
+
+    def fill(self, cells: Sequence[str]) -> str:
+        """The text around cells without white space around them, one a field; empty where all of them are."""
+        if not any(cells):
             return ""
-
-        def filled(piece: re.Match[str]) -> str:
-            if not piece["column"]:
-                return piece.group()[0]
-            cell = cells[piece["column"]]
-            return piece["breaks"] + cell if cell else ""
-
-        text = _PIECES.sub(filled, self.pattern)
+        pattern, slots = self._slots
+        text = pattern % tuple(breaks + cells[place] if cells[place] else "" for place, breaks in slots)
         # Breaks after nothing: of a column that may be missing behind one that is empty.
         return text if self.required == self.fields else text.strip("\n")
+
+    @cached_property
+    def _slots(self) -> tuple[str, list[tuple[int, str]]]:
+        """The pattern with a `%s` for each column, and which field and what breaks each stands for."""
+        slots = []
+
+        def slot(piece: re.Match[str]) -> str:
+            if not piece["column"]:
+                return piece.group()[0]
+            slots.append((self.fields.index(piece["column"]), piece["breaks"]))
+            return "%s"
+
+        return _PIECES.sub(slot, self.pattern.replace("%", "%%")), slots

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from rich.console import Console
 
 from ia3.runs.look import Looked, examples_of, key_of
 from ia3.runs.recipe import Recipe
+from ia3.tasks.example import Turns
 from ia3.tasks.examples import (
     ONE_LABEL_A_TEXT,
     Examples,
@@ -86,11 +88,16 @@ def _read_one(recipe: Recipe, kind: TaskKind, console: Console, looked: Looked) 
     training, test = _draw(training, recipe.limit, recipe.seed), test[: recipe.test_limit]
     for each in [examples] if held_out is None else [examples, held_out]:
         console.print(each.describe(), markup=False, highlight=False)
-    overlap = len({(row.turns, row.text) for row in training} & {(row.turns, row.text) for row in test})
+    overlap = len({*_whole(training)} & {*_whole(test)})
     if overlap:
         figure = "accuracy" if kind.has_answers else "loss"
         console.print(f"{overlap:,} held-out texts also occur in training: the {figure} will flatter.", style="yellow")
     return training, test
+
+
+def _whole(examples: Examples) -> Iterator[tuple[Turns, str]]:
+    """What the model reads of each row."""
+    return zip(examples.rows.turns or repeat(()), examples.rows.texts, strict=False)
 
 
 def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Examples) -> None:
@@ -100,8 +107,8 @@ def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Exam
             raise ValueError(f"{examples.source} holds no examples to {purpose}: expected at least one.")
     if kind not in ONE_LABEL_A_TEXT:
         return
-    known = {example.label for example in train_examples}
-    unseen = sorted({example.label for example in test_examples} - known)
+    known = {*train_examples.rows.labels}
+    unseen = sorted({*test_examples.rows.labels} - known)
     if unseen:
         raise ValueError(
             f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
@@ -160,10 +167,11 @@ def _refuse_no_classes(examples: Examples, held_out: Examples | None, recipe: Re
 def _draw(examples: Examples, limit: int | None, seed: int) -> Examples:
     if limit is None or limit >= len(examples):
         return examples
-    drawn = random.Random(seed).sample(examples.rows, len(examples))
+    rows = examples.rows
+    drawn = random.Random(seed).sample(range(len(rows)), len(rows))
     if examples.kind not in ONE_LABEL_A_TEXT:
-        return replace(examples, rows=tuple(drawn[:limit]))
+        return replace(examples, rows=rows.take(drawn[:limit]))
     # One of each label comes first, so that none is missing by chance where there is room for all.
-    firsts = {row.label: place for place, row in reversed(list(enumerate(drawn)))}
-    order = sorted(range(len(drawn)), key=lambda place: (firsts[drawn[place].label] != place, place))
-    return replace(examples, rows=tuple(drawn[place] for place in order[:limit]))
+    firsts = {rows.labels[drawn[place]]: place for place in reversed(range(len(drawn)))}
+    order = sorted(range(len(drawn)), key=lambda place: (firsts[rows.labels[drawn[place]]] != place, place))
+    return replace(examples, rows=rows.take([drawn[place] for place in order[:limit]]))
