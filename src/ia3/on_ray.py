@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ia3.inference.answering import Answer, Answerer
-from ia3.inference.loading import DTYPES, load_adapter
+from ia3.config import PeftConfig
+from ia3.data.questions import Questions
+from ia3.data.records import Records
+from ia3.inference.answering import Answerer
+from ia3.inference.labelling import Overrides, load_labeller
 from ia3.runs.recipe import make_recipe
 from ia3.runs.run import RESULT_NAME, STATE_NAME
-from ia3.tasks.examples import Example
-from ia3.tasks.task import Task, load_task
 from ia3.training.train import resume
 from ia3.training.train import train as train_here
 
@@ -116,13 +117,13 @@ def predict(
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: an adapter that doesn't say what it reads, since nothing wrote its `ia3_task.json`.
+        ValueError: its configuration can't be read.
 
     Example:
         >>> rows = ray.data.read_parquet("/shared/reviews")
         >>> predict("/shared/runs/reviews/adapter", rows).write_parquet("/shared/answers")
     """
-    load_saved_task(adapter)  # what is wrong with it shows here, and not on a worker
+    PeftConfig.from_pretrained(adapter)  # what isn't there shows here, and not on a worker
     return rows.map_batches(
         _Predictor,
         batch_format="pyarrow",
@@ -133,30 +134,22 @@ def predict(
     )
 
 
-def load_saved_task(adapter: str | Path) -> Task:
-    task = load_task(adapter)
-    if task is None:
-        raise ValueError(f"{adapter} has no ia3_task.json, so what it reads isn't known.")
-    return task
-
-
 class _Predictor:
     """A process of `predict`: an adapter on its base model, asked for a table at a time."""
 
     def __init__(self, adapter: str, batch_size: int) -> None:
-        self.task = load_saved_task(adapter)
-        precision = self.task.precision
-        dtype = None if precision is None else DTYPES[precision]
-        model, tokenizer = load_adapter(adapter, dtype=dtype, quantize=self.task.quantize)
-        self.answerer = Answerer(model, tokenizer, self.task, batch_size=batch_size)
+        labeller = load_labeller(adapter, Overrides())
+        self.task = labeller.task
+        self.answerer = Answerer(labeller.model, labeller.tokenizer, labeller.task, batch_size=batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        examples = [Example(self.task.template.render(row), "") for row in table.to_pylist()]
+        rows = tuple((f"row {number}", row) for number, row in enumerate(table.to_pylist()))
+        questions = Questions(Records("the data set", tuple(table.column_names), rows), lambda place: self.task)
+        examples = [questions[place] for place in range(len(rows))]
         filled = [place for place, example in enumerate(examples) if example.text]
-        answers: list[Answer | None] = [None] * len(examples)
-        for place, answer in zip(filled, self.answerer([examples[place] for place in filled]), strict=True):
-            answers[place] = answer
-        found = [None if answer is None else answer.label for answer in answers]
-        table = table.append_column("prediction", pa.array(found, pa.string()))
+        found = dict(zip(filled, self.answerer([examples[place] for place in filled]), strict=True))
+        answers = [found.get(place) for place in range(len(rows))]
+        labels = [None if answer is None else answer.label for answer in answers]
         shares = [None if answer is None else answer.probability for answer in answers]
+        table = table.append_column("prediction", pa.array(labels, pa.string()))
         return table.append_column("probability", pa.array(shares, pa.float64()))
