@@ -7,11 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +24,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ia3.fast.step import Step, compile_step
+from ia3.files import append_line
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
 from ia3.runs.settings import TrainSettings
+from ia3.runs.sums import write_sums
+from ia3.tensors import Tensors
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
-from ia3.training.state import load_state, save_state
+from ia3.training.state import copies_of, load_state, put_back, save_state
 
 _AHEAD = 16
 # A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.
-_SAVE_SECONDS = 300.0
+SAVE_SECONDS = 300.0
 # A training's time is told from so many steps, where it is longer than so many seconds.
 _STEPS_TIMED = 5
 _LONG = 60.0
@@ -42,8 +45,14 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by hand; the message says where its state is."""
 
 
-class _Stop(BaseException):
-    """Somebody wants the training to end here."""
+class Stop(BaseException):
+    """Within the loops: somebody wants the training to end here."""
+
+
+class Stoppable(Protocol):
+    """What looks between its steps at whether somebody wants it to end."""
+
+    stop_asked: bool
 
 
 class Training:
@@ -61,14 +70,19 @@ class Training:
         self.plan, self.learner, self.settings = plan, plan.learner, plan.settings
         self.accelerator = make_accelerator(self.settings)
         self.trainable = trainable_parameters(self.learner.model)
-        torch.manual_seed(self.settings.seed)
+        # Where nothing is drawn torch's generator, which is the process's one, is left to others.
+        self.draws = draws(self.settings, self.accelerator)
+        if self.draws:
+            torch.manual_seed(self.settings.seed)
         optimizer = make_optimizer(self.trainable, self.settings)
         _, self.optimizer = self.accelerator.prepare(self.learner.model, optimizer)
         self.schedule = LambdaLR(optimizer, plan.schedule)
         self.saved_at = time.monotonic()
         self.stop_asked = False
+        self.resumed = resume is not None
+        self.best: Tensors = {}
         if resume is not None:
-            plan.progress = load_state(resume, self.trainable, optimizer, self.schedule)
+            plan.progress, self.best = load_state(resume, self.trainable, optimizer, self.schedule)
         self.fast: Step | None = None  # where it isn't right, the step is the ordinary one
         if self.learner.is_the_models_loss and self.settings.gradient_accumulation == 1:
             self.fast = compile_step(
@@ -120,14 +134,19 @@ class Training:
 
         Raises:
             FloatingPointError: a loss is not finite; the adapter is not saved then.
+            OSError: a file can't be written, as on a full disk; the last state is whole.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; the state and the adapter of that moment are saved.
         """
         self.folder = folder
-        with progress_bars(console) as bars, _stop_on_signals(self):
+        with progress_bars(console) as bars, stop_on_signals(self):
             bar = bars.add_task("training", total=self.plan.total_steps, completed=self.progress.step, note="")
             self.estimate = TimeEstimate(bars, [self.plan])
             try:
+                if self.resumed:
+                    self._put_back_best()
                 self._evaluate_if_due(bars)
+                if not self.resumed:
+                    self._save_state()  # from here on there is something to go on from
                 self.plan.write_metrics(folder)
                 if self.settings.trackers:
                     self._begin_tracking()
@@ -140,9 +159,10 @@ class Training:
                 if self.plan.shown is None:  # resumed when all but these files was done
                     self._evaluate(bars)
                 return self.plan.result(folder)
-            except _Stop:
+            except Stop:
                 self._save_state()
                 adapter = self.plan.save_adapter(folder / ADAPTER_FOLDER)
+                write_sums(folder)
                 raise Interrupted(
                     f"Interrupted at step {self.progress.step} of {self.plan.total_steps}. Go on: {resumed_by}\n"
                     f"The adapter as it is now: {adapter}"
@@ -163,14 +183,14 @@ class Training:
             record = self._step(batches)
             self.progress.steps.append(record)
             self.waiting.append(record)
-            is_time = time.monotonic() - self.saved_at > _SAVE_SECONDS
+            is_time = time.monotonic() - self.saved_at > SAVE_SECONDS
             if self.stop_asked or is_time or self.plan.evaluation_is_due() or len(self.waiting) >= self.ahead:
                 self._look_at_losses(bars, bar)
             self.progress.seconds += time.perf_counter() - started
             if not self.waiting:
                 self.estimate.look()
             if self.stop_asked:
-                raise _Stop
+                raise Stop
             if self.plan.evaluation_is_due():
                 return
             if is_time:
@@ -218,7 +238,16 @@ class Training:
             method = self.learner.task.method
             self._log({"evaluation": evaluation.summary(), "method": method, "step": evaluation.step})
         if best:
+            self.best = copies_of(self.trainable)
             self.plan.save_adapter(self.folder / BEST_FOLDER)
+
+    def _put_back_best(self) -> None:
+        """Write the best adapter as the state has it: what the folder holds may be later, damaged or lost."""
+        if self.best:
+            now = copies_of(self.trainable)
+            put_back(self.best, self.trainable)
+            self.plan.save_adapter(self.folder / BEST_FOLDER)
+            put_back(now, self.trainable)
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
@@ -227,13 +256,10 @@ class Training:
         def beat(rows: int) -> None:
             bars.update(bar, advance=rows)
             if self.stop_asked:
-                raise _Stop
+                raise Stop
 
-        # An evaluation that is interrupted is done again, so it must leave no draws behind: a GPU's kernels are given
-        # seeds although nothing is dropped.
-        device = self.accelerator.device
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with without_draws(self.draws, self.accelerator.device):
                 found = self.learner.measure(self.plan.test_rows, beat)
         finally:
             bars.remove_task(bar)
@@ -249,8 +275,7 @@ class Training:
             self._track({"evaluation": each.summary(), "step": each.step})
 
     def _log(self, line: dict[str, Any]) -> None:
-        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(line, sort_keys=True)}\n")
+        append_line(self.folder / METRICS_NAME, json.dumps(line, sort_keys=True))
         if self.settings.trackers:
             self._track(line)
 
@@ -260,7 +285,15 @@ class Training:
         self.accelerator.log(scalars, step=int(line["step"]))
 
     def _save_state(self) -> None:
-        save_state(self.folder / STATE_NAME, self.progress, self.trainable, self.optimizer, self.schedule)
+        save_state(
+            self.folder / STATE_NAME,
+            self.progress,
+            self.trainable,
+            self.optimizer,
+            self.schedule,
+            best=self.best,
+            draws=self.draws,
+        )
         self.saved_at = time.monotonic()
 
 
@@ -282,8 +315,18 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
+def draws(settings: TrainSettings, accelerator: Accelerator) -> bool:
+    """Whether a training draws from torch's generator: for dropout, and for the seeds that a GPU's kernels get."""
+    return bool(settings.dropout) or accelerator.device.type == "cuda"
+
+
+def without_draws(draws: bool, device: torch.device) -> AbstractContextManager[None]:
+    """Leave no draws behind: an evaluation that is interrupted is done again."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else []) if draws else nullcontext()
+
+
 @contextmanager
-def _stop_on_signals(training: Training) -> Iterator[None]:
+def stop_on_signals(training: Stoppable) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends training after the step under way; the second SIGINT at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
