@@ -1,6 +1,9 @@
 """Atomic writes, and reads that fall back to the hub."""
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -14,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ia3.files import fetch, write_atomically
+from ia3.files import append_line, fetch, remove_temporaries, write_atomically
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
@@ -47,8 +50,52 @@ def test_content_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     path, seen = tmp_path / "deep" / "file", []
     monkeypatch.setattr(os, "fsync", lambda handle: seen.append((path.exists(), os.fstat(handle).st_size)))
     write_atomically(path, b"12345")
-    assert seen == [(False, 5)]
+    assert seen[0] == (False, 5)
+    assert [there for there, _ in seen] == [False, True]  # then its folder, which holds the name
     assert path.read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "make room on its disk"),
+        (errno.EDQUOT, "your share of its disk is used up"),
+        (errno.EIO, "its disk fails"),
+    ],
+)
+@pytest.mark.parametrize("write", [lambda path: write_atomically(path, b"new"), lambda path: append_line(path, "new")])
+def test_what_could_not_be_written_is_said(tmp_path, monkeypatch, number, says, write):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match=rf"file\.bin could not be written \({os.strerror(number)}\): .*{says}") as caught:
+        write(path)
+    monkeypatch.undo()
+    assert caught.value.errno == number
+    assert path.read_bytes() == b"old"
+
+
+def test_a_folder_in_the_place_of_a_file_is_said(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"file could not be written .*: a folder has its name, so move"):
+        write_atomically(tmp_path / "file", b"")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_temporaries_of_the_dead_alone_are_removed(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, alive = int(gone.stdout), os.getpid()
+    names = {f".a.{dead}-1", f".a.{alive}-1", f".own.{alive}-1", ".a.b-1", "a", f"a.{dead}-1"}
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / f".folder.{dead}-1").mkdir()
+    remove_temporaries(tmp_path, own={"own"})
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == {f".a.{alive}-1", ".a.b-1", "a", f"a.{dead}-1", f".folder.{dead}-1"}
 
 
 def test_rights_follow_the_umask(tmp_path):

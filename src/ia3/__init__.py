@@ -44,7 +44,8 @@ _HOME = {
     "fast.generate": ["compile_generate"],
     "fast.step": ["compile_step"],
     "training.sweep": ["sweep"],
-    "training.train": ["resume", "train"],
+    "training.resuming": ["resume"],
+    "training.train": ["train"],
     "status": ["get_layer_status", "get_model_status"],
     "table": ["AdapterTable"],
     "checkpoint": [
@@ -176,8 +177,9 @@ if TYPE_CHECKING:
     from ia3.status import get_layer_status, get_model_status
     from ia3.table import AdapterTable
     from ia3.tensors import load_peft_weights
+    from ia3.training.resuming import resume
     from ia3.training.sweep import sweep
-    from ia3.training.train import resume, train
+    from ia3.training.train import train
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,105 @@ BUNDLED = "bundled:"
 _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
+# Temporary names: of what, by which process and thread.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-\d+")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name, flush it to disk and rename it to `path`."""
+    """Write `content` under a temporary name, flush it to disk and rename it to `path`, which is on disk then.
+
+    Raises:
+        OSError: it can't be written, as on a full disk; it names the file, and what stood there is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    file = temporary.open("xb")
+    with naming(path):
+        file = temporary.open("xb")
+        try:
+            with file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a folder's names to disk, so that a file that was renamed is there after a loss of power, too."""
+    if os.name == "nt":  # which has no such call
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that flush no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Write a line at the end of a file; an OSError names the file, whose end may be half a line then."""
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and what to do.
+
+    Raises:
+        OSError: instead of the system's, of the same class and number.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        remedy = _REMEDIES.get(error.errno or 0, "see that it can be written")
+        named = type(error)(f"{path} could not be written ({why}): {remedy}.")
+        named.errno = error.errno
+        raise named from error
+
+
+_FULL = "make room on its disk"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: "make room, since your share of its disk is used up",
+    errno.EFBIG: "files may not be that large here, see `ulimit -f`",
+    errno.EIO: "its disk fails, so take another one",
+    errno.EROFS: "its disk can only be read, so take another one",
+    errno.EISDIR: "a folder has its name, so move that elsewhere",
+    errno.EACCES: "give yourself the right to write there",
+    errno.EPERM: "give yourself the right to write there",
+}
+
+
+def remove_temporaries(folder: Path, own: Collection[str] = ()) -> None:
+    """Remove what killed processes left half written in a folder, not below it.
+
+    Args:
+        folder: where to look.
+        own: names of files that nobody else can be writing; of others the process must be gone.
+    """
+    for path in folder.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and path.is_file() and (found["name"] in own or not _is_running(int(found["pid"]))):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # where asking ends the process
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another's
+        return True
+    return True
 
 
 def give_usual_rights(folder: Path) -> None:

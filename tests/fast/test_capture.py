@@ -141,7 +141,8 @@ def rich_console() -> Any:
 def test_a_run_on_the_gpu_says_so_and_resumes_to_the_same_numbers(rich_console: Any, tmp_path: Path) -> None:
     from ia3.training.learners.words import Words
     from ia3.training.loop import Interrupted
-    from ia3.training.train import resume, train
+    from ia3.training.resuming import resume
+    from ia3.training.train import train
 
     base = str(tiny_seq2seq.save_base(tmp_path / "base"))
     data = str(tiny_seq2seq.write_csv(tmp_path / "data.csv", 40))

@@ -26,7 +26,8 @@ from ia3.tasks.task import TaskKind, load_task
 from ia3.tasks.template import Template
 from ia3.tensors import load_peft_weights
 from ia3.training.loop import Interrupted
-from ia3.training.train import finished_result, resume, train
+from ia3.training.resuming import resume
+from ia3.training.train import finished_result, train
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,7 @@ def test_an_interrupted_run_goes_on_from_its_folder(base: str, tmp_path: Path) -
 
 
 FILES = {
+    "SHA256SUMS",
     "adapter",
     "best",
     "environment.json",
@@ -218,6 +220,9 @@ def test_another_environment_is_told(base: str, tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "threads": 99}))
     console = quiet()
+    with pytest.raises(ValueError, match=r"environment\.json is not what its training left.*remove .*SHA256SUMS"):
+        resume(tmp_path / "run", console=console)
+    (tmp_path / "run" / "SHA256SUMS").unlink()
     resume(tmp_path / "run", console=console)
     assert "Other threads than when the run began: its numbers may differ." in printed(console)
 
@@ -245,7 +250,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no run, since it has no recipe\.yaml"):
         resume(tmp_path)
     (tmp_path / "recipe.yaml").write_text("model: m\n")
-    with pytest.raises(ValueError, match="it ended before its first save"):
+    with pytest.raises(ValueError, match=r"nothing in .* to go on from: it has no environment\.json"):
         resume(tmp_path)
 
 

@@ -23,6 +23,7 @@ from ia3.tensors import load_peft_weights
 from ia3.training.learner import EvalOutput
 from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted
+from ia3.training.state import SavedTraining, read_state
 
 TOKENIZER = tiny_seq2seq.tokenizer()
 TASK = Task(template=Template.of_column("text"), labels=tiny_seq2seq.LABELS, max_length=128, max_new_tokens=5)
@@ -117,9 +118,9 @@ def test_an_evaluation_that_draws_leaves_no_draw_behind(
     """As a GPU's evaluations do, whose kernels are given seeds: the one that is interrupted is done again."""
     measure = Signalling.measure
 
-    def drawing(self: Signalling, rows: Sequence[Any], beat: Callable[[int], None]) -> EvalOutput:
+    def drawing(self: Signalling, rows: Sequence[Any], beat: Callable[[int], None], *processes: Any) -> EvalOutput:
         torch.rand(3)
-        return measure(self, rows, beat)
+        return measure(self, rows, beat, *processes)
 
     monkeypatch.setattr(Signalling, "measure", drawing)
     whole = run(tmp_path / "whole", head=head)
@@ -155,7 +156,7 @@ def test_the_adapter_as_it_is_at_an_interruption(tmp_path: Path) -> None:
         run(tmp_path, at_batch=3)
     assert load_task(tmp_path / "adapter") == TASK
     saved = load_peft_weights(tmp_path / "adapter")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)["parameters"]
+    state = read_state(tmp_path / "state.pt", SavedTraining).parameters
     vectors = {name: tensor for name, tensor in state.items() if ".ia3_l." in name}
     assert vectors
     for name, vector in vectors.items():

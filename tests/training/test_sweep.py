@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import ia3.training.sweep
+import ia3.training.together
 import tiny_causal
 import tiny_seq2seq
 from fitted import fit
@@ -31,7 +31,8 @@ from ia3.training.learner import Learner
 from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
 from ia3.training.plan import RunPlan
-from ia3.training.sweep import Together, names_of, ranking_table, sweep
+from ia3.training.sweep import names_of, ranking_table, sweep
+from ia3.training.together import Together
 from ia3.training.train import train
 
 TOKENIZER = tiny_seq2seq.tokenizer()
@@ -79,7 +80,7 @@ def test_each_run_is_as_if_it_were_alone(tmp_path: Path, monkeypatch: pytest.Mon
         def make(model: Any, adapter: Any, token_losses: Any) -> tuple[MixedLosses, str]:
             return MixedLosses(model, adapter.layout, token_losses), "the test says so"
 
-        monkeypatch.setattr(ia3.training.sweep, "group_losses", make)
+        monkeypatch.setattr(ia3.training.together, "group_losses", make)
     few, many, test = tiny_seq2seq.examples(13), tiny_seq2seq.examples(60), tiny_seq2seq.examples(12, 60)
     other = dict(zip(tiny_seq2seq.LABELS, ("neutral", "positive", "negative"), strict=True))
     wrong = replace(few, rows=tuple(replace(row, label=other[row.label]) for row in few))
@@ -231,8 +232,10 @@ def test_the_folder_of_a_sweep(finished: Any) -> None:
     folder = finished.output_dir
     assert {path.name for path in folder.iterdir()} == {
         "best",
+        "SHA256SUMS",
         "sweep.json",
         "sweep.png",
+        "sweep.yaml",
         *(run.output_dir.name for run in finished.runs),
     }
     assert json.loads((folder / "sweep.json").read_text()) == json.loads(json.dumps(finished.summary()))

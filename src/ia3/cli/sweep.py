@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,9 +36,28 @@ def _command(
             show_default="five learning rates",
         ),
     ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted sweep in this folder.")] = None,
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
+    found = _begin(over, given) if resume is None else _go_on(resume, [*given, *(["over"] if over else [])])
+    from ia3.runs.run import SWEEP_PICTURE_NAME
+    from ia3.training.sweep import ranking_table
+
+    picture = found.output_dir / SWEEP_PICTURE_NAME
+    if as_json:
+        print_json({**found.summary(), "folder": found.output_dir, "picture": picture})
+        return
+    Console().print("", ranking_table(found), "", highlight=False)
+    typer.echo(f"asked for: {found.best.task.method}")
+    typer.echo(f"training: {found.seconds:.0f} s for {len(found.runs) + len(found.failed)} runs together")
+    if found.advice is not None:
+        typer.echo(f"advice: {found.advice}")
+    typer.echo(f"best adapter: {found.best_dir}\npicture: {picture}")
+    typer.echo(f'\nUse it: ia3 predict {found.best_dir} "…"')
+
+
+def _begin(over: Sequence[str] | None, given: dict[str, Any]) -> Sweep:
     grid = parse_grid(over) if over else None
     from ia3.runs.grid import make_recipes
     from ia3.runs.look import look_before
@@ -51,20 +71,21 @@ def _command(
 
         return run_sweep(recipes, keys, progress, looked)
 
-    found = run_visibly(run, progress, stopped="Interrupted. A sweep doesn't go on later: begin it anew.")
-    from ia3.training.sweep import PICTURE_NAME, ranking_table
+    return run_visibly(run, progress)
 
-    picture = found.output_dir / PICTURE_NAME
-    if as_json:
-        print_json({**found.summary(), "folder": found.output_dir, "picture": picture})
-        return
-    Console().print("", ranking_table(found), "", highlight=False)
-    typer.echo(f"asked for: {found.best.task.method}")
-    typer.echo(f"training: {found.seconds:.0f} s for {len(found.runs) + len(found.failed)} runs together")
-    if found.advice is not None:
-        typer.echo(f"advice: {found.advice}")
-    typer.echo(f"best adapter: {found.best_dir}\npicture: {picture}")
-    typer.echo(f'\nUse it: ia3 predict {found.best_dir} "…"')
+
+def _go_on(folder: Path, beside: Sequence[str]) -> Sweep:
+    if beside:
+        names = ", ".join(f"`{name}`" for name in beside)
+        raise ValueError(f"`resume` goes on with the sweep's own recipes, so these can't be given beside it: {names}.")
+    progress = FlagConsole()
+
+    def run() -> Sweep:
+        from ia3.training.sweep import resume_sweep
+
+        return resume_sweep(folder, console=progress)
+
+    return run_visibly(run, progress)
 
 
 def parse_grid(over: Sequence[str]) -> dict[str, list[str]]:

@@ -96,10 +96,10 @@ def _run(recipe: Recipe | Path, looked: Looked, progress: Console) -> Run:
     """Train by a recipe, or go on in a folder."""
 
     def run() -> Run:
-        from ia3.training.train import resume, run_recipe
+        from ia3.training.train import resume_run, run_recipe
 
         if isinstance(recipe, Path):
-            return resume(recipe, console=progress)
+            return resume_run(recipe, console=progress)
         return run_recipe(recipe, progress, looked=looked)
 
     return run_visibly(run, progress)
@@ -143,8 +143,8 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
         Console().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
 
 
-def run_visibly(train: Callable[[], FoundT], progress: Console, *, stopped: str = "") -> FoundT:
-    """Train with progress on a console; Ctrl-C ends the command and says how to go on, or `stopped` if nothing does."""
+def run_visibly(train: Callable[[], FoundT], progress: Console) -> FoundT:
+    """Train with progress on a console; Ctrl-C ends the command and says how to go on."""
     with progress.status("Starting"):
         from transformers.utils.logging import disable_progress_bar
 
@@ -152,11 +152,8 @@ def run_visibly(train: Callable[[], FoundT], progress: Console, *, stopped: str 
     disable_progress_bar()
     try:
         return train()
-    except KeyboardInterrupt as interrupted:
-        said = str(interrupted) if isinstance(interrupted, Interrupted) else stopped
-        if not said:  # a second Ctrl-C
-            raise
-        progress.print(f"\n{said}", style="yellow", markup=False, highlight=False)
+    except Interrupted as interrupted:
+        progress.print(f"\n{interrupted}", style="yellow", markup=False, highlight=False)
         raise typer.Exit(_INTERRUPTED) from None
 
 

@@ -158,6 +158,10 @@ def group_losses(
     return (mixed, reason) if reason is not None else (FusedLosses(model, adapter, mixed), None)
 
 
+# What a step changes of the rows.
+_MOVING = ("table", "first", "second", "counts")
+
+
 class SweepStep:
     """A training step of every row of a table at once; see the module.
 
@@ -257,6 +261,30 @@ class SweepStep:
             if not (loss.isfinite().all() and gradient.isfinite().all()):
                 found.append(row)
         return found
+
+    def state(self) -> dict[str, Any]:
+        """Where the rows stand: vectors, moments and counts, and whether and why not the losses are fused."""
+        return {
+            "compared": self.compared,
+            "reason": self.reason,
+            "tensors": {name: getattr(self, name).cpu().clone() for name in _MOVING},
+        }
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Take up the rows where `state` was asked, of as many rows as there are here.
+
+        Raises:
+            ValueError: they are others.
+        """
+        for name in _MOVING:
+            own, saved = getattr(self, name), state["tensors"].get(name)
+            if saved is None or saved.shape != own.shape:
+                raise ValueError(f"The saved {name} is not that of {len(own)} rows of {self.table.shape[1]} numbers.")
+            own.copy_(saved)
+        self.compared, self.reason = state["compared"], state["reason"]
+        if self.reason is not None and isinstance(self.losses, FusedLosses):
+            self.losses = self.losses.mixed
+            self.computation = self._computation()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from ia3.runs.recipe import read_recipe
-from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
+from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, reading
+from ia3.runs.sums import expect_unchanged
 from ia3.tasks.task import TaskKind, method_of
 from ia3.tasks.template import Template
 
@@ -178,7 +178,8 @@ def _read_run(folder: Path) -> RunRecord:
     if not path.is_file():
         steps, evaluations = _read_metrics(folder / METRICS_NAME)
         return RunRecord(folder, recipe, UNFINISHED, steps, evaluations)
-    with _reading(path):
+    expect_unchanged(folder, RESULT_NAME)
+    with reading(path):
         result = json.loads(path.read_bytes())
         interval = result["accuracy_interval_95"]  # None of texts alone
         if not result["evaluations"]:
@@ -193,20 +194,6 @@ def _read_run(folder: Path) -> RunRecord:
             best_accuracy=_figures(result["best"])["accuracy"],
             seconds=result["train_seconds"],
         )
-
-
-@contextmanager
-def _reading(path: Path, place: str = "") -> Iterator[None]:
-    """Name the file that doesn't hold what a run writes."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        reason = "there is no JSON object where one belongs" if isinstance(error, TypeError) else reason
-        raise ValueError(
-            f"{path} is damaged{place}, or of another version of ia3 ({reason}): copy it again, train again, or move "
-            "its run's folder elsewhere."
-        ) from error
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -228,7 +215,7 @@ def _read_metrics(path: Path) -> tuple[int, list[dict[str, float]]]:
     *lines, _ = path.read_bytes().split(b"\n")
     steps, evaluations = 0, []
     for number, line in enumerate(lines, start=1):
-        with _reading(path, f" in line {number}"):
+        with reading(path, f" in line {number}"):
             content = json.loads(line)
             steps = max(steps, int(content["step"]))
             if "evaluation" in content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
+from ia3.files import write_atomically
 from ia3.runs.comparison import RunRecord, name_runs
 from ia3.runs.run import Run
 from ia3.tasks.task import TaskKind
@@ -69,9 +71,10 @@ def picture(path: Path, size: tuple[float, float], title: str = "") -> Iterator[
         yield figure
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
         try:
-            figure.savefig(path)
+            write_atomically(path, drawn.getvalue())
         except PermissionError as error:
             raise PermissionError(
                 f"The picture {path} cannot be written: make its folder writable, or copy the runs to one that is."

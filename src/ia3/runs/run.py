@@ -7,10 +7,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ia3.files import write_atomically
 from ia3.runs.settings import TrainSettings
@@ -26,6 +29,14 @@ RESULT_NAME = "result.json"
 STATE_NAME = "state.pt"
 REPORT_NAME = "report.md"
 PICTURE_NAME = "report.png"
+SUMS_NAME = "SHA256SUMS"
+# Of a sweep, in the folder that holds its runs.
+SWEEP_NAME = "sweep.json"
+SWEEP_RECIPES_NAME = "sweep.yaml"
+SWEEP_PICTURE_NAME = "sweep.png"
+# What is left of the work that has ended, and what goes on from it: removed before anything new begins.
+RUN_FILES = (RECIPE_NAME, STATE_NAME, SUMS_NAME, RESULT_NAME, ENVIRONMENT_NAME, METRICS_NAME, REPORT_NAME, PICTURE_NAME)
+SWEEP_FILES = (SWEEP_RECIPES_NAME, SWEEP_NAME, SWEEP_PICTURE_NAME)
 # What `ia3 runs` writes into the folder above.
 RUNS_PICTURE_NAME = "runs.png"
 
@@ -273,7 +284,8 @@ def check_output(folder: Path) -> None:
     """Find out before training, not after, that a run cannot be saved.
 
     Raises:
-        NotADirectoryError, PermissionError: the folder cannot be made or written.
+        NotADirectoryError, IsADirectoryError, PermissionError: the folder cannot be made or written, or something of
+            another kind has the name of a file or a folder of a run.
     """
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
@@ -281,6 +293,60 @@ def check_output(folder: Path) -> None:
         raise NotADirectoryError(f"The output {folder} cannot be a folder, since {nearest} is a file: name another.")
     if not os.access(nearest, os.W_OK):
         raise PermissionError(f"The output {folder} cannot be written, since {nearest} is read-only: name another.")
+    for path in (folder / name for name in (*RUN_FILES, *SWEEP_FILES)):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, and a run writes a file there: move it elsewhere.")
+    for path in (folder / ADAPTER_FOLDER, folder / BEST_FOLDER):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file, and a run has a folder there: move it elsewhere.")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"{path} is read-only, and a run writes there: make it writable, or name another.")
+
+
+def read_json(path: Path, shape: type) -> Any:
+    """Read a JSON file of a run.
+
+    Args:
+        path: the file.
+        shape: what it holds, as pydantic understands it.
+
+    Raises:
+        ValueError: it is missing, no JSON, or holds something else; it names the file.
+    """
+    with reading(path):
+        content = json.loads(path.read_bytes())
+        TypeAdapter(shape).validate_python(content)
+        return content
+
+
+@contextmanager
+def reading(path: Path, place: str = "") -> Iterator[None]:
+    """Name the file that doesn't hold what a run writes.
+
+    Raises:
+        ValueError: instead of what reading it raised.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged{place}, or of another version of ia3 ({_reason(error)}): copy it again, train again, "
+            "or move its run's folder elsewhere."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong with a file, in a line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"[:200]
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, OSError):
+        return "it can't be read" if error.strerror is None else error.strerror.lower()
+    if isinstance(error, TypeError | AttributeError):
+        return "there is no JSON object where one belongs"
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def new_folder(source: str) -> Path:

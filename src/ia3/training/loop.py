@@ -7,11 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,20 +24,23 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ia3.fast.step import Step, compile_step, sum_gradients
+from ia3.files import append_line
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
 from ia3.runs.settings import TrainSettings
+from ia3.runs.sums import write_sums
+from ia3.tensors import Tensors
 from ia3.training import sharding
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
 from ia3.training.processes import ALONE, join
-from ia3.training.state import load_state, save_state
+from ia3.training.state import copies_of, load_state, put_back, save_state
 
 # A process's part of a batch, and how many targets each part of its loss is the mean of.
 _Batch = tuple[dict[str, Tensor], list[int]]
 
 _AHEAD = 16
 # A crash costs no more than this, besides the evaluations, after each of which the state is saved, too.
-_SAVE_SECONDS = 300.0
+SAVE_SECONDS = 300.0
 # A training's time is told from so many steps, where it is longer than so many seconds.
 _STEPS_TIMED = 5
 _LONG = 60.0
@@ -47,8 +50,14 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by hand; the message says where its state is."""
 
 
-class _Stop(BaseException):
-    """Somebody wants the training to end here."""
+class Stop(BaseException):
+    """Within the loops: somebody wants the training to end here."""
+
+
+class Stoppable(Protocol):
+    """What looks between its steps at whether somebody wants it to end."""
+
+    stop_asked: bool
 
 
 class Training:
@@ -69,7 +78,10 @@ class Training:
         self.accelerator = make_accelerator(self.settings)
         self.sharded = not self.processes.alone and sharding.is_asked_for()
         self.trainable = trainable_parameters(self.learner.model)
-        torch.manual_seed(self.settings.seed + self.processes.rank)  # each drops other places of its own examples
+        # Where nothing is drawn torch's generator, which is the process's one, is left to others.
+        self.draws = draws(self.settings, self.accelerator)
+        if self.draws:
+            torch.manual_seed(self.settings.seed + self.processes.rank)  # each drops other places of its own examples
         optimizer = make_optimizer(self.trainable, self.settings)
         if self.sharded:
             sharding.shard(self.learner.model, self.trainable.values(), self.processes.device)
@@ -80,8 +92,10 @@ class Training:
         self.schedule = LambdaLR(optimizer, plan.schedule)
         self.saved_at = time.monotonic()
         self.stop_asked = False
+        self.resumed = resume is not None
+        self.best: Tensors = {}
         if resume is not None:
-            plan.progress = load_state(resume, self.trainable, optimizer, self.schedule, self.processes)
+            plan.progress, self.best = load_state(resume, self.trainable, optimizer, self.schedule, self.processes)
         self.fast: Step | None = None  # where it isn't right, the step is the ordinary one
         if self.learner.is_the_models_loss and self.settings.gradient_accumulation == 1:
             self.fast = compile_step(
@@ -136,15 +150,19 @@ class Training:
 
         Raises:
             FloatingPointError: a loss is not finite; the adapter is not saved then.
+            OSError: a file can't be written, as on a full disk; the last state is whole.
             Interrupted: SIGINT (Ctrl-C) or SIGTERM; the state and the adapter of that moment are saved.
         """
         self.folder = folder
-        console = console if self.processes.is_first else Console(quiet=True)
-        with progress_bars(console) as bars, _stop_on_signals(self):
+        with progress_bars(self.processes.console(console)) as bars, stop_on_signals(self):
             bar = bars.add_task("training", total=self.plan.total_steps, completed=self.progress.step, note="")
             self.estimate = TimeEstimate(bars, [self.plan])
             try:
+                if self.resumed:
+                    self._put_back_best()
                 self._evaluate_if_due(bars)
+                if not self.resumed:
+                    self._save_state()  # from here on there is something to go on from
                 if self.processes.is_first:
                     self.plan.write_metrics(folder)
                 if self.settings.trackers:
@@ -159,9 +177,11 @@ class Training:
                     self._evaluate(bars)
                 self.processes.wait()  # for the adapters, whose size is told
                 return self.plan.result(folder, write=self.processes.is_first)
-            except _Stop:
+            except Stop:
                 self._save_state()
                 adapter = self._save_adapter(ADAPTER_FOLDER)
+                if self.processes.is_first:
+                    write_sums(folder)
                 raise Interrupted(
                     f"Interrupted at step {self.progress.step} of {self.plan.total_steps}. Go on: {resumed_by}\n"
                     f"The adapter as it is now: {adapter}"
@@ -191,7 +211,7 @@ class Training:
             if not self.waiting:
                 self.estimate.look()
             if stop:
-                raise _Stop
+                raise Stop
             if self.plan.evaluation_is_due():
                 return
             if is_time:
@@ -199,7 +219,7 @@ class Training:
 
     def _asked(self) -> list[bool]:
         """Whether to stop and whether to save, which several processes agree on when they look at the losses."""
-        is_time = time.monotonic() - self.saved_at > _SAVE_SECONDS
+        is_time = time.monotonic() - self.saved_at > SAVE_SECONDS
         if not (self.processes.alone or self.plan.evaluation_is_due() or len(self.waiting) >= self.ahead):
             return [False, False]
         return self.processes.any(self.stop_asked, is_time)
@@ -232,7 +252,8 @@ class Training:
         loss = torch.zeros((), device=self.accelerator.device)
         for (batch, _), weight in zip(batches, weights, strict=True):
             on_device = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            part = (self.learner.losses(on_device) * weight).sum()
+            losses = self.learner.losses(on_device)
+            part = (losses * weight.to(losses.dtype)).sum()
             self.accelerator.backward(part)
             loss = loss + part.detach()
         parameters = list(self.trainable.values())
@@ -250,7 +271,8 @@ class Training:
     def _weights(self, counts: Sequence[Sequence[int]]) -> Tensor:
         """What each part of each batch's loss counts among those of the step in all processes, `[batches, parts]`."""
         device = self.accelerator.device
-        own = torch.tensor(counts, dtype=torch.float32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # of which Apple's GPUs have none
+        own = torch.tensor(counts, dtype=wide, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         return own / self.processes.sum(own.sum(0)).clamp(min=1)
 
     def _evaluate_if_due(self, bars: ProgressBars) -> None:
@@ -263,7 +285,16 @@ class Training:
             method = self.learner.task.method
             self._log({"evaluation": evaluation.summary(), "method": method, "step": evaluation.step})
         if best:
+            self.best = copies_of(self.trainable)
             self._save_adapter(BEST_FOLDER)
+
+    def _put_back_best(self) -> None:
+        """Write the best adapter as the state has it: what the folder holds may be later, damaged or lost."""
+        if self.best:
+            now = copies_of(self.trainable)
+            put_back(self.best, self.trainable)
+            self._save_adapter(BEST_FOLDER)
+            put_back(now, self.trainable)
 
     def _evaluate(self, bars: ProgressBars) -> Evaluation:
         started = time.perf_counter()
@@ -272,13 +303,10 @@ class Training:
         def beat(rows: int) -> None:
             bars.update(bar, advance=rows)
             if self.processes.any(self.stop_asked)[0]:
-                raise _Stop
+                raise Stop
 
-        # An evaluation that is interrupted is done again, so it must leave no draws behind: a GPU's kernels are given
-        # seeds although nothing is dropped.
-        device = self.accelerator.device
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with without_draws(self.draws, self.accelerator.device):
                 # Where each needs the others' parts of the base, all answer everything together.
                 found = self.learner.measure(self.plan.test_rows, beat, ALONE if self.sharded else self.processes)
         finally:
@@ -297,8 +325,7 @@ class Training:
     def _log(self, line: dict[str, Any]) -> None:
         if not self.processes.is_first:
             return
-        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(line, sort_keys=True)}\n")
+        append_line(self.folder / METRICS_NAME, json.dumps(line, sort_keys=True))
         if self.settings.trackers:
             self._track(line)
 
@@ -313,8 +340,16 @@ class Training:
         return self.folder / name
 
     def _save_state(self) -> None:
-        path = self.folder / STATE_NAME
-        save_state(path, self.progress, self.trainable, self.optimizer, self.schedule, self.processes)
+        save_state(
+            self.folder / STATE_NAME,
+            self.progress,
+            self.trainable,
+            self.optimizer,
+            self.schedule,
+            best=self.best,
+            draws=self.draws,
+            processes=self.processes,
+        )
         self.saved_at = time.monotonic()
 
 
@@ -330,8 +365,18 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     return Accelerator(log_with=list(settings.trackers) or None, project_dir=".")  # until the run has its folder
 
 
+def draws(settings: TrainSettings, accelerator: Accelerator) -> bool:
+    """Whether a training draws from torch's generator: for dropout, and for the seeds that a GPU's kernels get."""
+    return bool(settings.dropout) or accelerator.device.type == "cuda"
+
+
+def without_draws(draws: bool, device: torch.device) -> AbstractContextManager[None]:
+    """Leave no draws behind: an evaluation that is interrupted is done again."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else []) if draws else nullcontext()
+
+
 @contextmanager
-def _stop_on_signals(training: Training) -> Iterator[None]:
+def stop_on_signals(training: Stoppable) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends training after the step under way; the second SIGINT at once.
 
     Of several processes none ends at once, since a launcher passes on a Ctrl-C that each of them has got already.

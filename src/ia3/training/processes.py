@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
+from rich.console import Console
 from torch import Tensor
 
 from ia3.inference.predict import Beat, answer_in_batches
@@ -83,13 +84,18 @@ class Processes:
             found: list[SharedT] = gather_object([own])
         return found
 
-    def of_first(self, own: SharedT) -> SharedT:
-        """What the first process gives."""
-        if self.alone:
-            return own
-        with _hearing_the_others():
-            found: list[SharedT] = broadcast_object_list([own])
-        return found[0]
+    def of_first(self, make: Callable[[], SharedT]) -> SharedT:
+        """What the first process makes; the others get it."""
+        own = [make() if self.is_first else None]
+        if not self.alone:
+            with _hearing_the_others():
+                broadcast_object_list(own)
+        found: Any = own[0]
+        return found
+
+    def console(self, given: Console | None) -> Console:
+        """The console of the first process; the others' says nothing."""
+        return (given or Console(stderr=True)) if self.is_first else Console(quiet=True)
 
     def wait(self) -> None:
         """Go on when all have come here."""
@@ -202,6 +208,5 @@ def _hearing_the_others() -> Iterator[None]:
         said = (str(error).strip().splitlines() or [""])[0][:200]
         raise LostProcessError(
             "Another process of this training ended or did not answer for "
-            f"{_PATIENCE.seconds // 60} minutes, so this one ends, too; its own message says why. The run's folder is "
-            f"as it was last saved: start again with `resume` and the folder. ({said})"
+            f"{_PATIENCE.seconds // 60} minutes, so this one ends, too; its own message says why ({said})."
         ) from error

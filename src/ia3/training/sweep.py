@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml  # type: ignore[import-untyped]
+from pydantic import TypeAdapter
 from rich.console import Console
-from rich.progress import Progress as ProgressBars
 from rich.table import Table
-from torch import Tensor
+from typing_extensions import TypedDict
 
-from ia3.adapter import vectors
-from ia3.fast.ragged import IGNORE_INDEX
-from ia3.fast.sweep import MixedLosses, SweepStep, group_losses
+from ia3.files import write_atomically
 from ia3.inference.loading import Base
-from ia3.inference.predict import answer_in_batches
-from ia3.rows import acting
 from ia3.runs.grid import Over, make_recipes
 from ia3.runs.look import Looked, look_before
 from ia3.runs.picture import draw_curves
-from ia3.runs.recipe import Recipe
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe
 from ia3.runs.report import complete_cards
-from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, RECIPE_NAME, Run, advise, write_json
-from ia3.state import attached, get_adapter
+from ia3.runs.run import (
+    BEST_FOLDER,
+    RECIPE_NAME,
+    STATE_NAME,
+    SUMS_NAME,
+    SWEEP_NAME,
+    SWEEP_PICTURE_NAME,
+    SWEEP_RECIPES_NAME,
+    Run,
+    advise,
+    check_output,
+    reading,
+    write_json,
+)
+from ia3.runs.sums import write_sums
 from ia3.tasks.examples import Examples
-from ia3.tasks.task import Task
-from ia3.training.learner import Answered, EvalOutput, Writer, measurement
-from ia3.training.loop import TimeEstimate, make_accelerator, progress_bars
+from ia3.training.generator import generator_alone
 from ia3.training.plan import RunPlan, prepare
 from ia3.training.state import describe_environment
-from ia3.training.train import begin_folder, claim
-
-SWEEP_NAME = "sweep.json"
-PICTURE_NAME = "sweep.png"
+from ia3.training.together import Together
+from ia3.training.train import (
+    begin_folder,
+    check_environment,
+    claim,
+    expect_begun,
+    expect_still_new,
+    how_to_resume,
+    saying_how,
+    with_data,
+    working_in,
+)
 
 _LONGEST_NAME = 100
 _IN_A_NAME = re.compile(r"[\w.+-]{1,24}")
@@ -153,32 +167,122 @@ def sweep(
     return run_sweep(recipes, keys, console or Console(stderr=True), look_before(*recipes))
 
 
+def resume_sweep(
+    folder: str | Path,
+    *,
+    data: Examples | None = None,
+    test_data: Examples | None = None,
+    console: Console | None = None,
+) -> Sweep:
+    """Go on with an interrupted sweep, to the numbers that it would have had; see `ia3.resume`."""
+    folder, console = Path(folder), console or Console(stderr=True)
+    expect_begun(folder, SWEEP_RECIPES_NAME, "sweep")
+    check_output(folder)
+    with working_in(folder):
+        if not (folder / STATE_NAME).is_file() and (folder / SWEEP_NAME).is_file():
+            raise ValueError(f"There is nothing in {folder} to go on from: the sweep is complete.")
+        recipes, keys = _read_recipes(folder, data, test_data)
+        return _sweep(recipes, keys, console, look_before(*recipes), folder)
+
+
 def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
     """Train in one batch what `make_recipes` made, which differ in `keys`; errors are those of `sweep`."""
+    output = recipes[0].output
+    if output is None or not output.is_dir():  # nothing is made before all that can be checked is right
+        return _sweep(recipes, keys, console, looked, None)
+    with working_in(output):
+        for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
+            if (output / name).is_file():
+                raise ValueError(f"{output} holds a {what} already: name another output, or remove it.")
+        if (output / SWEEP_RECIPES_NAME).is_file():
+            raise ValueError(
+                f"{output} holds an unfinished sweep: go on with it by `ia3 sweep --resume {output}`, or name another "
+                "output."
+            )
+        return _sweep(recipes, keys, console, looked, None)
+
+
+def _sweep(
+    recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked, former: Path | None
+) -> Sweep:
+    """Sweep in the recipes' folder, or go on in that of a former process.
+
+    A folder that is there is locked already; one that is not is made once all is checked, and locked then.
+    """
     common = recipes[0]
-    for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
-        if common.output is not None and (common.output / name).is_file():
-            raise ValueError(f"{common.output} holds a {what} already: name another output, or remove it.")
-    base = Base(common.model)
-    kind = common.task or base.kind
+    with ExitStack() as held, ExitStack() as drawing:
+        drawing.enter_context(generator_alone(console))
+        is_there = common.output is not None and common.output.is_dir()
+        prepared = _prepare(recipes, console, looked)
+        state = None if former is None else former / STATE_NAME
+        resume = state if state is not None and state.is_file() else None
+        together = Together([plan for _, plan in prepared], resume=resume)
+        given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
+        settings = [
+            {key: value.source if isinstance(value, Examples) else value for key, value in each.items()}
+            for each in given
+        ]
+        output = former or claim(common.output, common.source)
+        if former is None and not is_there:
+            held.enter_context(working_in(output))
+            expect_still_new(output)
+        if former is None:
+            _write_recipes(output, recipes, keys)
+        folders = [output / name for name in names_of(settings)]
+        for (each, plan), folder in zip(prepared, folders, strict=True):
+            folder.mkdir(exist_ok=True)
+            held.enter_context(working_in(folder))
+            environment = describe_environment(each, plan)
+            if resume is None:
+                begin_folder(folder, each, environment)
+            else:
+                check_environment(folder, environment, console)
+        (output / SUMS_NAME).unlink(missing_ok=True)
+        if not together.draws:
+            drawing.close()
+        console.print(together.describe_path(), highlight=False)
+        again = how_to_resume(output, common, "sweep")
+        with saying_how(output, again):
+            together.run(folders, console, state=output / STATE_NAME, resumed_by=again)
+            return _finish(together, recipes, settings, output)
+
+
+def _prepare(recipes: Sequence[Recipe], console: Console, looked: Looked) -> list[tuple[Recipe, RunPlan]]:
+    base = Base(recipes[0].model)
+    kind = recipes[0].task or base.kind
     if not kind.writes:
         raise ValueError(
             f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
             "one after the other, by ia3.train."
         )
-    prepared = prepare(base, kind, recipes, console, looked)
-    together = Together([plan for _, plan in prepared])
-    given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
-    settings = [
-        {key: value.source if isinstance(value, Examples) else value for key, value in each.items()} for each in given
-    ]
-    output = claim(common.output, common.source)
-    folders = [output / name for name in names_of(settings)]
-    for (each, plan), folder in zip(prepared, folders, strict=True):
-        begin_folder(folder, each, describe_environment(each, plan))
-    console.print(together.describe_path(), highlight=False)
-    together.run(folders, console)
-    return _finish(together, recipes, settings, output)
+    return prepare(base, kind, recipes, console, looked)
+
+
+class _Recipes(TypedDict):
+    """What `sweep.yaml` holds: a recipe a run, and what they differ in."""
+
+    differ_in: list[str]
+    runs: list[dict[str, Any]]
+
+
+def _write_recipes(output: Path, recipes: Sequence[Recipe], keys: Sequence[str]) -> None:
+    content: _Recipes = {"differ_in": list(keys), "runs": [each.content() for each in recipes]}
+    text = yaml.safe_dump(content, allow_unicode=True, sort_keys=True)
+    write_atomically(output / SWEEP_RECIPES_NAME, text.encode())
+
+
+def _read_recipes(folder: Path, data: Examples | None, test_data: Examples | None) -> tuple[list[Recipe], list[str]]:
+    """A recipe a run, and what they differ in, as `make_recipes` made them."""
+    path = folder / SWEEP_RECIPES_NAME
+    content = read_recipe(path)
+    with reading(path):
+        TypeAdapter(_Recipes).validate_python(content)
+        if not content["runs"] or not content["differ_in"]:
+            raise ValueError("it has no runs")
+    if "data" in content["differ_in"] and any(str(each["data"]).startswith(IN_MEMORY) for each in content["runs"]):
+        raise ValueError(f"The runs of {folder} had data of their own in memory, so it can't go on: begin it anew.")
+    runs = [make_recipe(with_data(each, folder, data, test_data), path) for each in content["runs"]]
+    return [replace(each, output=folder) for each in runs], content["differ_in"]
 
 
 def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -199,201 +303,14 @@ def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"run-{number}" for number in range(1, len(names) + 1)]
 
 
-class Together:
-    """Runs whose steps and evaluations are computed in one batch; making it checks what can be checked before.
-
-    A run that is finished, or whose loss is not finite, leaves the batch.
-
-    Args:
-        plans: the runs, whose learners share a model with one adapter, its vectors where all begin.
-
-    Raises:
-        ValueError: several processes.
-    """
-
-    def __init__(self, plans: Sequence[RunPlan]) -> None:
-        learner = plans[0].learner
-        assert isinstance(learner, Writer)
-        self.plans, self.learner = plans, learner
-        self.device = make_accelerator(learner.settings).device
-        self.model = learner.model.to(self.device)
-        self.adapter = get_adapter(self.model, attached(self.model).active[0])
-        self.mixed = MixedLosses(self.model, self.adapter.layout, learner.token_losses)
-        losses, self.reason = group_losses(self.model, self.adapter, learner.token_losses)
-        start = self.adapter.layout.flatten([vector.detach() for vector in vectors(self.model, self.adapter)])
-        self.step = SweepStep(
-            self.model,
-            losses,
-            start.expand(len(plans), -1),
-            max_gradient_norms=[plan.settings.max_gradient_norm or math.inf for plan in plans],
-            weight_decays=[plan.settings.weight_decay for plan in plans],
-        )
-        self.batches = [plan.steps_from(0) for plan in plans]
-        # The runs in the batch; run `running[r]` has row r.
-        self.running = list(range(len(plans)))
-        self.best: dict[int, Tensor] = {}
-        self.runs: dict[int, Run] = {}
-        self.failures: dict[int, str] = {}
-        self.seconds = 0.0
-
-    def describe_path(self) -> str:
-        """Which way a step goes, and why, in a line."""
-        count = f"{len(self.plans)} runs in one batch"
-        if self.reason is not None:
-            return f"{count}, through the model's own forward (fused: {self.reason})."
-        return f"{count}, without padding{', captured as CUDA graphs' if self.step.records else ''}."
-
-    def run(self, folders: Sequence[Path], console: Console | None = None) -> None:
-        """Train until every run is finished or has failed: `runs` and `failures`, by the runs' numbers.
-
-        Each leaves its adapters, `metrics.jsonl` and `result.json` in its folder.
-        """
-        self.folders = folders
-        torch.manual_seed(self.learner.settings.seed)
-        with progress_bars(console) as bars:
-            total = max(plan.total_steps for plan in self.plans)
-            bar = bars.add_task("training", total=total, note="")
-            estimate = TimeEstimate(bars, self.plans)
-            self._evaluate_due(bars)
-            while self.running:
-                self._train_until_due(bars, bar, estimate)
-                self._evaluate_due(bars)
-            bars.update(bar, description="trained")
-
-    def _train_until_due(self, bars: ProgressBars, bar: Any, estimate: TimeEstimate) -> None:
-        """Steps up to the next evaluation of any run."""
-        self.model.train(self.learner.settings.dropout)
-        while self.running and not any(self.plans[run].evaluation_is_due() for run in self.running):
-            started = time.perf_counter()
-            groups = [[row for part in next(self.batches[run]) for row in part] for run in self.running]
-            losses, groups = self._step(groups)
-            seconds = time.perf_counter() - started
-            self.seconds += seconds
-            for run, loss in zip(self.running, losses, strict=True):
-                progress = self.plans[run].progress
-                progress.steps.append({"learning_rate": self.plans[run].rate, "loss": loss, "step": progress.step + 1})
-                progress.seconds += seconds / len(self.running)
-            estimate.look()
-            bars.update(bar, advance=1, note=f"{len(losses)} runs, loss {min(losses, default=math.nan):.3f} and up")
-
-    def _step(self, groups: list[list[Any]]) -> tuple[list[float], list[list[Any]]]:
-        """A step of the running runs, each on its examples: the losses and the examples of those that stay.
-
-        Those whose loss or gradient is not finite leave.
-        """
-        while self.running:
-            batch = self._batch(groups)
-            losses: list[float] = self.step(batch, [self.plans[run].rate for run in self.running]).tolist()
-            if all(map(math.isfinite, losses)):
-                return losses, groups
-            lost = self.step.diverged(batch) or [row for row, loss in enumerate(losses) if not math.isfinite(loss)]
-            for row in lost:
-                plan = self.plans[self.running[row]]
-                try:
-                    plan.check_finite(math.nan, "training loss, or its gradient,", plan.progress.step + 1)
-                except FloatingPointError as error:
-                    self.failures[self.running[row]] = str(error)
-            groups = [group for row, group in enumerate(groups) if row not in lost]
-            self._leave(lost)
-        return [], []
-
-    def _batch(self, groups: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-        """The groups' examples; a short group is filled up with repeated ones without labels, which change nothing."""
-        size = max(map(len, groups))
-        if self.step.records:  # few shapes of batches, few graphs
-            settings = [self.plans[run].settings for run in self.running]
-            size = max(size, *(each.batch_size * each.gradient_accumulation for each in settings))
-        batch = self.learner.collate([row for rows in groups for row in (*rows, *[rows[0]] * (size - len(rows)))])
-        filler = torch.tensor([place >= len(rows) for rows in groups for place in range(size)])
-        batch["labels"][filler] = IGNORE_INDEX
-        return batch
-
-    def _leave(self, rows: Sequence[int]) -> None:
-        """Take rows out of the table and their runs out of the batch."""
-        kept = [row for row in range(len(self.running)) if row not in rows]
-        self.running = [self.running[row] for row in kept]
-        if rows and kept:
-            self.step.keep(kept)
-
-    def _evaluate_due(self, bars: ProgressBars) -> None:
-        """Evaluate the runs that are due, write their figures, and let the finished ones go."""
-        due = [row for row, run in enumerate(self.running) if self.plans[run].evaluation_is_due()]
-        started = time.perf_counter()
-        found = self._measure(due, bars)
-        seconds = (time.perf_counter() - started) / max(1, len(due))
-        leaving = []
-        for row in due:
-            run = self.running[row]
-            plan = self.plans[run]
-            try:
-                if plan.add(plan.compute_metrics(found[row], seconds)):
-                    self.best[run] = self.step.table[row].clone()
-            except FloatingPointError as error:
-                self.failures[run] = str(error)
-                leaving.append(row)
-                continue
-            plan.write_metrics(self.folders[run])
-            if plan.finished:
-                self._finish(row)
-                leaving.append(row)
-        self._leave(leaving)
-
-    def _measure(self, due: Sequence[int], bars: ProgressBars) -> dict[int, EvalOutput]:
-        """What each row's vectors answer, all in batches that mix them; the model is left in evaluation mode."""
-        self.model.eval()
-        alike: dict[Any, list[int]] = {}
-        for row in due:
-            plan = self.plans[self.running[row]]
-            # Before the first step all are the base, so that those with the same held-out rows answer alike.
-            key = row if plan.progress.step else (plan.learner.task, id(plan.test_rows))
-            alike.setdefault(key, []).append(row)
-        by_task: dict[Task, list[int]] = {}
-        for row, *_ in alike.values():
-            by_task.setdefault(self.plans[self.running[row]].learner.task, []).append(row)
-        measured: dict[int, EvalOutput] = {}
-        for rows in by_task.values():
-            measured |= self._answers(rows, bars)
-        return {row: measured[rows[0]] for rows in alike.values() for row in rows}
-
-    def _answers(self, rows: Sequence[int], bars: ProgressBars) -> dict[int, EvalOutput]:
-        """What the vectors of rows with the same task answer."""
-        plans = {row: self.plans[self.running[row]] for row in rows}
-        learner: Any = plans[rows[0]].learner
-        asked = [(row, place) for row in rows for place in range(len(plans[row].test_rows))]
-        lengths = [learner.asked(plans[row].test_rows[place]) for row, place in asked]
-        bar = bars.add_task("evaluating", total=len(asked), note="")
-
-        def answer(indices: list[int]) -> list[Answered]:
-            chosen = [asked[index] for index in indices]
-            flat = self.step.table[torch.tensor([row for row, _ in chosen], device=self.device)]
-            with acting(self.mixed.rows(flat)):
-                found: list[Answered] = learner.answer([plans[row].test_rows[place] for row, place in chosen])
-            return found
-
-        found = answer_in_batches(learner.batches(lengths), answer, lambda count: bars.update(bar, advance=count))
-        bars.remove_task(bar)
-        return {
-            row: measurement([each for each, (own, _) in zip(found, asked, strict=True) if own == row]) for row in rows
-        }
-
-    def _finish(self, row: int) -> None:
-        """Save a finished run's adapters, after its last step and at its best evaluation, and its result."""
-        run = self.running[row]
-        plan, folder = self.plans[run], self.folders[run]
-        for name, flat in ((BEST_FOLDER, self.best[run]), (ADAPTER_FOLDER, self.step.table[row])):
-            parts = self.adapter.layout.split(flat)
-            with torch.no_grad():
-                for vector, part in zip(vectors(self.model, self.adapter), parts, strict=True):
-                    vector.copy_(part.view_as(vector))
-            plan.save_adapter(folder / name)
-        self.runs[run] = plan.result(folder)
-
-
 def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[dict[str, Any]], output: Path) -> Sweep:
     """The runs in the order of their best evaluations; writes cards, the best adapter, the picture, `sweep.json`."""
     runs, plans = together.runs, together.plans
     failed = [(settings[number], reason) for number, reason in sorted(together.failures.items())]
     if not runs:
+        # Going on from here would diverge again, so the folder is free for another try.
+        for name in (SWEEP_RECIPES_NAME, STATE_NAME):
+            (output / name).unlink(missing_ok=True)
         raise FloatingPointError(f"None of the {len(recipes)} runs came to an end. The first: {failed[0][1]}")
     order = sorted(runs, key=lambda number: plans[number].rank(runs[number].best), reverse=True)
     for number in order:
@@ -404,8 +321,11 @@ def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[di
     shutil.rmtree(found.best_dir, ignore_errors=True)  # of a sweep that came to no end
     shutil.copytree(found.best.best_dir, found.best_dir)
     title = f"{len(found.runs)} runs of {Path(recipes[0].model).name} on {Path(recipes[0].source).name}"
-    draw_curves(found.runs, found.settings, output / PICTURE_NAME, title=title)
+    draw_curves(found.runs, found.settings, output / SWEEP_PICTURE_NAME, title=title)
     write_json(output / SWEEP_NAME, found.summary())
+    for folder in (*together.folders, output):
+        write_sums(folder)
+    (output / STATE_NAME).unlink(missing_ok=True)
     return found
 
 
