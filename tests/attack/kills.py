@@ -57,12 +57,17 @@ def refused_at(work: Work, number: int, *, within: Path, error: int = errno.ENOS
     return _forked(work, number, within, refuse)
 
 
+def interrupted_at(work: Work, number: int, *, within: Path) -> Ended:
+    """Do work in a child that gets a SIGTERM at its `number`-th file event, as at a Ctrl-C."""
+    return _forked(work, number, within, lambda: signal.raise_signal(signal.SIGTERM), once=True)
+
+
 def done(work: Work, *, within: Path) -> Ended:
     """Do work in a child to its end."""
     return _forked(work, 0, within, lambda: None)
 
 
-def _forked(work: Work, number: int, within: Path, strike: Callable[[], None]) -> Ended:
+def _forked(work: Work, number: int, within: Path, strike: Callable[[], None], *, once: bool = False) -> Ended:
     sys.stdout.flush()
     sys.stderr.flush()
     log, counted = within.with_name(f"{within.name}.log"), within.with_name(f"{within.name}.events")
@@ -74,7 +79,7 @@ def _forked(work: Work, number: int, within: Path, strike: Callable[[], None]) -
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            seen = _count_events(number, within.resolve(), strike)
+            seen = _count_events(number, within.resolve(), strike, once=once)
             code = _do(work)
             counted.write_text(str(len(seen)), encoding="utf-8")
         except BaseException:
@@ -110,8 +115,8 @@ def _do(work: Work) -> int:
     return 0
 
 
-def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list[str]:
-    """Strike at the given event of this process; a full disk stays full, so later ones are struck, too.
+def _count_events(number: int, within: Path, strike: Callable[[], None], *, once: bool) -> list[str]:
+    """Strike at the given event of this process; a full disk stays full, so later ones are struck, too, but for `once`.
 
     Returns:
         The events, which grow.
@@ -120,7 +125,8 @@ def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list
 
     def count(event: str) -> None:
         seen.append(event)
-        if number and (len(seen) == number or (len(seen) > number and event not in _MAKING_ROOM)):
+        later = len(seen) > number and not once and event not in _MAKING_ROOM
+        if number and (len(seen) == number or later):
             strike()
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -140,7 +146,7 @@ def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list
     flush = os.fsync
 
     def fsync(handle: int) -> None:
-        if _lies_in(f"/proc/self/fd/{handle}", -1, within):
+        if _lies_in(handle, -1, within):
             count("fsync")
         flush(handle)
 
@@ -149,7 +155,7 @@ def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list
 
 
 def _lies_in(path: Any, directory: int, within: Path) -> bool:
-    where = Path(os.fsdecode(path))
+    where = Path(f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path))
     if directory != -1 and not where.is_absolute():
         where = Path(os.readlink(f"/proc/self/fd/{directory}")) / where  # noqa: PTH115
     parent = where.resolve() if str(where).startswith("/proc/") else where.absolute().parent.resolve() / where.name
