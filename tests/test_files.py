@@ -140,7 +140,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
     assert read_file(tmp_path / "file", 5) == read_file(tmp_path / "link", 5) == b"12345"
-    with pytest.raises(ValueError, match=r"file has 5 bytes, and a file of its kind has at most 4"):
+    with pytest.raises(ValueError, match=r"file has 5 bytes, and such a file has 4 at most"):
         read_file(tmp_path / "file", 4)
     with pytest.raises(FileNotFoundError, match="missing"):
         read_file(tmp_path / "missing", 4)

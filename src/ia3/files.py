@@ -61,7 +61,7 @@ def open_file(path: Path, limit: int) -> BinaryIO:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{path} is a link that leads back to itself: expected a file.") from error
         raise
-    file = open(number, "rb", buffering=0)
+    file = os.fdopen(number, "rb", buffering=0)
     try:
         status = os.fstat(number)
         _check_regular(path, status.st_mode)
@@ -86,9 +86,7 @@ def _check_regular(path: Path, mode: int) -> None:
 
 
 def _too_large(path: Path, size: str, limit: int) -> ValueError:
-    return ValueError(
-        f"{path} has {size} bytes, and a file of its kind has at most {limit:,}: it is not one, or damaged."
-    )
+    return ValueError(f"{path} has {size} bytes, and such a file has {limit:,} at most: it is damaged, or another.")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
