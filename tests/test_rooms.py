@@ -43,6 +43,7 @@ FLOORS = (
     {"ia3.config"},
     {
         "ia3.cache",
+        "ia3.documents",
         "ia3.files",
         "ia3.errors",
         "ia3.elsewhere",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parallel import DistributedDataParallel
 
 from ia3.adapter import device_at, keep_every_channel, saved_copies, site_vectors, vectors
+from ia3.documents import read_json
 from ia3.sites import SAVED_COPIES, VECTORS, Site, is_at_input, logger
 from ia3.state import Adapter, attached, find_attached, get_adapter
 from ia3.swap import Swapped
@@ -278,8 +278,8 @@ def saved_vocabulary(model: nn.Module) -> int | None:
             return None
     if not isinstance(path, str | Path):
         return None
-    size: int | None = json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size")
-    return size
+    size = read_json(path, finite=False).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def with_names_of_today(model: nn.Module, tensors: Tensors) -> Tensors:

@@ -7,7 +7,6 @@ device holds those that batches used last.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from ia3.adapter import device_at, hold_sites, release_sites
 from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
 from ia3.config import CONFIG_NAME, IA3Config
+from ia3.documents import LIMIT, parse_json
 from ia3.factory import become_adapted
+from ia3.files import read_file
 from ia3.heads import check_brought, with_head
 from ia3.loading import warn_of_other_base
 from ia3.mixing import unknown_names
@@ -389,7 +390,7 @@ def _state_for_table(model: nn.Module) -> Attached:
 def _read(folder: Path) -> tuple[bytes, bytes, bytearray]:
     """An adapter's configuration, and its tensors' header and data as safetensors has them."""
     try:
-        text = (folder / CONFIG_NAME).read_bytes()
+        text = read_file(folder / CONFIG_NAME, LIMIT)
     except (FileNotFoundError, NotADirectoryError) as error:
         where = f"No {CONFIG_NAME} in {folder}" if folder.is_dir() else f"{folder} is no folder"
         inside = sorted(folder.glob(f"*/{CONFIG_NAME}"))
@@ -413,13 +414,7 @@ def _in_parts(tensors: Tensors) -> tuple[bytes, bytearray]:
 
 
 def _config_of(text: bytes, path: Path) -> IA3Config:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    config = IA3Config.from_dict(content, source=str(path))
+    config = IA3Config.from_dict(parse_json(text, path), source=str(path))
     assert isinstance(config, IA3Config)
     return config
 

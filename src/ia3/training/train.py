@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,8 +32,9 @@ from ia3.runs.run import (
     new_folder,
     write_json,
 )
+from ia3.runs.schemas import Environment, FinishedResult, read_written
 from ia3.tasks.examples import Examples
-from ia3.tasks.task import TASK_NAME, TaskKind
+from ia3.tasks.task import TASK_NAME
 from ia3.training.learners.making import settings_of
 from ia3.training.loop import Training
 from ia3.training.plan import prepare
@@ -167,9 +167,9 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     if folder is None or begun(recipe) or not (folder / RESULT_NAME).is_file():
         return None
     former = make_recipe(read_recipe(folder / RECIPE_NAME), folder / RECIPE_NAME)
-    result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
-    kind = TaskKind(result["task"])
-    recipe = resolve(settings_of(recipe, kind), kind, result["train_examples"], len(result["labels"]))
+    read, result = read_written(folder / RESULT_NAME, FinishedResult)
+    kind = read.task
+    recipe = resolve(settings_of(recipe, kind), kind, read.train_examples, len(read.labels))
     if replace(former, task=None).content() != replace(recipe, task=None).content():
         raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
     del result["predictions"]
@@ -190,7 +190,7 @@ def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -
 
 def _check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
     """Refuse other data; say what else differs from when the run began."""
-    began = json.loads((output / ENVIRONMENT_NAME).read_text(encoding="utf-8"))
+    _, began = read_written(output / ENVIRONMENT_NAME, Environment)
     keys = {*environment["recipe"], *began["recipe"]} - {"data", "test_data"}  # they have digests
     changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
     if changed:
