@@ -45,6 +45,7 @@ FLOORS = (
         "ia3.cache",
         "ia3.documents",
         "ia3.files",
+        "ia3.patterns",
         "ia3.errors",
         "ia3.elsewhere",
         "ia3.interrupts",
