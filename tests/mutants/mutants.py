@@ -51,7 +51,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ("test_patterns.py",): [
         Mutant("fully_matching", Instead("max(end - time.monotonic(), 1e-3)", "_MOST_SECONDS"),
                "a pattern takes a second for each of a model's modules"),
-        Mutant("_as_regex_reads_it", Instead("last * (times - 1)", "0"), "copies of what is repeated fill the memory"),
+        Mutant("_as_regex_reads_it", Instead('rf"\\{text}"', "text"), "braces that repeat nothing are fuzzy matches"),
     ],
     ("test_config.py", "test_sites.py", "test_families.py", "test_layers_to_transform.py"): [
         Mutant("matches_name", Instead('any(".".join(parts[start:]) in names for start in range(len(parts)))',
