@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PeftWarning(UserWarning):
@@ -21,6 +22,18 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 class SettingError(ValueError):
     """Settings that are wrong. Their names stand between backticks, which the command line makes flags of."""
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Say in an error what the input was that is wrong, where its message doesn't."""
+    try:
+        yield
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        kind = NoMatchingPeftModuleError if isinstance(error, NoMatchingPeftModuleError) else ValueError
+        raise kind(f"{source}: {error}") from error
 
 
 def shorten(value: object, most: int = 100) -> str:
