@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ia3.files import append_line, fetch, remove_temporaries, write_atomically
+from ia3.files import append_line, fetch, read_file, remove_temporaries, write_atomically
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
@@ -180,3 +181,40 @@ def test_an_optional_file_that_the_cache_lacks_is_missing_offline(monkeypatch):
 def test_an_unknown_argument_is_refused_also_for_a_directory(tmp_path):
     with pytest.raises(TypeError, match=r"Unknown arguments \['nonsense'\]"):
         fetch(tmp_path, "a", nonsense=1)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    assert read_file(tmp_path / "file", 5) == read_file(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(ValueError, match=r"file has 5 bytes, and such a file has 4 at most"):
+        read_file(tmp_path / "file", 4)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_file(tmp_path / "missing", 4)
+
+
+def test_a_file_that_says_less_than_it_holds_is_not_read_beyond_the_limit(tmp_path):
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc here")
+    assert read_file(Path("/proc/self/status"), 1 << 20)
+    with pytest.raises(ValueError, match="more than 8 bytes"):
+        read_file(Path("/proc/self/status"), 8)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "link that leads back to itself"])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    path = Path("thing")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.symlink_to(path)
+    with pytest.raises(ValueError, match=f"thing is a {kind}: expected a file"):
+        read_file(path, 10)

@@ -36,7 +36,7 @@ FLOORS = (
     {"ia3.state"},
     {"ia3.placement"},
     {"ia3.hooks", "ia3.swap", "ia3.routed"},
-    {"ia3.rows", "ia3.tensors"},
+    {"ia3.rows", "ia3.tensors", "ia3.weights"},
     {"ia3.sites"},
     {"ia3.architectures", "ia3.peft_defaults"},
     {"ia3.structure"},
@@ -44,7 +44,9 @@ FLOORS = (
     {"ia3.config"},
     {
         "ia3.cache",
+        "ia3.documents",
         "ia3.files",
+        "ia3.patterns",
         "ia3.errors",
         "ia3.elsewhere",
         "ia3.interrupts",

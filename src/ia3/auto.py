@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
+from ia3.documents import read_json, wrong_field
 from ia3.files import HUB_ARGUMENTS, fetch
 from ia3.gguf import from_gguf, is_gguf
 from ia3.peft_model import CLASS_FOR_TASK, PeftModel
@@ -220,10 +220,9 @@ def _labels(task: Path | None) -> list[str] | None:
     """What the task's file names, if there is one."""
     if task is None:
         return None
-    try:
-        content: dict[str, Any] = json.loads(task.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{task} is not valid JSON: {error}. Copy it again, or remove it.") from error
+    content = read_json(task)
+    if (wrong := wrong_field(content, {"labels": list[str] | None})) is not None:
+        raise ValueError(f"{task}: {wrong} Copy it again, or remove it.")
     return content.get("labels")
 
 

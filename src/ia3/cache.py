@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ia3.documents import read_json
 from ia3.files import give_usual_rights
 
 _logger = logging.getLogger(__name__)
@@ -92,9 +93,9 @@ def seal(folder: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        contents = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
+        contents = read_json(folder / _CONTENTS)
         return all(digest(folder / name) == expected for name, expected in contents.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return False
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,12 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parallel import DistributedDataParallel
 
 from ia3.adapter import device_at, keep_every_channel, saved_copies, site_vectors, vectors
+from ia3.documents import read_json
 from ia3.sites import SAVED_COPIES, VECTORS, Site, is_at_input, logger
 from ia3.state import Adapter, attached, find_attached, get_adapter
 from ia3.swap import Swapped
-from ia3.tensors import PREFIX, Tensors, check_finite, plain_key, plain_tensors, renamed
+from ia3.tensors import PREFIX, check_finite, plain_key, plain_tensors, renamed
+from ia3.weights import Tensors, shorten_text, why_not_plain
 
 
 def get_peft_model_state_dict(
@@ -278,8 +280,22 @@ def saved_vocabulary(model: nn.Module) -> int | None:
             return None
     if not isinstance(path, str | Path):
         return None
-    size: int | None = json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size")
-    return size
+    size = read_json(path, finite=False).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def expect_few(model: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Refuse more tensors than the model has places for: a vector a module, and its own parameters.
+
+    Raises:
+        ValueError: there are more.
+    """
+    places = sum(1 for _ in model.modules()) + sum(1 for _ in chain(model.parameters(), model.buffers()))
+    if len(tensors) > places:
+        raise ValueError(
+            f"The adapter holds {len(tensors):,} tensors, and {type(model).__name__} has {places:,} modules and "
+            "parameters: it was made for another base model, or is damaged."
+        )
 
 
 def with_names_of_today(model: nn.Module, tensors: Tensors) -> Tensors:
@@ -321,7 +337,7 @@ def _check_keys(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site], t
     parts = []
     for title, keys in (("unknown", unknown), ("missing", missing)):
         if keys:
-            parts.append(f"{len(keys)} {title} (such as {', '.join(keys[:2])})")
+            parts.append(f"{len(keys)} {title} (such as {', '.join(map(shorten_text, keys[:2]))})")
     raise ValueError(
         f"This adapter's {len(tensors)} tensors don't fit {type(model).__name__}, which expects "
         f"{len(expected)}: {'; '.join(parts)}. Was it made for another base model or another configuration?"
@@ -356,6 +372,10 @@ def _mismatch(
 ) -> str:
     """What is wrong with a tensor's shape; empty where nothing is."""
     expected = site.shape if site is not None else tuple(target.shape) if target is not None else ()
+    if reason := why_not_plain(tensor, is_vector=site is not None):
+        return f"{key} {reason}."
+    if target is not None and _kind(tensor) != _kind(target):
+        return f"{key} is of {tensor.dtype} in the file and of {target.dtype} in the model."
     if tuple(tensor.shape) == expected:
         return ""
     text = f"{key} has the shape {tuple(tensor.shape)} in the file and {expected} in the model."
@@ -369,6 +389,11 @@ def _mismatch(
     if site is None:
         return text + _why_other_size(key, tuple(tensor.shape), expected, words)
     return text + " It was made for another base model."
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool, bool]:
+    """What copying may not change: numbers with a fraction, complex ones, truth."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def _fill(model: nn.Module, site: Site, name: str, vector: nn.Parameter, value: torch.Tensor) -> None:

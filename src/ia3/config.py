@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
-from ia3.errors import PeftWarning
+from ia3.documents import read_json, wrong_field
+from ia3.errors import PeftWarning, listed, shorten
 from ia3.files import fetch, write_atomically
 
 CONFIG_NAME = "adapter_config.json"
+
+# The most characters of a module's path; a pattern may have more.
+_LONGEST_NAME = 1000
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose format this library writes, and against which it is compared."""
@@ -50,6 +56,7 @@ class PeftConfig:
             whose format this library writes, so that PEFT takes no branch for older files.
 
     Raises:
+        TypeError: a value of another type than its field's.
         ValueError: an unknown `task_type`, or another `peft_type` than IA3.
     """
 
@@ -64,10 +71,12 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
+        if (wrong := wrong_field(vars(self), _types())) is not None:
+            raise TypeError(wrong)
         if self.peft_type not in (None, *PeftType):
-            raise ValueError(f"peft_type {self.peft_type!r}: ia3 has one method, IA3. Use `peft` for others.")
+            raise ValueError(f"peft_type {shorten(self.peft_type)}: ia3 has one method, IA3. Use `peft` for others.")
         if self.task_type is not None and self.task_type not in list(TaskType):
-            raise ValueError(f"Unknown task_type {self.task_type!r}: expected one of {', '.join(TaskType)}.")
+            raise ValueError(f"Unknown task_type {shorten(self.task_type)}: expected one of {', '.join(TaskType)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary, sets as they are."""
@@ -158,12 +167,7 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
         """Read the JSON object in a configuration file, unchecked; settings of a run that PEFT left in it are dropped
         with a warning."""
-        try:
-            content = json.loads(Path(path_json_file).read_text(encoding="utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path_json_file} is not valid JSON: {error}.") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path_json_file} holds a {type(content).__name__}, not a JSON object.")
+        content = read_json(path_json_file)
         if content.pop("runtime_config", None):
             warnings.warn(f"{path_json_file} has a runtime_config, which holds for a run.", PeftWarning, stacklevel=2)
         return content
@@ -178,7 +182,7 @@ class PeftConfig:
                     f"{source} is AdapterHub's: read the folder by ia3.convert.load_adapterhub(model, folder)."
                 )
             raise ValueError(
-                f"{source} describes a {peft_type!r} adapter; ia3 reads IA3 adapters. Load it with `peft`."
+                f"{source} describes a {shorten(peft_type)} adapter; ia3 reads IA3 adapters. Load it with `peft`."
             )
         known = {f.name for f in fields(IA3Config)}
         unknown = {key: value for key, value in content.items() if key not in known}
@@ -189,10 +193,14 @@ class PeftConfig:
                 known.discard(key)
         if telling:
             raise ValueError(
-                f"{source} has fields that this version of ia3 doesn't know and won't ignore: {telling}. "
-                "Upgrade ia3, or remove them if they don't matter."
+                f"{source} has fields that this version of ia3 doesn't know and won't ignore: "
+                f"{shorten(telling, 300)}. Upgrade ia3, or remove them if they don't matter."
             )
-        return IA3Config(**{key: value for key, value in content.items() if key in known})
+        given = {key: value for key, value in content.items() if key in known}
+        try:
+            return IA3Config(**given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from error
 
 
 @dataclass
@@ -236,14 +244,15 @@ class IA3Config(PeftConfig):
     _NAME_FIELDS: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")
 
     def __post_init__(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save takes a list of names: write [{shorten(self.modules_to_save)}].")
         super().__post_init__()
         self.peft_type = PeftType.IA3
         for name in self._NAME_FIELDS:
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save takes a list of names: write [{self.modules_to_save!r}].")
+            self._check_lengths(name, getattr(self, name))
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
         if isinstance(self.towers, str):
@@ -255,12 +264,17 @@ class IA3Config(PeftConfig):
             raise ValueError("target_modules is empty: name the modules to adapt, or leave it None.")
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
             # `wo` is among the full paths that "all-linear" stands for, and `mlp.wo` among what `wo` means.
-            stray = sorted(name for name in self.feedforward_modules if not _is_among(name, self.target_modules))
+            stray = sorted(_not_among(self.feedforward_modules, self.target_modules))
             if stray:
                 raise ValueError(
-                    f"feedforward_modules {stray} are not among target_modules "
-                    f"{sorted(self.target_modules)}: every feed-forward module must also be a target."
+                    f"feedforward_modules [{listed(stray)}] are not among target_modules "
+                    f"[{listed(sorted(self.target_modules), 10)}]: every feed-forward module must also be a target."
                 )
+
+    def _check_lengths(self, field: str, names: set[str] | list[str] | str | None) -> None:
+        longest = max(names or (), key=len, default="") if not isinstance(names, str) else ""
+        if len(longest) > _LONGEST_NAME:
+            raise ValueError(f"{field} has the name {shorten(longest)} of {len(longest):,} characters: name modules.")
 
     def _check_layers(self) -> None:
         if self.layers_to_transform == []:
@@ -294,6 +308,13 @@ class IA3Config(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **hub)
         assert isinstance(config, cls)
         return config
+
+
+@cache
+def _types() -> dict[str, Any]:
+    """The types of all fields."""
+    hints = get_type_hints(IA3Config)
+    return {each.name: hints[each.name] for each in fields(IA3Config)}
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {PeftType.IA3: IA3Config}
@@ -338,12 +359,23 @@ def _no_adapter(directory: Path, subfolder: str | None) -> str:
     inside = sorted(path.parent.name for path in where.glob(f"*/{CONFIG_NAME}")) if where.is_dir() else []
     if inside:
         prefix = f"{subfolder}/" if subfolder else ""
-        return f"No {CONFIG_NAME} in {where}, but one in {inside}: pass subfolder={prefix + inside[0]!r}."
+        return f"No {CONFIG_NAME} in {where}, but one in [{listed(inside)}]: pass subfolder={prefix + inside[0]!r}."
     return f"No {CONFIG_NAME} in {where}: expected an adapter saved by `save_pretrained`."
 
 
-def _is_among(name: str, targets: set[str]) -> bool:
-    return any(f".{target}".endswith(f".{name}") or f".{name}".endswith(f".{target}") for target in targets)
+def _not_among(names: set[str], targets: set[str]) -> list[str]:
+    """The names that end no target's path, and whose path no target ends."""
+    backwards = sorted(f".{target}"[::-1] for target in targets)
+
+    def ends_one(name: str) -> bool:
+        start = f".{name}"[::-1]
+        place = bisect_left(backwards, start)
+        return place < len(backwards) and backwards[place].startswith(start)
+
+    def is_ended(name: str) -> bool:
+        return any(name[at + 1 :] in targets for at, letter in enumerate(f".{name}"[:-1], start=-1) if letter == ".")
+
+    return [name for name in names if not ends_one(name) and not is_ended(name)]
 
 
 def _says_nothing(value: Any) -> bool:

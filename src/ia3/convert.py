@@ -12,10 +12,13 @@ from torch import nn
 
 from ia3.checkpoint import set_peft_model_state_dict
 from ia3.config import IA3Config, TaskType
+from ia3.documents import wrong_field
+from ia3.errors import naming
 from ia3.peft_model import PeftModel, get_peft_model
 from ia3.sites import VECTORS, logger, matching
 from ia3.structure import layer_widths
-from ia3.tensors import PREFIX, Tensors, read_tensors
+from ia3.tensors import PREFIX
+from ia3.weights import Tensors, limit_of, read_tensors
 
 # T-Few adapts T5 models alone. Its vectors are columns of a matrix that scales the weight: `multi_lora_b` the
 # outputs, `multi_lora_a` the inputs.
@@ -86,8 +89,9 @@ def load_tfew(
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}: expected a checkpoint of T-Few, such as finish.pt.")
-    config, tensors = convert_tfew(read_tensors(file))
-    return _attach(model, config, tensors, adapter_name, is_trainable)
+    with naming(file):
+        config, tensors = convert_tfew(read_tensors(file, limit_of(model)))
+        return _attach(model, config, tensors, adapter_name, is_trainable)
 
 
 def _attach(model: nn.Module, config: IA3Config, tensors: Tensors, adapter_name: str, is_trainable: bool) -> PeftModel:
@@ -183,12 +187,14 @@ def load_adapterhub(
     file = next((folder / name for name in _HUB_FILES if (folder / name).is_file()), None)
     if file is None or not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} has no adapter_config.json with one of {', '.join(_HUB_FILES)} beside it.")
-    content = IA3Config.from_json_file(folder / "adapter_config.json")
-    config, tensors = convert_adapterhub(model, content, read_tensors(file))
+    with naming(folder):
+        content = IA3Config.from_json_file(folder / "adapter_config.json")
+        config, tensors = convert_adapterhub(model, content, read_tensors(file, limit_of(model)))
     head = next((name for name in _HUB_HEADS if (folder / name).is_file()), None)
     if head is not None:
         logger.warning("%s holds a prediction head, which is left out: train one with the adapter.", folder / head)
-    return _attach(model, config, tensors, adapter_name, is_trainable)
+    with naming(folder):
+        return _attach(model, config, tensors, adapter_name, is_trainable)
 
 
 def _hub_settings(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +207,8 @@ def _hub_settings(content: Mapping[str, Any]) -> dict[str, Any]:
             "This adapter_config.json describes no (IA)³ adapter of AdapterHub: its `config` must have the "
             '`composition_mode` "scale". Load it with `adapters`.'
         )
+    if (wrong := wrong_field(settings, {"attn_matrices": list[str], "alpha": float})) is not None:
+        raise ValueError(f"The adapter's `config`: {wrong}")
     if settings.get("use_gating") or settings.get("r", 1) != 1:
         raise ValueError("The adapter has gates (use_gating) or a rank above 1, which one vector a module can't hold.")
     return settings

@@ -21,7 +21,8 @@ from ia3.files import write_atomically
 from ia3.peft_model import PeftModel
 from ia3.sites import VECTORS, Site
 from ia3.state import attached, get_adapter
-from ia3.tensors import PREFIX, SAFETENSORS_NAME, Tensors, write_tensors
+from ia3.tensors import PREFIX, SAFETENSORS_NAME, write_tensors
+from ia3.weights import Tensors
 
 
 def save_as_dora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:

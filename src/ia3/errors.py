@@ -1,6 +1,11 @@
-"""PEFT's classes of warnings and errors, which scripts catch by name."""
+"""PEFT's classes of warnings and errors, which scripts catch by name, and how values stand in messages."""
 
 from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PeftWarning(UserWarning):
@@ -17,3 +22,56 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 class SettingError(ValueError):
     """Settings that are wrong. Their names stand between backticks, which the command line makes flags of."""
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Say in an error what the input was that is wrong, where its message doesn't."""
+    try:
+        yield
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        kind = NoMatchingPeftModuleError if isinstance(error, NoMatchingPeftModuleError) else ValueError
+        raise kind(f"{source}: {error}") from error
+
+
+def shorten(value: object, most: int = 100) -> str:
+    """A value for a message: as Python writes it, so that control characters are escaped, and cut to `most` letters.
+
+    Args:
+        value: anything, however large or nested.
+        most: the most characters.
+    """
+    try:
+        written = _SHORT.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        written = "a number of thousands of digits"
+    return written if len(written) <= most else f"{written[: most - 1]}…"
+
+
+def listed(values: Iterable[object], most: int = 5) -> str:
+    """`'a', 'b' and 3 more`: some of many values, each shortened."""
+    given = list(values)
+    first = ", ".join(map(shorten, given[:most]))
+    return f"{first} and {len(given) - most:,} more" if len(given) > most else first
+
+
+def printable(text: str) -> str:
+    """A text without what commands a terminal: control characters and lone surrogates are escaped, line breaks stay."""
+    return _COMMANDING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def fit_screen(message: str, most: int = 1500) -> str:
+    """A message that is no longer than a screen: the middle is left out, since what to do stands at the end."""
+    if len(message) <= most:
+        return message
+    return f"{message[: most * 2 // 3]} … {message[-most // 3 :]}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
+# What controls terminals, turns the direction of writing, or can't be encoded.
+_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # What `huggingface_hub.hf_hub_download` takes besides the repository and the file.
 HUB_ARGUMENTS = frozenset(
@@ -24,7 +24,70 @@ HUB_ARGUMENTS = frozenset(
 BUNDLED = "bundled:"
 """How the names of models begin that come with a package instead of a hub."""
 
+# How many bytes are read at once.
+_PIECE = 1 << 20
+
 _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a file, read without waiting and without more memory than was meant for it.
+
+    Args:
+        path: a file, or a link to one.
+        limit: the most bytes that such a file may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it may not be read.
+        ValueError: a folder, a pipe, a socket, a device, links in a circle, or more than `limit` bytes.
+    """
+    content = bytearray()
+    with open_file(path, limit) as file:
+        # In pieces, for a file may grow meanwhile, and those of /proc say that they are empty.
+        while piece := file.read(min(_PIECE, limit + 1 - len(content))):
+            content += piece
+    if len(content) > limit:
+        raise _too_large(path, f"more than {limit:,}", limit)
+    return bytes(content)
+
+
+def open_file(path: Path, limit: int) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes for reading; see `read_file` for what is raised."""
+    try:
+        _check_regular(path, path.stat().st_mode)  # before it is opened, which some devices take for an order
+        # A pipe put here since then would let `open` wait for its other end.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link that leads back to itself: expected a file.") from error
+        raise
+    file = os.fdopen(number, "rb", buffering=0)
+    try:
+        status = os.fstat(number)
+        _check_regular(path, status.st_mode)
+        if status.st_size > limit:
+            raise _too_large(path, f"{status.st_size:,}", limit)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_IFDIR: "folder",
+            stat.S_IFIFO: "pipe",
+            stat.S_IFSOCK: "socket",
+            stat.S_IFCHR: "device",
+            stat.S_IFBLK: "device",
+        }
+        raise ValueError(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'special file')}: expected a file.")
+
+
+def _too_large(path: Path, size: str, limit: int) -> ValueError:
+    return ValueError(f"{path} has {size} bytes, and such a file has {limit:,} at most: it is damaged, or another.")
 
 
 # Temporary names: of what, by which process and thread.

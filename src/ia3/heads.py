@@ -109,10 +109,11 @@ def check_brought(model: nn.Module, config: IA3Config, tensors: Mapping[str, tor
     if not drawn:
         return
     brought = {id(drawn[key]) for key in plain_tensors(tensors, name) if key in drawn}
+    excluded = _excluded(drawn, config)
     missing = [
         key
         for key, parameter in _once(drawn)
-        if id(parameter) not in brought and _is_random(parameter) and not _is_excluded(key, config)
+        if id(parameter) not in brought and _is_random(parameter) and key not in excluded
     ]
     if not missing:
         return
@@ -140,17 +141,17 @@ def find_lacking(model: nn.Module, config: IA3Config) -> Lacking:
     wanted = {**drawn, **(_outside(model) if config.task_type in _HEADS else {})}
     if not wanted:
         return Lacking((), ())
-    named = [path for path, _ in _modules(model) if matches_name(path, config.modules_to_save or ())]
+    saved = frozenset(config.modules_to_save or ())
+    named = [path for path, _ in _modules(model) if matches_name(path, saved)]
     modules, rest = _divide(model, wanted, named)
+    excluded = _excluded((*modules, *rest), config)
     drawn_ids = {id(parameter) for parameter in drawn.values()}
     return Lacking(
-        tuple(path for path in modules if not _is_excluded(path, config)),
+        tuple(path for path in modules if path not in excluded),
         tuple(
             key
             for key in rest
-            if id(wanted[key]) in drawn_ids
-            and not any(is_inside(key, path) for path in named)
-            and not _is_excluded(key, config)
+            if id(wanted[key]) in drawn_ids and not any(is_inside(key, path) for path in named) and key not in excluded
         ),
     )
 
@@ -278,11 +279,14 @@ def _has_no_head(model: Any) -> bool:
     return type(model).__name__ in ((names,) if isinstance(names, str) else names)
 
 
-def _is_excluded(path: str, config: IA3Config) -> bool:
+def _excluded(paths: Iterable[str], config: IA3Config) -> set[str]:
+    """Those of the paths, of modules and parameters, that `exclude_modules` means or a module around them."""
     names = config.exclude_modules
     if not isinstance(names, str):
         names = {name for name in names or () if not _EXCLUDED_BY_DEFAULT.fullmatch(name)}
-    return bool(matching(names, [path, *_around(path)]))
+    around = {path: (path, *_around(path)) for path in paths}
+    meant = matching(names, {each for these in around.values() for each in these}, "exclude_modules")
+    return {path for path, these in around.items() if not meant.isdisjoint(these)}
 
 
 def _is_random(parameter: nn.Parameter) -> bool:

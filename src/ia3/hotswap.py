@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.checkpoint import set_peft_model_state_dict, unwrapped, with_names_of_today
+from ia3.checkpoint import set_peft_model_state_dict, unwrapped
 from ia3.config import PeftConfig
+from ia3.errors import naming
+from ia3.loading import read_weights
 from ia3.state import get_adapter
-from ia3.tensors import load_peft_weights
 
 
 def hotswap_adapter(
@@ -39,6 +40,7 @@ def hotswap_adapter(
     """
     model = unwrapped(model)
     get_adapter(model, adapter_name)
-    PeftConfig.from_pretrained(model_name_or_path, **hub)  # that it is an IA3 adapter
-    tensors = load_peft_weights(model_name_or_path, torch_device, **hub)
-    set_peft_model_state_dict(model, with_names_of_today(model, tensors), adapter_name)
+    with naming(model_name_or_path):
+        PeftConfig.from_pretrained(model_name_or_path, **hub)  # that it is an IA3 adapter
+        tensors = read_weights(model, model_name_or_path, torch_device, None, hub)
+        set_peft_model_state_dict(model, tensors, adapter_name)

@@ -16,6 +16,7 @@ from ia3 import factory, merging, storage
 from ia3.arithmetic import CombinationType, add_weighted
 from ia3.checkpoint import embeddings, get_peft_model_state_dict, set_peft_model_state_dict, tensors_of
 from ia3.config import IA3Config, PeftConfig, PeftType, TaskType
+from ia3.errors import naming
 from ia3.factory import attach_first, become_base
 from ia3.fast.output import forget
 from ia3.interrupts import uninterrupted
@@ -27,7 +28,7 @@ from ia3.sites import VECTORS, logger
 from ia3.state import Attached, Configurations, attached, find_attached, get_adapter
 from ia3.status import Reporting
 from ia3.swap import SavedModule
-from ia3.tensors import Tensors
+from ia3.weights import Tensors
 
 
 class PeftModel(Saved, Reporting, Mixing):
@@ -99,17 +100,18 @@ class PeftModel(Saved, Reporting, Mixing):
             raise ValueError("The model carries an adapter already: use model.load_adapter(path, name).")
         refuse_offload(ephemeral_gpu_offload)
         device, ignore_sizes, hub = loading_arguments(kwargs)
-        config = _for_class(cls, config or PeftConfig.from_pretrained(model_id, **hub))
-        tensors = read_weights(model, model_id, device, key_mapping, hub)
-        warn_of_other_base(model, config)
-        fit_config(model, config, tensors, adapter_name, trainable=is_trainable)
-        _attach_first(model, config, adapter_name, autocast_adapter_dtype, loading=True)
-        assert isinstance(model, PeftModel)
-        try:
-            set_peft_model_state_dict(model, tensors, adapter_name, ignore_sizes)
-        except BaseException:
-            model.unload()
-            raise
+        with naming(model_id):
+            config = _for_class(cls, config or PeftConfig.from_pretrained(model_id, **hub))
+            tensors = read_weights(model, model_id, device, key_mapping, hub)
+            warn_of_other_base(model, config)
+            fit_config(model, config, tensors, adapter_name, trainable=is_trainable)
+            _attach_first(model, config, adapter_name, autocast_adapter_dtype, loading=True)
+            assert isinstance(model, PeftModel)
+            try:
+                set_peft_model_state_dict(model, tensors, adapter_name, ignore_sizes)
+            except BaseException:
+                model.unload()
+                raise
         return model if is_trainable else model.eval()
 
     def load_adapter(
@@ -133,18 +135,19 @@ class PeftModel(Saved, Reporting, Mixing):
         """
         refuse_offload(ephemeral_gpu_offload)
         _, ignore_sizes, hub = loading_arguments(kwargs)
-        tensors = read_weights(self, model_id, torch_device, key_mapping, hub)
-        new = adapter_name not in self._state.adapters
-        if new:
-            config = own_copy(PeftConfig.from_pretrained(model_id, **hub))
-            fit_config(self, config, tensors, adapter_name, trainable=is_trainable)
-            factory.attach(self, config, adapter_name, half_to_fp32=autocast_adapter_dtype, loading=True)
-        try:
-            result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_sizes)
-        except BaseException:
+        with naming(model_id):
+            tensors = read_weights(self, model_id, torch_device, key_mapping, hub)
+            new = adapter_name not in self._state.adapters
             if new:
-                self.delete_adapter(adapter_name)
-            raise
+                config = own_copy(PeftConfig.from_pretrained(model_id, **hub))
+                fit_config(self, config, tensors, adapter_name, trainable=is_trainable)
+                factory.attach(self, config, adapter_name, half_to_fp32=autocast_adapter_dtype, loading=True)
+            try:
+                result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_sizes)
+            except BaseException:
+                if new:
+                    self.delete_adapter(adapter_name)
+                raise
         if is_trainable:
             self.set_requires_grad(adapter_name)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError
 from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
 from ia3.layers import is_conv1d, paths_around, refusal, why_nothing_learns
+from ia3.patterns import fully_matching
 from ia3.peft_defaults import difference, gate_side
 from ia3.structure import Block, Intervals, find_blocks, is_inside, layer_widths
 
@@ -216,15 +217,15 @@ def find_sites(model: nn.Module, config: IA3Config, *, loading: bool = False) ->
             _check_layers(model, candidates, config)
         config.target_modules = in_layers(config)
         config.layers_to_transform = config.layers_pattern = None
-    excluded = matching(config.exclude_modules, candidates)
+    excluded = matching(config.exclude_modules, candidates, "exclude_modules")
     targets = matching(config.target_modules, candidates) - excluded
     if config.feedforward_modules is None:
         config.feedforward_modules = _second_matrices(blocks, targets, modules)
     config.feedforward_modules = _as_peft_takes_it(config.feedforward_modules, config.target_modules)
-    feedforward = matching(config.feedforward_modules, targets)
+    feedforward = matching(config.feedforward_modules, targets, "feedforward_modules")
     if not loading:
         # A module that is trained in full may be excluded besides: it gets no vector either way.
-        excluded = matching(config.exclude_modules, modules)
+        excluded = matching(config.exclude_modules, modules, "exclude_modules")
         _check_all_matched(model, candidates, config, targets | excluded, excluded, feedforward, saved)
         _check_all_learn(modules, targets)
     if not targets:
@@ -283,7 +284,7 @@ def _with_defaults(
     if config.feedforward_modules is None:
         config.feedforward_modules = names[-1][0] if inputs else set()
     if isinstance(config.exclude_modules, str):
-        if not matching(config.exclude_modules, modules):
+        if not matching(config.exclude_modules, modules, "exclude_modules"):
             raise ValueError(_nothing_matched(model, modules, "exclude_modules", config.exclude_modules))
         config.exclude_modules = "|".join(
             f"({pattern})" for pattern in (config.exclude_modules, *(_ends(name) for name in sorted(usual)))
@@ -301,27 +302,33 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def matches_name(path: str, names: Iterable[str]) -> bool:
+def matches_name(path: str, names: Container[str]) -> bool:
     """Whether a path is one of the names, or ends with one after a dot."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    parts = path.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
-def matching(names: Names, paths: Iterable[str]) -> set[str]:
-    """The paths that a regular expression matches in full or that end with one of the names."""
-    if names is None:
-        return set()
+def matching(names: Names, paths: Iterable[str], field: str = "target_modules") -> set[str]:
+    """The paths that a regular expression matches in full or that end with one of the names.
+
+    Args:
+        names: a regular expression, or names.
+        paths: of modules.
+        field: the configuration's field with the names, for the error.
+
+    Raises:
+        ValueError: the expression is none, or it is too large or too slow.
+    """
     if isinstance(names, str):
-        try:
-            pattern = re.compile(names)
-        except re.error as error:
-            raise ValueError(f"{names!r} is not a valid regular expression: {error}.") from error
-        return {path for path in paths if pattern.fullmatch(path)}
-    return {path for path in paths if matches_name(path, names)}
+        return fully_matching(names, paths, field)
+    wanted = frozenset(names or ())
+    return {path for path in paths if matches_name(path, wanted)} if wanted else set()
 
 
 def _find_saved(modules: dict[str, nn.Module], names: Iterable[str]) -> Iterator[str]:
     """The outermost modules with one of these names."""
-    paths = [path for path in modules if matches_name(path, names)]
+    wanted = frozenset(names)
+    paths = [path for path in modules if matches_name(path, wanted)]
     yield from (path for path in paths if not any(is_inside(path, p) for p in paths if p != path))
 
 
@@ -487,7 +494,7 @@ def _check_all_matched(
         ("modules_to_save", set(config.modules_to_save or ()), saved),
     ):
         for name in [names] if isinstance(names, str) else sorted(names or ()):
-            if not matching(names if isinstance(names, str) else {name}, matched):
+            if not matching(names if isinstance(names, str) else {name}, matched, field):
                 raise NoMatchingPeftModuleError(_nothing_matched(model, candidates, field, name))
 
 
@@ -516,10 +523,9 @@ def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: 
 def _first_path(model: nn.Module, names: Names) -> tuple[str, str] | None:
     """Of a module that has several paths, one that the names match and the first, by which it is known."""
     first = {module: path for path, module in _base_modules(model)}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if first.get(module, path) != path and matching(names, [path]):
-            return path, first[module]
-    return None
+    others = dict(model.named_modules(remove_duplicate=False))
+    others = {path: module for path, module in others.items() if first.get(module, path) != path}
+    return next(((path, first[others[path]]) for path in sorted(matching(names, others))), None)
 
 
 def _site(path: str, module: nn.Module, side: Side, channels: Intervals | None) -> Site:

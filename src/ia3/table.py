@@ -7,7 +7,6 @@ device holds those that batches used last.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ia3.adapter import device_at, hold_sites, release_sites
-from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
+from ia3.checkpoint import check_vectors, embeddings, expect_few, with_names_of_today
 from ia3.config import CONFIG_NAME, IA3Config
+from ia3.documents import LIMIT, parse_json
+from ia3.errors import naming
 from ia3.factory import become_adapted
+from ia3.files import read_file
 from ia3.heads import check_brought, with_head
 from ia3.loading import warn_of_other_base
 from ia3.mixing import unknown_names
@@ -29,16 +31,8 @@ from ia3.peft_model import PeftModel
 from ia3.rows import BASE
 from ia3.sites import Layout, Site, find_sites
 from ia3.state import Attached, attached, carry, find_attached
-from ia3.tensors import (
-    PICKLE_NAME,
-    SAFETENSORS_NAME,
-    Tensors,
-    check_finite,
-    parse_tensors,
-    plain_tensors,
-    read_in_parts,
-    read_tensors,
-)
+from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME, check_finite, plain_tensors
+from ia3.weights import Content, Tensors, limit_of, read_content, read_pickle
 
 # How many names a printed table shows.
 _FEW = 8
@@ -106,7 +100,9 @@ class AdapterTable:
         self.layout = Layout(())
         """The union of the registered adapters' sites, in the order of their coming; it only grows."""
         self.lock = threading.RLock()
-        """Held while a batch gathers its rows and while the table changes, never while a file is read."""
+        """Held while a batch gathers its rows and while the table changes, never while a file is read or checked."""
+        # Held while a file is compared with the model's modules and while these change: registrations wait, no batch.
+        self._forming = threading.RLock()
         self._model = model
         self._registered: dict[str, _Registered] = {}
         self._forms: dict[bytes, _Form] = {}
@@ -137,25 +133,24 @@ class AdapterTable:
                 `PeftModel.from_pretrained` raises. The table is then unchanged.
         """
         self._check_name(name)
-        text, header, data = _read(Path(path))
-        about, digest = _digests(text, header, data)
+        saved = _read(self._model, Path(path))
         held = self._registered.get(name)
-        if held is not None and held.digest == digest:
-            return digest
-        form = self._forms.get(about)
-        if form is None or form.size != len(data):
-            with self.lock:  # which other registrations hold while they change the model's modules
-                form = _form_of(self._model, text, header, data, Path(path))
-            self._forms[about] = form
-        numbers = _numbers(form, header, data, Path(path))
-        with self.lock:
+        if held is not None and held.digest == saved.digest:
+            return saved.digest
+        form = self._forms.get(saved.about)
+        if form is None or form.size != len(saved.content.data):
+            with self._forming:
+                form = _form_of(self._model, saved)
+            self._forms[saved.about] = form
+        numbers = _numbers(form, saved)
+        with self._forming, self.lock:
             self._check_name(name)
             self._take_place(form)
             former = self._registered.get(name)
-            self._registered[name] = _Registered(digest, form, numbers)
+            self._registered[name] = _Registered(saved.digest, form, numbers)
             if former is not None:
                 self._leave_slot(former)
-        return digest
+        return saved.digest
 
     def drop(self, name: str) -> None:
         """Forget an adapter; batches under way go on with it.
@@ -241,7 +236,7 @@ class AdapterTable:
 
     def leave(self) -> None:
         """Take the table off the model, whose class stays as it is: what `close` and `unload` share."""
-        with self.lock:
+        with self._forming, self.lock:
             self._open = False
             release_sites(self._model, self.layout.sites)
             self._registered.clear()
@@ -329,36 +324,48 @@ def read_vectors(model: nn.Module, path: str | Path) -> tuple[str, dict[Site, Te
         FileNotFoundError: no such adapter.
         ValueError: modules trained in full, or what `PeftModel.from_pretrained` raises.
     """
-    text, header, data = _read(Path(path))
-    form = _form_of(model, text, header, data, Path(path))
-    vectors = Layout(form.sites).split(_numbers(form, header, data, Path(path)))
-    return _digests(text, header, data)[1], dict(zip(form.sites, vectors, strict=True))
+    saved = _read(model, Path(path))
+    form = _form_of(model, saved)
+    vectors = Layout(form.sites).split(_numbers(form, saved))
+    return saved.digest, dict(zip(form.sites, vectors, strict=True))
 
 
-def _digests(text: bytes, header: bytes, data: bytearray) -> tuple[bytes, str]:
-    """What tells a configuration with a header from others, and what tells the whole content."""
-    content = hashlib.sha256(len(text).to_bytes(8, "little") + text)
-    content.update(header)
-    about = content.digest()
-    content.update(data)
-    return about, content.hexdigest()
+@dataclass(frozen=True)
+class _Saved:
+    """An adapter's files, read once and not yet compared with a model.
+
+    Args:
+        folder: where they are.
+        text: the configuration's.
+        content: the tensors' file.
+        about: what tells this configuration with this header from others.
+        digest: what tells the whole content.
+    """
+
+    folder: Path
+    text: bytes
+    content: Content
+    about: bytes
+    digest: str
 
 
-def _form_of(model: nn.Module, text: bytes, header: bytes, data: bytearray, path: Path) -> _Form:
+def _form_of(model: nn.Module, saved: _Saved) -> _Form:
     """Check a file against its configuration and the model as loading an adapter does, all but the numbers."""
-    config = _config_of(text, path / CONFIG_NAME)
-    tensors = parse_tensors(header + data, path / SAFETENSORS_NAME)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    tensors = plain_tensors(with_names_of_today(model, tensors))
-    with_head(model, config)
-    _refuse_whole_modules(model, config, tensors, path)
-    warn_of_other_base(model, config)
-    check_brought(model, config, tensors, "default")
-    found = find_sites(model, config, loading=True)
-    # A file has every channel, also of a fused projection.
-    sites = {site.key: site.whole for site in found.layout.sites}
-    check_vectors(model, tensors, sites)
-    return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(data))
+    with naming(saved.folder):
+        config = _config_of(saved.text, saved.folder / CONFIG_NAME)
+        tensors = saved.content.tensors()
+        expect_few(model, tensors)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        tensors = plain_tensors(with_names_of_today(model, tensors))
+        with_head(model, config)
+        _refuse_whole_modules(model, config, tensors, saved.folder)
+        warn_of_other_base(model, config)
+        check_brought(model, config, tensors, "default")
+        found = find_sites(model, config, loading=True)
+        # A file has every channel, also of a fused projection.
+        sites = {site.key: site.whole for site in found.layout.sites}
+        check_vectors(model, tensors, sites)
+    return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(saved.content.data))
 
 
 def _refuse_whole_modules(model: nn.Module, config: IA3Config, tensors: Tensors, path: Path) -> None:
@@ -386,53 +393,43 @@ def _state_for_table(model: nn.Module) -> Attached:
     return state or Attached()
 
 
-def _read(folder: Path) -> tuple[bytes, bytes, bytearray]:
-    """An adapter's configuration, and its tensors' header and data as safetensors has them."""
+def _read(model: nn.Module, folder: Path) -> _Saved:
+    """Read an adapter's files, none of which may be larger than the model could fill."""
     try:
-        text = (folder / CONFIG_NAME).read_bytes()
+        text = read_file(folder / CONFIG_NAME, LIMIT)
     except (FileNotFoundError, NotADirectoryError) as error:
         where = f"No {CONFIG_NAME} in {folder}" if folder.is_dir() else f"{folder} is no folder"
         inside = sorted(folder.glob(f"*/{CONFIG_NAME}"))
         hint = f" It holds {len(inside):,}, such as {inside[0].parent}: register these." if inside else ""
         raise FileNotFoundError(f"{where}: expected an adapter saved by `save_pretrained`.{hint}") from error
     try:
-        return text, *read_in_parts(folder / SAFETENSORS_NAME)
+        content = read_content(folder / SAFETENSORS_NAME, limit_of(model))
     except FileNotFoundError as error:
         if not (folder / PICKLE_NAME).is_file():
             raise FileNotFoundError(f"No {SAFETENSORS_NAME} or {PICKLE_NAME} in {folder}.") from error
-    return text, *_in_parts(read_tensors(folder / PICKLE_NAME))
-
-
-def _in_parts(tensors: Tensors) -> tuple[bytes, bytearray]:
-    """Tensors as `read_in_parts` reads them."""
-    from safetensors.torch import save
-
-    content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-    start = 8 + int.from_bytes(content[:8], "little")
-    return content[:start], bytearray(content[start:])
+        content = read_pickle(folder / PICKLE_NAME, limit_of(model))
+    hashed = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    hashed.update(content.header)
+    about = hashed.digest()
+    hashed.update(content.data)
+    return _Saved(folder, text, content, about, hashed.hexdigest())
 
 
 def _config_of(text: bytes, path: Path) -> IA3Config:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    config = IA3Config.from_dict(content, source=str(path))
+    config = IA3Config.from_dict(parse_json(text, path), source=str(path))
     assert isinstance(config, IA3Config)
     return config
 
 
-def _numbers(form: _Form, header: bytes, data: bytearray, path: Path) -> Tensor:
+def _numbers(form: _Form, saved: _Saved) -> Tensor:
     """The file's numbers in fp32, `[D]`, finite; plain ones are the very bytes that were read."""
     if form.plain:
-        numbers = torch.frombuffer(data, dtype=torch.float32)
+        numbers = torch.frombuffer(saved.content.data, dtype=torch.float32)
     else:
-        tensors = parse_tensors(header + data, path / SAFETENSORS_NAME)
-        numbers = torch.cat([tensor.reshape(-1).float() for tensor in tensors.values()])
+        numbers = torch.cat([tensor.reshape(-1).float() for tensor in saved.content.tensors().values()])
     least, most = numbers.aminmax()
     if not torch.isfinite(most - least):
         vectors = Layout(form.sites).split(numbers)
-        check_finite({site.key: vector for site, vector in zip(form.sites, vectors, strict=True)})
+        with naming(saved.folder):
+            check_finite({site.key: vector for site, vector in zip(form.sites, vectors, strict=True)})
     return numbers

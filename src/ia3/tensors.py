@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,12 @@ import torch
 from ia3.config import IA3Config
 from ia3.files import fetch, write_atomically
 from ia3.sites import SAVED_COPIES, VECTORS, matches_name
+from ia3.weights import Tensors, read_tensors
 
 PREFIX = "base_model.model."
 """What PEFT puts before each module path."""
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-
-Tensors = dict[str, torch.Tensor]
 
 
 def load_peft_weights(
@@ -45,15 +42,22 @@ def load_peft_weights(
 
     Raises:
         FileNotFoundError: no adapter file.
-        ValueError: a file that is truncated, or a pickle that holds more than tensors.
+        ValueError: what `read_tensors` refuses: a file that is truncated or too large, a pickle that holds more than
+            tensors, a tensor that no adapter has.
     """
+    tensors = read_tensors(find_weights(model_id, subfolder, **hub))
+    return renamed({key: tensor.to(device or "cpu") for key, tensor in tensors.items()}, key_mapping)
+
+
+def find_weights(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """The file of an adapter's tensors; see `load_peft_weights`."""
     path = fetch(model_id, SAFETENSORS_NAME, subfolder=subfolder, **hub) or fetch(
         model_id, PICKLE_NAME, subfolder=subfolder, **hub
     )
     if path is None:
         where = f"{model_id}/{subfolder}" if subfolder else model_id
         raise FileNotFoundError(f"No {SAFETENSORS_NAME} or {PICKLE_NAME} in {where}.")
-    return renamed(read_tensors(path, device or "cpu"), key_mapping)
+    return path
 
 
 def saved_modules_in(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> set[str]:
@@ -61,75 +65,17 @@ def saved_modules_in(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) 
 
     For PEFT, `norm` in modules_to_save also means `input_layernorm`, and its file holds that module too.
     """
-    paths = set()
+    wanted, paths = frozenset(names), set()
     for key in tensors:
         parts = key.removeprefix(PREFIX).split(".")
         if parts[-1] != VECTORS:
             modules = [".".join(parts[:length]) for length in range(1, len(parts))]
-            paths |= {path for path in modules if path.endswith(tuple(names)) and not matches_name(path, names)}
+            paths |= {path for path in modules if _ends_with(path, wanted) and not matches_name(path, wanted)}
     return paths
 
 
-def read_tensors(path: Path, device: str | torch.device = "cpu") -> Tensors:
-    """Read a safetensors file, or a pickle that holds nothing but tensors; see `load_peft_weights`."""
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            loaded: Tensors = load_file(path, device=str(device))
-        else:
-            loaded = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is a pickle that holds more than tensors, which could run code: ask its author for a "
-            "safetensors file."
-        ) from error
-    except Exception as error:  # damaged bytes make torch.load raise almost anything
-        raise _damaged(path, error) from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
-    ):
-        raise ValueError(f"{path} holds no dictionary of tensors: it isn't an adapter's file.")
-    return loaded
-
-
-def read_in_parts(path: Path) -> tuple[bytes, bytearray]:
-    """A safetensors file read once: its header with the length before it, and its data, neither of them checked.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is shorter than it says.
-    """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise _damaged(path, "its header is longer than the file")
-        header, data = file.read(length), bytearray(size - 8 - length)
-        if len(header) < length or file.readinto(data) < len(data):
-            raise _damaged(path, "it became shorter while it was read")
-    return prefix + header, data
-
-
-def parse_tensors(content: bytes, path: Path) -> Tensors:
-    """The tensors of a safetensors file's content, in the order of its data.
-
-    Raises:
-        ValueError: the content is damaged; `path` says where it came from.
-    """
-    from safetensors.torch import load
-
-    try:
-        tensors: Tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except Exception as error:  # safetensors raises an exception of its own
-        raise _damaged(path, error) from error
-    return {key: tensors[key] for key in sorted(tensors, key=lambda key: header[key]["data_offsets"])}
-
-
-def _damaged(path: Path, why: object) -> ValueError:
-    return ValueError(f"{path} is truncated or damaged ({why}): copy or download it again.")
+def _ends_with(path: str, names: Container[str]) -> bool:
+    return any(path[start:] in names for start in range(len(path)))
 
 
 def save_adapter(
@@ -180,8 +126,8 @@ def plain_tensors(tensors: Mapping[str, torch.Tensor], adapter_name: str = "defa
     """
     plain = {plain_key(key, adapter_name): tensor for key, tensor in tensors.items()}
     if len(plain) < len(tensors):
-        keys = [plain_key(key, adapter_name) for key in tensors]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        counts = Counter(plain_key(key, adapter_name) for key in tensors)
+        twice = sorted(key for key, count in counts.items() if count > 1)
         raise ValueError(f"{len(twice)} tensors come twice, with and without a prefix (such as {twice[0]}).")
     return plain
 

@@ -48,8 +48,14 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("PeftModel.to_empty", Skip("load_state_dict"), "to_empty leaves vectors without values"),
         Mutant("loading_arguments", Never("unknown"), "a misspelt argument of from_pretrained is ignored"),
     ],
+    ("test_patterns.py",): [
+        Mutant("fully_matching", Instead("max(end - time.monotonic(), 1e-3)", "_MOST_SECONDS"),
+               "a pattern takes a second for each of a model's modules"),
+        Mutant("_as_regex_reads_it", Instead('rf"\\{text}"', "text"), "braces that repeat nothing are fuzzy matches"),
+    ],
     ("test_config.py", "test_sites.py", "test_families.py", "test_layers_to_transform.py"): [
-        Mutant("matches_name", Instead('path == name or path.endswith(f".{name}")', "path.endswith(name)"),
+        Mutant("matches_name", Instead('any(".".join(parts[start:]) in names for start in range(len(parts)))',
+                                       "any(path.endswith(name) for name in names)"),
                "`o` also means `wo`"),
         Mutant("find_sites", Instead("by_default or loading", "True"),
                "explicit targets lose the query channels"),
@@ -120,7 +126,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "a save is not atomic and leaves its temporary file"),
     ],
     ("test_checkpoint.py", "test_adapter.py", "test_trainer.py"): [
-        Mutant("read_tensors", Instead("True", "False"), "an adapter's pickle may run code"),
+        Mutant("_unpickled", Instead("True", "False"), "an adapter's pickle may run code"),
         Mutant("check_finite", Never("isfinite"), "an adapter with NaN is loaded"),
         Mutant("plain_tensors", Never("plain"), "of two tensors for one vector one is dropped in silence"),
         Mutant("Saved.save_pretrained", Instead('adapter.name == "default"', "True"),

@@ -184,20 +184,28 @@ def test_no_spread_without_finite_values(values: list[float]) -> None:
 
 
 DAMAGED = {
-    "half a result": (RESULT_NAME, '{"accuracy": 0.', r"result\.json is damaged, .*copy it again"),
-    "a list": (RESULT_NAME, "[]", r"result\.json is damaged, .*\(there is no JSON object"),
+    "half a result": (RESULT_NAME, '{"accuracy": 0.', r"result\.json is not valid JSON: .*Copy or write it again"),
+    "a list": (RESULT_NAME, "[]", r"result\.json holds a list, not a JSON object"),
     "a result without evaluations": (
         RESULT_NAME,
-        '{"accuracy_interval_95": [0, 1], "evaluations": []}',
-        "it has no evaluation",
+        '{"accuracy_interval_95": [0, 1], "best": {"step": 1, "loss": 1}, "evaluations": []}',
+        r"evaluations is \[\]: List should have at least 1 item",
     ),
-    "another result": (RESULT_NAME, "{}", r"of another version of ia3 .*has no 'accuracy_interval_95'.*train again"),
-    "a broken step": (METRICS_NAME, '{"step": 1}\n{"step\n{"step": 3}\n', r"metrics\.jsonl is damaged in line 2"),
-    "a step without number": (METRICS_NAME, '{"loss": 1}\n', r"metrics\.jsonl is damaged in line 1, .*no 'step'"),
-    "an evaluation of text": (METRICS_NAME, '{"evaluation": 3, "step": 1}\n', r"metrics\.jsonl is damaged in line 1"),
+    "another result": (
+        RESULT_NAME,
+        "{}",
+        r"of another version of ia3 .*accuracy_interval_95 is not there.*train again",
+    ),
+    "a broken step": (METRICS_NAME, '{"step": 1}\n{"step\n{"step": 3}\n', r"metrics\.jsonl, line 2 is not valid JSON"),
+    "a step without number": (METRICS_NAME, '{"loss": 1}\n', r"metrics\.jsonl, line 1 is damaged, .*step is not there"),
+    "an evaluation of text": (
+        METRICS_NAME,
+        '{"evaluation": 3, "step": 1}\n',
+        r"metrics\.jsonl, line 1 is damaged, .*evaluation is 3",
+    ),
     "no recipe": (RECIPE_NAME, "epochs: [", r"recipe\.yaml is not YAML"),
     "half a recipe": (RECIPE_NAME, "model: t5\ndata: x.csv\n", r"recipe\.yaml has no task.*Put it back"),
-    "an unknown task": (RECIPE_NAME, "model: t5\ndata: x.csv\ntask: chess\n", r"unknown task, 'chess'"),
+    "an unknown task": (RECIPE_NAME, "model: t5\ndata: x.csv\ntask: chess\n", r"task is 'chess', expected one of"),
 }
 
 

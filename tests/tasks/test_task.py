@@ -152,5 +152,5 @@ def test_bytes_that_are_no_json(content: bytes, tmp_path: Path) -> None:
 
 def test_a_list_is_no_task(tmp_path: Path) -> None:
     (tmp_path / "ia3_task.json").write_text("[1]")
-    with pytest.raises(ValueError, match="describes no task of the types"):
+    with pytest.raises(ValueError, match="holds a list, not a JSON object"):
         load_task(tmp_path)

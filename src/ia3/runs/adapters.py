@@ -63,7 +63,7 @@ def read_adapter(name: str | Path) -> SavedAdapter:
     paths = sorted((key.removesuffix(f".{VECTORS}") for key in tensors if key.endswith(f".{VECTORS}")), key=_in_order)
     if not paths:
         raise ValueError(f"{name} holds no vectors of (IA)³: expected tensors whose names end in .{VECTORS}.")
-    inputs = matching(config.feedforward_modules, paths)
+    inputs = matching(config.feedforward_modules, paths, "feedforward_modules")
     found = {path: tensors.pop(f"{path}.{VECTORS}") for path in paths}
     vectors = {_site(path, vector, path in inputs): vector for path, vector in found.items()}
     broken = [site.path for site, vector in vectors.items() if not vector.isfinite().all()]

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ia3.documents import wrong_field
 from ia3.runs.recipe import read_recipe
-from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME, reading
+from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
+from ia3.runs.schemas import Figures, MetricsLine, Result, read_lines, read_written
 from ia3.runs.sums import expect_unchanged
-from ia3.tasks.task import TaskKind, method_of
+from ia3.tasks.task import AnswerBy, TaskKind, method_of
 from ia3.tasks.template import Template
 
 QUARTILE_METHOD: Final = "linear"
@@ -179,29 +181,27 @@ def _read_run(folder: Path) -> RunRecord:
     if not path.is_file():
         steps, evaluations = _read_metrics(folder / METRICS_NAME)
         return RunRecord(folder, recipe, UNFINISHED, steps, evaluations)
-    with reading(path):
-        result = json.loads(path.read_bytes())
-        interval = result["accuracy_interval_95"]  # None of texts alone
-        if not result["evaluations"]:
-            raise ValueError("it has no evaluation")
-        return RunRecord(
-            folder,
-            recipe,
-            STOPPED_EARLY if result["stopped_early"] else FINISHED,
-            result["steps"],
-            [_figures(each) for each in result["evaluations"]],
-            interval=None if interval is None else (interval[0], interval[1]),
-            best_accuracy=_figures(result["best"])["accuracy"],
-            seconds=result["train_seconds"],
-        )
+    result, _ = read_written(path, Result)
+    interval = result.accuracy_interval_95  # None of texts alone
+    return RunRecord(
+        folder,
+        recipe,
+        STOPPED_EARLY if result.stopped_early else FINISHED,
+        result.steps,
+        [_figures(each) for each in result.evaluations],
+        interval=None if interval is None else (interval[0], interval[1]),
+        best_accuracy=_figures(result.best)["accuracy"],
+        seconds=result.train_seconds,
+    )
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     """The recipe without where it went, and with the one text column written as the template that it means."""
     recipe = read_recipe(path)
     missing = [name for name in ("model", "data", "task") if name not in recipe]
-    if missing or recipe["task"] not in [kind.value for kind in TaskKind]:
-        wrong = f"has no {missing[0]}" if missing else f"names an unknown task, {recipe['task']!r}"
+    kinds = {"answer_by": AnswerBy, "data": str, "model": str, "task": TaskKind, "template": str, "text_column": str}
+    if missing or (wrong := wrong_field(recipe, kinds)) is not None:
+        wrong = f"has no {missing[0]}" if missing else f"was changed, for {wrong.rstrip('.')}"
         raise ValueError(f"{path} {wrong}: it is not as ia3 train wrote it. Put it back, or move the folder elsewhere.")
     recipe.pop("output", None)
     column = recipe.pop("text_column", "text")
@@ -212,20 +212,15 @@ def _read_metrics(path: Path) -> tuple[int, list[dict[str, float]]]:
     """The number of steps and the evaluations of a run under way, whose last line may not be whole yet."""
     if not path.is_file():  # before the first evaluation
         return 0, []
-    *lines, _ = path.read_bytes().split(b"\n")
-    steps, evaluations = 0, []
-    for number, line in enumerate(lines, start=1):
-        with reading(path, f" in line {number}"):
-            content = json.loads(line)
-            steps = max(steps, int(content["step"]))
-            if "evaluation" in content:
-                evaluations.append(_figures(content["evaluation"]))
-    return steps, evaluations
+    lines = read_lines(path, MetricsLine)
+    evaluations = [_figures(line.evaluation) for line in lines if line.evaluation is not None]
+    return max((line.step for line in lines), default=0), evaluations
 
 
-def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
+def _figures(evaluation: Figures) -> dict[str, float]:
     """An evaluation's figures, those of every run among them; of texts alone there is no accuracy."""
-    return {"accuracy": math.nan} | {name: float(evaluation[name]) for name in ("step", "loss", *evaluation)}
+    found = evaluation.model_dump(exclude_none=True)
+    return {"accuracy": math.nan} | {name: float(value) for name, value in found.items()}
 
 
 def _rank(record: RunRecord) -> tuple[Any, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from ia3.bundled import expect_bundled
 from ia3.data.loading import load_examples, read_for
 from ia3.data.records import Records
+from ia3.documents import read_json
 from ia3.errors import SettingError
 from ia3.files import BUNDLED, expect_folder_or_hub
 from ia3.runs.recipe import Recipe
@@ -88,8 +88,7 @@ def _kinds(model: str) -> list[TaskKind]:
     if model.startswith(BUNDLED):
         return [TaskKind.LABEL_WORDS]
     try:
-        written = json.loads((Path(model) / "config.json").read_bytes())
+        written = read_json(Path(model) / "config.json", finite=False)
     except (OSError, ValueError):  # of the hub, or damaged, which its loading tells
         return _DEFAULTS
-    whole = isinstance(written, dict) and written.get("is_encoder_decoder")
-    return [TaskKind.LABEL_WORDS] if whole else _DEFAULTS
+    return [TaskKind.LABEL_WORDS] if written.get("is_encoder_decoder") is True else _DEFAULTS

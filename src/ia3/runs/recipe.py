@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,10 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, Field, InstanceOf
 
 from ia3.data.records import decode_text
-from ia3.errors import SettingError
+from ia3.errors import SettingError, fit_screen, listed, shorten
+from ia3.files import read_file
 from ia3.runs.defaults import LEFT_TO_THE_DATA, default_settings
-from ia3.runs.settings import Flag, Positive, PositiveReal, TrainSettings, checked, field_names
+from ia3.runs.settings import LARGEST, Flag, Positive, PositiveReal, Seed, TrainSettings, checked, field_names
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TaskKind
 from ia3.tasks.template import Template
@@ -33,6 +35,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_steps": 60,
     },
 }
+# The most bytes of a recipe's file.
+_LIMIT = 1 << 17
 # How a recipe's file names data that it was not given by name.
 IN_MEMORY = "in memory: "
 
@@ -60,7 +64,7 @@ class Recipe(TrainSettings):
     """The part of the data that is held out."""
     test_limit: Annotated[Positive | None, Flag("Data", unset="all")] = None
     """Evaluate on at most this many examples, the first of the held-out ones."""
-    split_seed: Annotated[int, _DATA] = 42
+    split_seed: Annotated[Seed, _DATA] = 42
     """Decides what is held out, apart from the run's `seed`, so that runs with several are compared on the same
     examples."""
     limit: Annotated[Positive | None, Flag("Data", unset="all")] = None
@@ -87,7 +91,7 @@ class Recipe(TrainSettings):
     """The folder for what is made."""
     # None leaves these to the data: runs/defaults.py.
     learning_rate: Annotated[PositiveReal | None, _RATE] = None  # type: ignore[assignment]
-    warmup_steps: Annotated[int | None, Field(ge=0), _LEFT] = None  # type: ignore[assignment]
+    warmup_steps: Annotated[int | None, Field(ge=0, le=LARGEST), _LEFT] = None  # type: ignore[assignment]
     dropout: Annotated[bool | None, _LEFT] = None  # type: ignore[assignment]
     epochs: Annotated[Positive | None, _LEFT] = None  # type: ignore[assignment]
     steps: Annotated[Positive | None, _LEFT] = None
@@ -99,8 +103,8 @@ class Recipe(TrainSettings):
             raise ValueError(f"There is `test_data`, so `test_size={self.test_size}` has no use: leave one out.")
         if self.template is not None and self.text_column != "text":
             raise ValueError(
-                f"There is a `template` and the text column {self.text_column!r}: a template names its columns "
-                f"itself, as in 'Review: {{{self.text_column}}}', so leave `text_column` out."
+                f"There is a `template` and the text column {shorten(self.text_column)}: a template names its "
+                f"columns itself, as in 'Review: {{{self.text_column:.50}}}', so leave `text_column` out."
             )
 
     @property
@@ -190,23 +194,38 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             f"There is no recipe {path}: expected a YAML file with lines such as `epochs: 3`, or one of the names "
             f"{list(RECIPES)}."
         )
+    text = decode_text(read_file(path, _LIMIT), str(path))
     try:
-        content = yaml.load(decode_text(path.read_bytes(), str(path)), _LoaderOfDistinctKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        content = yaml.load(text, _RecipeLoader)
+    except Exception as error:  # dates, tags and numbers that are none raise almost anything
+        raise ValueError(f"{path} is not YAML of a recipe: {_why(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} is no recipe: expected one key and its value a line, such as `epochs: 3`.")
     return content
 
 
-class _LoaderOfDistinctKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML's loader keeps the last of equal keys in silence; this one refuses them."""
+def _why(error: Exception) -> str:
+    """What YAML's parser found; its own errors say where."""
+    if isinstance(error, RecursionError):
+        return "lists stand too deep within each other."
+    said = fit_screen(str(error), 600)
+    return said if isinstance(error, yaml.YAMLError) else f"a value is not what its form or tag says ({said})."
+
+
+class _RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's loader without what recipes have no use for: equal keys, of which it keeps the last in silence, and
+    aliases, by which a few lines become as much as anybody wants."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.YAMLError(f"*{alias.anchor:.50} is an alias; write out what it stands for.")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"the keys {twice} stand there more than once; keep one of each.")
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := sorted(key for key, count in keys.items() if count > 1):
+            raise yaml.YAMLError(f"the keys [{listed(twice)}] stand there more than once; keep one of each.")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -225,6 +244,8 @@ def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) ->
     """
     own = {name: value for name, value in content.items() if name != "recipe"}
     name = content.get("recipe")
+    if not isinstance(name, str | Path | None):
+        raise SettingError(f"`recipe` is {shorten(name)}: expected a YAML file, or one of {list(RECIPES)}.")
     try:
         if name is None:
             return Recipe(**own)

@@ -7,13 +7,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from ia3.files import write_atomically
 from ia3.runs.settings import TrainSettings
@@ -301,52 +298,6 @@ def check_output(folder: Path) -> None:
             raise NotADirectoryError(f"{path} is a file, and a run has a folder there: move it elsewhere.")
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(f"{path} is read-only, and a run writes there: make it writable, or name another.")
-
-
-def read_json(path: Path, shape: type) -> Any:
-    """Read a JSON file of a run.
-
-    Args:
-        path: the file.
-        shape: what it holds, as pydantic understands it.
-
-    Raises:
-        ValueError: it is missing, no JSON, or holds something else; it names the file.
-    """
-    with reading(path):
-        content = json.loads(path.read_bytes())
-        TypeAdapter(shape).validate_python(content)
-        return content
-
-
-@contextmanager
-def reading(path: Path, place: str = "") -> Iterator[None]:
-    """Name the file that doesn't hold what a run writes.
-
-    Raises:
-        ValueError: instead of what reading it raised.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged{place}, or of another version of ia3 ({_reason(error)}): copy it again, train again, "
-            "or move its run's folder elsewhere."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What was wrong with a file, in a line."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"[:200]
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    if isinstance(error, OSError):
-        return "it can't be read" if error.strerror is None else error.strerror.lower()
-    if isinstance(error, TypeError | AttributeError):
-        return "there is no JSON object where one belongs"
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def new_folder(source: str) -> Path:

@@ -16,10 +16,17 @@ import pydantic.dataclasses
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from ia3.errors import SettingError
-from ia3.tasks.task import AnswerBy, Precision, Quantisation
+from ia3.errors import SettingError, shorten
+from ia3.tasks.task import MOST_TOKENS, AnswerBy, Precision, Quantisation
 
 ModelT = TypeVar("ModelT")
+
+
+# How many of a recipe's problems an error tells.
+_MOST_PROBLEMS = 4
+
+LARGEST = 2**53
+"""The most of a count, and of a seed: what torch's generators hold, and more than any training does."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ def checked(cls: type[ModelT]) -> type[ModelT]:
         except ValidationError as error:
             first = {str(each["loc"][:1]): each for each in reversed(error.errors())}  # of a union's, the first
             problems = [_explain(each, field_names(cls)) for each in reversed(first.values())]
-            raise SettingError("; ".join(problems)) from error
+            more = [f"and {len(problems) - _MOST_PROBLEMS:,} more."] if len(problems) > _MOST_PROBLEMS else []
+            raise SettingError("; ".join([*problems[:_MOST_PROBLEMS], *more])) from error
 
     made.__init__ = checked_init
     inherited = {name: field for base in cls.__bases__ for name, field in fields_of(base).items()}
@@ -83,7 +91,7 @@ def full_name(name: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question after the name that was meant, or all names."""
     known = sorted(known)
-    found = difflib.get_close_matches(full_name(name), known, n=1)
+    found = difflib.get_close_matches(full_name(name[:100]), known, n=1)
     return f"Did you mean `{found[0]}`?" if found else f"The settings are {', '.join(known)}."
 
 
@@ -95,19 +103,23 @@ def _explain(problem: Any, known: tuple[str, ...]) -> str:
     if kind == "missing":
         return f"There is no `{name}`: give it, or name it in a recipe."
     if kind == "unexpected_keyword_argument":
-        return f"There is no setting {name!r}. {nearest(name, known)}"
+        return f"There is no setting {shorten(name)}. {nearest(name, known)}"
     expected = {
         "greater_than": "expected a positive number",
         "greater_than_equal": "expected 0 or a positive number",
         "less_than": "expected a fraction between 0 and 1",
         "finite_number": "expected a positive number",
+        "less_than_equal": f"expected at most {problem.get('ctx', {}).get('le', 0):,}",
         "float_parsing": "expected a number",
         "int_parsing": "expected a whole number",
     }.get(kind, f"{problem['msg'][:1].lower()}{problem['msg'][1:]}")
-    return f"`{name}` is {value!r}: {expected}."
+    return f"`{name}` is {shorten(value)}: {expected}."
 
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
+Rounding = Annotated[int, Field(gt=0, le=65_536)]  # beyond, padding would be nearly all of a batch
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _STEPS, _DATA, _TASK, _EVALUATION = Flag("Steps"), Flag("Data"), Flag("Task"), Flag("Evaluation")
 
@@ -126,7 +138,7 @@ class TrainSettings:
     """How many steps to train for, instead of `epochs`."""
     learning_rate: Annotated[PositiveReal, Flag("Steps", also="lr")] = 8e-3
     """The highest learning rate; it falls linearly to 0 at the end."""
-    warmup_steps: Annotated[int, Field(ge=0), _STEPS] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=LARGEST), _STEPS] = 0
     """Over how many steps the rate rises linearly from 0 first."""
     optimizer: Annotated[Literal["adamw", "adafactor"], _STEPS] = "adamw"
     """AdamW, or Adafactor as in T-Few (transformers', without relative steps)."""
@@ -147,7 +159,7 @@ class TrainSettings:
     objective: Annotated[Literal["lm", "t-few"], _TASK] = "lm"
     """lm, the model's own loss, or t-few, which adds the unlikelihood of wrong labels and the length-normalised choice
     among all (Liu et al. 2022, section 3.2); for label words."""
-    max_length: Annotated[Positive, _DATA] = 128
+    max_length: Annotated[Tokens, _DATA] = 128
     """Where longer inputs are cut, in tokens."""
     max_label_length: Annotated[Positive | None, Flag("Data", unset="any")] = None
     """The most tokens a label may have. Labels are never cut."""
@@ -162,7 +174,7 @@ class TrainSettings:
     dropout: Annotated[bool, _STEPS] = True
     """Train with the base model's own dropout. Without it the base runs in evaluation mode, where transformers doesn't
     checkpoint gradients."""
-    pad_to_multiple_of: Annotated[Positive | None, Flag("Steps", unset="1")] = None
+    pad_to_multiple_of: Annotated[Rounding | None, Flag("Steps", unset="1")] = None
     """Round the padded lengths of training's batches up to a multiple of this."""
     evaluate_every: Annotated[Positive | None, Flag("Evaluation", unset="each epoch")] = None
     """Evaluate after so many steps; otherwise after each epoch, or where `steps` is given, ten times. The state that an
@@ -180,7 +192,7 @@ class TrainSettings:
     """Examples a batch while evaluating."""
     trackers: Annotated[tuple[str, ...], Flag("Evaluation", also="tracker")] = ()
     """Where to log besides the run's folder, by accelerate's names, such as tensorboard."""
-    seed: Annotated[int, _STEPS] = 42
+    seed: Annotated[Seed, _STEPS] = 42
     """Decides the order of the examples, the dropout, and what `limit` draws."""
 
     def total_steps(self, batches_an_epoch: int) -> int:

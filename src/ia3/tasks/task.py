@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ia3.config import TaskType
+from ia3.documents import fits, read_json, wrong_field
+from ia3.errors import SettingError, listed, shorten
 from ia3.files import fetch, write_atomically
 from ia3.tasks.template import Template
 
 TASK_NAME = "ia3_task.json"
+
+# Beyond these no model reads, answers or chooses; a file that says more would only fill memory.
+MOST_TOKENS = 10_000_000
+MOST_NEW_TOKENS = 100_000
+_MOST_LABELS = 100_000
+_LONGEST_LABEL = 10_000
 
 # How a label word is answered: the likeliest of the labels, or what the model writes.
 AnswerBy = Literal["rank", "generation"]
@@ -86,6 +94,9 @@ class Task:
             its file.
         quantize: what the base model's linear layers were held in, in training and for answers; None for numbers of
             that precision.
+
+    Raises:
+        ValueError: a length, a label or a number of labels that no memory is meant for.
     """
 
     kind: TaskKind = TaskKind.LABEL_WORDS
@@ -99,6 +110,19 @@ class Task:
     answer_by: AnswerBy = "rank"
     precision: Precision | None = None
     quantize: Quantisation | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_length", MOST_TOKENS), ("max_new_tokens", MOST_NEW_TOKENS)):
+            if (getattr(self, name) or 0) > most:
+                raise SettingError(f"{name} is {shorten(getattr(self, name))}, expected at most {most:,} tokens.")
+        if len(self.labels) > _MOST_LABELS:
+            raise SettingError(f"There are {len(self.labels):,} labels, expected at most {_MOST_LABELS:,}.")
+        longest = max(self.labels, key=len, default="")
+        if len(longest) > _LONGEST_LABEL:
+            raise SettingError(
+                f"The label {shorten(longest)} has {len(longest):,} characters, expected at most {_LONGEST_LABEL:,}: "
+                "free text is a task of its own (`task='generation'`)."
+            )
 
     @property
     def ranks(self) -> bool:
@@ -181,50 +205,63 @@ def load_task(adapter: str | Path, **hub: Any) -> Task | None:
     path = fetch(adapter, TASK_NAME, optional=True, **hub)
     if path is None:
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Copy it again, or remove it and pass flags.") from error
-    return _task_of(content, str(path))
+    return _task_of(read_json(path), str(path))
 
 
-def _task_of(content: Any, source: str) -> Task:
+# The fields that need no closer look than their type.
+_TYPES: dict[str, Any] = {
+    "answer_by": AnswerBy,
+    "base_model": str | None,
+    "generation": dict[str, Any],
+    "label_column": str,
+    "precision": Precision | None,
+    "quantize": Quantisation | None,
+    "system": str | None,
+}
+
+
+def _task_of(content: dict[str, Any], source: str) -> Task:
     kinds = [kind.value for kind in TaskKind]
-    if not isinstance(content, dict) or content.get("type") not in kinds:
+    if content.get("type") not in kinds:
         raise ValueError(f"{source} describes no task of the types {kinds}: upgrade ia3, or remove the file.")
+    if (wrong := wrong_field(content, _TYPES)) is not None:
+        raise ValueError(f"{source}: {wrong}")
     kind = TaskKind(content["type"])
     generation = content.get("generation", {})
     unknown = sorted({*content} - _keys_of(kind)) + sorted({*generation} - {"max_new_tokens"})
     if unknown:
-        raise ValueError(f"{source} has fields that this version of ia3 doesn't know: {unknown}. Upgrade ia3.")
+        raise ValueError(
+            f"{source} has fields that this version of ia3 doesn't know: [{listed(unknown)}]. Upgrade ia3."
+        )
 
     def checked(name: str, value: Any, is_right: Callable[[Any], bool], expected: str) -> Any:
         if not is_right(value):
-            raise ValueError(f"{source}: {name} is {value!r}, expected {expected}.")
+            raise ValueError(f"{source}: {name} is {shorten(value)}, expected {expected}.")
         return value
 
     def positive(name: str, value: Any) -> Any:
         return checked(name, value, lambda found: type(found) is int and found > 0, "a positive whole number")
 
-    def one_of(name: str, value: Any, choices: Any) -> Any:
-        return checked(name, value, get_args(choices).__contains__, f"one of {list(get_args(choices))}")
-
     template = checked("template", content.get("template"), _is_text, "a text such as '{text}'")
     labels = checked("labels", content.get("labels"), _are_words, "a list of words") if kind.has_labels else ()
-    precision, quantize = content.get("precision"), content.get("quantize")
-    return Task(
-        kind=kind,
-        template=Template(template),
-        labels=tuple(labels),
-        max_length=positive("max_length", content.get("max_length")),
-        max_new_tokens=positive("generation.max_new_tokens", generation.get("max_new_tokens")) if kind.writes else None,
-        base_model=content.get("base_model"),
-        label_column=str(content.get("label_column", "label")),
-        system=content.get("system"),
-        answer_by=one_of("answer_by", content.get("answer_by", "rank"), AnswerBy),
-        precision=None if precision is None else one_of("precision", precision, Precision),
-        quantize=None if quantize is None else one_of("quantize", quantize, Quantisation),
-    )
+    try:
+        return Task(
+            kind=kind,
+            template=Template(template),
+            labels=tuple(labels),
+            max_length=positive("max_length", content.get("max_length")),
+            max_new_tokens=positive("generation.max_new_tokens", generation.get("max_new_tokens"))
+            if kind.writes
+            else None,
+            base_model=content.get("base_model"),
+            label_column=content.get("label_column", "label"),
+            system=content.get("system"),
+            answer_by=content.get("answer_by", "rank"),
+            precision=content.get("precision"),
+            quantize=content.get("quantize"),
+        )
+    except SettingError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _keys_of(kind: TaskKind) -> set[str]:
@@ -243,4 +280,4 @@ def _is_text(value: Any) -> bool:
 
 
 def _are_words(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    return fits(value, list[str]) and bool(value)

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ia3.errors import SettingError
+from ia3.errors import SettingError, listed, shorten
 from ia3.tasks.columns import as_text, require_columns
 
 _PIECES = re.compile(r"\{\{|\}\}|\{(?P<breaks>\n*)(?P<column>[^{}\n][^{}]*)\}|[{}]")
+
+
+_LONGEST = 100_000
+_MOST_BRACES = 1_000
 
 
 @dataclass(frozen=True)
@@ -23,21 +27,29 @@ class Template:
             `"{question}{\\n\\ncontext}"`, stand where the column has something; it may be missing.
 
     Raises:
-        ValueError: no field, or a brace that belongs to none.
+        ValueError: no field, a brace that belongs to none, or more text or fields than a model reads.
     """
 
     pattern: str
 
     def __post_init__(self) -> None:
+        if len(self.pattern) > _LONGEST:
+            raise SettingError(
+                f"The template {shorten(self.pattern)} has {len(self.pattern):,} characters, expected at most "
+                f"{_LONGEST:,}."
+            )
+        if self.pattern.count("{") > _MOST_BRACES:
+            raise SettingError(f"The template {shorten(self.pattern)} has more than {_MOST_BRACES:,} fields.")
         stray = [piece.group() for piece in _PIECES.finditer(self.pattern) if piece.group() in ("{", "}")]
         if stray:
             raise SettingError(
-                f"The template {self.pattern!r} has a {stray[0]!r} that belongs to no field: name a column, as in "
-                "{text}, and double a brace that is meant as one: {{ or }}."
+                f"The template {shorten(self.pattern)} has a {stray[0]!r} that belongs to no field: name a column, as "
+                "in {text}, and double a brace that is meant as one: {{ or }}."
             )
         if not self.fields:
             raise SettingError(
-                f"The template {self.pattern!r} shows no column to the model: name one in braces, such as {{text}}."
+                f"The template {shorten(self.pattern)} shows no column to the model: name one in braces, such as "
+                "{text}."
             )
 
     @classmethod
@@ -69,8 +81,8 @@ class Template:
         """
         if len(self.fields) > 1:
             raise SettingError(
-                f"The template {self.pattern!r} reads the columns {list(self.fields)}, so one text column can't "
-                "replace them: leave `text_column` out, and name the columns of the file as the template does."
+                f"The template {shorten(self.pattern)} reads the columns {listed(self.fields)}, so one text column "
+                "can't replace them: leave `text_column` out, and name the columns of the file as the template does."
             )
         return Template(_PIECES.sub(lambda piece: f"{{{column}}}" if piece["column"] else piece.group(), self.pattern))
 
@@ -86,7 +98,7 @@ class Template:
         """
         require_columns(place, record, *self.required)
         one = "the text" if len(self.fields) == 1 else ""
-        cells = {field: as_text(record.get(field), f"{place}: {one or repr(field)}") for field in self.fields}
+        cells = {field: as_text(record.get(field), f"{place}: {one or shorten(field)}") for field in self.fields}
         return self.fill([*cells.values()])
 
     def fill(self, cells: Sequence[str]) -> str:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
-from typing_extensions import TypedDict
 
 from ia3.files import write_atomically
 from ia3.inference.loading import Base
@@ -34,9 +32,9 @@ from ia3.runs.run import (
     Run,
     advise,
     check_output,
-    reading,
     write_json,
 )
+from ia3.runs.schemas import SweepRecipes, checked
 from ia3.runs.sums import write_sums
 from ia3.tasks.examples import Examples
 from ia3.training.generator import generator_alone
@@ -258,15 +256,8 @@ def _prepare(recipes: Sequence[Recipe], console: Console, looked: Looked) -> lis
     return prepare(base, kind, recipes, console, looked)
 
 
-class _Recipes(TypedDict):
-    """What `sweep.yaml` holds: a recipe a run, and what they differ in."""
-
-    differ_in: list[str]
-    runs: list[dict[str, Any]]
-
-
 def _write_recipes(output: Path, recipes: Sequence[Recipe], keys: Sequence[str]) -> None:
-    content: _Recipes = {"differ_in": list(keys), "runs": [each.content() for each in recipes]}
+    content = {"differ_in": list(keys), "runs": [each.content() for each in recipes]}
     text = yaml.safe_dump(content, allow_unicode=True, sort_keys=True)
     write_atomically(output / SWEEP_RECIPES_NAME, text.encode())
 
@@ -275,10 +266,7 @@ def _read_recipes(folder: Path, data: Examples | None, test_data: Examples | Non
     """A recipe a run, and what they differ in, as `make_recipes` made them."""
     path = folder / SWEEP_RECIPES_NAME
     content = read_recipe(path)
-    with reading(path):
-        TypeAdapter(_Recipes).validate_python(content)
-        if not content["runs"] or not content["differ_in"]:
-            raise ValueError("it has no runs")
+    checked(content, SweepRecipes, str(path))
     if "data" in content["differ_in"] and any(str(each["data"]).startswith(IN_MEMORY) for each in content["runs"]):
         raise ValueError(f"The runs of {folder} had data of their own in memory, so it can't go on: begin it anew.")
     runs = [make_recipe(with_data(each, folder, data, test_data), path) for each in content["runs"]]

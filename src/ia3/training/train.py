@@ -8,11 +8,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
-from typing_extensions import TypedDict
 
 from ia3.files import remove_temporaries, write_atomically
 from ia3.inference.loading import Base
@@ -37,13 +36,12 @@ from ia3.runs.run import (
     Run,
     check_output,
     new_folder,
-    read_json,
-    reading,
     write_json,
 )
+from ia3.runs.schemas import Environment, FinishedResult, read_written
 from ia3.runs.sums import ADAPTER_FILES, changed_files, expect_unchanged, write_sums
 from ia3.tasks.examples import Examples
-from ia3.tasks.task import TASK_NAME, TaskKind
+from ia3.tasks.task import TASK_NAME
 from ia3.training.generator import generator_alone
 from ia3.training.learners.making import settings_of
 from ia3.training.loop import Training
@@ -311,22 +309,13 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
         return None
     former = make_recipe(read_recipe(folder / RECIPE_NAME), folder / RECIPE_NAME)
     expect_unchanged(folder, RESULT_NAME)
-    result: dict[str, Any] = read_json(folder / RESULT_NAME, _Result)
-    kind = TaskKind(result["task"])
-    recipe = resolve(settings_of(recipe, kind), kind, result["train_examples"], len(result["labels"]))
+    read, result = read_written(folder / RESULT_NAME, FinishedResult)
+    kind = read.task
+    recipe = resolve(settings_of(recipe, kind), kind, read.train_examples, len(read.labels))
     if replace(former, task=None).content() != replace(recipe, task=None).content():
         raise ValueError(f"{folder} holds the run of another recipe: name another output, or remove it.")
     del result["predictions"]
     return result
-
-
-class _Result(TypedDict):
-    """What of `result.json` tells whose it is."""
-
-    labels: list[str]
-    predictions: list[Any]
-    task: TaskKind
-    train_examples: int
 
 
 def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
@@ -344,27 +333,9 @@ def begin_folder(output: Path, recipe: Recipe, environment: Mapping[str, Any]) -
     write_atomically(output / RECIPE_NAME, text.encode())
 
 
-class _Environment(TypedDict):
-    """What `check_environment` compares of `environment.json`."""
-
-    base_model: dict[str, Any]
-    data: dict[str, _Data]
-    device: str
-    processes: NotRequired[int]  # 1, where none are told
-    recipe: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
-
-
-class _Data(TypedDict):
-    rows: int
-    sha256: str
-    source: str
-
-
 def check_environment(output: Path, environment: Mapping[str, Any], console: Console) -> None:
     """Refuse other data; say what else differs from when the run began."""
-    began = read_json(output / ENVIRONMENT_NAME, _Environment)
+    _, began = read_written(output / ENVIRONMENT_NAME, Environment)
     keys = {*environment["recipe"], *began["recipe"]} - {"data", "test_data"}  # they have digests
     changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
     if changed:
@@ -378,8 +349,7 @@ def check_environment(output: Path, environment: Mapping[str, Any], console: Con
             "them back, or begin another run."
         )
     for name, data in environment["data"].items():
-        with reading(output / ENVIRONMENT_NAME):
-            then = began["data"][name]
+        then = began["data"][name]
         if data["sha256"] != then["sha256"]:
             raise ValueError(
                 f"The {name} data are not those that the run in {output} began with ({data['rows']:,} rows now, "
