@@ -302,6 +302,22 @@ def test_torchrun_trains_one_adapter(tmp_path: Path) -> None:
     assert_near(alone.output_dir, tmp_path / "both")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "FSDP2"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "`precision`"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "`gradient_accumulation`"),
+    ],
+)
+def test_what_accelerate_is_told_and_is_not_done_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, instead: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}, which is not heard here: .*{instead}"):
+        join()
+
+
 def test_a_launcher_that_cannot_be_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     PartialState._reset_state()
