@@ -323,6 +323,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("training/test_processes.py",): [
         Mutant("Training._batch", Instead("count if own else 0", "count"), "an example that fills up a batch counts"),
+        Mutant("launched_rank", Instead("_number(_RANKS, 0)", "0"), "every process prints the result"),
         Mutant("sum_gradients", Skip("reduce"), "each process goes by its own gradient"),
         Mutant("Processes.any", Instead("count > 0", "count > 1"), "a signal to one of several processes is not heard"),
         Mutant("load_state", Instead("saved.random[processes.rank]", "saved.random[0]"),
