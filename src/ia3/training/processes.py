@@ -93,11 +93,11 @@ class Processes:
 
     def of_first(self, make: Callable[[], SharedT]) -> SharedT:
         """What the first process makes; the others get it."""
-        own = [make() if self.is_first else None]
+        own: list[Any] = [make() if self.is_first else None]
         if not self.alone:
             with _hearing_the_others():
                 broadcast_object_list(own)
-        found: Any = own[0]
+        found: SharedT = own[0]
         return found
 
     def console(self, given: Console | None) -> Console:
