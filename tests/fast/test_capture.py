@@ -41,16 +41,19 @@ def train_eagerly(model: Any, data: list[dict[str, Any]] | None = None, forward:
     return losses
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["alone", "several"])
 @pytest.mark.parametrize("form", ["t5 gated", "mt5", "llama", "qwen2"])
-def test_twenty_steps(tiny, randomise, form) -> None:
+def test_twenty_steps(tiny, randomise, form, several) -> None:
+    """Also of two processes that have the same batch, each with half of its targets: in two graphs."""
     usual, data = start(tiny, randomise, form)
     usual = usual.cuda()
     compiled = copy.deepcopy(usual)
     expected = train_eagerly(usual, data)
     optimizer, schedule = optimiser_of(compiled)
-    step = ia3.compile_step(compiled, optimizer, schedule)
+    step = ia3.compile_step(compiled, optimizer, schedule, reduce=(lambda flat: 2 * flat) if several else None)
     assert (step.path, step.reason) == ("captured", None)
-    losses = [step(batch) for batch in data]
+    weight = torch.tensor(0.5 if several else 1.0, device="cuda")
+    losses = [step(batch, weight) for batch in data]
     assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-5)
     for name, vector in vectors_of(usual).items():
         torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from ia3 import IA3Config, get_peft_model
 from ia3.fast import scores
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
-from ia3.fast.step import _make_capturable, _settings
+from ia3.fast.step import _make_capturable, _settings, sum_gradients
 from ia3.state import attached
 
 STEPS = 20
@@ -96,6 +96,44 @@ def test_twenty_steps(tiny, randomise, form, more) -> None:
     for name, vector in vectors_of(usual).items():
         torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
     assert schedule.get_last_lr() == [0.0]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fused", "eager"])
+def test_two_processes_that_have_the_same_batch_go_as_one(tiny, randomise, fast) -> None:
+    """Each has half of all targets, so that the sum is the mean."""
+    usual, data = start(tiny, randomise, "t5 gated")
+    summed = copy.deepcopy(usual)
+    if not fast:
+        summed.get_input_embeddings().register_forward_hook(lambda module, args, output: None)
+    sizes: list[int] = []
+
+    def reduce(flat: Tensor) -> Tensor:
+        sizes.append(flat.numel())
+        return 2 * flat
+
+    expected = train_as_usual(usual, data, norm=0.5, decay=0.3)
+    optimizer, schedule = optimiser_of(summed)
+    step = ia3.compile_step(summed, optimizer, schedule, max_gradient_norm=0.5, weight_decay=0.3, reduce=reduce)
+    assert step.path == ("fused" if fast else "eager")
+    losses = [float(step(batch, 0.5)) for batch in data]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    trained = vectors_of(summed)
+    assert sizes == [sum(map(Tensor.numel, trained.values())) + 1 + len(trained)] * len(data)
+    for name, vector in vectors_of(usual).items():
+        torch.testing.assert_close(trained[name], vector, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_some_process_lacks() -> None:
+    """None stays none where nobody has one, so that an optimizer leaves the parameter alone."""
+    first, second, third = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    first.grad = torch.tensor([1.0, 2.0])
+    others = torch.tensor([3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 7.0, 1.0, 1.0, 0.0])
+    loss = sum_gradients([first, second, third], torch.tensor(1.0), lambda flat: flat + others, 0.5)
+    assert float(loss) == 7.5
+    assert first.grad.tolist() == [3.5, 5.0]
+    assert second.grad is not None
+    assert second.grad.tolist() == [5.0, 6.0]
+    assert third.grad is None
 
 
 def test_the_ordinary_step_with_the_reason(tiny, randomise) -> None:

@@ -41,6 +41,7 @@ from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted, Training
 from ia3.training.plan import RunPlan
 from ia3.training.processes import LostProcessError, join
+from ia3.training.sweep import Sweep
 from two_processes import free_port, in_two_processes
 
 QUIET = Console(quiet=True)
@@ -148,12 +149,20 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
     torch.rand(3 + rank)
     found["two, then two"] = go_on(folder / "two, then two", DROPPING, resume=True)
     found["draws"] = join().gather(torch.initial_seed())
+    found["sweep"] = sweep_of(folder, "sweep")
     os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp`
     for name in SHARDED:
         learner, *examples = CASES[name]()
         found[f"sharded {name}"] = Training(RunPlan(learner, *examples)).run(folder / "sharded" / name, QUIET)
         found[f"parts of {name}"] = parts_of(learner.model)
     return found
+
+
+def sweep_of(folder: Path, name: str) -> Sweep:
+    """Three runs, of which two processes take two and one."""
+    over = {"learning_rate": [1e-3, 1e-2, 3e-2]}
+    given = {"epochs": 2, "output": folder / name, "console": QUIET}
+    return ia3.sweep(folder / "base", folder / "sentences.csv", over=over, **given)
 
 
 def parts_of(model: Any) -> tuple[int, int, bool]:
@@ -167,6 +176,8 @@ def parts_of(model: Any) -> tuple[int, int, bool]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("two")
+    tiny_seq2seq.save_base(folder / "base")
+    tiny_seq2seq.write_csv(folder / "sentences.csv")
     assert go_on(folder / "one, then two", STEADY, at_batch=5) is None
     return in_two_processes(run_all, folder), folder
 
@@ -240,6 +251,18 @@ def test_two_go_on_bit_for_bit_each_with_its_own_dropout(trained: tuple[dict[str
     assert all(torch.equal(own[key], others[key]) for key in own)
 
 
+def test_the_runs_of_a_sweep_are_divided(trained: tuple[dict[str, Any], Path]) -> None:
+    runs, folder = trained
+    both, alone = runs["sweep"], sweep_of(folder, "sweep alone")
+    assert both.settings == alone.settings
+    for one, other in zip(both.runs, alone.runs, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-5)
+        assert_near(one.output_dir, other.output_dir)
+    assert_near(both.output_dir, alone.output_dir, "best")
+    names = [sorted(path.name for path in (folder / name).iterdir()) for name in ("sweep", "sweep alone")]
+    assert names[0] == names[1]
+
+
 def lose_one(rank: int, folder: Path) -> str:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the one that is left would be ended, too
     try:
@@ -277,6 +300,22 @@ def test_torchrun_trains_one_adapter(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "both" / "environment.json").read_text())["processes"] == 2
     alone = ia3.train(base, data, epochs=1, dropout=False, output=tmp_path / "alone", console=QUIET)
     assert_near(alone.output_dir, tmp_path / "both")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "FSDP2"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "`precision`"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "`gradient_accumulation`"),
+    ],
+)
+def test_what_accelerate_is_told_and_is_not_done_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, instead: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}, which is not heard here: .*{instead}"):
+        join()
 
 
 def test_a_launcher_that_cannot_be_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import FlagConsole, with_settings
 from ia3.cli.train import run_visibly
+from ia3.launched import first_prints
 
 if TYPE_CHECKING:
     from ia3.training.sweep import Sweep
@@ -40,6 +41,11 @@ def _command(
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
+    with first_prints():
+        _sweep(over, resume, as_json, given)
+
+
+def _sweep(over: list[str] | None, resume: Path | None, as_json: bool, given: dict[str, Any]) -> None:
     found = _begin(over, given) if resume is None else _go_on(resume, [*given, *(["over"] if over else [])])
     from ia3.runs.run import SWEEP_PICTURE_NAME
     from ia3.training.sweep import ranking_table

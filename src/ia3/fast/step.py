@@ -125,7 +125,7 @@ def sum_gradients(
     own = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
     flat = torch.cat([*(gradient.flatten() for gradient in own), loss.detach().reshape(1)]) * weight
     flat = reduce(torch.cat([flat, flat.new_ones(len(has)) if all(has) else flat.new_tensor(has)]))
-    *sums, total, owners = flat.split([*(each.numel() for each in parameters), 1, len(has)])
+    *sums, total, owners = torch.split(flat, [*(each.numel() for each in parameters), 1, len(has)])
     # Only a process that lacks a gradient has to look whether another has it, for which a GPU's host waits.
     held = has if all(has) else [count > 0 for count in owners.tolist()]
     for parameter, found, is_held in zip(parameters, sums, held, strict=True):

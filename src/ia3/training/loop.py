@@ -32,7 +32,7 @@ from ia3.tensors import Tensors
 from ia3.training import sharding
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
-from ia3.training.processes import ALONE, join
+from ia3.training.processes import ALONE, Processes, join
 from ia3.training.state import copies_of, load_state, put_back, save_state
 
 # A process's part of a batch, and how many targets each part of its loss is the mean of.
@@ -58,6 +58,7 @@ class Stoppable(Protocol):
     """What looks between its steps at whether somebody wants it to end."""
 
     stop_asked: bool
+    processes: Processes
 
 
 class Training:

@@ -26,6 +26,13 @@ RowT = TypeVar("RowT")
 SharedT = TypeVar("SharedT")
 
 _CPU = torch.device("cpu")
+# What `accelerate launch` may put into the environment, which values of it ask for nothing, and what there is instead.
+_OTHER_WAYS = (
+    ("ACCELERATE_USE_DEEPSPEED", ("false", "0"), "a base that doesn't fit one GPU is divided by FSDP2 (--use_fsdp)"),
+    ("ACCELERATE_USE_MEGATRON_LM", ("false", "0"), "a base that doesn't fit one GPU is divided by FSDP2 (--use_fsdp)"),
+    ("ACCELERATE_MIXED_PRECISION", ("no",), "the recipe has `precision`"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "the recipe has `gradient_accumulation`"),
+)
 # After so long without a word from the others a process takes them for lost.
 _PATIENCE = timedelta(minutes=10)
 
@@ -86,11 +93,11 @@ class Processes:
 
     def of_first(self, make: Callable[[], SharedT]) -> SharedT:
         """What the first process makes; the others get it."""
-        own = [make() if self.is_first else None]
+        own: list[Any] = [make() if self.is_first else None]
         if not self.alone:
             with _hearing_the_others():
                 broadcast_object_list(own)
-        found: Any = own[0]
+        found: SharedT = own[0]
         return found
 
     def console(self, given: Console | None) -> Console:
@@ -151,6 +158,7 @@ def join() -> Processes:
     Raises:
         ValueError: what a launcher says and what can be joined differ.
     """
+    _refuse_other_ways()
     expected = launched_processes()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         expected = torch.distributed.get_world_size()
@@ -175,6 +183,17 @@ def join() -> Processes:
     # With this, which accelerate's launcher sets by default, transformers would read the base in one process alone.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _refuse_other_ways() -> None:
+    """Refuse what accelerate's configuration asks for and this training would not do."""
+    for name, off, what in _OTHER_WAYS:
+        asked = os.environ.get(name, "")
+        if asked.lower() not in ("", *off):
+            raise ValueError(
+                f"accelerate's configuration says {name}={asked}, which is not heard here: {what}. Launch without it, "
+                "as by `torchrun`."
+            )
 
 
 def _say_as_a_launcher() -> None:

@@ -60,4 +60,4 @@ def shard(model: Any, trained: Iterable[Parameter], device: torch.device) -> Non
 def _move_whole(module: nn.Module, divided: set[Parameter], device: torch.device) -> None:
     """Bring what a module itself holds to the device, unless it is divided and there already."""
     if not any(parameter in divided for parameter in module.parameters(recurse=False)):
-        module._apply(lambda tensor: tensor.to(device), recurse=False)
+        module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]

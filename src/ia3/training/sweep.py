@@ -37,8 +37,10 @@ from ia3.runs.run import (
 from ia3.runs.schemas import SweepRecipes, checked
 from ia3.runs.sums import write_sums
 from ia3.tasks.examples import Examples
+from ia3.training import sharding
 from ia3.training.generator import generator_alone
 from ia3.training.plan import RunPlan, prepare
+from ia3.training.processes import Processes, join
 from ia3.training.state import describe_environment
 from ia3.training.together import Together
 from ia3.training.train import (
@@ -173,22 +175,24 @@ def resume_sweep(
     console: Console | None = None,
 ) -> Sweep:
     """Go on with an interrupted sweep, to the numbers that it would have had; see `ia3.resume`."""
-    folder, console = Path(folder), console or Console(stderr=True)
+    processes = join()
+    folder, console = Path(folder), processes.console(console)
     expect_begun(folder, SWEEP_RECIPES_NAME, "sweep")
     check_output(folder)
-    with working_in(folder):
+    with working_in(folder, processes):
         if not (folder / STATE_NAME).is_file() and (folder / SWEEP_NAME).is_file():
             raise ValueError(f"There is nothing in {folder} to go on from: the sweep is complete.")
         recipes, keys = _read_recipes(folder, data, test_data)
-        return _sweep(recipes, keys, console, look_before(*recipes), folder)
+        return _sweep(recipes, keys, console, look_before(*recipes), folder, processes)
 
 
 def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
     """Train in one batch what `make_recipes` made, which differ in `keys`; errors are those of `sweep`."""
-    output = recipes[0].output
+    processes = join()
+    output, console = recipes[0].output, processes.console(console)
     if output is None or not output.is_dir():  # nothing is made before all that can be checked is right
-        return _sweep(recipes, keys, console, looked, None)
-    with working_in(output):
+        return _sweep(recipes, keys, console, looked, None, processes)
+    with working_in(output, processes):
         for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
             if (output / name).is_file():
                 raise ValueError(f"{output} holds a {what} already: name another output, or remove it.")
@@ -197,37 +201,51 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
                 f"{output} holds an unfinished sweep: go on with it by `ia3 sweep --resume {output}`, or name another "
                 "output."
             )
-        return _sweep(recipes, keys, console, looked, None)
+        return _sweep(recipes, keys, console, looked, None, processes)
 
 
 def _sweep(
-    recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked, former: Path | None
+    recipes: Sequence[Recipe],
+    keys: Sequence[str],
+    console: Console,
+    looked: Looked,
+    former: Path | None,
+    processes: Processes,
 ) -> Sweep:
     """Sweep in the recipes' folder, or go on in that of a former process.
 
-    A folder that is there is locked already; one that is not is made once all is checked, and locked then.
+    A folder that is there is locked already; one that is not is made once all is checked, and locked then. Of several
+    processes each trains runs of its own and writes their folders; the first one writes the sweep's.
     """
+    rows = processes.share(range(len(recipes)))
+    if not rows or (sharding.is_asked_for() and not processes.alone):
+        what = "FSDP is asked for" if rows else f"there are {processes.count} processes for {len(recipes)} runs"
+        raise ValueError(
+            f"Each process of a sweep trains runs of its own over the whole base, and {what}: start fewer."
+        )
     common = recipes[0]
     with ExitStack() as held, ExitStack() as drawing:
         drawing.enter_context(generator_alone(console))
         is_there = common.output is not None and common.output.is_dir()
         prepared = _prepare(recipes, console, looked)
-        state = None if former is None else former / STATE_NAME
+        state = None if former is None else former / _state_name(processes.rank)
         resume = state if state is not None and state.is_file() else None
-        together = Together([plan for _, plan in prepared], resume=resume)
+        together = Together([plan for _, plan in prepared], rows=rows, resume=resume)
         given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
         settings = [
             {key: value.source if isinstance(value, Examples) else value for key, value in each.items()}
             for each in given
         ]
-        output = former or claim(common.output, common.source)
+        output = former or processes.of_first(lambda: claim(common.output, common.source))
         if former is None and not is_there:
-            held.enter_context(working_in(output))
-            expect_still_new(output)
-        if former is None:
+            held.enter_context(working_in(output, processes))
+            if processes.is_first:
+                expect_still_new(output)
+        processes.wait()
+        if former is None and processes.is_first:
             _write_recipes(output, recipes, keys)
         folders = [output / name for name in names_of(settings)]
-        for (each, plan), folder in zip(prepared, folders, strict=True):
+        for (each, plan), folder in [(prepared[row], folders[row]) for row in rows]:
             folder.mkdir(exist_ok=True)
             held.enter_context(working_in(folder))
             environment = describe_environment(each, plan)
@@ -235,14 +253,23 @@ def _sweep(
                 begin_folder(folder, each, environment)
             else:
                 check_environment(folder, environment, console)
-        (output / SUMS_NAME).unlink(missing_ok=True)
+        if processes.is_first:
+            (output / SUMS_NAME).unlink(missing_ok=True)
         if not together.draws:
             drawing.close()
         console.print(together.describe_path(), highlight=False)
         again = how_to_resume(output, common, "sweep")
         with saying_how(output, again):
-            together.run(folders, console, state=output / STATE_NAME, resumed_by=again)
-            return _finish(together, recipes, settings, output)
+            together.run(folders, console, state=output / _state_name(processes.rank), resumed_by=again)
+            together.gather()
+            if not together.runs and not processes.is_first:
+                raise FloatingPointError("None of the runs came to an end.")
+            return processes.of_first(lambda: _finish(together, recipes, settings, output))
+
+
+def _state_name(rank: int) -> str:
+    """The file of a process's runs."""
+    return f"{Path(STATE_NAME).stem}-{rank}{Path(STATE_NAME).suffix}" if rank else STATE_NAME
 
 
 def _prepare(recipes: Sequence[Recipe], console: Console, looked: Looked) -> list[tuple[Recipe, RunPlan]]:
@@ -297,7 +324,8 @@ def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[di
     failed = [(settings[number], reason) for number, reason in sorted(together.failures.items())]
     if not runs:
         # Going on from here would diverge again, so the folder is free for another try.
-        for name in (SWEEP_RECIPES_NAME, STATE_NAME):
+        states = [_state_name(rank) for rank in range(together.processes.count)]
+        for name in (SWEEP_RECIPES_NAME, *states):
             (output / name).unlink(missing_ok=True)
         raise FloatingPointError(f"None of the {len(recipes)} runs came to an end. The first: {failed[0][1]}")
     order = sorted(runs, key=lambda number: plans[number].rank(runs[number].best), reverse=True)
@@ -313,7 +341,8 @@ def _finish(together: Together, recipes: Sequence[Recipe], settings: Sequence[di
     write_json(output / SWEEP_NAME, found.summary())
     for folder in (*together.folders, output):
         write_sums(folder)
-    (output / STATE_NAME).unlink(missing_ok=True)
+    for rank in range(together.processes.count):
+        (output / _state_name(rank)).unlink(missing_ok=True)
     return found
 
 

@@ -36,6 +36,7 @@ from ia3.training.loop import (
     without_draws,
 )
 from ia3.training.plan import RunPlan
+from ia3.training.processes import join
 from ia3.training.state import (
     RandomState,
     plain_progress,
@@ -83,16 +84,20 @@ class Together:
 
     Args:
         plans: the runs, whose learners share a model with one adapter, its vectors where all begin.
+        rows: the numbers of those that are trained here; of several processes each takes others.
         resume: the `state.pt` to go on from, to the same numbers, bit for bit, on the same machine and versions.
 
     Raises:
-        ValueError: several processes, a state of something else.
+        ValueError: a state of something else.
     """
 
-    def __init__(self, plans: Sequence[RunPlan], *, resume: Path | None = None) -> None:
+    def __init__(
+        self, plans: Sequence[RunPlan], *, rows: Sequence[int] | None = None, resume: Path | None = None
+    ) -> None:
         learner = plans[0].learner
         assert isinstance(learner, Writer)
-        self.plans, self.learner = plans, learner
+        self.plans, self.learner, self.processes = plans, learner, join()
+        self.rows = list(range(len(plans)) if rows is None else rows)
         accelerator = make_accelerator(learner.settings)
         self.device, self.draws = accelerator.device, draws(learner.settings, accelerator)
         self.model = learner.model.to(self.device)
@@ -103,12 +108,12 @@ class Together:
         self.step = SweepStep(
             self.model,
             losses,
-            start.expand(len(plans), -1),
-            max_gradient_norms=[plan.settings.max_gradient_norm or math.inf for plan in plans],
-            weight_decays=[plan.settings.weight_decay for plan in plans],
+            start.expand(len(self.rows), -1),
+            max_gradient_norms=[plans[run].settings.max_gradient_norm or math.inf for run in self.rows],
+            weight_decays=[plans[run].settings.weight_decay for run in self.rows],
         )
         # The runs in the batch; run `running[r]` has row r.
-        self.running = list(range(len(plans)))
+        self.running = list(self.rows)
         # The vectors of each run's best evaluation, and those of a finished run, on the CPU.
         self.best: dict[int, Tensor] = {}
         self.last: dict[int, Tensor] = {}
@@ -124,7 +129,8 @@ class Together:
 
     def describe_path(self) -> str:
         """Which way a step goes, and why, in a line."""
-        count = f"{len(self.plans)} runs in one batch"
+        where = "" if self.processes.alone else f" of each of {self.processes.count} processes"
+        count = f"{len(self.rows)} runs in one batch{where}"
         if self.reason is not None:
             return f"{count}, through the model's own forward (fused: {self.reason})."
         return f"{count}, without padding{', captured as CUDA graphs' if self.step.records else ''}."
@@ -155,7 +161,7 @@ class Together:
         with progress_bars(console) as bars, stop_on_signals(self):
             total, done = (max(counts) for counts in zip(*self._steps(), strict=True))
             bar = bars.add_task("training", total=total, completed=done, note="")
-            estimate = TimeEstimate(bars, self.plans)
+            estimate = TimeEstimate(bars, [self.plans[run] for run in self.rows])
             try:
                 self._write_again()
                 self._evaluate_due(bars)
@@ -168,9 +174,16 @@ class Together:
                 raise Interrupted(f"Interrupted at step {done} of {total}. Go on: {resumed_by}") from None
             bars.update(bar, description="trained")
 
+    def gather(self) -> None:
+        """Take over what the other processes' runs came to."""
+        for runs, failures, seconds in self.processes.gather((self.runs, self.failures, self.seconds)):
+            self.runs |= runs
+            self.failures |= failures
+            self.seconds = max(self.seconds, seconds)
+
     def _steps(self) -> Iterator[tuple[int, int]]:
         """How many steps each run has, and how many are done."""
-        return ((plan.total_steps, plan.progress.step) for plan in self.plans)
+        return ((self.plans[run].total_steps, self.plans[run].progress.step) for run in self.rows)
 
     def _begin_drawing(self) -> None:
         """Where nothing is drawn torch's generator, which is the process's one, is left to others."""
@@ -363,6 +376,11 @@ class Together:
                 f"{path} is the state of {len(saved.progress)} runs of other vectors than these {len(self.plans)}: go "
                 "on with the base model and the recipes that the sweep began with."
             )
+        if {*saved.running, *saved.last, *saved.failures} != set(self.rows):
+            raise ValueError(
+                f"{path} is of other runs than this process takes: go on with as many processes as the sweep began "
+                "with."
+            )
         for plan, progress, place in zip(self.plans, saved.progress, saved.answers_of, strict=True):
             plan.progress = progress_of(progress)
             shown, plan.references = saved.answers[place]
@@ -370,5 +388,5 @@ class Together:
         self.running, self.best, self.last = saved.running, saved.best, saved.last
         self.failures, self.seconds, self.random = saved.failures, saved.seconds, saved.random
         if self.running:
-            self.step.keep(self.running)
+            self.step.keep([self.rows.index(run) for run in self.running])
             self.step.go_on_from(saved.rows)
