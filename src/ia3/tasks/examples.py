@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple, overload
 
-from ia3.tasks.example import Example, ExampleRows
+from ia3.tasks.example import Example as Example  # which belongs to what is public here
+from ia3.tasks.example import ExampleRows
 from ia3.tasks.labels import (
     describe_spellings,
     doubt_classes,
