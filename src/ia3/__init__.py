@@ -43,6 +43,7 @@ _HOME = {
     "bridge": ["as_peft_model"],
     "fast.generate": ["compile_generate"],
     "fast.step": ["compile_step"],
+    "inference.label_file": ["label_file"],
     "training.sweep": ["sweep"],
     "training.train": ["resume", "train"],
     "status": ["get_layer_status", "get_model_status"],
@@ -109,6 +110,7 @@ __all__ = [
     "hotswap_adapter",
     "infer_device",
     "inject_adapter_in_model",
+    "label_file",
     "load_peft_weights",
     "prepare_model_for_gradient_checkpointing",
     "prepare_model_for_kbit_training",
@@ -150,6 +152,7 @@ if TYPE_CHECKING:
     from ia3.fast.generate import compile_generate
     from ia3.fast.step import compile_step
     from ia3.hotswap import hotswap_adapter
+    from ia3.inference.label_file import label_file
     from ia3.peft_defaults import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
