@@ -1,8 +1,8 @@
 """A million rows are read in seconds, and labelled in bounded memory by a process that is killed twice and goes on.
 
 The model is a BERT 16 wide, so that reading, tokenising and writing are what is measured. Each line of
-`results/million_rows.jsonl` is one process, with its peak of resident memory; seconds are the processor's own beside those
-of the clock, since others may use the machine.
+`results/million_rows.jsonl` is one process, with its peak of resident memory; beside the clock's seconds are the
+processor's own, since others may use the machine.
 
 Needs: CPU; ia3[train]; ten minutes.
 """
@@ -98,7 +98,7 @@ def make_words(path: Path, count: int) -> None:
 
 
 def expect_whole(output: Path, source: Path) -> int:
-    """See that each row of the source is there once, in order, and equal texts have equal labels; how many there are."""
+    """See that each row is there once, in order, and equal texts have equal labels; how many there are."""
     known: dict[str, str] = {}
     count = 0
     with output.open(newline="", encoding="utf-8") as file, source.open(newline="", encoding="utf-8") as asked:
@@ -121,7 +121,7 @@ def label(adapter: Path, source: Path, output: Path, kills: int) -> list[dict[st
         def strike(seconds: float, wanted: int = wanted, last: bool = number == kills) -> bool:
             return not last and len(list(parts.glob("*.part"))) >= wanted
 
-        found = measured([*command, "--batch-size", "64", *(["--resume"] if number else [])], strike)
+        found = measured([*command, "--batch-size", "128", *(["--resume"] if number else [])], strike)
         lines.append({"what": "label", "parts_found": done, "parts_left": len(list(parts.glob("*.part"))), **found})
     assert not parts.exists()
     return lines

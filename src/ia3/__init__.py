@@ -43,6 +43,7 @@ _HOME = {
     "bridge": ["as_peft_model"],
     "fast.generate": ["compile_generate"],
     "fast.step": ["compile_step"],
+    "inference.label_file": ["label_file"],
     "training.sweep": ["sweep"],
     "training.resuming": ["resume"],
     "training.train": ["train"],
@@ -110,6 +111,7 @@ __all__ = [
     "hotswap_adapter",
     "infer_device",
     "inject_adapter_in_model",
+    "label_file",
     "load_peft_weights",
     "prepare_model_for_gradient_checkpointing",
     "prepare_model_for_kbit_training",
@@ -151,6 +153,7 @@ if TYPE_CHECKING:
     from ia3.fast.generate import compile_generate
     from ia3.fast.step import compile_step
     from ia3.hotswap import hotswap_adapter
+    from ia3.inference.label_file import label_file
     from ia3.peft_defaults import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,

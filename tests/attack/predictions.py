@@ -1,7 +1,8 @@
 """Whether a labelled file comes out the same where its process was killed and gone on with: by `kills`, at file events.
 
-python tests/attack/predictions.py          # every event
-python tests/attack/predictions.py --few 8  # so many of them, evenly spread
+python tests/attack/predictions.py              # every event
+python tests/attack/predictions.py --few 8      # so many of them, evenly spread
+python tests/attack/predictions.py --full-disk  # the disk is full from an event on
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _OUTPUT = "out.csv"
 _ROWS = 250
 
 
-def attack(home: Path, *, few: int | None = None) -> Iterator[tuple[int, str | None]]:
-    """Each event's number with what is wrong after its process was killed there and gone on with; None if nothing."""
+def attack(home: Path, *, few: int | None = None, full_disk: bool = False) -> Iterator[tuple[int, str | None]]:
+    """Each event's number with what is wrong after its process was struck there and gone on with; None if nothing."""
     adapter, rows = tiny_classifier.save_adapter(home), home / "rows.txt"
     rows.write_text("".join(f"{row.text}\n" for row in tiny_classifier.labelled(_ROWS)), encoding="utf-8")
     folder = home / "folder"
@@ -50,13 +51,15 @@ def attack(home: Path, *, few: int | None = None) -> Iterator[tuple[int, str | N
     for number in chosen:
         shutil.rmtree(folder)
         folder.mkdir()
-        ended = kills.killed_at(label(), number, within=folder)
-        yield number, _wrong(folder, ended, label(resume=True), expected)
+        strike = kills.refused_at if full_disk else kills.killed_at
+        ended = strike(label(), number, within=folder)
+        if ended.killed or full_disk:
+            yield number, _wrong(folder, label(resume=True), expected)
+        else:
+            yield number, f"it was not killed: {ended.output[-2000:]}"
 
 
-def _wrong(folder: Path, ended: kills.Ended, go_on: kills.Work, expected: bytes) -> str | None:
-    if not ended.killed:
-        return f"it was not killed: {ended.output[-2000:]}"
+def _wrong(folder: Path, go_on: kills.Work, expected: bytes) -> str | None:
     again = kills.done(go_on, within=folder)
     if again.code:
         return f"it did not go on: {again.output[-2000:]}"
@@ -70,10 +73,11 @@ def main() -> int:
     """Attack, and print what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--few", type=int, help="how many events, evenly spread; all by default")
+    parser.add_argument("--full-disk", action="store_true", help="fail as a full disk does, instead of being killed")
     given = parser.parse_args()
     started, wrong, count = time.perf_counter(), 0, 0
     with tempfile.TemporaryDirectory() as home:
-        for number, found in attack(Path(home), few=given.few):
+        for number, found in attack(Path(home), few=given.few, full_disk=given.full_disk):
             count += 1
             if found is not None:
                 wrong += 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from itertools import cycle, islice
@@ -193,3 +195,40 @@ def test_processes_share_the_rows(adapter: Path, rows: Path, expected: bytes, en
     assert done.stdout.count("predictions are in") == 1
     assert ended.read_bytes() == expected
     assert [path.name for path in ended.parent.iterdir()] == ["out.jsonl"]
+
+
+# The second process ends at its first part.
+_DIES = """
+import os, sys
+from ia3.inference.label_file import label_file
+from ia3.inference.parts import Parts
+if os.environ["RANK"] == "1":
+    Parts.write = lambda *_: os._exit(9)
+label_file(*sys.argv[1:], batch_size=1)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_process_that_is_gone_is_said_and_its_rows_are_made_up_for(
+    adapter: Path, rows: Path, expected: bytes, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    output = tmp_path / "out.jsonl"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _DIES, str(adapter), str(rows), str(output)],
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [1, 9], said
+    assert "ChildProcessError: Another of the processes that share this work ended early" in said[0]
+    assert Parts(output).done() == {0, 2}
+    label_file(adapter, rows, output, **HOW, resume=True)
+    assert output.read_bytes() == expected

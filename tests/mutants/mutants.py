@@ -344,7 +344,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("label_key", Skip("casefold"), "GOOD and good are two labels"),
         Mutant("match_spellings", Instead("len(by_key.get(label_key(label), ())) == 1", "True"),
                "a label that may be several is one of them"),
-        Mutant("Template.render", Instead('piece["breaks"] + cell if cell else ""', 'piece["breaks"] + cell'),
+        Mutant("Template.fill", Instead('breaks + cells[place] if cells[place] else ""', 'breaks + cells[place]'),
                "an empty column leaves its line breaks"),
     ],
     ("data/test_layouts.py",): [
@@ -354,6 +354,27 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("split_examples", Skip("shuffle"), "held out are the first rows of a sorted file"),
         Mutant("_normalised", Skip("casefold"), "a text is trained on and held out, in another case"),
         Mutant("count_truncated", Flip("max_length"), "texts that fit are said to be cut"),
+    ],
+    ("data/test_columns.py",): [
+        Mutant("gather", Instead("[*record] != names", "False"), "rows of other columns take the first row's"),
+        Mutant("_is_missing", Instead("kind.has_labels", "True"), "the word nan is no answer"),
+        Mutant("_read_columns", Never("missing"), "a text without a label is learned"),
+        Mutant("Template._slots", Skip("replace"), "a text with a per cent sign is an error"),
+        Mutant("ExampleRows.take", Instead("self.keys[place]", "place"), "parts of a split know no duplicates"),
+        Mutant("digest_of", Instead("cells[start : start + _SAMPLE]", "cells[:0]"),
+               "another file's rows are gone on with"),
+    ],
+    ("cli/test_predict_in_parts.py",): [
+        Mutant("Parts._expect_same", Flip("former"), "other rows are joined with the first ones"),
+        Mutant("Parts.read", Never("digest"), "a damaged part is joined"),
+        Mutant("_Labelling._begin", Instead("number not in done", "True"), "what is answered is answered again"),
+        Mutant("_Labelling._in_order", Instead("streams[number]", "streams[0]"),
+               "rows get the answers of another adapter's"),
+        Mutant("is_phrasebank", Instead("all(line.rpartition('@')[2].strip() in SENTIMENTS and '@' in line for line in "
+                                        "lines)", "False"), "the label is shown to the model"),
+    ],
+    ("inference/test_tokens.py",): [
+        Mutant("TokenRows.extend", Skip("append"), "all rows but the first are empty"),
     ],
     ("tasks/test_split.py",): [
         Mutant("split_examples", Never("ONE_LABEL_A_TEXT"), "a label may be missing among the held-out by chance"),

@@ -90,9 +90,9 @@ def load_examples(
     columns = None if chats or tagged else _read_columns(records, how, kind)
     said: list[str] = [] if known is None else known.describe(records.columns)
     if columns is not None:
-        texts, answers = columns
-        whole, places = texts, [place for place, text in enumerate(texts) if text]
-        rows = ExampleRows(texts, answers) if len(places) == len(texts) else ExampleRows(texts, answers).take(places)
+        rows = ExampleRows(*columns)
+        whole, places = columns[0], [place for place, text in enumerate(rows.texts) if text]
+        rows = rows if len(places) == len(rows) else rows.take(places)
     else:
         read = read_to_learn if chats else _read_tagged_words if tagged else partial(_read_text, kind=kind)
         found = [read(record, f"{records.source}, {place}", how) for place, record in records]

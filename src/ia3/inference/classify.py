@@ -16,6 +16,7 @@ from ia3.bundled import resolve_model
 from ia3.heads import head_parts
 from ia3.inference.predict import Beat, most_positions, pad_rows, sorted_batches, tokenise_inputs
 from ia3.inference.rank import Ranking, likeliest, rankings
+from ia3.inference.tokens import TokenRows
 from ia3.tasks.task import TaskKind
 
 _logger = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ def class_labels(model: Any) -> tuple[str, ...]:
     return tuple(model.config.id2label[index] for index in range(model.config.num_labels))
 
 
-def tokenise_texts(texts: Sequence[str], model: Any, tokenizer: Any, max_length: int) -> list[list[int]]:
+def tokenise_texts(texts: Sequence[str], model: Any, tokenizer: Any, max_length: int) -> TokenRows:
     """The tokens of each text, cut at `max_length`.
 
     Raises:

@@ -154,6 +154,12 @@ class _Labelling:
             self.parts.write(number, answered)
 
     def _join(self) -> dict[str, Any]:
+        lacking = len(self.stretches) - len(self.parts.done())
+        if lacking:
+            raise FileNotFoundError(
+                f"{self.parts.folder} lacks {lacking:,} of {len(self.stretches):,} parts, which other processes wrote "
+                "elsewhere: name an `output` in a folder that all of them share."
+            )
         summary = self._summarise()
         found = _Again(lambda: map(found_of, self._in_order()))
         return {**summary, "remarks": write_rows(self.output, self.records, found, through=self.parts.joined)}

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from ia3.fast.generate import Generate, compile_generate
+from ia3.inference.tokens import TokenRows
 
 AnswerT = TypeVar("AnswerT")
+
+_TEXTS_AT_ONCE = 1000
+_IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 
 # Told after each batch how many of its rows are answered.
 Beat = Callable[[int], None]
@@ -49,7 +53,7 @@ def predict(
     def answer(indices: list[int]) -> list[str]:
         return write_words(tokenizer, [rows[i] for i in indices], written, names_of(adapter_names, indices))
 
-    return answer_in_batches(sorted_batches([len(row) for row in rows], batch_size), answer, beat)
+    return answer_in_batches(sorted_batches(rows.lengths, batch_size), answer, beat)
 
 
 def names_of(adapter_names: Sequence[str] | None, indices: Sequence[int]) -> list[str] | None:
@@ -57,18 +61,26 @@ def names_of(adapter_names: Sequence[str] | None, indices: Sequence[int]) -> lis
     return None if adapter_names is None else [adapter_names[i] for i in indices]
 
 
-def tokenise_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+def tokenise_inputs(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenRows:
     """The tokens of each text, its end token included, cut at `max_length`."""
-    rows: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] if texts else []
+    rows = TokenRows()
+    for some in _in_stretches(texts):
+        rows.extend(tokenizer(some, truncation=True, max_length=max_length, **_IDS_ALONE)["input_ids"])
     return rows
 
 
 def count_truncated(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
     """How many of `texts` have more than `max_length` tokens, special tokens included."""
-    if not texts:
-        return 0
-    encoded = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
-    return sum(len(tokens) > max_length for tokens in encoded)
+    count = 0
+    for some in _in_stretches(texts):
+        encoded = tokenizer(some, truncation=False, padding=False, verbose=False, **_IDS_ALONE)
+        count += sum(len(tokens) > max_length for tokens in encoded["input_ids"])
+    return count
+
+
+def _in_stretches(texts: Sequence[str]) -> Iterable[list[str]]:
+    """So few texts at a time that what a tokenizer says of each token takes little room."""
+    return (list(texts[start : start + _TEXTS_AT_ONCE]) for start in range(0, len(texts), _TEXTS_AT_ONCE))
 
 
 def write_words(

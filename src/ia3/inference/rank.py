@@ -137,7 +137,7 @@ class LabelScorer:
         """
         rows = tokenise_inputs(self.tokenizer, texts, self.max_length)
         scores = torch.empty(len(rows), len(self.labels), dtype=torch.float64)
-        batches = list(sorted_batches([len(row) for row in rows], self.batch_size))
+        batches = list(sorted_batches(rows.lengths, self.batch_size))
         for start in range(0, len(batches), _AHEAD):
             ahead = batches[start : start + _AHEAD]
             # Nothing is looked at before all of it is under way.
@@ -148,7 +148,7 @@ class LabelScorer:
                     beat(len(indices))
         return scores
 
-    def _mixed(self, rows: list[list[int]], adapter_names: Sequence[str] | None, indices: list[int]) -> Tensor:
+    def _mixed(self, rows: Sequence[list[int]], adapter_names: Sequence[str] | None, indices: list[int]) -> Tensor:
         """`log_probabilities` of one batch, each row under its own adapter where they are named."""
         names = names_of(adapter_names, indices)
         with nullcontext() if names is None else acting(gather_rows(self.model, names)):

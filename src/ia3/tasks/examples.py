@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple, overload
 
-from ia3.tasks.example import Example, ExampleRows
+from ia3.tasks.example import Example as Example  # which belongs to what is public here
+from ia3.tasks.example import ExampleRows
 from ia3.tasks.labels import (
     describe_spellings,
     doubt_classes,
@@ -301,7 +302,7 @@ def _stratified(rows: ExampleRows, sizes: Mapping[int, int], room: int) -> set[i
 def answers_to_texts(*parts: Sequence[Example]) -> list[str]:
     """The answers, one for each different text and answer: what was held out again tells nothing about classes."""
     first, *others = parts
-    rows = ExampleRows.of(_rows_of(first) if not any(others) else [row for part in parts for row in part])
+    rows = ExampleRows.of(columns_of(first) if not any(others) else [row for part in parts for row in part])
     return [label for _, label in dict.fromkeys(zip(rows.keys, rows.labels, strict=True))]
 
 
@@ -311,9 +312,9 @@ def ordered_labels(rows: Sequence[Example], classes: tuple[str, ...] | None, kin
     if classes is not None:
         return classes
     if kind is TaskKind.TOKEN_CLASSIFICATION:
-        tags = {tag for tags in {*_rows_of(rows).labels} for tag in tags.split()}
+        tags = {tag for tags in {*columns_of(rows).labels} for tag in tags.split()}
         return tuple(sorted(tags, key=lambda tag: (tag != "O", _label_order(tag))))
-    return tuple(sorted({*_rows_of(rows).labels}, key=_label_order))
+    return tuple(sorted({*columns_of(rows).labels}, key=_label_order))
 
 
 def _label_order(label: str) -> tuple[int, str]:
@@ -325,12 +326,13 @@ def _part(whole: Examples, rows: ExampleRows) -> Examples:
     return replace(whole, rows=rows, duplicates=count_duplicates(rows), empty=0, remarks=())
 
 
-def _rows_of(rows: Iterable[Example]) -> ExampleRows:
+def columns_of(rows: Iterable[Example]) -> ExampleRows:
+    """Examples as columns; those of `Examples` and of columns are the same ones."""
     return rows.rows if isinstance(rows, Examples) else ExampleRows.of(rows)
 
 
 def count_duplicates(rows: Iterable[Example]) -> int:
-    keys = _rows_of(rows).keys
+    keys = columns_of(rows).keys
     return len(keys) - len({*keys})
 
 
@@ -345,7 +347,7 @@ class Conflicts(NamedTuple):
 
 def conflicts_of(rows: Sequence[Example]) -> Conflicts:
     """Count the texts with several answers."""
-    columns = _rows_of(rows)
+    columns = columns_of(rows)
     first: dict[int, str] = {}
     others: dict[int, set[str]] = defaultdict(set)
     for key, label in zip(columns.keys, columns.labels, strict=True):
@@ -360,7 +362,7 @@ def conflicts_of(rows: Sequence[Example]) -> Conflicts:
 
 def _imbalance(rows: Sequence[Example]) -> str:
     """A remark where one class is far more frequent than another; classes without a row can't be drawn."""
-    answers = _rows_of(rows).labels
+    answers = columns_of(rows).labels
     in_order = reversed(dict.fromkeys(reversed(answers)))
     labels = {label_key(label): label for label in in_order}  # spellings of one label are no rare classes
     known: Counter[str] = Counter()

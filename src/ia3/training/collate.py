@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ia3.fast.ragged import IGNORE_INDEX
-from ia3.inference.predict import pad_rows
-from ia3.tasks.examples import Example
+from ia3.inference.predict import pad_rows, tokenise_inputs
+from ia3.inference.tokens import RowsOnDemand
+from ia3.tasks.examples import Example, columns_of
 
 # Batches in one stretch of the shuffled order that is sorted by length.
 _BATCHES_A_GROUP = 50
@@ -35,8 +36,8 @@ def tokenise(
     max_length: int,
     max_label_length: int | None = None,
     as_words: bool = True,
-) -> list[TokenisedExample]:
-    """Turn examples into token ids.
+) -> Sequence[TokenisedExample]:
+    """Turn examples into token ids, in an array of which a row is made when it is asked for.
 
     Args:
         examples: texts with their label words.
@@ -50,12 +51,15 @@ def tokenise(
     """
     if not examples:
         return []
-    inputs = tokenizer([row.text for row in examples], truncation=True, max_length=max_length)["input_ids"]
-    words = sorted({row.label for row in examples})
-    labels = {word: tokenise_label(word, tokenizer, max_label_length, as_words) for word in words}
-    return [
-        TokenisedExample(ids, labels[row.label], row.text, row.label) for ids, row in zip(inputs, examples, strict=True)
-    ]
+    columns = columns_of(examples)
+    texts, answers = columns.texts, columns.labels
+    inputs = tokenise_inputs(tokenizer, texts, max_length)
+    labels = {word: tokenise_label(word, tokenizer, max_label_length, as_words) for word in sorted({*columns.labels})}
+
+    def row(place: int) -> TokenisedExample:
+        return TokenisedExample(inputs[place], labels[answers[place]], texts[place], answers[place])
+
+    return RowsOnDemand(len(inputs), row)
 
 
 def tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_word: bool) -> list[int]:

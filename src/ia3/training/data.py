@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ia3.runs.look import Looked, examples_of, key_of
 from ia3.runs.recipe import Recipe
-from ia3.tasks.example import Turns
+from ia3.tasks.example import ExampleRows, Turns
 from ia3.tasks.examples import (
     ONE_LABEL_A_TEXT,
     Examples,
@@ -131,7 +131,8 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Look
             f"The template {recipe.template!r} reads the columns {[field, *more]}, and examples in memory have one "
             "text each: give a file as data, or examples whose texts are whole."
         )
-    rows = tuple(replace(row, text=recipe.wording.render({field: row.text})) for row in data)
+    texts = [recipe.wording.render({field: text}) for text in data.rows.texts]
+    rows = ExampleRows(texts, data.rows.labels, data.rows.turns)
     return replace(data, rows=rows, kind=kind)
 
 

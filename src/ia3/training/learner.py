@@ -82,7 +82,7 @@ class Learner(ABC, Generic[RowT]):
         return False
 
     @abstractmethod
-    def tokenise(self, examples: Sequence[Example]) -> list[RowT]:
+    def tokenise(self, examples: Sequence[Example]) -> Sequence[RowT]:
         """Turn examples into rows of token ids, cut at the task's length.
 
         Raises:

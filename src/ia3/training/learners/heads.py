@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,8 +15,9 @@ from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.classify import batched_logits, class_labels, padding_token, split_words, tokenise_texts
 from ia3.inference.predict import pad_rows, sorted_batches
 from ia3.inference.rank import likeliest
+from ia3.inference.tokens import RowsOnDemand
 from ia3.tasks.entities import tag_scores
-from ia3.tasks.examples import Example
+from ia3.tasks.examples import Example, columns_of
 from ia3.training.learner import EvalOutput, Learner
 from ia3.training.processes import ALONE, Processes
 
@@ -126,11 +128,16 @@ class HeadLearner(Learner[HeadRow]):
 class SequenceClasses(HeadLearner):
     """One class a text."""
 
-    def tokenise(self, examples: Sequence[Example]) -> list[HeadRow]:
+    def tokenise(self, examples: Sequence[Example]) -> Sequence[HeadRow]:
         """Texts cut at the task's length; a label must be one of the task's."""
-        classes = [self.class_of(row.label, row.text) for row in examples]
-        rows = tokenise_texts([row.text for row in examples], self.model, self.tokenizer, self.task.max_length)
-        return [HeadRow(ids, [row.text], [own]) for ids, row, own in zip(rows, examples, classes, strict=True)]
+        columns = columns_of(examples)
+        classes = array("l", map(self.class_of, columns.labels, columns.texts))
+        rows = tokenise_texts(columns.texts, self.model, self.tokenizer, self.task.max_length)
+
+        def row(place: int) -> HeadRow:
+            return HeadRow(rows[place], [columns.texts[place]], [classes[place]])
+
+        return RowsOnDemand(len(rows), row)
 
 
 @dataclass(frozen=True)

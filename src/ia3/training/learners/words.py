@@ -36,7 +36,7 @@ class Words(Writer[TokenisedExample]):
         """Without T-Few's other losses."""
         return self.settings.objective == "lm"
 
-    def tokenise(self, examples: Sequence[Example]) -> list[TokenisedExample]:
+    def tokenise(self, examples: Sequence[Example]) -> Sequence[TokenisedExample]:
         """Inputs cut at the task's length, answers whole; a label must be one that the tokenizer gives back."""
         if self.task.kind.has_labels:
             tokenise_labels(self.task.labels, self.tokenizer)  # refuses what could not be ranked
