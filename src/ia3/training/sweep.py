@@ -182,14 +182,14 @@ def resume_sweep(
         if not (folder / STATE_NAME).is_file() and (folder / SWEEP_NAME).is_file():
             raise ValueError(f"There is nothing in {folder} to go on from: the sweep is complete.")
         recipes, keys = _read_recipes(folder, data, test_data)
-        return _sweep(recipes, keys, console, look_before(*recipes), folder)
+        return _sweep(recipes, keys, console, look_before(*recipes), is_locked=True, resuming=True)
 
 
 def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
     """Train in one batch what `make_recipes` made, which differ in `keys`; errors are those of `sweep`."""
     output = recipes[0].output
     if output is None or not output.is_dir():  # nothing is made before all that can be checked is right
-        return _sweep(recipes, keys, console, looked, None)
+        return _sweep(recipes, keys, console, looked, is_locked=False)
     with working_in(output):
         for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
             if (output / name).is_file():
@@ -199,22 +199,24 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
                 f"{output} holds an unfinished sweep: go on with it by `ia3 sweep --resume {output}`, or name another "
                 "output."
             )
-        return _sweep(recipes, keys, console, looked, None)
+        return _sweep(recipes, keys, console, looked, is_locked=True)
 
 
 def _sweep(
-    recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked, former: Path | None
+    recipes: Sequence[Recipe],
+    keys: Sequence[str],
+    console: Console,
+    looked: Looked,
+    *,
+    is_locked: bool,
+    resuming: bool = False,
 ) -> Sweep:
-    """Sweep in the recipes' folder, or go on in that of a former process.
-
-    A folder that is there is locked already; one that is not is made once all is checked, and locked then.
-    """
+    """Sweep in the recipes' folder, or go on there; one that is not locked is made once all is checked, and then is."""
     common = recipes[0]
     with ExitStack() as held, ExitStack() as drawing:
         drawing.enter_context(generator_alone(console))
-        is_there = common.output is not None and common.output.is_dir()
         prepared = _prepare(recipes, console, looked)
-        state = None if former is None else former / STATE_NAME
+        state = common.output / STATE_NAME if resuming and common.output is not None else None
         resume = state if state is not None and state.is_file() else None
         together = Together([plan for _, plan in prepared], resume=resume)
         given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
@@ -222,11 +224,11 @@ def _sweep(
             {key: value.source if isinstance(value, Examples) else value for key, value in each.items()}
             for each in given
         ]
-        output = former or claim(common.output, common.source)
-        if former is None and not is_there:
+        output = claim(common.output, common.source)
+        if not is_locked:
             held.enter_context(working_in(output))
             expect_still_new(output)
-        if former is None:
+        if not resuming:
             _write_recipes(output, recipes, keys)
         folders = [output / name for name in names_of(settings)]
         for (each, plan), folder in zip(prepared, folders, strict=True):
