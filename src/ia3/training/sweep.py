@@ -181,6 +181,8 @@ def resume_sweep(
     with working_in(folder):
         if not (folder / STATE_NAME).is_file() and (folder / SWEEP_NAME).is_file():
             raise ValueError(f"There is nothing in {folder} to go on from: the sweep is complete.")
+        if not (folder / STATE_NAME).is_file():
+            console.print("It ended before its first save, so it begins anew.", highlight=False)
         recipes, keys = _read_recipes(folder, data, test_data)
         return _sweep(recipes, keys, console, look_before(*recipes), is_locked=True, resuming=True)
 
