@@ -28,7 +28,7 @@ import ia3
 import llama_step
 import train_step
 from bench import say_machine
-from ia3.training.processes import Processes, join
+from ia3.inference.processes import Processes, join
 from ia3.training.sharding import shard
 
 EIGHT_B = llama_step.THREE_B | {

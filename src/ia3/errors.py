@@ -75,3 +75,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
 # What controls terminals, turns the direction of writing, or can't be encoded.
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class RefusedElsewhereError(ValueError):
+    """Of several processes the first one refuses the work, and says why."""

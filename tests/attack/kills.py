@@ -45,29 +45,31 @@ class Ended:
 
 def killed_at(work: Work, number: int, *, within: Path) -> Ended:
     """Do work in a child that SIGKILL ends before its `number`-th file event within a folder, counted from 1."""
-    return _forked(work, number, within, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return _forked(work, number, within, lambda path: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def refused_at(work: Work, number: int, *, within: Path, error: int = errno.ENOSPC) -> Ended:
     """Do work in a child whose `number`-th file event, and every later one that writes, fails, as of a full disk."""
 
-    def refuse() -> None:
-        raise OSError(error, os.strerror(error))
+    def refuse(path: str | None) -> None:
+        raise OSError(error, os.strerror(error), path)
 
     return _forked(work, number, within, refuse)
 
 
 def interrupted_at(work: Work, number: int, *, within: Path) -> Ended:
     """Do work in a child that gets a SIGTERM at its `number`-th file event, as at a Ctrl-C."""
-    return _forked(work, number, within, lambda: signal.raise_signal(signal.SIGTERM), once=True)
+    return _forked(work, number, within, lambda path: signal.raise_signal(signal.SIGTERM), once=True)
 
 
 def done(work: Work, *, within: Path) -> Ended:
     """Do work in a child to its end."""
-    return _forked(work, 0, within, lambda: None)
+    return _forked(work, 0, within, lambda path: None)
 
 
-def _forked(work: Work, number: int, within: Path, strike: Callable[[], None], *, once: bool = False) -> Ended:
+def _forked(
+    work: Work, number: int, within: Path, strike: Callable[[str | None], None], *, once: bool = False
+) -> Ended:
     sys.stdout.flush()
     sys.stderr.flush()
     log, counted = within.with_name(f"{within.name}.log"), within.with_name(f"{within.name}.events")
@@ -105,17 +107,16 @@ def _do(work: Work) -> int:
     from ia3.cli.main import app
 
     try:
-        app([str(each) for each in work], standalone_mode=False)
+        return int(app([str(each) for each in work], standalone_mode=False) or 0)
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException as ended:
         if hasattr(ended, "exit_code"):  # typer's
             return int(ended.exit_code)
         raise
-    return 0
 
 
-def _count_events(number: int, within: Path, strike: Callable[[], None], *, once: bool) -> list[str]:
+def _count_events(number: int, within: Path, strike: Callable[[str | None], None], *, once: bool) -> list[str]:
     """Strike at the given event of this process; a full disk stays full, so later ones are struck, too, but for `once`.
 
     Returns:
@@ -123,11 +124,11 @@ def _count_events(number: int, within: Path, strike: Callable[[], None], *, once
     """
     seen: list[str] = []
 
-    def count(event: str) -> None:
+    def count(event: str, path: str | None) -> None:
         seen.append(event)
         later = len(seen) > number and not once and event not in _MAKING_ROOM
         if number and (len(seen) == number or later):
-            strike()
+            strike(path)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -140,14 +141,14 @@ def _count_events(number: int, within: Path, strike: Callable[[], None], *, once
             return
         directory = arguments[-1] if event in _MAKING_ROOM else -1
         if _lies_in(path, directory, within):
-            count(event)
+            count(event, None if isinstance(path, int) else os.fsdecode(path))
 
     sys.addaudithook(watch)
     flush = os.fsync
 
     def fsync(handle: int) -> None:
         if _lies_in(handle, -1, within):
-            count("fsync")
+            count("fsync", None)
         flush(handle)
 
     os.fsync = fsync  # it has no audit event

@@ -48,9 +48,9 @@ def cases(home: Path) -> dict[str, Case]:
     """The commands that are attacked, over a tiny base and its data in a folder."""
     base, data = tiny_seq2seq.save_base(home / "base"), tiny_seq2seq.write_csv(home / "data.csv", 24)
     common = ("--dropout", "--test-size", 0.25, "--batch-size", 6)
-    train = ("train", base, data, "--steps", 6, "--evaluate-every", 2, "--lr", 0.1, *common)
-    over = ("--over", "lr=0.1,1e30", "--over", "steps=2,4")  # some end before others, some diverge
-    sweep = ("sweep", base, data, "--evaluate-every", 2, *over, *common)
+    train = ("train", base, data, "--steps", 8, "--evaluate-every", 2, "--lr", 0.1, *common)
+    over = ("--over", "lr=0.1,1e30,1e38", "--over", "steps=4,8")  # some end early, some diverge
+    sweep = ("sweep", base, data, "--evaluate-every", 2, "--patience", 1, "--best-by", "loss", *over, *common)
     return {
         "train": Case(lambda to: (*train, "--output", to), lambda to: ("train", "--resume", to)),
         "sweep": Case(lambda to: (*sweep, "--output", to), lambda to: ("sweep", "--resume", to)),
@@ -97,7 +97,7 @@ def attack(case: Case, home: Path, *, few: int | None, full_disk: bool = False) 
         range(1, whole.events + 1) if few is None else sorted({1 + place * whole.events // few for place in range(few)})
     )
     for number in chosen:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         strike = kills.refused_at if full_disk else kills.killed_at
         ended = strike(case.begin(folder), number, within=folder)
         yield number, _wrong(case, folder, ended, expected, full_disk=full_disk)

@@ -228,7 +228,7 @@ def test_a_process_that_is_gone_is_said_and_its_rows_are_made_up_for(
     ]
     said = [process.communicate()[1] for process in started]
     assert [process.returncode for process in started] == [1, 9], said
-    assert "ChildProcessError: Another of the processes that share this work ended early" in said[0]
+    assert "LostProcessError: Another of the processes that share this work ended" in said[0]
     assert Parts(output).done() == {0, 2}
     label_file(adapter, rows, output, **HOW, resume=True)
     assert output.read_bytes() == expected

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ def test_where_there_are_no_locks_it_is_said(
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with locked(tmp_path):
         assert "is not locked (No locks available)" in caplog.text
-    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "sys", SimpleNamespace(platform="win32"))
     with locked(tmp_path):
         assert "Windows has no flock" in caplog.text
     assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,7 @@ import tiny_seq2seq
 from fitted import fit
 from ia3 import IA3Config, get_peft_model
 from ia3.inference.complete import end_tokens
+from ia3.inference.processes import LostProcessError, join
 from ia3.runs.run import Run
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Examples
@@ -40,7 +41,6 @@ from ia3.training.learners.instructions import Instructions
 from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted, Training
 from ia3.training.plan import RunPlan
-from ia3.training.processes import LostProcessError, join
 from ia3.training.sweep import Sweep
 from two_processes import free_port, in_two_processes
 
@@ -277,7 +277,7 @@ def test_a_process_that_is_killed_ends_the_others_with_a_message(tmp_path: Path)
     with pytest.raises(Exception, match="SIGKILL"):
         in_two_processes(lose_one, tmp_path)
     assert time.monotonic() - started < 60
-    assert "Another process of this training ended or did not answer" in (tmp_path / "said").read_text()
+    assert "Another of the processes that share this work ended or did not answer" in (tmp_path / "said").read_text()
     run = go_on(tmp_path / "lost", STEADY, resume=True)
     whole = go_on(tmp_path / "whole", STEADY)
     assert run is not None
@@ -321,7 +321,7 @@ def test_what_accelerate_is_told_and_is_not_done_is_refused(
 def test_a_launcher_that_cannot_be_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     PartialState._reset_state()
-    monkeypatch.setattr("ia3.training.processes.PartialState", lambda **how: PartialState())
+    monkeypatch.setattr("ia3.inference.processes.PartialState", lambda **how: PartialState())
     with pytest.raises(
         ValueError, match=r"there are 2 processes, and this one is joined with 1: start ia3 by `torchrun`"
     ):

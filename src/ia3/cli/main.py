@@ -27,6 +27,7 @@ from ia3.cli.runs import runs
 from ia3.cli.sweep import sweep
 from ia3.cli.targets import targets
 from ia3.cli.train import train
+from ia3.errors import RefusedElsewhereError
 from ia3.launched import launched_processes, launched_rank
 
 # What the library raises for input that it cannot use, with the remedy in the message.
@@ -42,6 +43,8 @@ class _ErrorsOnOneScreen(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
+        except RefusedElsewhereError as error:  # whose reason the first process says
+            raise typer.Exit(_EXIT_CODE) from error
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise

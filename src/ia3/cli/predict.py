@@ -16,6 +16,7 @@ from rich.text import Text
 from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter, print_json
 from ia3.cli.labelling import answering_bar
 from ia3.cli.names import FlagConsole
+from ia3.launched import launched_processes, launched_rank
 
 if TYPE_CHECKING:
     from ia3.inference.answering import Answer
@@ -68,9 +69,7 @@ def predict(
         expect_adapter(adapter)
     elif file is None:
         raise ValueError("--adapter-column names a column of a --file: give the file.")
-    from ia3.inference.processes import shares_work
-
-    if shares_work() and (file is None or output is None):
+    if launched_processes() > 1 and (file is None or output is None):
         raise ValueError("Several processes share the rows of a --file, into an --output: give both.")
     source = file if file is not None else sentences or _read_lines()
     asked: dict[str, Any] = {
@@ -88,14 +87,10 @@ def _write(
 ) -> None:
     """Rows with their answers into a file."""
     from ia3.inference.label_file import label_file
-    from ia3.inference.processes import RefusedElsewhereError, is_first
 
-    try:
-        with answering_bar(FlagConsole(), asked["batch_size"]) as bar:
-            found = label_file(adapter, source, output, **asked, resume=resume, tell=bar.telling())
-    except RefusedElsewhereError as error:
-        raise typer.Exit(2) from error
-    if not is_first():
+    with answering_bar(FlagConsole(), asked["batch_size"]) as bar:
+        found = label_file(adapter, source, output, **asked, resume=resume, tell=bar.telling())
+    if launched_rank():  # the first process speaks for all
         return
     for remark in found.remarks:
         typer.echo(remark, err=True)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from ia3.data.writing import Found, check_output, check_rows, write_rows
 from ia3.files import fetch
 from ia3.inference.answering import Answer
 from ia3.inference.parts import Parts
-from ia3.inference.processes import Processes, sharing
+from ia3.inference.processes import Processes, join
 from ia3.inference.work import Telling, Work, answer_stretches, count_filled, labels_in, say_cut, work_of
 from ia3.tasks.task import TASK_NAME
 from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME
+
+# Processes wait for the slowest.
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def label_file(
     Raises:
         FileNotFoundError, ImportError, ValueError: what can't be read, answered or written, before the first answer;
             parts of another work that ended early, or of one with other rows, adapters or settings.
-        ChildProcessError: another process is gone.
+        LostProcessError: another process is gone.
     """
     output = Path(output)
     rows = Path(source) if isinstance(source, str | Path) else source
@@ -93,10 +97,10 @@ def label_file(
         **{"text_column": text_column, "adapter_column": adapter_column, "answer_by": answer_by},
         **{"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
     }
-    with sharing() as processes:
-        tell = (tell or Telling()) if processes.is_first else Telling()
-        work = work_of(str(adapter), rows, **asked, tell=tell)
-        return _Labelling(work, {**asked, "ia3": version("ia3")}, output, processes, tell).run(resume=resume)
+    processes = join(_PATIENCE)
+    tell = (tell or Telling()) if processes.is_first else Telling()
+    work = work_of(str(adapter), rows, **asked, tell=tell)
+    return _Labelling(work, {**asked, "ia3": version("ia3")}, output, processes, tell).run(resume=resume)
 
 
 @dataclass
@@ -122,11 +126,11 @@ class _Labelling:
                 return self._begin(resume=resume)
 
             try:
-                missing, summary = self.processes.by_first(begin)
+                missing, summary = self.processes.of_first(begin)
                 if summary is None:
                     self._answer(missing[self.processes.rank :: self.processes.count])
                     self.processes.wait()
-                    summary = self.processes.by_first(self._join)
+                    summary = self.processes.of_first(self._join)
                 if self.processes.is_first:
                     self.parts.close(summary)
             except BaseException:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ia3.cache import digest
-from ia3.config import CONFIG_NAME
 from ia3.files import write_atomically
 from ia3.runs.run import (
+    ADAPTER_FILES,
     ADAPTER_FOLDER,
     BEST_FOLDER,
     ENVIRONMENT_NAME,
@@ -24,10 +24,7 @@ from ia3.runs.run import (
     SWEEP_NAME,
     SWEEP_RECIPES_NAME,
 )
-from ia3.tasks.task import TASK_NAME
-from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME
 
-ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME, TASK_NAME)
 # A card is its owner's to edit, and pictures and reports are read by people alone.
 _COVERED = {RECIPE_NAME, ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME, SWEEP_NAME, SWEEP_RECIPES_NAME, *ADAPTER_FILES}
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ia3.inference.predict import sorted_batches
+from ia3.inference.processes import ALONE, Processes
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.examples import Example
 from ia3.tasks.metrics import count_correct
 from ia3.tasks.task import Task
-from ia3.training.processes import ALONE, Processes
 
 RowT = TypeVar("RowT")
 

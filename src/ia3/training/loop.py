@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ia3.fast.step import Step, compile_step, sum_gradients
 from ia3.files import append_line
+from ia3.inference.processes import ALONE, Processes, join
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
 from ia3.runs.settings import TrainSettings
 from ia3.runs.sums import write_sums
@@ -32,7 +33,6 @@ from ia3.tensors import Tensors
 from ia3.training import sharding
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
-from ia3.training.processes import ALONE, Processes, join
 from ia3.training.state import copies_of, load_state, put_back, save_state
 
 # A process's part of a batch, and how many targets each part of its loss is the mean of.

@@ -19,6 +19,7 @@ from ia3.adapter import vectors
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.sweep import MixedLosses, SweepStep, group_losses
 from ia3.inference.predict import answer_in_batches
+from ia3.inference.processes import join
 from ia3.rows import acting
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, Run, TrainerState
 from ia3.state import attached, get_adapter
@@ -36,7 +37,6 @@ from ia3.training.loop import (
     without_draws,
 )
 from ia3.training.plan import RunPlan
-from ia3.training.processes import join
 from ia3.training.state import (
     RandomState,
     plain_progress,

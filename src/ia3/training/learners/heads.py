@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.classify import batched_logits, class_labels, padding_token, split_words, tokenise_texts
 from ia3.inference.predict import pad_rows, sorted_batches
+from ia3.inference.processes import ALONE, Processes
 from ia3.inference.rank import likeliest
 from ia3.inference.tokens import RowsOnDemand
 from ia3.tasks.entities import tag_scores
 from ia3.tasks.examples import Example, columns_of
 from ia3.training.learner import EvalOutput, Learner
-from ia3.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)

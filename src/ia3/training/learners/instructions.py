@@ -31,10 +31,10 @@ from ia3.inference.complete import (
     write,
 )
 from ia3.inference.predict import pad_rows
+from ia3.inference.processes import ALONE, Processes
 from ia3.tasks.examples import Example
 from ia3.tasks.losses import token_log_probabilities
 from ia3.training.learner import Answered, EvalOutput, Writer
-from ia3.training.processes import ALONE, Processes
 
 _logger = logging.getLogger(__name__)
 
