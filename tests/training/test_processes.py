@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -42,6 +43,7 @@ from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted, Training
 from ia3.training.plan import RunPlan
 from ia3.training.sweep import Sweep
+from ia3.training.train import check_environment
 from two_processes import free_port, in_two_processes
 
 QUIET = Console(quiet=True)
@@ -149,6 +151,14 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
     torch.rand(3 + rank)
     found["two, then two"] = go_on(folder / "two, then two", DROPPING, resume=True)
     found["draws"] = join().gather(torch.initial_seed())
+    for name, refused in (
+        ("unlike", lambda: join().expect_alike({"base model": "same", "data": rank})),
+        ("too many", lambda: go_on(folder / "none", replace(STEADY, batch_size=1))),
+        ("too many for a sweep", lambda: sweep_of(folder, "none", 1)),
+    ):
+        with pytest.raises(ValueError, match="process") as caught:
+            refused()
+        found[name] = str(caught.value)
     found["sweep"] = sweep_of(folder, "sweep")
     os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp`
     for name in SHARDED:
@@ -158,9 +168,9 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def sweep_of(folder: Path, name: str) -> Sweep:
+def sweep_of(folder: Path, name: str, count: int = 3) -> Sweep:
     """Three runs, of which two processes take two and one."""
-    over = {"learning_rate": [1e-3, 1e-2, 3e-2]}
+    over = {"learning_rate": [1e-3, 1e-2, 3e-2][:count]}
     given = {"epochs": 2, "output": folder / name, "console": QUIET}
     return ia3.sweep(folder / "base", folder / "sentences.csv", over=over, **given)
 
@@ -261,6 +271,23 @@ def test_the_runs_of_a_sweep_are_divided(trained: tuple[dict[str, Any], Path]) -
     assert_near(both.output_dir, alone.output_dir, "best")
     names = [sorted(path.name for path in (folder / name).iterdir()) for name in ("sweep", "sweep alone")]
     assert names[0] == names[1]
+
+
+def test_what_several_processes_are_refused(trained: tuple[dict[str, Any], Path]) -> None:
+    runs, folder = trained
+    assert runs["unlike"].startswith("The processes [1] have another data than process 0")
+    assert runs["too many"].startswith("`batch_size` is 1, of which each of 2 processes takes its part")
+    assert "there are 2 processes for 1 runs" in runs["too many for a sweep"]
+    assert not (folder / "none").exists()
+
+
+def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
+    base, data = tiny_seq2seq.save_base(tmp_path / "base"), tiny_seq2seq.write_csv(tmp_path / "sentences.csv")
+    run = ia3.train(base, data, epochs=1, output=tmp_path / "run", console=QUIET)
+    began = json.loads((run.output_dir / "environment.json").read_text())
+    told = Console(file=io.StringIO(), width=200)
+    check_environment(run.output_dir, began | {"processes": 2}, told)
+    assert told.file.getvalue() == "Other processes than when the run began: its numbers may differ.\n"
 
 
 def lose_one(rank: int, folder: Path) -> str:

@@ -243,6 +243,8 @@ def _hearing_the_others() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # this one's own
+        raise
     except RuntimeError as error:
         said = (str(error).strip().splitlines() or [""])[0][:200]
         raise LostProcessError(

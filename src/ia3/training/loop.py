@@ -70,12 +70,17 @@ class Training:
 
     Raises:
         ValueError: nothing to train, a tracker that is not installed, a state of something else, processes that can't
-            be joined.
+            be joined or are more than a batch has examples.
     """
 
     def __init__(self, plan: RunPlan, *, resume: Path | None = None) -> None:
         self.plan, self.learner, self.settings = plan, plan.learner, plan.settings
         self.processes = join()
+        if self.settings.batch_size < self.processes.count:
+            raise ValueError(
+                f"`batch_size` is {self.settings.batch_size}, of which each of {self.processes.count} processes takes "
+                "its part: expected one example a process at least. Raise it, or start fewer."
+            )
         self.accelerator = make_accelerator(self.settings)
         self.sharded = not self.processes.alone and sharding.is_asked_for()
         self.trainable = trainable_parameters(self.learner.model)

@@ -221,11 +221,11 @@ def _sweep(
 
     Of several processes each trains runs of its own and writes their folders; the first one writes the sweep's.
     """
-    rows = processes.share(range(len(recipes)))
-    if not rows or (sharding.is_asked_for() and not processes.alone):
-        what = "FSDP is asked for" if rows else f"there are {processes.count} processes for {len(recipes)} runs"
+    rows, too_many = processes.share(range(len(recipes))), processes.count > len(recipes)
+    if too_many or (sharding.is_asked_for() and not processes.alone):
+        what = f"there are {processes.count} processes for {len(recipes)} runs" if too_many else "FSDP is asked for"
         raise ValueError(
-            f"Each process of a sweep trains runs of its own over the whole base, and {what}: start fewer."
+            f"Each process of a sweep trains runs of its own over the whole base, and {what}: start it otherwise."
         )
     common = recipes[0]
     with ExitStack() as held, ExitStack() as drawing:
