@@ -51,6 +51,13 @@ def test_columns_are_read_as_rows_are(table: list[dict[str, Any]], kind: TaskKin
     assert outcome(columns, kind, pattern) == outcome(rows, kind, pattern)
 
 
+def test_nan_is_an_answer_where_answers_are_free_text() -> None:
+    columns, _ = in_both_ways([{"text": "a", "more": "", "label": "nan"}, {"text": "b", "more": "", "label": "x"}])
+    assert load_examples(columns, kind=TaskKind.GENERATION).rows.labels == ["nan", "x"]
+    with pytest.raises(ValueError, match="line 2: the text has no label"):
+        load_examples(columns, kind=TaskKind.LABEL_WORDS)
+
+
 @given(st.lists(st.one_of(st.none(), st.dictionaries(st.sampled_from("abc"), st.integers(), min_size=1)), max_size=6))
 def test_rows_come_back_whatever_columns_they_have(table: list[dict[str, Any] | None]) -> None:
     rows = [(f"line {number}", record) for number, record in enumerate(table)]
