@@ -342,7 +342,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("training/test_damage.py",): [
         Mutant("read_state", Flip("hexdigest"), "a flipped bit of a state is trained on"),
-        Mutant("changed_files", Instead("digest(folder / name) != expected[name]", "False"),
+        Mutant("changed_files", Instead("digest(folder / name) != expected.get(name)", "False"),
                "a flipped bit of an adapter answers otherwise in silence"),
         Mutant("Training._put_back_best", Never("best"), "a run that was killed keeps a damaged best adapter"),
         Mutant("working_in", Never("is_dir"), "half-written files of killed processes stay"),

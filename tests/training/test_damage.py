@@ -157,7 +157,7 @@ def finished(home: Path, tmp_path: Path) -> Path:
     return shutil.copytree(home / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["result.json", "recipe.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["result.json", "recipe.yaml", "metrics.jsonl", "environment.json"])
 def test_a_flipped_bit_of_a_finished_run_is_noticed_by_who_compares(finished: Path, name: str) -> None:
     assert read_runs([finished])
     flip(finished / name)

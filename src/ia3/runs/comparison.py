@@ -176,7 +176,7 @@ def _find_runs(folder: Path) -> list[Path]:
 
 def _read_run(folder: Path) -> RunRecord:
     path = folder / RESULT_NAME
-    expect_unchanged(folder, RECIPE_NAME, METRICS_NAME, RESULT_NAME)
+    expect_unchanged(folder, RECIPE_NAME, ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME)
     recipe = _read_recipe(folder / RECIPE_NAME)
     if not path.is_file():
         steps, evaluations = _read_metrics(folder / METRICS_NAME)

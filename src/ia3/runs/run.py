@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ia3.config import CONFIG_NAME
 from ia3.files import write_atomically
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.metrics import figures_of, majority_baseline, wilson_interval
 from ia3.tasks.task import TASK_NAME, Task
-from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME
 
 ADAPTER_FOLDER = "adapter"
 BEST_FOLDER = "best"
@@ -35,7 +33,7 @@ SWEEP_RECIPES_NAME = "sweep.yaml"
 SWEEP_PICTURE_NAME = "sweep.png"
 # What is left of the work that has ended, and what goes on from it: removed before anything new begins.
 RUN_FILES = (RECIPE_NAME, STATE_NAME, SUMS_NAME, RESULT_NAME, ENVIRONMENT_NAME, METRICS_NAME, REPORT_NAME, PICTURE_NAME)
-ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME, TASK_NAME)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors", TASK_NAME)
 SWEEP_FILES = (SWEEP_RECIPES_NAME, SWEEP_NAME, SWEEP_PICTURE_NAME)
 # What `ia3 runs` writes into the folder above.
 RUNS_PICTURE_NAME = "runs.png"

@@ -32,11 +32,15 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def write_sums(folder: Path) -> None:
     """Write the digests of the files in a folder, its adapters' among them."""
-    within = [folder, folder / ADAPTER_FOLDER, folder / BEST_FOLDER]
-    paths = sorted(each / name for each in within for name in _COVERED)
-    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-    lines = [f"{digest(folder / name)}  {name}\n" for name in names]
+    lines = [f"{digest(folder / name)}  {name}\n" for name in _covered(folder)]
     write_atomically(folder / SUMS_NAME, "".join(lines).encode())
+
+
+def _covered(folder: Path) -> list[str]:
+    """The files of a folder that have a digest."""
+    within = (folder, folder / ADAPTER_FOLDER, folder / BEST_FOLDER)
+    paths = sorted(each / name for each in within for name in _COVERED)
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
 def changed_files(folder: Path, names: Sequence[str] | None = None) -> list[str]:
@@ -56,8 +60,9 @@ def changed_files(folder: Path, names: Sequence[str] | None = None) -> list[str]
     if not all(found):
         raise ValueError(f"{path} is damaged: copy the folder again, or remove this file where you trust the others.")
     expected = {each[2]: each[1] for each in found if each is not None}
-    asked = [name for name in expected if names is None or {name, name.partition("/")[0]} & {*names}]
-    return [name for name in asked if not (folder / name).is_file() or digest(folder / name) != expected[name]]
+    known = dict.fromkeys([*expected, *_covered(folder)])
+    asked = [name for name in known if names is None or {name, name.partition("/")[0]} & {*names}]
+    return [name for name in asked if not (folder / name).is_file() or digest(folder / name) != expected.get(name)]
 
 
 def expect_unchanged(folder: Path, *names: str) -> None:
