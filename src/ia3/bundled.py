@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ia3.cache import cached, digest, temporary
+from ia3.errors import shorten
 from ia3.files import BUNDLED
 from ia3.gguf import is_gguf, model_from_gguf
 
@@ -114,7 +115,7 @@ def expect_bundled(name: str) -> None:
         ValueError: there is none.
     """
     if name not in _MAKERS:
-        raise ValueError(f"No bundled model {name!r}; there is {', '.join(sorted(_MAKERS))}.")
+        raise ValueError(f"No bundled model {shorten(name)}; there is {', '.join(sorted(_MAKERS))}.")
 
 
 def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:

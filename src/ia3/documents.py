@@ -19,6 +19,7 @@ LIMIT = 16 << 20
 """The most bytes of a file in JSON: parsed, each can take some 25 of memory."""
 
 _DEEPEST = 64
+_TOO_DEEP = f"lists or objects stand more than {_DEEPEST} deep within each other"
 _LONE = re.compile(r"\\u[dD][89a-fA-F]")
 _WORDS: dict[Any, str] = {
     None: "null",
@@ -67,20 +68,37 @@ def parse_json(content: bytes | str, source: object, *, finite: bool = True) -> 
             parse_constant=_refuse_constant if finite else None,
             parse_float=_finite if finite else None,
         )
+        expect_sound(found, text)
     except UnicodeDecodeError as error:
         reason = f"byte {error.object[error.start]:#04x} at position {error.start} is not UTF-8"
         raise ValueError(f"{source} is not valid JSON: {reason}. Save it as UTF-8.") from error
     except RecursionError as error:
-        raise _too_deep(source) from error
+        raise ValueError(f"{source} is not valid JSON: {_TOO_DEEP}. Copy or write it again.") from error
     except ValueError as error:  # of the parser, of a hook, or an integer of thousands of digits
         raise ValueError(f"{source} is not valid JSON: {error}. Copy or write it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{source} holds a {type(found).__name__}, not a JSON object.")
-    if text.count("[") + text.count("{") > _DEEPEST and _is_deep(found):
-        raise _too_deep(source)
-    if _LONE.search(text):
-        _expect_whole_characters(found, source)
     return found
+
+
+def expect_sound(found: Any, text: str) -> None:
+    """Refuse what JSON may hold and nothing can be done with: lists in lists without an end, and half characters.
+
+    Args:
+        found: what was read.
+        text: where it was read.
+
+    Raises:
+        ValueError: there is such.
+    """
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deep(found):
+        raise ValueError(_TOO_DEEP)
+    if _LONE.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = shorten(error.object[error.start])
+            raise ValueError(f"{half} is half a character, which no text can be written with") from error
 
 
 def wrong_field(content: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
@@ -167,17 +185,3 @@ def _is_deep(value: Any) -> bool:
 def _inside(value: Any) -> Collection[Any]:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [each for each in values if isinstance(each, dict | list)]
-
-
-def _too_deep(source: object) -> ValueError:
-    return ValueError(f"{source} has lists or objects more than {_DEEPEST} deep within each other: it is damaged.")
-
-
-def _expect_whole_characters(content: dict[str, Any], source: object) -> None:
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{source} holds half a character ({shorten(error.object[error.start])}), which no text can be written "
-            "with: copy or write it again."
-        ) from error

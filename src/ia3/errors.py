@@ -6,6 +6,8 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 
 class PeftWarning(UserWarning):
@@ -69,10 +71,21 @@ def fit_screen(message: str, most: int = 1500) -> str:
     return f"{message[: most * 2 // 3]} … {message[-most // 3 :]}"
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """The standard library's, with an object's keys in their order."""
+
+    def repr_dict(self, content: dict[Any, Any], level: int) -> str:
+        if content and level <= 0:
+            return "{...}"
+        first = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in islice(content.items(), _FEW)]
+        return f"{{{', '.join([*first, '...'] if len(content) > _FEW else first)}}}"
+
+
+_FEW = 4
+_SHORT = _Short()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 4
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _FEW
 # What controls terminals, turns the direction of writing, or can't be encoded.
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

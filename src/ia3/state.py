@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor, nn
 
 from ia3.config import IA3Config
+from ia3.errors import listed, shorten
 from ia3.placement import Listener, Placement
 from ia3.sites import Layout
 
@@ -130,7 +131,7 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
     """
     adapters = attached(model).adapters
     if name not in adapters:
-        raise ValueError(f"There is no adapter {name!r} here; this model has {sorted(adapters)}.")
+        raise ValueError(f"There is no adapter {shorten(name)} here; this model has [{listed(sorted(adapters), 10)}].")
     return adapters[name]
 
 

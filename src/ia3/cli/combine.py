@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ia3.cli.flags import Adapters, AsJson, print_json
 from ia3.cli.names import numbers
+from ia3.runs.screen import Screen
 
 
 def combine(
@@ -28,7 +28,7 @@ def combine(
 ) -> None:
     """Combine adapters of one base model; `--type task_arithmetic --weights -1` negates one."""
     factors = [1.0] * len(adapters) if weights is None else numbers("weights", weights, float)
-    progress = Console(stderr=True)
+    progress = Screen(stderr=True)
     with progress.status("Combining"):
         from ia3.runs.adapters import combine_adapters
 

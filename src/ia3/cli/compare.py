@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ia3.cli.flags import Adapters, AsJson, print_json
+from ia3.runs.screen import Screen
 from ia3.runs.tables import Column, print_table, say
 
 
@@ -23,7 +23,7 @@ def compare(
         raise ValueError("There is one adapter, and nothing to compare it with: name at least two.")
     if output.suffix.lower() != ".png":
         raise ValueError(f"The picture {output} must end in .png.")
-    with Console(stderr=True).status("Comparing"):
+    with Screen(stderr=True).status("Comparing"):
         from ia3.runs.adapters import read_adapter
         from ia3.runs.likeness import draw_likeness, likeness
 
@@ -42,7 +42,7 @@ def compare(
         Column("distance", [f"{found.distance:.3f}" for found in pairs.values()]),
         Column("least alike block", [f"{block} ({cosine:.3f})" for block, cosine in least], 1),
     ]
-    console = Console()
+    console = Screen()
     print_table(console, columns, "Likeness of l − 1")
     say(console, f"\npicture: {output}")
 

@@ -14,7 +14,9 @@ from rich.text import Text
 from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, print_json
 from ia3.cli.labelling import answer, load_labeller
 from ia3.cli.names import FlagConsole
+from ia3.errors import listed, shorten
 from ia3.inference.labelling import Labeller, Overrides, answered_by
+from ia3.runs.screen import Screen
 from ia3.runs.tables import NONE, Column, facts, print_table
 from ia3.tasks.entities import tag_scores
 from ia3.tasks.labels import match_spellings
@@ -126,16 +128,16 @@ def _expect_known(examples: Examples, task: Task) -> None:
     if unknown:
         alike = match_spellings(unknown[:1], task.labels).values()
         near = [*alike] or difflib.get_close_matches(unknown[0], task.labels, n=1)
-        hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else ""
+        hint = f" Did you mean {shorten(near[0])} for {shorten(unknown[0])}?" if near else ""
         raise ValueError(
-            f"{examples.source} has the labels {unknown}, and the adapter knows {list(task.labels)}.{hint} Correct the "
-            "labels, or name the right --label-column."
+            f"{examples.source} has the labels [{listed(unknown)}], and the adapter knows [{listed(task.labels)}]."
+            f"{hint} Correct the labels, or name the right --label-column."
         )
 
 
 def print_figures(figures: dict[str, Any]) -> None:
     """Print an evaluation's figures, and with labels what is confused with what."""
-    console = Console()
+    console = Screen()
     console.print(facts("Result", describe(figures)), highlight=False)
     labels, f1 = figures.get("labels"), figures.get("f1", {})
     if not labels:

@@ -6,9 +6,8 @@ from collections import Counter
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ia3.cli.flags import Adapter, AsJson, print_json
+from ia3.runs.screen import Screen
 from ia3.runs.tables import Column, facts, print_table
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     """Show an adapter's vectors: shapes, and how far each has moved from one, the identity."""
-    with Console(stderr=True).status(f"Reading {adapter}"):
+    with Screen(stderr=True).status(f"Reading {adapter}"):
         from ia3.runs.adapters import read_adapter, vector_maps
 
         saved = read_adapter(adapter)
@@ -25,7 +24,7 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     if as_json:
         print_json(_summary(saved))
         return
-    console = Console()
+    console = Screen()
     console.print(facts("Adapter", _facts(saved)), highlight=False)
     for each in maps:
         columns = [Column("block", each.blocks, text=True)]

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 try:
     import typer
-    from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
     from typer.core import TyperGroup
@@ -27,8 +26,9 @@ from ia3.cli.runs import runs
 from ia3.cli.sweep import sweep
 from ia3.cli.targets import targets
 from ia3.cli.train import train
-from ia3.errors import RefusedElsewhereError
+from ia3.errors import RefusedElsewhereError, fit_screen, printable
 from ia3.launched import launched_processes, launched_rank
+from ia3.runs.screen import Screen
 
 # What the library raises for input that it cannot use, with the remedy in the message.
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
@@ -51,9 +51,9 @@ class _ErrorsOnOneScreen(TyperGroup):
             command: Any = self.get_command(ctx, ctx.invoked_subcommand or "")
             params = getattr(command, "made", command).params if command is not None else []
             flags = {flag for each in params for flag in (*each.opts, *each.secondary_opts)}
-            said = Text(in_flags(str(error) or type(error).__name__, flags))
+            said = Text(printable(in_flags(fit_screen(str(error) or type(error).__name__), flags)))
             title = "Error" if launched_processes() == 1 else f"Error in process {launched_rank()}"
-            Console(stderr=True).print(Panel(said, title=title, title_align="left", border_style="red"))
+            Screen(stderr=True).print(Panel(said, title=title, title_align="left", border_style="red"))
             raise typer.Exit(_EXIT_CODE) from error
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ia3.cli.flags import Adapter, AsJson, print_json
 from ia3.files import give_usual_rights
+from ia3.runs.screen import Screen
 from ia3.runs.tables import facts
 
 
@@ -26,7 +26,7 @@ def merge(
     if output.exists():
         raise ValueError(f"{output} exists already, and a merged model replaces nothing: name a new folder.")
     check_output(output)
-    progress = Console(stderr=True)
+    progress = Screen(stderr=True)
     with progress.status(f"Loading {adapter}") as status:
         model, tokenizer = _load(adapter)
         vectors = sum(parameter.numel() for name, parameter in model.named_parameters() if ".ia3_l." in name)
@@ -43,7 +43,7 @@ def merge(
         "folded in": f"{vectors:,} numbers",
         "load it by": f'transformers.{type(merged).__name__}.from_pretrained("{output}")',
     }
-    Console().print(facts("Merged", rows), highlight=False)
+    Screen().print(facts("Merged", rows), highlight=False)
 
 
 def _load(adapter: str) -> tuple[Any, Any]:

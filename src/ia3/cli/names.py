@@ -12,10 +12,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
+from ia3.errors import shorten
 from ia3.launched import launched_rank
+from ia3.runs.screen import Screen
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -44,7 +45,7 @@ def in_flags(message: str, known: Collection[str] | None = None) -> str:
     return _MARKED.sub(flag, message)
 
 
-class FlagConsole(Console):
+class FlagConsole(Screen):
     """Standard error, where the settings that the library's lines name are flags; of several processes the first's."""
 
     def __init__(self) -> None:
@@ -69,7 +70,9 @@ def parts(value: str) -> list[str]:
     """What stands between a value's commas; nothing there is refused."""
     names = [name.strip() for name in value.split(",")]
     if not all(names):
-        raise ValueError(f"{value!r} has an empty name: expected names with commas between them, such as k,v,wo.")
+        raise ValueError(
+            f"{shorten(value)} has an empty name: expected names with commas between them, such as k,v,wo."
+        )
     return names
 
 
@@ -79,7 +82,9 @@ def numbers(name: str, value: str, kind: type[NumberT]) -> list[NumberT]:
         return [kind(part) for part in value.split(",")]
     except ValueError:
         what, such = ("whole numbers", "0,1,2") if kind is int else ("numbers", "0.5,0.5")
-        raise ValueError(f"`{name}` is {value!r}: expected {what} with commas between, such as {such}.") from None
+        raise ValueError(
+            f"`{name}` is {shorten(value)}: expected {what} with commas between, such as {such}."
+        ) from None
 
 
 def with_settings(
@@ -111,7 +116,7 @@ def with_settings(
         settings = {name: value for name in fields if (value := given.pop(name)) not in (None, [])}
         read = {name: value if name == several else _read(fields[name], value) for name, value in settings.items()}
         for name in named.keys() & read.keys():
-            raise ValueError(f"There are both {named[name]} and `{name}={read[name]!r}`: give one of them.")
+            raise ValueError(f"There are both {named[name]} and `{name}={shorten(read[name])}`: give one of them.")
         function(**given, given=named | read)
 
     flags = [_flag(name, field, several=name == several) for name, field in fields.items()]

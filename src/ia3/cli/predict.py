@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapte
 from ia3.cli.labelling import answering_bar
 from ia3.cli.names import FlagConsole
 from ia3.launched import launched_processes, launched_rank
+from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
     from ia3.inference.answering import Answer
@@ -172,7 +172,7 @@ def _print_counts(counts: Counter[str]) -> None:
     table.add_column("share", justify="right")
     for label, count in counts.most_common():
         table.add_row(label, f"{count:,}", f"{count / counts.total():.1%}")
-    Console().print(table, "", highlight=False)
+    Screen().print(table, "", highlight=False)
 
 
 def _print_table(pairs: list[tuple[str, Answer]]) -> None:
@@ -183,4 +183,4 @@ def _print_table(pairs: list[tuple[str, Answer]]) -> None:
     table.add_column("text", overflow="fold")
     for text, found in pairs:
         table.add_row(Text(found.label), *_share(found, "{:.1%}"), Text(text))
-    Console().print(table, highlight=False)
+    Screen().print(table, highlight=False)

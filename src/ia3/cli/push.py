@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ia3.cli.flags import AsJson, expect_adapter, print_json
+from ia3.errors import shorten
+from ia3.runs.screen import Screen
 
 # An adapter's own files; what else lies in its folder stays there.
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "README.md")
@@ -29,7 +30,7 @@ def push(
     base = read_adapter(adapter).config.base_model_name_or_path
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} holds a pickle, which nobody should have to trust: save it as safetensors first.")
-    progress = Console(stderr=True)
+    progress = Screen(stderr=True)
     if base is None or Path(base).exists():
         progress.print(
             f"The adapter's base model is {base or 'not named'}, which others don't have: set "
@@ -56,7 +57,9 @@ def _upload(adapter: Path, repository: str, private: bool | None) -> str:
             repo_id=name, folder_path=adapter, allow_patterns=list(_FILES), commit_message="Upload (IA)³ adapter"
         )
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} is no name of a repository: expected one such as you/reviews-ia3.") from error
+        raise ValueError(
+            f"{shorten(repository)} is no name of a repository: expected one such as you/reviews-ia3."
+        ) from error
     except ValueError as error:  # what the hub finds wrong with the card
         raise ValueError(f"The hub refuses {adapter / 'README.md'}: {error} Correct it, or remove it.") from error
     except HfHubHTTPError as error:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ia3.cli.flags import AsJson
+from ia3.runs.screen import Screen
 
 _SENTENCES = (
     "Shares jump 12% after the company raises its full-year outlook",
@@ -44,7 +45,7 @@ def quickstart(
     from ia3.tasks.examples import Example
     from ia3.training.train import run_recipe
 
-    progress = Console(stderr=True)
+    progress = Screen(stderr=True)
     progress.print(f"{TITLER} learns to tell the sentiment of tweets about shares.", highlight=False)
     given = {
         **{"model": TITLER, "data": "bundled:tweets", "test_data": "bundled:tweets:test", "test_limit": limit},

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ia3.cli.flags import AsJson, print_json
+from ia3.runs.screen import Screen
 from ia3.runs.tables import NONE, WIDEST_CELL, Column, print_table, say
 from ia3.tasks.metrics import further_scores, write_score
 
@@ -32,7 +33,7 @@ def runs(
 ) -> None:
     """Compare runs: a table, the best first, and a picture of their loss and accuracy, runs.png."""
     given = folders or [Path("runs")]
-    with Console(stderr=True).status("Reading runs"):
+    with Screen(stderr=True).status("Reading runs"):
         from ia3.runs.comparison import group_repeats, read_runs
         from ia3.runs.run import RUNS_PICTURE_NAME
 
@@ -48,7 +49,7 @@ def runs(
         repeats, listed = ([each.summary() for each in many] for many in (groups, records))
         print_json({"picture": picture, "repeats": repeats, "runs": listed})
         return
-    console = Console()
+    console = Screen()
     print_runs(console, records, groups)
     say(console, f"\npicture: {picture}" if picture is not None else "\nNo run has an evaluation yet: no picture.")
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import FlagConsole, with_settings
 from ia3.cli.train import run_visibly
+from ia3.errors import shorten
 from ia3.launched import first_prints
+from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
     from ia3.training.sweep import Sweep
@@ -54,7 +55,7 @@ def _sweep(over: list[str] | None, resume: Path | None, as_json: bool, given: di
     if as_json:
         print_json({**found.summary(), "folder": found.output_dir, "picture": picture})
         return
-    Console().print("", ranking_table(found), "", highlight=False)
+    Screen().print("", ranking_table(found), "", highlight=False)
     typer.echo(f"asked for: {found.best.task.method}")
     typer.echo(f"training: {found.seconds:.0f} s for {len(found.runs) + len(found.failed)} runs together")
     if found.advice is not None:
@@ -103,6 +104,8 @@ def parse_grid(over: Sequence[str]) -> dict[str, list[str]]:
         key, _, values = (part.strip() for part in each.partition("="))
         found = [values] if key in _WHOLE else [value.strip() for value in values.split(",")]
         if not key or not all(found):
-            raise ValueError(f"--over {each!r}: expected a setting and its values, such as learning_rate=3e-3,8e-3.")
+            raise ValueError(
+                f"--over {shorten(each)}: expected a setting and its values, such as learning_rate=3e-3,8e-3."
+            )
         grid.setdefault(full_name(key.replace("-", "_")), []).extend(found)
     return grid

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import module_names
+from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
     from ia3.config import IA3Config
@@ -34,7 +34,7 @@ def targets(
     as_json: AsJson = False,
 ) -> None:
     """Show which modules of a model get a vector, as a tree; needs the model's configuration alone."""
-    with Console(stderr=True).status(f"Looking at {model}"):
+    with Screen(stderr=True).status(f"Looking at {model}"):
         from ia3.config import IA3Config
         from ia3.sites import find_sites
 
@@ -82,7 +82,7 @@ def _show(model: str, base: Any, found: Any, total: int, checked: dict[str, Any]
         *([found.note] if found.note else []),
         *([] if checked is None else _said(checked)),
     ]
-    console = Console()
+    console = Screen()
     console.print(tree)
     console.print("", *lines, sep="\n", markup=False, highlight=False)
 

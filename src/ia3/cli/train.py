@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import FlagConsole, numbers, with_settings
 from ia3.launched import first_prints
+from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
     from ia3.runs.look import Looked
@@ -136,14 +137,14 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
     if as_json:
         print_json({"folder": folder, "accuracy": found.summary(), "failed": failed, "runs": results})
         return
-    Console().print(
+    Screen().print(
         f"\naccuracy of {len(results)} runs{how}: median {found.median:.1%}, quartiles {found.lower:.1%} and "
         f"{found.upper:.1%}, from {found.lowest:.1%} to {found.highest:.1%}\nCompare them: ia3 runs {folder}",
         highlight=False,
         markup=False,
     )
     if failed:
-        Console().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
+        Screen().print(f"Without an end, and not counted: {', '.join(failed)}", highlight=False, markup=False)
 
 
 def run_visibly(train: Callable[[], FoundT], progress: Console) -> FoundT:
@@ -169,4 +170,4 @@ def print_result(run: Run, *, as_json: bool, **more: Any) -> None:
     if as_json:
         print_json({**run.summary(), "adapter": run.adapter_dir, "picture": picture, **more})
     else:
-        Console().print(result_table(run, picture))
+        Screen().print(result_table(run, picture))

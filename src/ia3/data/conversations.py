@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ia3.data.records import Records
+from ia3.errors import listed, shorten
 from ia3.tasks.columns import as_text, require_columns
 from ia3.tasks.examples import Example
 from ia3.tasks.template import Template
@@ -125,9 +126,9 @@ def find_format(
     if named and lists and not pairs:
         column = lists[0].template.fields[0]
         raise ValueError(
-            f"{records.source} has conversations in {column!r}, whose last messages are the answers, and "
-            f"`label_column={label_column!r}` asks for others: leave `label_column` out, or name the texts' column, "
-            "too."
+            f"{records.source} has conversations in {shorten(column)}, whose last messages are the answers, and "
+            f"`label_column={shorten(label_column)}` asks for others: leave `label_column` out, or name the texts' "
+            "column, too."
         )
     found = pairs if named else [*pairs, *lists]
     if len(found) > 1:
@@ -282,16 +283,18 @@ def _message(message: Any, place: str) -> Turn:
     keys = next((keys for keys in _KEYS if isinstance(message, dict) and {*keys} <= {*message}), None)
     if keys is None:
         raise ValueError(
-            f"{place} is {message!r:.80}, expected an object with role and content, or with from and value."
+            f"{place} is {shorten(message, 80)}, expected an object with role and content, or with from and value."
         )
     who, content = (message[key] for key in keys)
     # A table has a column for what any of its messages has, empty in the others.
     unread = sorted(key for key, value in message.items() if key not in keys and value not in (None, "", [], {}))
     if unread and not (unread == ["weight"] and message["weight"] == 1):
-        raise ValueError(f"{place} has {unread}, which can't be learned: expected {keys[0]} and {keys[1]} alone.")
+        raise ValueError(
+            f"{place} has [{listed(unread)}], which can't be learned: expected {keys[0]} and {keys[1]} alone."
+        )
     role = _ROLES.get(str(who).strip().casefold())
     if role is None:
-        raise ValueError(f"{place} has the role {who!r}, expected one of {', '.join(_ROLES)}.")
+        raise ValueError(f"{place} has the role {shorten(who)}, expected one of {', '.join(_ROLES)}.")
     if content is None or content != content:
         raise ValueError(f"{place} has no content ({keys[1]!r} is {content}): give it some, or take it out.")
     return role, _text_of(content, f"{place}: the {keys[1]}")

@@ -17,7 +17,7 @@ from ia3.data.columns import ColumnRows, shared
 from ia3.data.conversations import Format, Learnable, find_format, holds_lists, missing_answer, read_to_learn
 from ia3.data.reading import with_unread
 from ia3.data.records import TWEETS, Records, read_records
-from ia3.errors import SettingError
+from ia3.errors import SettingError, shorten
 from ia3.tasks.columns import as_text
 from ia3.tasks.example import Example, ExampleRows
 from ia3.tasks.examples import (
@@ -154,18 +154,18 @@ def _wording(template: Template | None, text_column: str, label_column: str, kin
         template = Template.of_column(text_column)
     elif text_column != "text":
         raise SettingError(
-            f"There is a template and the text column {text_column!r}: a template names its columns itself, as in "
-            f"'Review: {{{text_column}}}', so leave `text_column` out."
+            f"There is a template and the text column {shorten(text_column)}: a template names its columns itself, as "
+            f"in 'Review: {{{text_column:.50}}}', so leave `text_column` out."
         )
     if label_column in template.fields:
         raise SettingError(
-            f"The template {template.pattern!r} shows the label column {label_column!r} to the model, which would "
-            "only copy it: take it out, or name another `label_column`."
+            f"The template {shorten(template.pattern)} shows the label column {shorten(label_column)} to the model, "
+            "which would only copy it: take it out, or name another `label_column`."
         )
     if kind is TaskKind.TOKEN_CLASSIFICATION and not template.is_one_column:
         raise ValueError(
-            f"The template {template.pattern!r} has more than the words of one column, and only these have tags: "
-            f"expected one column alone, such as '{{{template.fields[0]}}}'."
+            f"The template {shorten(template.pattern)} has more than the words of one column, and only these have "
+            f"tags: expected one column alone, such as '{{{template.fields[0]:.50}}}'."
         )
     return template
 
@@ -233,7 +233,7 @@ def words_of(cell: Any, place: str, column: str) -> list[str]:
     for number, piece in enumerate(pieces, start=1):
         if len(piece.split()) != 1:
             raise ValueError(
-                f"{place}: number {number} of {column!r} is {piece!r}, expected one word without white space: take it "
-                "out with its counterpart, or join its parts, as by '_'."
+                f"{place}: number {number} of {column!r} is {shorten(piece)}, expected one word without white space: "
+                "take it out with its counterpart, or join its parts, as by '_'."
             )
     return pieces

@@ -11,6 +11,7 @@ from ia3.data.columns import Row
 from ia3.data.conversations import format_to_answer, read_to_answer
 from ia3.data.loading import words_of
 from ia3.data.records import Records, is_phrasebank, read_records
+from ia3.errors import listed
 from ia3.tasks.columns import require_columns
 from ia3.tasks.examples import Example
 from ia3.tasks.task import Task, TaskKind
@@ -59,7 +60,7 @@ class Questions:
         count = sum(bool(self[place].text) for place in range(len(self)))
         if not count:
             fields = sorted({field for task in self.tasks for field in task.template.fields})
-            raise ValueError(f"None of the {len(self):,} rows has a text in {fields}.")
+            raise ValueError(f"None of the {len(self):,} rows has a text in [{listed(fields)}].")
         return count
 
     @cached_property
@@ -97,7 +98,7 @@ def texts_as_records(texts: Iterable[str], task: Task) -> Records:
     fields = task.template.fields
     if len(task.template.required) > 1:
         raise ValueError(
-            f"This adapter reads the columns {list(fields)}, so a sentence is not enough: give a `file` with them."
+            f"This adapter reads the columns [{listed(fields)}], so a sentence is not enough: give a `file` with them."
         )
     rows = tuple((f"number {number}", {fields[0]: text}) for number, text in enumerate(texts, start=1))
     return Records("the sentences", fields, rows)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ia3.data.columns import ColumnRows, Row, gather, shared, without_collecting
+from ia3.data.limits import expect_archive, expect_json, expect_names, expect_parquet, expect_path, read_data
 from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
+from ia3.documents import expect_sound
+from ia3.errors import fit_screen, listed, shorten
 from ia3.files import nearest_beside
 
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -94,6 +98,7 @@ def read_records(
     name, split = _name_and_split(str(source), split)
     if not name:
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
+    expect_path(name)
     with without_collecting():
         table = _read(name, Wanted(line_column, line_label, tuple(named), split))
         rows, blank = (table.rows, table.blank) if isinstance(table.rows, ColumnRows) else gather(table.rows)
@@ -103,6 +108,7 @@ def read_records(
         columns = tuple(rows.columns)
     else:
         columns = tuple(dict.fromkeys(column for _, record in rows for column in record))
+    expect_names(columns, table.source)
     return Records(table.source, columns, rows, table.classes, blank, table.remarks, table.dialect)
 
 
@@ -141,9 +147,9 @@ def _read(name: str, wanted: Wanted) -> Table:
     if read is None:
         return _read_hub(name, wanted.part)
     if wanted.part not in (None, "train") and suffix != ".xlsx":
-        raise ValueError(f"{name} has no splits; split={wanted.part!r} is for data sets on the hub.")
+        raise ValueError(f"{name} has no splits; split={shorten(wanted.part)} is for data sets on the hub.")
     path = _download_phrasebank() if name in _PHRASEBANK else Path(name)
-    if not path.is_file():
+    if not path.exists():
         near = nearest_beside(path, Path.is_file)
         meant = f"Did you mean {near}?" if near else f"The data may be {_KINDS}."
         raise FileNotFoundError(f"There is no file {name}. {meant}")
@@ -153,9 +159,9 @@ def _read(name: str, wanted: Wanted) -> Table:
 def _read_bundled(name: str, wanted: Wanted) -> Table:
     part = wanted.part or "train"
     if name != TWEETS:
-        raise ValueError(f"No bundled data {name!r}; there is {TWEETS!r}.")
+        raise ValueError(f"No bundled data {shorten(name)}; there is {TWEETS!r}.")
     if part not in ("train", "test"):
-        raise ValueError(f"{name} has no split {part!r}; expected 'train' or 'test'.")
+        raise ValueError(f"{name} has no split {shorten(part)}; expected 'train' or 'test'.")
     table = read_csv(TWEETS_FOLDER / f"{part}.csv", Wanted("text", "label"))
     rows = ((place, _labelled(wanted, *record.values())) for place, record in table.rows if record is not None)
     return Table(f"{name} ({part})", rows, {wanted.label or "label": SENTIMENTS})
@@ -185,19 +191,20 @@ def _read_zip(path: Path, wanted: Wanted) -> Table:
             inside = next((name for name in names if PurePosixPath(name).name == _PHRASEBANK_FILE), None)
             if inside is None:
                 raise ValueError(
-                    f"{path} holds no {_PHRASEBANK_FILE}; it holds {', '.join(names[:10])}. "
+                    f"{path} holds no {_PHRASEBANK_FILE}; it holds {listed(names)}. "
                     "A .zip is expected to be Financial PhraseBank."
                 )
+            expect_archive(archive, [inside], str(path))
             content = archive.read(inside)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # of a password or method, too
         raise ValueError(f"{path} is not a whole .zip file ({error}); download it again.") from error
     return _phrasebank(content, f"{path}/{inside}", wanted)
 
 
 def _read_txt(path: Path, wanted: Wanted) -> Table:
     if wanted.label is not None:
-        return _phrasebank(path.read_bytes(), str(path), wanted)
-    text, remarks = _text_of(path.read_bytes(), str(path))
+        return _phrasebank(read_data(path), str(path), wanted)
+    text, remarks = _text_of(read_data(path), str(path))
     rows = ((place, {wanted.text: line} if line else None) for place, line in _stripped_lines(text))
     return Table(str(path), rows, {}, remarks)
 
@@ -206,7 +213,7 @@ def is_phrasebank(path: Path) -> bool:
     """Whether a file is a `.txt` of whose lines each ends in `@` and one of PhraseBank's labels."""
     if path.suffix.lower() != ".txt" or not path.is_file():
         return False
-    text, _ = _text_of(path.read_bytes(), str(path))
+    text, _ = _text_of(read_data(path), str(path))
     lines = (line for _, line in _stripped_lines(text) if line)
     return all(line.rpartition("@")[2].strip() in SENTIMENTS and "@" in line for line in lines)
 
@@ -245,7 +252,7 @@ def _text_of(content: bytes, source: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _read_json(path: Path, wanted: Wanted) -> Table:
-    text, remarks = _text_of(path.read_bytes(), str(path))
+    text, remarks = _text_of(read_data(path), str(path))
     return Table(str(path), _json_rows(text, path), {}, remarks)
 
 
@@ -260,7 +267,8 @@ def _json_rows(text: str, path: Path) -> _Rows:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+            expect_sound(record, line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}, {place} is not JSON: {error}; expected one object a line, or one list of objects."
             ) from error
@@ -273,9 +281,11 @@ def _objects_of_a_list(text: str, path: Path) -> list[dict[str, Any]] | None:
     """The objects of a file that is one list of them, on however many lines; None of other files."""
     if not text.lstrip().startswith("["):
         return None
+    expect_json(text, str(path))
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
+        expect_sound(whole, text)
+    except (ValueError, RecursionError) as error:
         if "]" in text.lstrip().split("\n", 1)[0]:  # a list a line: reading them says what is wrong
             return None
         raise ValueError(f"{path} is a list that is not JSON: {error}; expected one list of objects.") from error
@@ -288,9 +298,10 @@ def _read_parquet(path: Path, wanted: Wanted) -> Table:
     from datasets import Features
 
     try:
+        expect_parquet(path)
         table = pyarrow.parquet.ParquetFile(path).read()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a whole parquet file ({error}).") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a whole parquet file ({fit_screen(str(error), 300)}).") from error
     # Without these metadata `datasets` guesses, and not all of pyarrow's types are known to it.
     features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
     classes = _classes_of(features)
@@ -311,7 +322,8 @@ def _read_hub(name: str, split: str | None) -> Table:
     except (OSError, ValueError, RuntimeError) as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"{name} could not be loaded as a data set of the hub (split {split or 'train'!r}): {error}. "
+            f"{name} could not be loaded as a data set of the hub (split {shorten(split or 'train')}): "
+            f"{fit_screen(str(error), 600)} "
             f"The data may be {_KINDS}."
         ) from error
     classes = _classes_of(dataset.features)

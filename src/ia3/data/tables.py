@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +18,28 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ia3.data.columns import ColumnRows, shared
+from ia3.data.limits import (
+    LONGEST_LINE,
+    TooMuchError,
+    bounded,
+    expect_archive,
+    expect_names,
+    read_data,
+    sample,
+    short_lines,
+)
+from ia3.errors import fit_screen, listed, shorten
 from ia3.tasks.columns import is_usual
 
 # `csv` of the standard library rather than pyarrow's reader, which takes about half the time for a million rows: that
 # one reads an open quote to the file's end and `"a"b` as `ab` without a word, and doesn't tell lines apart where
 # cells have line breaks or lines are blank.
-csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB
+csv.field_size_limit(LONGEST_LINE)  # the module's own limit is 128 KiB
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAMPLE = 1000
+_SHEET_CELLS = 5_000_000  # openpyxl reads some 100,000 a second
+_NAMED = 5  # of columns without names so many are told
 _NUMBER = re.compile(r"(?=.*\d)[\d.,:/%€$+\s-]+")  # dates and prices, too
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 ENCODINGS = {"utf-16-le": ["as UTF-16"], "utf-16-be": ["as UTF-16"], "cp1252": ["as Windows-1252 (not UTF-8)"]}
@@ -135,7 +149,7 @@ def remark_of(source: str, said: Sequence[str]) -> tuple[str, ...]:
 
 def read_csv(path: Path, wanted: Wanted) -> Table:
     """Read a `.csv` or `.tsv`, the delimiter by what is in it."""
-    content = path.read_bytes()
+    content = read_data(path)
     text, encoding, mark = decode(content, str(path))
     asked = re.match(r'"?sep=(.)"?(\r\n|\r|\n)', text, re.IGNORECASE)
     line_end = "\r\n" if "\r\n" in text else "\n" if "\n" in text or "\r" not in text else "\r"
@@ -156,9 +170,9 @@ def read_csv(path: Path, wanted: Wanted) -> Table:
 
 
 def _csv_rows(lines: Iterable[str], delimiter: str, source: str, before: int) -> Iterator[tuple[str, list[Any]]]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(short_lines(lines, source), delimiter=delimiter, strict=True)
     try:
-        for cells in reader:
+        for cells in bounded(reader, source):
             yield f"line {reader.line_num + before}", cells if len(cells) > 1 or "".join(cells).strip() else []
     except csv.Error as error:
         raise ValueError(
@@ -174,7 +188,7 @@ def _sniff(lines: Callable[[], Iterable[str]], usual: str) -> str:
         reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         rows: list[list[str]] = []
         try:
-            rows.extend(cells for cells in islice(reader, _SAMPLE) if cells)
+            rows.extend(cells for cells in sample(reader, _SAMPLE) if cells)
         except csv.Error:
             rows.append([])
         width = len(rows[0]) if rows else 0
@@ -190,26 +204,19 @@ def _sniff(lines: Callable[[], Iterable[str]], usual: str) -> str:
 def read_xlsx(path: Path, wanted: Wanted) -> Table:
     """Read the first sheet of an `.xlsx`, or that of the name `wanted.part`."""
     require_package("openpyxl", "excel", f"Reading {path}")
-    import openpyxl
     from openpyxl.utils import get_column_letter
 
-    content = path.read_bytes()
-    try:
-        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-    except Exception as error:  # zipfile's, the XML parser's and openpyxl's own
-        raise ValueError(f"{path} is not a whole .xlsx file ({error}); save it in Excel again.") from error
+    content = read_data(path)
+    book = _open_book(content, path, data_only=True)
     names = [sheet.title for sheet in book.worksheets]
+    if not names:
+        raise ValueError(f"{path} has no sheet with cells: expected one.")
     name = wanted.part or names[0]
     if name not in names:
-        raise ValueError(f"{path} has no sheet {name!r}; it has {', '.join(map(repr, names))}.")
-
-    def cells_of(book: Any) -> list[tuple[Any, ...]]:
-        book[name].reset_dimensions()  # some programs write wrong ones
-        return list(book[name].values)
-
-    shown = written = cells_of(book)
+        raise ValueError(f"{path} has no sheet {shorten(name)}; it has {listed(names)}.")
+    shown = written = _cells_of(book, name, path)
     if any(None in cells for cells in shown):
-        written = cells_of(openpyxl.load_workbook(io.BytesIO(content), read_only=True))
+        written = _cells_of(_open_book(content, path), name, path)
     rows, errors = [], 0
     for number, pair in enumerate(zip(shown, written, strict=True), start=1):
         for index, (cell, formula) in enumerate(zip(*pair, strict=True), start=1):
@@ -228,6 +235,33 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
     return _as_table(str(path), rows, wanted, Dialect(), said)
 
 
+def _open_book(content: bytes, path: Path, **how: bool) -> Any:
+    import openpyxl
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            expect_archive(archive, archive.namelist(), str(path))
+        return openpyxl.load_workbook(io.BytesIO(content), read_only=True, **how)
+    except TooMuchError:
+        raise
+    except Exception as error:  # zipfile's, the XML parser's and openpyxl's own
+        raise _not_whole(path, error) from error
+
+
+def _cells_of(book: Any, name: str, path: Path) -> list[tuple[Any, ...]]:
+    try:
+        book[name].reset_dimensions()  # some programs write wrong ones
+        return list(bounded(book[name].values, str(path), _SHEET_CELLS))
+    except TooMuchError:
+        raise
+    except Exception as error:  # what is read only now, by the XML parser and openpyxl
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a whole .xlsx file ({fit_screen(str(error), 300)}); save it in Excel again.")
+
+
 def _as_shown(cell: Any) -> Any:
     """Numbers as they are, which a sheet can be given back; dates as text."""
     if isinstance(cell, datetime) and cell.time() == time():
@@ -243,15 +277,18 @@ def _as_table(source: str, rows: _Rows, wanted: Wanted, dialect: Dialect, said: 
             f"{source} is empty; expected a header with the columns' names, such as 'text' and 'label', and rows."
         )
     first = [str(cell) for cell in rows[number][1]]
-    below = [[str(cell) for cell in cells] for _, cells in islice(rows, number + 1, number + _SAMPLE) if cells]
+    few = sample((cells for _, cells in islice(rows, number + 1, None)), _SAMPLE - 1)
+    below = [[str(cell) for cell in cells] for cells in few if cells]
     if first[-1] == "":  # delimiters at the end of each line
         width = max(_filled(cells) for _, cells in rows)
         first = first[:width]
     certainty = _as_header(first, below, wanted)
     if certainty > 0:
+        expect_names(first, source)
         dialect = replace(dialect, header=tuple(first))
         names = _names_in_header(source, first, rows[number + 1 :], wanted)
-        remarks = [f"Column {name} is {first[int(name) - 1]!r}." for name in names if name not in first]
+        own = {*first}
+        remarks = [f"Column {name} is {shorten(first[int(name) - 1])}." for name in names if name not in own][:_NAMED]
         start = number + 1
     else:
         names, meaning = _names_without_header(source, [first, *below], wanted, certain=certainty < 0)
@@ -290,9 +327,9 @@ def _filled(cells: Sequence[Any]) -> int:
 
 def _names_in_header(source: str, header: list[str], rows: _Rows, wanted: Wanted) -> list[str]:
     """The columns' names: numbers for those without a name, and for those that are asked for by number."""
-    twice = sorted({column for column in header if column and header.count(column) > 1})
+    twice = sorted(column for column, count in Counter(header).items() if column and count > 1)
     if twice:
-        raise ValueError(f"{source} has several columns named {twice}: give each a name of its own.")
+        raise ValueError(f"{source} has several columns named [{listed(twice)}]: give each a name of its own.")
     if source.lower().endswith(".xlsx") and "" in header:
         from openpyxl.utils import get_column_letter
 
@@ -302,8 +339,9 @@ def _names_in_header(source: str, header: list[str], rows: _Rows, wanted: Wanted
                 f"{source} has no name in the header for column {get_column_letter(min(filled) + 1)}: give it one; of "
                 "merged cells only the first has the name."
             )
+    own = {*header}
     return [
-        number if not column or (number in wanted.numbers and number not in header) else column
+        number if not column or (number in wanted.numbers and number not in own) else column
         for number, column in ((str(index), column) for index, column in enumerate(header, start=1))
     ]
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from ia3.auto import name_padding, without_the_loading_report
 from ia3.bundled import resolve_model
+from ia3.errors import listed
 from ia3.heads import head_parts
 from ia3.inference.predict import Beat, most_positions, pad_rows, sorted_batches, tokenise_inputs
 from ia3.inference.rank import Ranking, likeliest, rankings
@@ -273,9 +274,8 @@ def _starts(word_ids: Iterable[int | None]) -> dict[int, int]:
 
 
 def _check_labels(labels: Sequence[str]) -> None:
-    twice = sorted({label for label in labels if list(labels).count(label) > 1})
-    if twice or len(labels) < 2:
-        raise ValueError(f"The labels are {list(labels)}: expected at least two to choose from, each once.")
+    if len({*labels}) < max(len(labels), 2):
+        raise ValueError(f"The labels are [{listed(labels)}]: expected at least two to choose from, each once.")
 
 
 def _auto_class(kind: TaskKind, config: Any, model_name: str) -> Any:

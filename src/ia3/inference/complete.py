@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 
+from ia3.errors import shorten
 from ia3.fast.generate import Generate, compile_generate
 from ia3.inference.predict import Beat, answer_in_batches, most_positions, names_of, pad_rows, sorted_batches
 
@@ -154,7 +155,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows = [[*head, *ids] for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
     for text, row in zip(texts, rows, strict=True):
         if not row:
-            raise ValueError(f"The text {text!r} has no tokens, so there is nothing to go on from: remove it.")
+            raise ValueError(f"The text {shorten(text)} has no tokens, so there is nothing to go on from: remove it.")
     return rows
 
 

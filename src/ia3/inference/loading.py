@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ia3 import auto
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
+from ia3.errors import shorten
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
 from ia3.peft_model import CLASS_FOR_TASK
@@ -62,7 +63,7 @@ class Base:
             return auto_class.from_pretrained(self.folder, **self.hub)
         except (OSError, ValueError, KeyError) as error:
             raise FileNotFoundError(
-                f"The {what} of the base model {self.name!r} cannot be read: expected a folder in transformers' "
+                f"The {what} of the base model {shorten(self.name)} cannot be read: expected a folder in transformers' "
                 f"format, a model on the hub, or a bundled model. {_first_line(error)}"
             ) from error
 
@@ -197,7 +198,7 @@ def reading_weights(model_name: str) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights of the base model {model_name!r} cannot be read: copy or download it again. "
+            f"The weights of the base model {shorten(model_name)} cannot be read: copy or download it again. "
             f"{_first_line(error)}"
         ) from error
 

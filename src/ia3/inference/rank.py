@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ia3.errors import listed, shorten
 from ia3.fast import scores as fused
 from ia3.fast.cache import additive_mask, fill_up
 from ia3.fast.capture import GraphedCallable
@@ -216,14 +217,14 @@ def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:
         ValueError: fewer than two labels, or labels that the tokenizer can't tell apart.
     """
     if len(labels) < 2:
-        raise ValueError(f"The labels are {list(labels)}: expected at least two to choose from.")
+        raise ValueError(f"The labels are [{listed(labels)}]: expected at least two to choose from.")
     tokens: list[list[int]] = tokenizer(text_target=list(labels))["input_ids"]
     known: dict[tuple[int, ...], str] = {}
     for label, ids in zip(labels, tokens, strict=True):
         if tuple(ids) in known:
             raise ValueError(
-                f"The labels {known[tuple(ids)]!r} and {label!r} are the same to the tokenizer, so their scores "
-                "would be too: leave out repeated labels, or choose words that it knows."
+                f"The labels {shorten(known[tuple(ids)])} and {shorten(label)} are the same to the tokenizer, so their "
+                "scores would be too: leave out repeated labels, or choose words that it knows."
             )
         known[tuple(ids)] = label
     return tokens

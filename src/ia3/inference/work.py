@@ -15,6 +15,7 @@ from typing import Protocol
 from ia3.config import PeftConfig
 from ia3.data.questions import Questions, read_questions, texts_as_records
 from ia3.data.records import Records
+from ia3.errors import shorten
 from ia3.inference.answering import Answer, Answerer, cut_line
 from ia3.inference.labelling import Labeller, Overrides, load_labeller, task_without_file
 from ia3.inference.many import Company, companies_of, find_adapters
@@ -227,10 +228,10 @@ def _work_of_many(folder: Path, column: str, records: Records, overrides: Overri
     require_columns(records.source, records.columns, column, setting="adapter_column")
     places = [place for place, _ in records]
     cells = zip(places, records.column(column), strict=True)
-    names = [as_text(cell, f"{records.source}, {place}: {column!r}") for place, cell in cells]
+    names = [as_text(cell, f"{records.source}, {place}: {shorten(column)}") for place, cell in cells]
     if "" in names:
         raise ValueError(
-            f"{records.source}, {places[names.index('')]} names no adapter in {column!r}, as {names.count(''):,} of "
+            f"{records.source}, {places[names.index('')]} names no adapter in {shorten(column)}, as {names.count(''):,} of "
             f"{len(names):,} rows: name one in each row, or take these rows out."
         )
     folders = find_adapters(folder, names, lambda number: f"{records.source}, {places[number]}")

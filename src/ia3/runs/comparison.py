@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ia3.documents import wrong_field
+from ia3.errors import listed
 from ia3.runs.recipe import read_recipe
 from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
 from ia3.runs.schemas import Figures, MetricsLine, Result, read_lines, read_written
@@ -297,7 +298,7 @@ def quartiles_of(values: Sequence[float]) -> Quartiles:
         ValueError: no values, or one that is NaN or infinite.
     """
     if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"The values are {list(values)}: expected at least one, and finite numbers only.")
+        raise ValueError(f"The values are [{listed(values)}]: expected at least one, and finite numbers only.")
     import numpy as np
 
     lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75), method=QUARTILE_METHOD).tolist()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ia3.errors import SettingError
+from ia3.errors import SettingError, shorten
 from ia3.runs.recipe import Recipe, make_recipe
 from ia3.runs.settings import field_names, nearest
 
@@ -62,13 +62,15 @@ def make_recipes(given: Mapping[str, Any], over: Over | None) -> tuple[list[Reci
     for choice in choices:
         recipe = make_recipe({**given, **choice})
         if recipe in recipes:
-            raise ValueError(f"over holds {choice} more than once, which would be one run: give each once.")
+            raise ValueError(
+                f"over holds {shorten(choice, 300)} more than once, which would be one run: give each once."
+            )
         recipes.append(recipe)
     for name, reason in NOT_SWEPT.items():
         value = getattr(recipes[0], name)
         if value not in ("adamw", "lm", False, None, ()):
             raise SettingError(
-                f"A sweep takes no `{name}={value!r}`, since {reason}: leave it out, or train by ia3.train."
+                f"A sweep takes no `{name}={shorten(value)}`, since {reason}: leave it out, or train by ia3.train."
             )
     return recipes, keys
 
@@ -82,14 +84,16 @@ def combinations(over: Over) -> list[dict[str, Any]]:
     if isinstance(over, Mapping):
         for key, values in over.items():
             if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"over: {key} is {values!r}: expected a list of the values to try, such as [0, 1].")
+                raise ValueError(
+                    f"over: {shorten(key)} is {shorten(values)}: expected a list of the values to try, such as [0, 1]."
+                )
         choices = [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
     else:
         choices = [dict(choice) for choice in over]
     others = sorted({key for choice in choices for key in choice} - {*SWEPT})
     for key in others:
         if key not in field_names(Recipe):
-            raise ValueError(f"over: there is no setting {key!r}. {nearest(key, SWEPT).replace('`', '')}")
+            raise ValueError(f"over: there is no setting {shorten(key)}. {nearest(key, SWEPT).replace('`', '')}")
     if others:
         raise ValueError(
             f"The runs of a sweep can't differ in {', '.join(others)}: they share a base model and its batches. They "

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from ia3.errors import SettingError
+from ia3.errors import SettingError, listed, shorten
 
 # What the model usually has to read: parts of a text, what comes beside it, and what is one by itself.
 _TEXTS = ("instruction", "input", "context", "passage", "premise", "hypothesis", "question", "query", "prompt", "claim")
@@ -26,6 +26,7 @@ _MORE = (
     *("content", "bewertung", "kategorie", "language", "sprache"),
 )
 _PARTS, _SHOWN = 5, 20  # at most so many columns are one text, and are listed
+_COMPARED = 100  # so many characters of a name tell which was meant
 _NUMBERED = re.compile(r"(.+?)_?[0-9ab]")
 
 
@@ -118,11 +119,13 @@ def require_columns(
         if column not in found:
             likely = likely_columns(found) if labelled else ""
             how = "template" if likely.startswith("`template") else setting
-            more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-            plain = {_plain(name): name for name in found}
-            near = [f" Did you mean {plain[name]!r}?" for name in get_close_matches(_plain(column), plain, 1, 0.75)]
+            plain = {_plain(name): name for name in found[:_COMPARED] if len(name) <= _COMPARED}
+            near = [
+                f" Did you mean {shorten(plain[name])}?"
+                for name in get_close_matches(_plain(column[:_COMPARED]), plain, 1, 0.75)
+            ]
             raise SettingError(
-                f"{source} has no column {column!r}; its columns are {', '.join(map(repr, found[:_SHOWN]))}{more}."
+                f"{source} has no column {shorten(column)}; its columns are {listed(found, _SHOWN)}."
                 f"{''.join(near)} Name the right {'ones' if labelled else 'one'} by `{how}`"
                 f"{' and `label_column`' if labelled else ''}{f', such as {likely}' if likely else ''}."
             )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple, overload
 
+from ia3.errors import listed, shorten
 from ia3.tasks.example import Example as Example  # which belongs to what is public here
 from ia3.tasks.example import ExampleRows
 from ia3.tasks.labels import (
@@ -147,11 +148,13 @@ class Examples(Sequence[Example]):
         if self.kind in ONE_LABEL_A_TEXT and not self._named_classes and (doubt := doubt_classes(self._answers())):
             doubts.append(f"Are these labels? {doubt[:1].upper()}{doubt[1:]}.")
         if not self.kind.has_labels and (most := conflicts_of(self)).answers >= _MANY_ANSWERS:
-            others = ", ".join(map(repr, self.reading.others)) if self.reading is not None else ""
+            others = listed(self.reading.others) if self.reading is not None else ""
             left_out = f"; not read: {others}" if others else ""
             doubts.append(f"{most.answers:,} different answers to the same text, {most.text[:60]!r}{left_out}.")
         if self.reading is not None and (unread := self.reading.unread):
-            columns = " and ".join(f"{name!r} ({count:,} of {len(self.rows):,} rows)" for name, count in unread)
+            columns = " and ".join(
+                f"{shorten(name)} ({count:,} of {len(self.rows):,} rows)" for name, count in unread[:5]
+            )
             are = "Columns are" if len(unread) > 1 else "A column is"
             doubts.append(f"{are} not read that may belong to the text: {columns}. {self.reading.remedy}")
         return doubts

@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
+from ia3.errors import shorten
+
 # Joiners are characters that nobody sees, as other format characters are, but they shape emoji and Persian words.
 _JOINERS = "\u200c\u200d"
 # How many spellings and labels a remark names.
@@ -86,7 +88,7 @@ def quote_labels(labels: Sequence[str]) -> str:
 
 def _quoted(label: str) -> str:
     """In quotes; by its code points where its letters would look like another spelling's."""
-    return repr(label) if unicodedata.is_normalized("NFC", label) else ascii(label)
+    return shorten(label) if unicodedata.is_normalized("NFC", label) else ascii(label[:100])
 
 
 # Where answers cease to be classes. Real classes mostly stay below: of 50 rows of BANKING77 74 % have different

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
+from ia3.errors import listed
+
 # What every evaluation says; other figures, such as `entity_f1`, are its kind of task's own.
 _USUAL = {
     *("accuracy", "accuracy_interval_95", "confusion", "correct", "examples", "f1", "labels", "loss", "macro_f1"),
@@ -84,7 +86,7 @@ def confusion_matrix(references: Sequence[str], predictions: Sequence[str], labe
     position = {label: index for index, label in enumerate(labels)}
     unknown = sorted(set(references) - set(labels))
     if unknown:
-        raise ValueError(f"Labels {unknown} are not among {list(labels)}.")
+        raise ValueError(f"Labels [{listed(unknown)}] are not among [{listed(labels)}].")
     matrix = [[0] * (len(labels) + 1) for _ in labels]
     for right, predicted in zip(references, predictions, strict=True):
         matrix[position[right]][position.get(predicted, len(labels))] += 1

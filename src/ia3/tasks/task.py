@@ -141,7 +141,7 @@ class Task:
             ValueError: no such way, or none for this kind of task.
         """
         if way not in get_args(AnswerBy):
-            raise ValueError(f"Answers are by {way!r}: expected one of {list(get_args(AnswerBy))}.")
+            raise ValueError(f"Answers are by {shorten(way)}: expected one of {list(get_args(AnswerBy))}.")
         if self.kind is TaskKind.LABEL_WORDS:
             return replace(self, answer_by=way)  # type: ignore[arg-type]
         if way != self.kind.answer_by:

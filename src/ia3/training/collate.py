@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ia3.errors import shorten
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.predict import pad_rows, tokenise_inputs
 from ia3.inference.tokens import RowsOnDemand
@@ -67,7 +68,7 @@ def tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_w
     ids: list[int] = tokenizer(text_target=word)["input_ids"]
     if max_label_length is not None and len(ids) > max_label_length:
         raise ValueError(
-            f"The label {word!r} takes {len(ids)} tokens, its end token included, but the label length is "
+            f"The label {shorten(word)} takes {len(ids)} tokens, its end token included, but the label length is "
             f"{max_label_length}: labels are never cut. Raise the label length, or choose a shorter word."
         )
     if not as_word:
@@ -75,8 +76,8 @@ def tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_w
     spelt = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if spelt != word:
         raise ValueError(
-            f"The tokenizer spells the label {word!r} as {spelt!r}, so no answer could ever match it. "
-            "Choose a label word that the tokenizer gives back unchanged."
+            f"The tokenizer spells the label {shorten(word)} as {shorten(spelt)}, so no answer could ever match "
+            "it. Choose a label word that the tokenizer gives back unchanged."
         )
     return ids
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ia3.errors import listed, shorten
 from ia3.runs.look import Looked, examples_of, key_of
 from ia3.runs.recipe import Recipe
 from ia3.tasks.example import ExampleRows, Turns
@@ -111,8 +112,9 @@ def check_examples(kind: TaskKind, train_examples: Examples, test_examples: Exam
     unseen = sorted({*test_examples.rows.labels} - known)
     if unseen:
         raise ValueError(
-            f"The held-out labels {unseen} never occur in training, which knows {sorted(known)}: correct the "
-            "labels, add training examples with them, raise `limit`, or split otherwise (`split_seed`, `test_data`)."
+            f"The held-out labels [{listed(unseen, 10)}] never occur in training, which knows "
+            f"[{listed(sorted(known), 10)}]: correct the labels, add training examples "
+            "with them, raise `limit`, or split otherwise (`split_seed`, `test_data`)."
         )
 
 
@@ -128,8 +130,8 @@ def _examples(data: str | Examples, recipe: Recipe, kind: TaskKind, looked: Look
     field, *more = recipe.wording.fields
     if more:
         raise ValueError(
-            f"The template {recipe.template!r} reads the columns {[field, *more]}, and examples in memory have one "
-            "text each: give a file as data, or examples whose texts are whole."
+            f"The template {shorten(recipe.template)} reads the columns [{listed([field, *more])}], and examples in "
+            "memory have one text each: give a file as data, or examples whose texts are whole."
         )
     texts = [recipe.wording.render({field: text}) for text in data.rows.texts]
     rows = ExampleRows(texts, data.rows.labels, data.rows.turns)

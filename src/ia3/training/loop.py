@@ -27,6 +27,7 @@ from ia3.fast.step import Step, compile_step, sum_gradients
 from ia3.files import append_line
 from ia3.inference.processes import ALONE, Processes, join
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, Evaluation, Run, TrainerState
+from ia3.runs.screen import Screen
 from ia3.runs.settings import TrainSettings
 from ia3.runs.sums import write_sums
 from ia3.tensors import Tensors
@@ -463,5 +464,5 @@ def progress_bars(console: Console | None) -> ProgressBars:
         rich_progress.TimeElapsedColumn(),
         rich_progress.TextColumn("left"),
         rich_progress.TimeRemainingColumn(),
-        console=console or Console(stderr=True),
+        console=console or Screen(stderr=True),
     )

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ia3.config import IA3Config
+from ia3.errors import shorten
 from ia3.files import write_atomically
 from ia3.inference.classify import head_modules
 from ia3.inference.loading import DTYPES, Base
@@ -134,8 +135,8 @@ def _labels(kind: TaskKind, training: Examples, test: Examples) -> tuple[str, ..
     found = tuple(label for label in training.labels if label in occurring)
     if len(found) < 2:
         raise ValueError(
-            f"All {len(training):,} training examples of {training.source} have the label {found[0]!r}, so there is "
-            "nothing to tell apart: give examples of at least two labels."
+            f"All {len(training):,} training examples of {training.source} have the label {shorten(found[0])}, so "
+            "there is nothing to tell apart: give examples of at least two labels."
         )
     return found
 

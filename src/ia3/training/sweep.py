@@ -36,6 +36,7 @@ from ia3.runs.run import (
     write_json,
 )
 from ia3.runs.schemas import SweepRecipes, checked
+from ia3.runs.screen import Screen
 from ia3.runs.sums import write_sums
 from ia3.tasks.examples import Examples
 from ia3.training import sharding
@@ -164,7 +165,7 @@ def sweep(
     """
     given = {**recipe, "model": model, **({} if data is None else {"data": data})}
     recipes, keys = make_recipes(given, over)
-    return run_sweep(recipes, keys, console or Console(stderr=True), look_before(*recipes))
+    return run_sweep(recipes, keys, console or Screen(stderr=True), look_before(*recipes))
 
 
 def resume_sweep(

@@ -41,6 +41,7 @@ from ia3.runs.run import (
     write_json,
 )
 from ia3.runs.schemas import Environment, FinishedResult, read_written
+from ia3.runs.screen import Screen
 from ia3.runs.sums import changed_files, expect_unchanged, write_sums
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TASK_NAME
@@ -77,7 +78,7 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
         >>> run.final.accuracy
     """
-    return run_recipe(make_recipe({**recipe, "model": model, "data": data}), console or Console(stderr=True))
+    return run_recipe(make_recipe({**recipe, "model": model, "data": data}), console or Screen(stderr=True))
 
 
 def resume_run(

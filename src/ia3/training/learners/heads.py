@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ia3.errors import listed, shorten
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.classify import batched_logits, class_labels, padding_token, split_words, tokenise_texts
 from ia3.inference.predict import pad_rows, sorted_batches
@@ -53,16 +54,16 @@ class HeadLearner(Learner[HeadRow]):
         found = class_labels(self.model)
         if found != self.task.labels:
             raise ValueError(
-                f"The model's head is for the labels {list(found)}, and the task has {list(self.task.labels)}: load it "
-                "with load_classifier(model_name, kind, labels)."
+                f"The model's head is for the labels [{listed(found)}], and the task has [{listed(self.task.labels)}]: "
+                "load it with load_classifier(model_name, kind, labels)."
             )
 
     def class_of(self, label: str, text: str) -> int:
         """The class of a label, which has to be among the task's."""
         if label not in self.task.labels:
             raise ValueError(
-                f"The label {label!r} of the text {text[:60]!r} is not among the task's labels "
-                f"{list(self.task.labels)}: correct it, or give the text another."
+                f"The label {shorten(label)} of the text {text[:60]!r} is not among the task's labels "
+                f"[{listed(self.task.labels, 10)}]: correct it, or give the text another."
             )
         return self.task.labels.index(label)
 
