@@ -29,7 +29,7 @@ FLOORS = (
     {"ia3.peft_model"},
     {"ia3.factory"},
     {"ia3.fast"},
-    {"ia3.saving", "ia3.loading", "ia3.hotswap", "ia3.heads", "ia3.card", "ia3.status"},
+    {"ia3.saving", "ia3.loading", "ia3.hotswap", "ia3.heads", "ia3.card", "ia3.publishing", "ia3.status"},
     {"ia3.mixing", "ia3.merging", "ia3.checkpoint", "ia3.arithmetic"},
     {"ia3.adapter"},
     {"ia3.listening"},

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ia3.config import IA3Config
-from ia3.files import BUNDLED, write_atomically
+from ia3.errors import fit_screen
+from ia3.files import BUNDLED, read_file, write_atomically
+
+# The most bytes of a card.
+_LIMIT = 1 << 22
 
 _LOADER = {
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -56,13 +60,30 @@ _ONLY_HERE = (
 )
 
 
+def read_card(path: Path) -> Any:
+    """The card in a file, a `huggingface_hub.ModelCard`.
+
+    Raises:
+        ValueError: the file is no card, or much too long for one.
+    """
+    from huggingface_hub import ModelCard
+
+    content = read_file(path, _LIMIT)
+    try:
+        return ModelCard(content.decode("utf-8"), ignore_metadata_errors=True)
+    except Exception as error:  # the metadata's parser raises almost anything
+        raise ValueError(
+            f"{path} is no model card ({fit_screen(str(error), 300)}): correct it, or remove it."
+        ) from error
+
+
 def write_card(directory: Path, config: IA3Config) -> None:
     """Write `README.md`, or bring the metadata of the one that is there up to date and keep its text."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / "README.md"
     if path.is_file():
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        card = read_card(path)
     else:
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{_text(config)}")
     _update_metadata(card.data, config, {"ia3"})
@@ -77,12 +98,11 @@ def update_card(directory: Path, config: IA3Config, tags: Iterable[str]) -> None
         config: the adapter's.
         tags: the model's own, beside those that the card has.
     """
-    from huggingface_hub import ModelCard
 
     path = directory / "README.md"
     if not path.is_file():
         write_card(directory, config)
-    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = read_card(path)
     _update_metadata(card.data, config, {"ia3", *tags})
     if "from ia3 import" not in card.text:
         card.text = f"{card.text.rstrip()}\n{_section(config)}"
@@ -92,9 +112,9 @@ def update_card(directory: Path, config: IA3Config, tags: Iterable[str]) -> None
 def _update_metadata(data: Any, config: IA3Config, tags: set[str]) -> None:
     data.library_name = "peft"
     present = [data.tags] if isinstance(data.tags, str) else data.tags or ()
-    data.tags = sorted({*present, *tags})
+    data.tags = sorted({*(tag for tag in present if isinstance(tag, str)), *tags})
     base = config.base_model_name_or_path
-    if base and _is_on_hub(base):
+    if base and is_on_hub(base):
         data.base_model = base
     elif base and data.get("base_model") == base:  # a Trainer names any; the hub refuses the card
         data.base_model = None
@@ -102,10 +122,9 @@ def _update_metadata(data: Any, config: IA3Config, tags: set[str]) -> None:
 
 def add_tags(directory: Path, tags: Iterable[str]) -> None:
     """Put more tags into the card that `write_card` wrote."""
-    from huggingface_hub import ModelCard
 
     path = directory / "README.md"
-    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = read_card(path)
     metadata: Any = card.data
     metadata.tags = sorted({*(metadata.tags or ()), *tags})
     write_atomically(path, str(card).encode())
@@ -124,12 +143,12 @@ def add_results(
         data: the data's name; of a path its last part, since the rest is nobody else's business.
         named: whether the name can be a hub data set's.
     """
-    from huggingface_hub import EvalResult, ModelCard
+    from huggingface_hub import EvalResult
 
     path = directory / "README.md"
-    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = read_card(path)
     metadata: Any = card.data
-    on_hub = named and _is_on_hub(data)
+    on_hub = named and is_on_hub(data)
     name = data if on_hub else Path(data).name
     metadata.datasets = [data] if on_hub else None
     metadata.model_name = f"(IA)³ on {name}"
@@ -145,7 +164,7 @@ def add_results(
     write_atomically(path, str(card).encode())
 
 
-def _is_on_hub(name: str) -> bool:
+def is_on_hub(name: str) -> bool:
     """Whether this can be a hub repository's name; the hub refuses a card that says so of anything else."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -159,7 +178,7 @@ def _is_on_hub(name: str) -> bool:
 
 def _text(config: IA3Config) -> str:
     base = config.base_model_name_or_path or ""
-    if not base.startswith(BUNDLED) and not _is_on_hub(base):
+    if not base.startswith(BUNDLED) and not is_on_hub(base):
         base = Path(base).name  # a path on the author's machine is nobody else's business
     return _TEXT.format(
         base=base or "a model of your own",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ia3.card import add_tags, update_card, write_card
 from ia3.checkpoint import get_peft_model_state_dict, is_adapters, own_tensors
+from ia3.publishing import name_bases
 from ia3.state import attached, get_adapter
 from ia3.swap import Swapped
 from ia3.tensors import save_adapter, write_tensors
@@ -98,6 +100,8 @@ class Saved(Swapped):
     ) -> Any:
         """Save the adapters into a temporary folder and upload it to the hub.
 
+        A base model that is named by its path here is published by the path's last part, with a warning.
+
         Args:
             repo_id: the repository, made where it is missing.
             commit_message: "Upload (IA)³ adapter" by default.
@@ -123,6 +127,12 @@ class Saved(Swapped):
             self.save_pretrained(folder, safe_serialization)
             if tags:
                 add_tags(Path(folder), tags)
+            for base, name in name_bases(Path(folder)).items():
+                warnings.warn(
+                    f"The base model is published as {name}, not as {base}: give the model its name on the hub, "
+                    "model.name_or_path, for others to find it.",
+                    stacklevel=2,
+                )
             return api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,

@@ -21,6 +21,7 @@ class Hub:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.error: Exception | None = None
+        self.files: dict[str, bytes] = {}
         self.url: str | None = "https://hub.example/me/reviews"
 
     def create_repo(self, repo_id: str, **how: Any) -> Any:
@@ -31,6 +32,7 @@ class Hub:
 
     def upload_folder(self, **how: Any) -> Any:
         self.calls.append((how.pop("repo_id"), how))
+        self.files = {path.name: path.read_bytes() for path in Path(how["folder_path"]).iterdir()}
         return SimpleNamespace(repo_url=self.url)
 
 
@@ -41,14 +43,38 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_the_adapters_own_files_go_up(adapter: Path, hub: Hub) -> None:
-    result = succeed("push", adapter, "reviews", "--private")
-    (made, options), (into, upload) = hub.calls
-    assert (made, options) == ("reviews", {"private": True, "exist_ok": True})
-    assert (into, upload["folder_path"]) == ("me/reviews", adapter)
-    assert "ia3_task.json" in upload["allow_patterns"]
+def test_the_adapters_own_files_go_up(adapter: Path, tmp_path: Path, hub: Hub) -> None:
+    shutil.copytree(adapter, tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine alone")
+    result = succeed("push", tmp_path / "mine", "reviews", "--private")
+    (made, options), (into, _) = hub.calls
+    assert (made, options, into) == ("reviews", {"private": True, "exist_ok": True}, "me/reviews")
+    assert {*hub.files} == {"adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "README.md"}
+    assert hub.files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
     assert result.stdout.splitlines()[0] == hub.url
-    assert "which others don't have" in result.stderr
+
+
+def test_no_path_of_this_machine_goes_up(adapter: Path, base: Path, tmp_path: Path, hub: Hub) -> None:
+    shutil.copytree(adapter, tmp_path / "mine")
+    card = tmp_path / "mine" / "README.md"
+    card.write_text(f"{card.read_text()}\nFine-tuned from {base}.\n")
+    result = succeed("push", tmp_path / "mine", "me/reviews")
+    assert not [name for name, content in hub.files.items() if str(base.parent).encode() in content]
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == base.name
+    assert json.loads(hub.files["ia3_task.json"])["base_model"] == base.name
+    assert f"{base.name} in place of {base}. Set base_model_name_or_path" in message(result)
+    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+
+
+def test_a_name_on_the_hub_stays(adapter: Path, tmp_path: Path, hub: Hub) -> None:
+    shutil.copytree(adapter, tmp_path / "mine")
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("ia3_task.json", "base_model")):
+        content = json.loads((tmp_path / "mine" / name).read_text())
+        (tmp_path / "mine" / name).write_text(json.dumps(content | {key: "google/t5-small"}))
+    before = (tmp_path / "mine" / "adapter_config.json").read_bytes()
+    assert succeed("push", tmp_path / "mine", "me/reviews").stderr.strip() == ""
+    assert hub.files["adapter_config.json"] == before
 
 
 def test_json(adapter: Path, hub: Hub) -> None:

@@ -206,7 +206,9 @@ def _empty(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize(("spoil", "expected"), [(_cut, "result.json is not valid JSON"), (_empty, "There are no runs in")])
+@pytest.mark.parametrize(
+    ("spoil", "expected"), [(_cut, "result.json is not valid JSON"), (_empty, "There are no runs in")]
+)
 def test_what_can_not_be_read_is_an_error(folder: Path, spoil: Callable[[Path], None], expected: str) -> None:
     spoil(folder)
     result = ask(folder)

@@ -1,7 +1,9 @@
-"""`ia3 push`: a saved adapter's files to the hub, as they are."""
+"""`ia3 push`: a saved adapter's files to the hub, as they are but for paths on this machine."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from ia3.errors import shorten
 from ia3.runs.screen import Screen
 
 # An adapter's own files; what else lies in its folder stays there.
+_REMEDY = "Set base_model_name_or_path in adapter_config.json to its name on the hub."
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "ia3_task.json", "README.md")
 
 
@@ -27,23 +30,35 @@ def push(
     if not adapter.is_dir():
         raise FileNotFoundError(f"There is no folder {adapter}: expected an adapter saved by `ia3 train`.")
     expect_adapter(adapter)
-    base = read_adapter(adapter).config.base_model_name_or_path
+    read_adapter(adapter)  # a damaged one stays here
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ValueError(f"{adapter} holds a pickle, which nobody should have to trust: save it as safetensors first.")
     progress = Screen(stderr=True)
-    if base is None or Path(base).exists():
-        progress.print(
-            f"The adapter's base model is {base or 'not named'}, which others don't have: set "
-            "base_model_name_or_path in adapter_config.json to its name on the hub.",
-            style="yellow",
-            markup=False,
-        )
-    with progress.status(f"Uploading {adapter}"):
-        url = _upload(adapter, repository, private or None)
+    with tempfile.TemporaryDirectory() as copy:
+        said = _copy(adapter, Path(copy))
+        if said:
+            progress.print(f"{said} {_REMEDY}", style="yellow")
+        with progress.status(f"Uploading {adapter}"):
+            url = _upload(Path(copy), repository, private or None)
     if as_json:
         print_json({"adapter": adapter, "repository": repository, "url": url})
     else:
         typer.echo(f'{url}\nUse it: ia3 predict {repository} "…"')
+
+
+def _copy(adapter: Path, folder: Path) -> str:
+    """Copy what is published, with a name in place of the base model's path; what to say of it, empty for nothing."""
+    from ia3.config import IA3Config
+    from ia3.publishing import name_bases
+
+    for name in _FILES:
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, folder / name)
+    replaced = name_bases(folder)
+    if IA3Config.from_pretrained(folder).base_model_name_or_path is None:
+        return "The adapter's base model is not named."
+    named = "; ".join(f"{name} in place of {base}" for base, name in replaced.items())
+    return f"The files are published with a name of the base model that others may not find: {named}." if named else ""
 
 
 def _upload(adapter: Path, repository: str, private: bool | None) -> str:
@@ -53,15 +68,13 @@ def _upload(adapter: Path, repository: str, private: bool | None) -> str:
     api: Any = HfApi()
     try:
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=name, folder_path=adapter, allow_patterns=list(_FILES), commit_message="Upload (IA)³ adapter"
-        )
+        commit = api.upload_folder(repo_id=name, folder_path=adapter, commit_message="Upload (IA)³ adapter")
     except HFValidationError as error:
         raise ValueError(
             f"{shorten(repository)} is no name of a repository: expected one such as you/reviews-ia3."
         ) from error
     except ValueError as error:  # what the hub finds wrong with the card
-        raise ValueError(f"The hub refuses {adapter / 'README.md'}: {error} Correct it, or remove it.") from error
+        raise ValueError(f"The hub refuses README.md: {error} Correct it, or remove it.") from error
     except HfHubHTTPError as error:
         raise OSError(
             f"The hub refused the upload to {repository}: {error}. Log in (`hf auth login`, or HF_TOKEN) with an "
