@@ -82,10 +82,8 @@ def write_card(directory: Path, config: IA3Config) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / "README.md"
-    if path.is_file():
-        card = read_card(path)
-    else:
-        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{_text(config)}")
+    new = f"---\n{ModelCardData().to_yaml()}\n---\n{_text(config)}"
+    card = read_card(path) if path.is_file() else ModelCard(new)
     _update_metadata(card.data, config, {"ia3"})
     write_atomically(path, str(card).encode())
 

@@ -174,14 +174,10 @@ def _finite(digits: str) -> float:
 
 def _is_deep(value: Any) -> bool:
     """Whether lists and objects stand within each other deeper than any file of ours has them."""
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(_DEEPEST):
-        level = [inner for each in level for inner in _inside(each)]
+        contents = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [inner for content in contents for inner in content if isinstance(inner, (dict, list))]
         if not level:
             return False
     return True
-
-
-def _inside(value: Any) -> Collection[Any]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [each for each in values if isinstance(each, dict | list)]

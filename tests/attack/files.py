@@ -8,12 +8,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from harness import Attack, Ground, command, door
 
 Build = Callable[[Path], None]
 Attacks = Iterator[tuple[str, Build]]
@@ -119,6 +122,10 @@ def _write(name: str, content: bytes, folder: Path) -> None:
     (folder / name).write_bytes(content)
 
 
+def _write_made(name: str, make: Callable[[], bytes], folder: Path) -> None:
+    _write(name, make(), folder)
+
+
 def _put(name: str, what: str, folder: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     special_files(folder / name)[what]()
@@ -175,7 +182,10 @@ def tasks() -> Attacks:
         "jinja": "{% for x in range(10**9) %}{{ x }}{% endfor %}{text}",
         "many columns": "".join(f"{{c{number}}}" for number in range(900)),
     }.items():
-        yield f"ia3_task.json: template of {what}", partial(_replaced, "ia3_task.json", "template", json.dumps(template))
+        yield (
+            f"ia3_task.json: template of {what}",
+            partial(_replaced, "ia3_task.json", "template", json.dumps(template)),
+        )
     for what, labels in {
         "a million": [f"l{number}" for number in range(1_000_000)],
         "100,000": [f"l{number}" for number in range(100_000)],
@@ -221,9 +231,13 @@ def recipes() -> Attacks:
     """`recipe.yaml`, given by name."""
     for key in RECIPE_KEYS:
         for what, value in YAML_VALUES.items():
-            yield f"recipe.yaml: {key} is {what}", partial(_write, "recipe.yaml", f"{key}: {value}\n".encode("utf-8", "surrogatepass"))
+            yield (
+                f"recipe.yaml: {key} is {what}",
+                partial(_write, "recipe.yaml", f"{key}: {value}\n".encode("utf-8", "surrogatepass")),
+            )
     texts = {
-        "aliases": "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijklmnop", "bcdefghijklmnopq", strict=True)),
+        "aliases": "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijklmnop", "bcdefghijklmnopq", strict=True)),
         "alias to itself": "a: &a [*a]\n",
         "merge of an alias": "a: &a {epochs: 3}\nb:\n  <<: *a\n",
         "merge": "<<: {epochs: 3}\n",
@@ -304,11 +318,11 @@ def tables() -> Attacks:
         "an open quote": 'text,label\n"' + "x,y\n" * 2_000_000,
         "commas alone": "," * 30_000_000,
         "line breaks alone": "\n" * 30_000_000,
-        "returns alone": "\r" * 3_000_000,
+        "returns alone": "\r" * 10_000_000,
         "quotes alone": '"' * 10_000_000,
         "escapes": f"text,label\n{ESCAPES},{ESCAPES}\nb,c\n",
         "escapes as a name": f"{ESCAPES},label\nb,c\n",
-        "many labels": "text,label\n" + "".join(f"t{number},l{number}\n" for number in range(100_000)),
+        "many labels": "text,label\n" + "".join(f"t{number},l{number}\n" for number in range(5_000)),
         "null bytes": "text,label\na\0,b\n",
         "odd separator": "sep=\x1b\ntext\x1blabel\na\x1bb\n",
         "rows of all widths": "text,label\n" + "".join("x," * number + "\n" for number in range(500)),
@@ -377,7 +391,7 @@ def lines_of_json() -> Attacks:
 def zipped(files: Mapping[str, bytes]) -> bytes:
     """A .zip of these files."""
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return content.getvalue()
@@ -418,7 +432,9 @@ def archives() -> Attacks:
         "cells far to the right": lambda: _book(header + far),
         "a cell at the end": lambda: _book(header + b'<row r="1048576"><c r="A1048576"><v>1</v></c></row>'),
         "a row beyond": lambda: _book(header + b'<row r="99999999999"><c r="A99999999999"><v>1</v></c></row>'),
-        "entities": lambda: _book(b'<row r="1"><c t="inlineStr"><is><t>&a9;</t></is></c></row>', declared=entities + "]>"),
+        "entities": lambda: _book(
+            b'<row r="1"><c t="inlineStr"><is><t>&a9;</t></is></c></row>', declared=entities + "]>"
+        ),
         "entity of a file": lambda: _book(
             b'<row r="1"><c t="inlineStr"><is><t>&a;</t></is></c></row>',
             declared='<!DOCTYPE a [<!ENTITY a SYSTEM "file:///etc/passwd">]>',
@@ -439,7 +455,7 @@ def archives() -> Attacks:
         "20,000 entries": lambda: zipped({f"e{number}": b"" for number in range(20_000)}),
     }
     for what, make in books.items():
-        yield f"data.xlsx: {what}", lambda folder, make=make: _write("data.xlsx", make(), folder)
+        yield f"data.xlsx: {what}", partial(_write_made, "data.xlsx", make)
     bank = "FinancialPhraseBank-v1.0/Sentences_AllAgree.txt"
     zips = {
         "1 GB": lambda: zipped({bank: b"a" * 1_000_000_000}),
@@ -448,12 +464,16 @@ def archives() -> Attacks:
         "names of 60 kB": lambda: zipped({"n" * 60_000 + str(number): b"" for number in range(20)}),
         "escapes": lambda: zipped({ESCAPES: b"x"}),
         "path up": lambda: zipped({f"../../{bank}": b"good@positive\n"}),
-        "a password": lambda: zipped({bank: b"x"}).replace(b"PK\x03\x04\x14\0\0\0", b"PK\x03\x04\x14\0\x01\0").replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x01\0"),
+        "a password": lambda: (
+            zipped({bank: b"x"})
+            .replace(b"PK\x03\x04\x14\0\0\0", b"PK\x03\x04\x14\0\x01\0")
+            .replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\x01\0")
+        ),
         "another method": lambda: zipped({bank: b"x"}).replace(b"\x08\0", b"\x63\0"),
         "spoilt": lambda: zipped({bank: bytes(range(256)) * 100}).replace(b"\x05", b"\x06"),
     }
     for what, make in zips.items():
-        yield f"data.zip: {what}", lambda folder, make=make: _write("data.zip", make(), folder)
+        yield f"data.zip: {what}", partial(_write_made, "data.zip", make)
 
 
 def parquets() -> Attacks:
@@ -465,7 +485,12 @@ def parquets() -> Attacks:
         pq.write_table(make(), folder / "data.parquet", **how)
 
     def long_text(rows: int) -> Any:
-        return pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), [MEGABYTE]), "label": ["a"] * rows})
+        return pa.table(
+            {
+                "text": pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), [MEGABYTE]),
+                "label": ["a"] * rows,
+            }
+        )
 
     def many_rows(rows: int) -> Any:
         import numpy as np
@@ -485,14 +510,16 @@ def parquets() -> Attacks:
         "no rows": lambda: pa.table({"text": pa.array([], pa.string())}),
         "structs": lambda: pa.table({"text": [{"a": {"b": [1]}}], "label": ["b"]}),
         "times": lambda: pa.table({"text": pa.array([10**18], pa.timestamp("ns")), "label": ["b"]}),
-        "times beyond": lambda: pa.table({"text": pa.array([2**62], pa.timestamp("s")), "label": ["b"]}),
+        "times beyond": lambda: pa.table({"text": pa.array([2**62], pa.timestamp("us")), "label": ["b"]}),
         "decimals": lambda: pa.table({"text": pa.array([None], pa.decimal128(38, 3)), "label": ["b"]}),
         "huggingface's metadata": lambda: pa.table({"text": ["a"]}).replace_schema_metadata({"huggingface": "[[["}),
         "metadata of another kind": lambda: pa.table({"text": ["a"]}).replace_schema_metadata(
             {"huggingface": '{"info": {"features": {"text": {"_type": "Nothing"}}}}'}
         ),
         "classes beyond": lambda: pa.table({"text": ["a"], "label": [10**9]}).replace_schema_metadata(
-            {"huggingface": '{"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": ["a"], "_type": "ClassLabel"}}}}'}
+            {
+                "huggingface": '{"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": ["a"], "_type": "ClassLabel"}}}}'
+            }
         ),
         "columns twice": lambda: pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
         "half a magic": lambda: pa.table({"text": ["a"]}),
@@ -501,3 +528,164 @@ def parquets() -> Attacks:
         yield f"data.parquet: {what}", partial(written, make)
     for what, content in {"magic alone": b"PAR1PAR1", "a length beyond": b"PAR1" + b"\xff" * 4 + b"PAR1"}.items():
         yield f"data.parquet: {what}", partial(_write, "data.parquet", content)
+
+
+# Doors
+
+
+def data_of(folder: Path) -> Path:
+    """The hostile table."""
+    return next(path for path in folder.iterdir() if path.name.startswith("data."))
+
+
+@door
+def load_task(folder: Path, ground: Ground) -> None:
+    from ia3.tasks.task import load_task
+
+    load_task(folder)
+
+
+@door
+def push(folder: Path, ground: Ground) -> None:
+    command("push", folder, "me/hostile")
+
+
+@door
+def train_by_recipe(folder: Path, ground: Ground) -> None:
+    command("train", ground.base, ground.data, "--recipe", folder / "recipe.yaml", "--output", "run", "--steps", 1)
+
+
+@door
+def make_recipe(folder: Path, ground: Ground) -> None:
+    from ia3.runs.recipe import make_recipe
+
+    make_recipe({"model": str(ground.base), "data": str(ground.data), "recipe": str(folder / "recipe.yaml")})
+
+
+@door
+def read_runs(folder: Path, ground: Ground) -> None:
+    from ia3.runs.comparison import read_runs
+
+    read_runs([folder])
+
+
+@door
+def show_runs(folder: Path, ground: Ground) -> None:
+    command("runs", folder)
+
+
+@door
+def train_again(folder: Path, ground: Ground) -> None:
+    """A recipe of several runs leaves out those that are done, which are read back."""
+    from ia3.runs.recipe import make_recipe
+    from ia3.training.train import finished_result
+
+    finished_result(make_recipe({"model": str(ground.base), "data": str(ground.data), "steps": 1, "output": folder}))
+
+
+@door
+def check_environment(folder: Path, ground: Ground) -> None:
+    from ia3.runs.schemas import Environment, read_written
+
+    read_written(folder / "environment.json", Environment)
+
+
+@door
+def load_examples(folder: Path, ground: Ground) -> None:
+    from ia3.data.loading import load_examples
+
+    load_examples(data_of(folder))
+
+
+@door
+def load_texts(folder: Path, ground: Ground) -> None:
+    from ia3.data.loading import load_examples
+    from ia3.tasks.task import TaskKind
+
+    load_examples(data_of(folder), kind=TaskKind.LANGUAGE_MODELLING)
+
+
+@door
+def train_on(folder: Path, ground: Ground) -> None:
+    command("train", ground.base, data_of(folder), "--steps", 1, "--output", "run")
+
+
+@door
+def predict_rows(folder: Path, ground: Ground) -> None:
+    command("predict", ground.adapter, "--file", data_of(folder), "--output", "answers.csv")
+
+
+@door
+def evaluate_on(folder: Path, ground: Ground) -> None:
+    command("evaluate", ground.adapter, "--data", data_of(folder))
+
+
+def _on_adapter(build: Build, folder: Path, ground: Ground) -> None:
+    shutil.copytree(ground.adapter, folder, dirs_exist_ok=True)
+    build(folder)
+
+
+def _alone(build: Build, folder: Path, ground: Ground) -> None:
+    """In a child, for what a build takes of memory would be inherited by the doors."""
+    if not (child := os.fork()):
+        try:
+            build(folder)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _on_run(build: Build, folder: Path, ground: Ground) -> None:
+    for name, content in honest_run(ground).items():
+        (folder / name).write_text(content)
+    build(folder)
+
+
+def honest_run(ground: Ground) -> dict[str, str]:
+    """The files of a finished run, without its adapters."""
+    figures = {"accuracy": 0.5, "loss": 1.0, "macro_f1": 0.5, "seconds": 1.0, "step": 1}
+    result = {
+        "accuracy_interval_95": [0.1, 0.9],
+        "best": figures,
+        "evaluations": [{**figures, "step": 0}, figures],
+        "labels": ["negative", "neutral", "positive"],
+        "perplexity": 2.0,
+        "predictions": [],
+        "steps": 1,
+        "stopped_early": False,
+        "task": "label-words",
+        "train_examples": 10,
+        "train_seconds": 1.0,
+    }
+    data = {"rows": 10, "sha256": "0", "source": "data.csv"}
+    environment = {
+        "base_model": {"sha256_of_samples": "0"},
+        "data": {"test": data, "train": data},
+        "device": "cpu",
+        "recipe": {},
+        "threads": 1,
+        "versions": {},
+    }
+    recipe = {"model": str(ground.base), "data": str(ground.data), "task": "label-words", "steps": 1}
+    return {
+        "environment.json": json.dumps(environment),
+        "recipe.yaml": json.dumps(recipe),
+        "result.json": json.dumps(result),
+    }
+
+
+# What is hostile, what it stands beside, and where it is tried.
+_KINDS = {
+    "adapter_config.json": (configurations, _on_adapter, ("from_pretrained", "register", "inspect", "predict")),
+    "ia3_task.json": (tasks, _on_adapter, ("load_task", "auto_model", "inspect", "predict", "evaluate")),
+    "recipe": (recipes, _alone, ("make_recipe", "train_by_recipe")),
+    "run": (runs, _on_run, ("read_runs", "show_runs", "train_again", "check_environment")),
+    "table": (tables, _alone, ("load_examples", "load_texts", "predict_rows", "train_on")),
+}
+
+
+def attacks() -> Iterator[Attack]:
+    """All of them."""
+    for kind, (generate, around, doors) in _KINDS.items():
+        for name, build in generate():
+            yield Attack(kind, name, partial(around, build), doors)

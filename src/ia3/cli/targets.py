@@ -11,6 +11,7 @@ from rich.tree import Tree
 
 from ia3.cli.flags import AsJson, print_json
 from ia3.cli.names import module_names
+from ia3.errors import fit_screen, shorten
 from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
@@ -136,10 +137,17 @@ def _without_weights(model_name: str) -> Any:
     from ia3.inference.loading import Base
 
     config = Base(model_name).config
-    name = (config.architectures or ["AutoModel"])[0]
-    kind: Any = getattr(transformers, name, transformers.AutoModel)
-    with torch.device("meta"):
-        return kind.from_config(config) if name.startswith("Auto") or kind is transformers.AutoModel else kind(config)
+    try:
+        name = (config.architectures or ["AutoModel"])[0]
+        kind: Any = getattr(transformers, name, transformers.AutoModel)
+        with torch.device("meta"):
+            is_auto = name.startswith("Auto") or kind is transformers.AutoModel
+            return kind.from_config(config) if is_auto else kind(config)
+    except Exception as error:  # whatever stands in a damaged configuration is taken for a size or a name
+        raise ValueError(
+            f"The configuration of {shorten(model_name)} describes no model that transformers can make "
+            f"({type(error).__name__}: {fit_screen(str(error), 300)}): correct its config.json, or copy it again."
+        ) from error
 
 
 def _names(value: Any) -> Any:

@@ -19,7 +19,7 @@ _MOST_CELLS = 25_000_000
 _MOST_COLUMNS = 10_000
 _LONGEST_NAME = 1000
 _LONGEST_PATH = 4096
-LONGEST_LINE = 1 << 24
+LONGEST_LINE = 1 << 23
 """The most characters of a line and of a cell."""
 
 # An archive that is much smaller than what is in it. A sheet of Excel shrinks to a tenth or so.
@@ -67,11 +67,13 @@ def short_lines(lines: Iterable[str], source: str) -> Iterator[str]:
         yield line
 
 
-def bounded(rows: Iterable[RowT], source: str, most: int = _MOST_CELLS) -> Iterator[RowT]:
-    """The rows of cells as they come, as long as they are not too wide, and not too many cells together."""
+def bounded(rows: Iterable[RowT], source: str, most: int = _MOST_CELLS, most_rows: int = _MOST_ROWS) -> Iterator[RowT]:
+    """The rows of cells as they come, as long as they are not too many, not too wide, nor too many cells together."""
     cells = 0
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         cells += len(row)
+        if number > most_rows:
+            raise _too_much(source, "more rows", f"{most_rows:,}")
         if len(row) > _MOST_COLUMNS:
             raise _too_much(source, f"{len(row):,} columns", f"{_MOST_COLUMNS:,}", "is a line break missing? Else, ")
         if cells > most:

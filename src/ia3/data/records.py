@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 import zlib
@@ -11,7 +12,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ia3.data.columns import ColumnRows, Row, gather, shared, without_collecting
-from ia3.data.limits import expect_archive, expect_json, expect_names, expect_parquet, expect_path, read_data
+from ia3.data.limits import (
+    expect_archive,
+    expect_json,
+    expect_names,
+    expect_parquet,
+    expect_path,
+    read_data,
+    short_lines,
+)
 from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
 from ia3.documents import expect_sound
 from ia3.errors import fit_screen, listed, shorten
@@ -99,9 +108,12 @@ def read_records(
     if not name:
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
     expect_path(name)
-    with without_collecting():
-        table = _read(name, Wanted(line_column, line_label, tuple(named), split))
-        rows, blank = (table.rows, table.blank) if isinstance(table.rows, ColumnRows) else gather(table.rows)
+    try:
+        with without_collecting():
+            table = _read(name, Wanted(line_column, line_label, tuple(named), split))
+            rows, blank = (table.rows, table.blank) if isinstance(table.rows, ColumnRows) else gather(table.rows)
+    except OverflowError as error:  # of arrow's times, which go further than Python's
+        raise ValueError(f"{name} holds a time that Python has no value for ({error}): write it as text.") from error
     if not rows:
         raise ValueError(f"{table.source} has no rows: expected at least one.")
     if isinstance(rows, ColumnRows):
@@ -186,7 +198,7 @@ def _download_phrasebank() -> Path:
 
 def _read_zip(path: Path, wanted: Wanted) -> Table:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(read_data(path))) as archive:
             names = archive.namelist()
             inside = next((name for name in names if PurePosixPath(name).name == _PHRASEBANK_FILE), None)
             if inside is None:
@@ -205,7 +217,7 @@ def _read_txt(path: Path, wanted: Wanted) -> Table:
     if wanted.label is not None:
         return _phrasebank(read_data(path), str(path), wanted)
     text, remarks = _text_of(read_data(path), str(path))
-    rows = ((place, {wanted.text: line} if line else None) for place, line in _stripped_lines(text))
+    rows = ((place, {wanted.text: line} if line else None) for place, line in _stripped_lines(text, str(path)))
     return Table(str(path), rows, {}, remarks)
 
 
@@ -225,7 +237,7 @@ def _phrasebank(content: bytes, source: str, wanted: Wanted) -> Table:
 
 
 def _phrasebank_rows(text: str, source: str, wanted: Wanted) -> _Rows:
-    for place, line in _stripped_lines(text):
+    for place, line in _stripped_lines(text, source):
         sentence, at, label = line.rpartition("@")
         if not line:
             yield place, None
@@ -239,9 +251,9 @@ def _phrasebank_rows(text: str, source: str, wanted: Wanted) -> _Rows:
             yield place, _labelled(wanted, sentence.strip(), label.strip())
 
 
-def _stripped_lines(text: str) -> Iterator[tuple[str, str]]:
+def _stripped_lines(text: str, source: str) -> Iterator[tuple[str, str]]:
     # Not splitlines(), which also breaks at characters that are legal inside a sentence.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(short_lines(text.removesuffix("\n").split("\n"), source), start=1):
         yield f"line {number}", line.strip()
 
 
@@ -261,7 +273,7 @@ def _json_rows(text: str, path: Path) -> _Rows:
         for number, record in enumerate(whole, start=1):
             yield f"row {number}", record
         return
-    for place, line in _stripped_lines(text):
+    for place, line in _stripped_lines(text, str(path)):
         if not line:
             yield place, None
             continue
@@ -303,7 +315,11 @@ def _read_parquet(path: Path, wanted: Wanted) -> Table:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file ({fit_screen(str(error), 300)}).") from error
     # Without these metadata `datasets` guesses, and not all of pyarrow's types are known to it.
-    features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
+    try:
+        features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else {}
+    except Exception as error:  # whatever stands there is taken for its own classes
+        said = fit_screen(str(error), 300)
+        raise ValueError(f"{path} has metadata of Hugging Face's `datasets` that it can't read ({said}).") from error
     classes = _classes_of(features)
     return Table(str(path), _table_rows(table, classes), classes)
 

@@ -38,6 +38,7 @@ csv.field_size_limit(LONGEST_LINE)  # the module's own limit is 128 KiB
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAMPLE = 1000
+_SHEET_ROWS = 1_048_576  # Excel's own limit
 _SHEET_CELLS = 5_000_000  # openpyxl reads some 100,000 a second
 _NAMED = 5  # of columns without names so many are told
 _NUMBER = re.compile(r"(?=.*\d)[\d.,:/%€$+\s-]+")  # dates and prices, too
@@ -162,7 +163,7 @@ def read_csv(path: Path, wanted: Wanted) -> Table:
         return io.TextIOWrapper(file, encoding, newline="")
 
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
-    delimiter = asked[1] if asked else _sniff(lines, usual)
+    delimiter = asked[1] if asked else _sniff(lines, usual, str(path))
     dialect = Dialect(delimiter, encoding, mark, line_end, bool(asked))
     rows = list(_csv_rows(lines(), delimiter, str(path), 1 if asked else 0))
     said = [f"with {_DELIMITERS.get(delimiter, repr(delimiter))} between the cells"] if delimiter != usual else []
@@ -181,11 +182,11 @@ def _csv_rows(lines: Iterable[str], delimiter: str, source: str, before: int) ->
         ) from error
 
 
-def _sniff(lines: Callable[[], Iterable[str]], usual: str) -> str:
+def _sniff(lines: Callable[[], Iterable[str]], usual: str, source: str) -> str:
     """The delimiter by which the rows have equally many cells, more than one; of several the least like text."""
 
     def fit(delimiter: str) -> tuple[float, float, bool]:
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        reader = csv.reader(short_lines(lines(), source), delimiter=delimiter, strict=True)
         rows: list[list[str]] = []
         try:
             rows.extend(cells for cells in sample(reader, _SAMPLE) if cells)
@@ -219,6 +220,9 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
         written = _cells_of(_open_book(content, path), name, path)
     rows, errors = [], 0
     for number, pair in enumerate(zip(shown, written, strict=True), start=1):
+        if not pair[1]:
+            rows.append(("", []))  # the rows between others
+            continue
         for index, (cell, formula) in enumerate(zip(*pair, strict=True), start=1):
             if cell is None and formula is not None:
                 raise ValueError(
@@ -230,7 +234,7 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
         rows.append((f"row {number}", cells if any(cell != "" for cell in cells) else []))
     width = max((len(cells) for _, cells in rows), default=0)
     rows = [(place, cells + [""] * (width - len(cells)) if cells else []) for place, cells in rows]
-    said = [f"from the sheet {name!r} of {', '.join(map(repr, names))}"] if len(names) > 1 else []
+    said = [f"from the sheet {shorten(name)} of {listed(names, 10)}"] if len(names) > 1 else []
     said += [f"with {errors:,} cells of Excel's errors, such as #N/A, as empty"] if errors else []
     return _as_table(str(path), rows, wanted, Dialect(), said)
 
@@ -251,7 +255,7 @@ def _open_book(content: bytes, path: Path, **how: bool) -> Any:
 def _cells_of(book: Any, name: str, path: Path) -> list[tuple[Any, ...]]:
     try:
         book[name].reset_dimensions()  # some programs write wrong ones
-        return list(bounded(book[name].values, str(path), _SHEET_CELLS))
+        return list(bounded(book[name].values, str(path), _SHEET_CELLS, _SHEET_ROWS))
     except TooMuchError:
         raise
     except Exception as error:  # what is read only now, by the XML parser and openpyxl

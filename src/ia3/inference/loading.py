@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ia3 import auto
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
+from ia3.documents import read_json
 from ia3.errors import shorten
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
@@ -27,6 +28,23 @@ from ia3.tasks.task import Quantisation, TaskKind
 
 # The precisions of recipes and task files.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+# What a configuration counts in modules, each of which is made; no model comes near.
+_MOST_MODULES = 100_000
+_COUNTS = re.compile(r"layers?$|_layers_|blocks?$|depths?$|experts?$|heads?$")
+
+
+def _expect_sizes(content: Any, name: str) -> None:
+    """Refuse a configuration by which making the model would not end."""
+    inner = content.items() if isinstance(content, dict) else ()
+    for key, value in inner:
+        if isinstance(value, int) and value > _MOST_MODULES and _COUNTS.search(str(key)):
+            raise ValueError(
+                f"The configuration of the base model {shorten(name)} has {shorten(key)} of {shorten(value)}, and no "
+                "model has so many: it is damaged. Copy or download it again."
+            )
+        _expect_sizes(value, name)
 
 
 class Base:
@@ -48,8 +66,17 @@ class Base:
 
     @cached_property
     def config(self) -> Any:
-        """The configuration."""
-        return self._read("configuration", AutoConfig)
+        """The configuration, of a model that can be made.
+
+        Raises:
+            ValueError: it is damaged, or counts more layers or experts than any model has.
+        """
+        written = Path(self.folder) / "config.json"
+        if written.exists():  # before transformers reads it, which waits for a pipe
+            read_json(written, finite=False)
+        config = self._read("configuration", AutoConfig)
+        _expect_sizes(config.to_dict(), self.name)
+        return config
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -61,7 +88,7 @@ class Base:
             return from_gguf(auto_class, self.name, **self.hub)
         try:
             return auto_class.from_pretrained(self.folder, **self.hub)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file makes transformers raise almost anything
             raise FileNotFoundError(
                 f"The {what} of the base model {shorten(self.name)} cannot be read: expected a folder in transformers' "
                 f"format, a model on the hub, or a bundled model. {_first_line(error)}"

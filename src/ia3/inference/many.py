@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ia3.config import CONFIG_NAME, PeftConfig
+from ia3.errors import shorten
 from ia3.inference.answering import Answer, Answerer
 from ia3.inference.loading import DTYPES, load_adapter
 from ia3.inference.predict import Beat
@@ -55,7 +56,9 @@ def find_adapters(folder: Path, names: Sequence[str], place_of: Callable[[int], 
     unknown = list(dict.fromkeys(name for name in names if name not in known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {near[0]!r} for {unknown[0]!r}?" if near else f" It has {quote_labels([*known])}."
+        hint = f" It has {quote_labels([*known])}."
+        if near:
+            hint = f" Did you mean {shorten(near[0])} for {shorten(unknown[0])}?"
         count, first = sum(name not in known for name in names), place_of(names.index(unknown[0]))
         raise ValueError(
             f"{folder} holds no adapter {quote_labels(unknown)}, named first in {first} and in {count:,} of "

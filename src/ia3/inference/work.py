@@ -231,8 +231,8 @@ def _work_of_many(folder: Path, column: str, records: Records, overrides: Overri
     names = [as_text(cell, f"{records.source}, {place}: {shorten(column)}") for place, cell in cells]
     if "" in names:
         raise ValueError(
-            f"{records.source}, {places[names.index('')]} names no adapter in {shorten(column)}, as {names.count(''):,} of "
-            f"{len(names):,} rows: name one in each row, or take these rows out."
+            f"{records.source}, {places[names.index('')]} names no adapter in {shorten(column)}, as "
+            f"{names.count(''):,} of {len(names):,} rows: name one in each row, or take these rows out."
         )
     folders = find_adapters(folder, names, lambda number: f"{records.source}, {places[number]}")
     tasks = {name: overrides.over(_saved_task(path)) for name, path in folders.items()}
