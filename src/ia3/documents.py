@@ -146,10 +146,14 @@ def describe(kind: Any) -> str:
     if origin is Literal or (isinstance(kind, type) and issubclass(kind, Enum)):
         return f"one of [{listed(map(str, inner or kind), 10)}]"
     if origin in (list, set):
-        return f"a list of {describe(inner[0]).split(' ', 1)[1]}s"
+        return f"a list of {_plural(inner[0])}"
     if origin is dict:
-        return f"an object of {describe(inner[1]).split(' ', 1)[1]}s"
+        return f"an object of {_plural(inner[1])}" if inner[1] is not Any else "an object"
     return _WORDS.get(None if kind is type(None) else kind, "anything")
+
+
+def _plural(kind: Any) -> str:
+    return f"{describe(kind).partition(' ')[2]}s"
 
 
 def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

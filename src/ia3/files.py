@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ia3.errors import shorten
+
 # What `huggingface_hub.hf_hub_download` takes besides the repository and the file.
 HUB_ARGUMENTS = frozenset(
     {
@@ -26,6 +28,8 @@ BUNDLED = "bundled:"
 
 # How many bytes are read at once.
 _PIECE = 1 << 20
+
+_LONGEST_PATH = 4096
 
 _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -230,6 +234,7 @@ def fetch(
     unknown = sorted(set(hub) - HUB_ARGUMENTS)
     if unknown:
         raise TypeError(f"Unknown arguments {unknown}: expected some of {sorted(HUB_ARGUMENTS)}.")
+    expect_path(source, "folder")
     directory = Path(source)
     if directory.is_dir():
         path = directory / (subfolder or "") / filename
@@ -262,6 +267,19 @@ def _fetch_from_hub(repository: str, filename: str, subfolder: str | None, optio
         return None
 
 
+def expect_path(name: str | Path, what: str) -> None:
+    """Refuse a name that no file, folder or repository has, of which the system's own error would say it all again.
+
+    Raises:
+        FileNotFoundError: it is too long.
+    """
+    if len(str(name)) > _LONGEST_PATH:
+        raise FileNotFoundError(
+            f"There is no {what} {shorten(str(name))} of {len(str(name)):,} characters: expected a path, or a name on "
+            "the hub."
+        )
+
+
 def expect_folder_or_hub(name: str, what: str, holds: str) -> None:
     """Refuse a name that can neither be a folder's nor a hub repository's.
 
@@ -273,6 +291,7 @@ def expect_folder_or_hub(name: str, what: str, holds: str) -> None:
     Raises:
         FileNotFoundError: there is no such folder, or it holds something else.
     """
+    expect_path(name, what)
     path = Path(name)
     if path.is_file() or (path / holds).is_file():
         return
@@ -281,7 +300,7 @@ def expect_folder_or_hub(name: str, what: str, holds: str) -> None:
     near = nearest_beside(path, lambda each: (each / holds).is_file())
     if near or not (_ON_THE_HUB.fullmatch(name) or name.endswith(".gguf")):
         meant = f"Did you mean {near}?" if near else "Expected a folder, or a hub repository."
-        raise FileNotFoundError(f"There is no {what} {name!r}. {meant}")
+        raise FileNotFoundError(f"There is no {what} {shorten(name)}. {meant}")
 
 
 def nearest_beside(path: Path, fits: Callable[[Path], bool]) -> Path | None:

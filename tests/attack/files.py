@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401  (before children are forked, since it takes seconds)
+import openpyxl
 from harness import Attack, Ground, command, door
 
 Build = Callable[[Path], None]
@@ -402,8 +404,6 @@ _NAMESPACE = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 
 def _book(sheet: bytes, strings: bytes = b"", declared: str = "") -> bytes:
     """An .xlsx of one sheet."""
-    import openpyxl
-
     empty = io.BytesIO()
     book = openpyxl.Workbook()
     book.active.append(["text", "label"])
@@ -497,6 +497,8 @@ def parquets() -> Attacks:
 
         return pa.table({"text": pa.array(np.zeros(rows, "int8"))})
 
+    names = {"names": ["a"], "_type": "ClassLabel"}
+    classes = {"text": {"dtype": "string", "_type": "Value"}, "label": names}
     tables: dict[str, Callable[[], Any]] = {
         "20,000 columns": lambda: pa.table({f"c{number}": [1] for number in range(20_000)}),
         "9,000 columns": lambda: pa.table({f"c{number}": [1] for number in range(9_000)}),
@@ -517,9 +519,7 @@ def parquets() -> Attacks:
             {"huggingface": '{"info": {"features": {"text": {"_type": "Nothing"}}}}'}
         ),
         "classes beyond": lambda: pa.table({"text": ["a"], "label": [10**9]}).replace_schema_metadata(
-            {
-                "huggingface": '{"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": ["a"], "_type": "ClassLabel"}}}}'
-            }
+            {"huggingface": json.dumps({"info": {"features": classes}})}
         ),
         "columns twice": lambda: pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
         "half a magic": lambda: pa.table({"text": ["a"]}),

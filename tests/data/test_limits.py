@@ -134,7 +134,7 @@ def test_json(tmp_path: Path) -> None:
 
 
 def test_names_are_no_texts() -> None:
-    with pytest.raises(ValueError, match="has 1,000,000 characters: expected the path of a file") as error:
+    with pytest.raises(FileNotFoundError, match="of 1,000,000 characters: expected a path") as error:
         read_records("x" * 1_000_000)
     assert len(str(error.value)) < 2_000
 

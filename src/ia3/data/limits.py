@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ia3.errors import listed, shorten
+from ia3.errors import listed
 from ia3.files import open_file, read_file
 
 RowT = TypeVar("RowT", bound=Sequence[Any])
@@ -18,7 +18,6 @@ _MOST_ROWS = 5_000_000
 _MOST_CELLS = 25_000_000
 _MOST_COLUMNS = 10_000
 _LONGEST_NAME = 1000
-_LONGEST_PATH = 4096
 LONGEST_LINE = 1 << 23
 """The most characters of a line and of a cell."""
 
@@ -48,15 +47,6 @@ def read_data(path: Path) -> bytes:
     if (lines := max(content.count(b"\n"), content.count(b"\r"))) > _MOST_ROWS:
         raise _too_much(str(path), f"{lines:,} lines", f"{_MOST_ROWS:,}")
     return content
-
-
-def expect_path(name: str) -> None:
-    """Refuse a name that no file or data set has."""
-    if len(name) > _LONGEST_PATH:
-        raise ValueError(
-            f"The data's name {shorten(name)} has {len(name):,} characters: expected the path of a file, or the name "
-            "of a data set on the hub."
-        )
 
 
 def short_lines(lines: Iterable[str], source: str) -> Iterator[str]:

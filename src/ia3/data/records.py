@@ -17,14 +17,13 @@ from ia3.data.limits import (
     expect_json,
     expect_names,
     expect_parquet,
-    expect_path,
     read_data,
     short_lines,
 )
 from ia3.data.tables import ENCODINGS, Dialect, Table, Wanted, decode, read_csv, read_xlsx, remark_of, require_package
 from ia3.documents import expect_sound
 from ia3.errors import fit_screen, listed, shorten
-from ia3.files import nearest_beside
+from ia3.files import expect_path, nearest_beside
 
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -107,7 +106,7 @@ def read_records(
     name, split = _name_and_split(str(source), split)
     if not name:
         raise ValueError("The data's name is empty: pass a file, a hub data set, or bundled:tweets.")
-    expect_path(name)
+    expect_path(name, "data")
     try:
         with without_collecting():
             table = _read(name, Wanted(line_column, line_label, tuple(named), split))

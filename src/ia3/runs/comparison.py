@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ia3.documents import wrong_field
 from ia3.errors import listed
+from ia3.files import expect_path
 from ia3.runs.recipe import read_recipe
 from ia3.runs.run import ENVIRONMENT_NAME, METRICS_NAME, RECIPE_NAME, RESULT_NAME
 from ia3.runs.schemas import Figures, MetricsLine, Result, read_lines, read_written
@@ -160,6 +161,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[RunRecord]:
 
 
 def _find_runs(folder: Path) -> list[Path]:
+    expect_path(folder, "folder")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}: name the folder of your runs, or train one by ia3 train."

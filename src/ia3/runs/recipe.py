@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, InstanceOf
 
 from ia3.data.records import decode_text
 from ia3.errors import SettingError, fit_screen, listed, shorten
-from ia3.files import read_file
+from ia3.files import expect_path, read_file
 from ia3.runs.defaults import LEFT_TO_THE_DATA, default_settings
 from ia3.runs.settings import LARGEST, Flag, Positive, PositiveReal, Seed, TrainSettings, checked, field_names
 from ia3.tasks.examples import Examples
@@ -37,6 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # The most bytes of a recipe's file.
 _LIMIT = 1 << 17
+_DEEPEST = 16
 # How a recipe's file names data that it was not given by name.
 IN_MEMORY = "in memory: "
 
@@ -188,8 +189,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     if str(path) in RECIPES:
         return dict(RECIPES[str(path)])
+    expect_path(path, "recipe")
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"There is no recipe {path}: expected a YAML file with lines such as `epochs: 3`, or one of the names "
             f"{list(RECIPES)}."
@@ -206,8 +208,6 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 def _why(error: Exception) -> str:
     """What YAML's parser found; its own errors say where."""
-    if isinstance(error, RecursionError):
-        return "lists stand too deep within each other."
     said = fit_screen(str(error), 600)
     return said if isinstance(error, yaml.YAMLError) else f"a value is not what its form or tag says ({said})."
 
@@ -216,11 +216,18 @@ class _RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML's loader without what recipes have no use for: equal keys, of which it keeps the last in silence, and
     aliases, by which a few lines become as much as anybody wants."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
             raise yaml.YAMLError(f"*{alias.anchor:.50} is an alias; write out what it stands for.")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError("lists or keys stand too deep within each other.")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
