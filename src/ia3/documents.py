@@ -131,7 +131,7 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is type(None):
         return value is None
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return isinstance(value, str) and value in list(kind)
+        return isinstance(value, str) and value in [each.value for each in kind]
     if kind in (int, float):  # numpy's, too, and a bool is none
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     return isinstance(value, kind)

@@ -218,7 +218,8 @@ def read_xlsx(path: Path, wanted: Wanted) -> Table:
     shown = written = _cells_of(book, name, path)
     if any(None in cells for cells in shown):
         written = _cells_of(_open_book(content, path), name, path)
-    rows, errors = [], 0
+    rows: list[tuple[str, list[Any]]] = []
+    errors = 0
     for number, pair in enumerate(zip(shown, written, strict=True), start=1):
         if not pair[1]:
             rows.append(("", []))  # the rows between others

@@ -203,8 +203,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     recipe = read_recipe(path)
     missing = [name for name in ("model", "data", "task") if name not in recipe]
     kinds = {"answer_by": AnswerBy, "data": str, "model": str, "task": TaskKind, "template": str, "text_column": str}
-    if missing or (wrong := wrong_field(recipe, kinds)) is not None:
-        wrong = f"has no {missing[0]}" if missing else f"was changed, for {wrong.rstrip('.')}"
+    misfit = wrong_field(recipe, kinds)
+    if missing or misfit:
+        wrong = f"has no {missing[0]}" if missing else f"was changed, for {(misfit or '').rstrip('.')}"
         raise ValueError(f"{path} {wrong}: it is not as ia3 train wrote it. Put it back, or move the folder elsewhere.")
     recipe.pop("output", None)
     column = recipe.pop("text_column", "text")
