@@ -63,6 +63,7 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "half a character": (b'{"a": ["\\ud83d"]}', r"'\\ud83d' is half a character"),
     "half a character as key": (b'{"\\udc00": 1}', "half a character"),
     "deep": (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "more than 64 deep"),
+    "a million lists": (b'{"a": [' + b"[]," * 1_000_000 + b"1]}", "more than 1,000,000 lists and objects"),
     "very deep": (b"[" * 100_000, "more than 64 deep"),
     "a megabyte": (b'{"a": 1, "' + b"x" * 1_000_000 + b'": 1, "' + b"x" * 1_000_000 + b'": 1}', "twice"),
 }

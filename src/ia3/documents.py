@@ -19,6 +19,7 @@ LIMIT = 16 << 20
 """The most bytes of a file in JSON: parsed, each can take some 25 of memory."""
 
 _DEEPEST = 64
+_MOST_LISTS = 1_000_000
 _TOO_DEEP = f"lists or objects stand more than {_DEEPEST} deep within each other"
 _LONE = re.compile(r"\\u[dD][89a-fA-F]")
 _WORDS: dict[Any, str] = {
@@ -62,6 +63,8 @@ def parse_json(content: bytes | str, source: object, *, finite: bool = True) -> 
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        if text.count("[") + text.count("{") > _MOST_LISTS:
+            raise ValueError(f"there are more than {_MOST_LISTS:,} lists and objects")
         found = json.loads(
             text,
             object_pairs_hook=_with_distinct_keys,

@@ -145,8 +145,9 @@ def test_bases_that_cannot_be_classifiers_are_refused(headless, tiny, tmp_path):
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack 1 tensors besides the head.*bert\.encoder\.layer\.1\.output"):
         load_classifier(str(headless), TEXT_CLASSES, LABELS)
-    with pytest.raises(ValueError, match="at least two to choose from, each once"):
-        load_classifier(str(headless), TEXT_CLASSES, ("good", "good"))
+    for labels in (("good",), ("good", "good"), ("good", "bad", "good")):
+        with pytest.raises(ValueError, match="at least two to choose from, each once"):
+            load_classifier(str(headless), TEXT_CLASSES, labels)
     with pytest.raises(ValueError, match="'label-words' has no head"):
         load_classifier(str(headless), TaskKind.LABEL_WORDS, LABELS)
     transformers.ViTConfig().save_pretrained(tmp_path / "vit")
