@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter, print_json
+from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, TrustRemoteCode, expect_adapter, print_json
 from ia3.cli.labelling import Overrides, answer, answering_bar, load_labeller, task_without_file
 from ia3.cli.names import FlagConsole
 
@@ -53,6 +53,7 @@ def predict(
         int | None, typer.Option(min=1, help="The longest written answer, in tokens.", show_default="the labels'")
     ] = None,
     batch_size: BatchSize = 32,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Label sentences, a file or standard input with a trained adapter."""
@@ -68,11 +69,11 @@ def predict(
         expect_adapter(adapter)
     records = _read_file(file, text_column, adapter, adapter_column, progress) if file is not None else None
     if adapter_column is None:
-        work = _by_one(adapter, sentences, records, overrides, progress, batch_size)
+        work = _by_one(adapter, sentences, records, overrides, progress, batch_size, trust_remote_code)
     elif records is None:
         raise ValueError("--adapter-column names a column of a --file: give the file.")
     else:
-        work = _by_many(Path(adapter), adapter_column, records, overrides, progress, batch_size)
+        work = _by_many(Path(adapter), adapter_column, records, overrides, progress, batch_size, trust_remote_code)
     records, tasks = work.records, work.tasks
     readers = {task: _reader(records, task) for task in set(tasks)}
     examples = [readers[task](row) for row, task in zip(records, tasks, strict=True)]
@@ -104,10 +105,11 @@ def _by_one(
     overrides: Overrides,
     progress: Console,
     batch_size: int,
+    trusted: bool,
 ) -> _Work:
     """The rows of a file, sentences or standard input, all by one adapter."""
     lines = [] if records is not None else sentences or _read_lines()
-    labeller = load_labeller(adapter, progress, overrides)
+    labeller = load_labeller(adapter, progress, overrides, trusted)
     records = _as_records(lines, labeller.task) if records is None else records
 
     def answer_all(places: list[int], examples: list[Example]) -> list[Answer]:
@@ -117,7 +119,13 @@ def _by_one(
 
 
 def _by_many(
-    folder: Path, column: str, records: Records, overrides: Overrides, progress: Console, batch_size: int
+    folder: Path,
+    column: str,
+    records: Records,
+    overrides: Overrides,
+    progress: Console,
+    batch_size: int,
+    trusted: bool,
 ) -> _Work:
     """The rows of a file, each by the adapter that it names, out of a folder of adapters."""
     from ia3.tasks.columns import as_text, require_columns
@@ -139,7 +147,8 @@ def _by_many(
     def answer_some(places: list[int], examples: list[Example]) -> list[Answer]:
         own = [names[place] for place in places]
         with answering_bar(progress, len(examples), batch_size) as beat:
-            return answer_each(folders, tasks, examples, own, batch_size=batch_size, beat=beat)
+            how: Any = {"batch_size": batch_size, "beat": beat, "trust_remote_code": trusted}
+            return answer_each(folders, tasks, examples, own, **how)
 
     return _Work(records, [tasks[name] for name in names], answer_some, names)
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import AsJson, TrustRemoteCode, print_json
 from ia3.cli.names import FlagConsole, with_settings
 from ia3.cli.train import run_visibly
 
@@ -35,6 +35,7 @@ def _command(
             show_default="five learning rates",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
@@ -49,7 +50,7 @@ def _command(
     def run() -> Sweep:
         from ia3.training.sweep import run_sweep
 
-        return run_sweep(recipes, keys, progress, looked)
+        return run_sweep(recipes, keys, progress, looked, trust_remote_code=trust_remote_code)
 
     found = run_visibly(run, progress, stopped="Interrupted. A sweep doesn't go on later: begin it anew.")
     from ia3.training.sweep import PICTURE_NAME, ranking_table

@@ -69,6 +69,7 @@ def answer_each(
     *,
     batch_size: int = 32,
     beat: Beat | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Answer]:
     """Answer each example by its own adapter, as that adapter alone would.
 
@@ -82,6 +83,7 @@ def answer_each(
         names: the adapter of each example.
         batch_size: texts at once.
         beat: called after each batch with its number of examples.
+        trust_remote_code: run code that comes with the bases.
 
     Returns:
         One answer an example, in order.
@@ -97,7 +99,8 @@ def answer_each(
         first = together[0]
         precision, quantize = tasks[first].precision, tasks[first].quantize
         dtype = None if precision is None else DTYPES[precision]
-        model, tokenizer = load_adapter(folders[first], dtype=dtype, quantize=quantize)
+        trusted = trust_remote_code
+        model, tokenizer = load_adapter(folders[first], dtype=dtype, quantize=quantize, trust_remote_code=trusted)
         if len(together) > 1:
             table = AdapterTable(model, capacity=max(_CAPACITY, batch_size))
             for name in together:

@@ -119,6 +119,7 @@ def sweep(
     *,
     over: Over | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
     **recipe: Any,
 ) -> Sweep:
     """Train many adapters at once, each with settings of its own, and rank them.
@@ -133,6 +134,7 @@ def sweep(
         over: a grid, as in `{"learning_rate": [3e-3, 8e-3], "seed": [0, 1]}`, or a list of settings, one a run. By
             default a few learning rates.
         console: where the progress goes; standard error by default.
+        trust_remote_code: run code that comes with the model.
         recipe: the fields of `Recipe`, as for `ia3.train`; `output` is the sweep's folder.
 
     Returns:
@@ -150,16 +152,24 @@ def sweep(
     """
     given = {**recipe, "model": model, **({} if data is None else {"data": data})}
     recipes, keys = make_recipes(given, over)
-    return run_sweep(recipes, keys, console or Console(stderr=True), look_before(*recipes))
+    console, looked = console or Console(stderr=True), look_before(*recipes)
+    return run_sweep(recipes, keys, console, looked, trust_remote_code=trust_remote_code)
 
 
-def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
+def run_sweep(
+    recipes: Sequence[Recipe],
+    keys: Sequence[str],
+    console: Console,
+    looked: Looked,
+    *,
+    trust_remote_code: bool = False,
+) -> Sweep:
     """Train in one batch what `make_recipes` made, which differ in `keys`; errors are those of `sweep`."""
     common = recipes[0]
     for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
         if common.output is not None and (common.output / name).is_file():
             raise ValueError(f"{common.output} holds a {what} already: name another output, or remove it.")
-    base = Base(common.model)
+    base = Base(common.model, trust_remote_code=trust_remote_code)
     kind = common.task or base.kind
     if not kind.writes:
         raise ValueError(

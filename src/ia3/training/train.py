@@ -41,13 +41,21 @@ from ia3.training.plan import prepare
 from ia3.training.state import describe_environment
 
 
-def train(model: str | Path, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
+def train(
+    model: str | Path,
+    data: str | Path | Examples,
+    *,
+    console: Console | None = None,
+    trust_remote_code: bool = False,
+    **recipe: Any,
+) -> Run:
     """Fine-tune a model on examples: what `ia3 train` does, with the same defaults.
 
     Args:
         model: the base model: a hub name, a folder or a bundled model.
         data: a file, a data set on the hub, or examples.
         console: where the progress goes; standard error by default.
+        trust_remote_code: run code that comes with the model; no recipe and no run says so for you.
         recipe: the fields of `Recipe`, such as `epochs=3`; or `recipe="t-few"`, or a YAML file, which the other
             fields override.
 
@@ -63,7 +71,8 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
         >>> run.final.accuracy
     """
-    return run_recipe(make_recipe({**recipe, "model": model, "data": data}), console or Console(stderr=True))
+    made = make_recipe({**recipe, "model": model, "data": data})
+    return run_recipe(made, console or Console(stderr=True), trust_remote_code=trust_remote_code)
 
 
 def resume(
@@ -72,6 +81,7 @@ def resume(
     data: Examples | None = None,
     test_data: Examples | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> Run:
     """Go on with an interrupted run, to the numbers that it would have had.
 
@@ -80,6 +90,7 @@ def resume(
         data: the training data, where the run was given them in memory.
         test_data: the held-out data, likewise.
         console: where the progress goes; standard error by default.
+        trust_remote_code: run code that comes with the model, whatever the run began with.
 
     Raises:
         FileNotFoundError: no run in the folder.
@@ -98,10 +109,18 @@ def resume(
         elif str(content.get(name, "")).startswith(IN_MEMORY):
             raise ValueError(f"The run in {folder} had its {name} in memory: give them again, ia3.resume(…, {name}=…).")
     recipe = replace(make_recipe(content, folder / RECIPE_NAME), output=folder)
-    return run_recipe(recipe, console or Console(stderr=True), resuming=True)
+    console = console or Console(stderr=True)
+    return run_recipe(recipe, console, resuming=True, trust_remote_code=trust_remote_code)
 
 
-def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, looked: Looked | None = None) -> Run:
+def run_recipe(
+    recipe: Recipe,
+    console: Console,
+    *,
+    resuming: bool = False,
+    looked: Looked | None = None,
+    trust_remote_code: bool = False,
+) -> Run:
     """Read the data, load the model, attach an adapter, train, and leave a whole run folder; errors are `train`'s.
 
     Args:
@@ -109,6 +128,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         console: where the progress goes, and what is odd about the data.
         resuming: go on with the run in the recipe's folder.
         looked: what `look_before` has read of this recipe.
+        trust_remote_code: run code that comes with the model.
     """
     looked = look_before(recipe) if looked is None else looked
     folder = recipe.output
@@ -116,7 +136,7 @@ def run_recipe(recipe: Recipe, console: Console, *, resuming: bool = False, look
         raise ValueError(
             f"{folder} holds an unfinished run: go on with it by `ia3 train --resume {folder}`, or name another output."
         )
-    base = Base(recipe.model)
+    base = Base(recipe.model, trust_remote_code=trust_remote_code)
     [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, looked)
     environment = describe_environment(recipe, plan)
     if resuming and folder is not None:
