@@ -47,6 +47,7 @@ FLOORS = (
         "ia3.documents",
         "ia3.files",
         "ia3.patterns",
+        "ia3.pretrained",
         "ia3.errors",
         "ia3.elsewhere",
         "ia3.interrupts",

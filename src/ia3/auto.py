@@ -15,9 +15,11 @@ import torch
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
 from ia3.documents import read_json, wrong_field
+from ia3.errors import naming, shorten
 from ia3.files import HUB_ARGUMENTS, fetch
 from ia3.gguf import from_gguf, is_gguf
 from ia3.peft_model import CLASS_FOR_TASK, PeftModel
+from ia3.pretrained import load_pretrained, make_model
 from ia3.tensors import load_peft_weights, plain_tensors
 
 # A configuration can name a class to import; only from here unless the caller trusts more.
@@ -56,7 +58,8 @@ class AutoPeftModel:
             config: a configuration to use instead of the saved one.
             revision: the adapter's revision; the base's stands in the configuration.
             import_allowlist: packages besides transformers that a configuration without a task may name.
-            kwargs: hub arguments for both, the rest for the base model's `from_pretrained`.
+            kwargs: hub arguments for both, the rest for the base model's `from_pretrained`; without
+                `trust_remote_code=True` no code of the base's runs, nor is it asked for.
 
         Raises:
             FileNotFoundError: no such adapter.
@@ -75,14 +78,15 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path} names no base model: load that yourself and use "
                 "PeftModel.from_pretrained(base, path)."
             )
-        base_class = cls._base_class(config, import_allowlist)
+        with naming(pretrained_model_name_or_path):
+            base_class = cls._base_class(config, import_allowlist)
         if config.task_type in _HEADLESS:
             base = _load_base(base_class, config, {**hub, **for_base})
         else:
             base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
         if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             name_padding(base.config)
-        _grow_vocabulary(base, pretrained_model_name_or_path, here)
+        _grow_vocabulary(base, pretrained_model_name_or_path, here, bool(for_base.get("trust_remote_code")))
         return CLASS_FOR_TASK[cls._task].from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here
         )
@@ -98,7 +102,7 @@ class AutoPeftModel:
         if cls._auto_class:
             return getattr(import_module("transformers"), cls._auto_class)
         mapping = config.auto_mapping
-        if mapping is None:
+        if mapping is None or "parent_library" not in mapping:
             raise ValueError(
                 "The configuration names neither a task nor the base model's class: load the base yourself and "
                 "use PeftModel.from_pretrained(base, path)."
@@ -109,7 +113,26 @@ class AutoPeftModel:
                 f"The adapter wants to import {mapping['parent_library']!r}: if you trust it, pass "
                 f"import_allowlist=[{package!r}]."
             )
-        return getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])
+        found = getattr(_imported(mapping["parent_library"]), mapping.get("base_model_class", ""), None)
+        if (
+            not isinstance(found, type)
+            or not issubclass(found, torch.nn.Module)
+            or not hasattr(found, "from_pretrained")
+        ):
+            raise ValueError(
+                f"The adapter's auto_mapping names {shorten(mapping.get('base_model_class'))} of "
+                f"{mapping['parent_library']}, which is no model that can be loaded: load the base yourself and use "
+                "PeftModel.from_pretrained(base, path)."
+            )
+        return found
+
+
+def _imported(library: str) -> Any:
+    """A module that an adapter names, of a package that is trusted."""
+    try:
+        return import_module(library)
+    except ImportError as error:
+        raise ValueError(f"The adapter's auto_mapping names {library!r}, which can't be imported: {error}.") from error
 
 
 def _load_base(base_class: Any, config: PeftConfig, kwargs: dict[str, Any]) -> Any:
@@ -127,7 +150,8 @@ def _load_headed_base(
     arguments = {key: value for key, value in here.items() if value is not None}
     if not kwargs.keys() & {"config", "num_labels", "id2label"}:
         tensors = plain_tensors(load_peft_weights(source, **arguments))
-        kwargs = {**_classes(base_class, config, source, arguments, tensors), **kwargs}
+        trusted = bool(kwargs.get("trust_remote_code"))
+        kwargs = {**_classes(base_class, config, source, arguments, tensors, trusted), **kwargs}
     with without_the_loading_report():
         return _load_base(base_class, config, kwargs)
 
@@ -148,7 +172,12 @@ def without_the_loading_report() -> Iterator[None]:
 
 
 def _classes(
-    base_class: Any, config: PeftConfig, source: str | Path, arguments: dict[str, Any], tensors: Mapping[str, Any]
+    base_class: Any,
+    config: PeftConfig,
+    source: str | Path,
+    arguments: dict[str, Any],
+    tensors: Mapping[str, Any],
+    trusted: bool,
 ) -> dict[str, Any]:
     """What makes the base's head one for the adapter's classes: their names by the task's file, or their number."""
     labels = _labels(fetch(source, "ia3_task.json", optional=True, **arguments))
@@ -158,11 +187,11 @@ def _classes(
             "label2id": {label: index for index, label in enumerate(labels)},
         }
     else:
-        sizes = _sizes(base_class, _base_config(config), tensors)
+        sizes = _sizes(base_class, _base_config(config, trusted), tensors, trusted)
     return {"ignore_mismatched_sizes": True, **sizes} if sizes else {}
 
 
-def _base_config(config: PeftConfig) -> Any:
+def _base_config(config: PeftConfig, trusted: bool) -> Any:
     from transformers import AutoConfig
 
     name = config.base_model_name_or_path
@@ -170,10 +199,10 @@ def _base_config(config: PeftConfig) -> Any:
     revision = {} if config.revision is None else {"revision": config.revision}
     if is_gguf(name):
         return from_gguf(AutoConfig, name, **revision)
-    return AutoConfig.from_pretrained(resolve_model(name), **revision)
+    return load_pretrained(AutoConfig, resolve_model(name), trust_remote_code=trusted, **revision)
 
 
-def _sizes(base_class: Any, config: Any, tensors: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(base_class: Any, config: Any, tensors: Mapping[str, Any], trusted: bool) -> dict[str, int]:
     """The sizes in a base's configuration with which it has the adapter's tensors, where it has others.
 
     The class itself tells which tensors depend on a size, and how: it is made without memory for the size and for
@@ -183,13 +212,14 @@ def _sizes(base_class: Any, config: Any, tensors: Mapping[str, Any]) -> dict[str
         base_class: the base's class, or an automatic one.
         config: the base's configuration; left as it is.
         tensors: the adapter's, by plain name.
+        trusted: run code that comes with the base.
     """
     found = {}
     for name in ("num_labels", "vocab_size") if _is_for_speech(base_class) else ("num_labels",):
         size = getattr(config, name, None)
         if not isinstance(size, int):
             continue
-        shapes, larger = (_shapes(base_class, config, name, number) for number in (size, size + 1))
+        shapes, larger = (_shapes(base_class, config, name, number, trusted) for number in (size, size + 1))
         sizes = {
             size + (length - now) // (then - now)
             for key, tensor in tensors.items()
@@ -207,12 +237,11 @@ def _is_for_speech(base_class: Any) -> bool:
     return str(base_class.__name__).endswith("ForCTC")
 
 
-def _shapes(base_class: Any, config: Any, name: str, size: int) -> dict[str, torch.Size]:
+def _shapes(base_class: Any, config: Any, name: str, size: int, trusted: bool) -> dict[str, torch.Size]:
     config = deepcopy(config)
     setattr(config, name, size)
-    make = getattr(base_class, "from_config", None) or base_class._from_config
     with torch.device("meta"):
-        model = make(config)
+        model = make_model(base_class, config, trust_remote_code=trusted)
     return {key: parameter.shape for key, parameter in model.named_parameters()}
 
 
@@ -233,7 +262,7 @@ def name_padding(config: Any) -> None:
         text.pad_token_id = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
 
 
-def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any]) -> None:
+def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any], trusted: bool) -> None:
     """Make room for tokens that the tokenizer beside the adapter has and the base hasn't."""
     arguments = {key: value for key, value in hub.items() if value is not None}
     if not hasattr(base, "resize_token_embeddings"):
@@ -242,7 +271,7 @@ def _grow_vocabulary(base: Any, source: str | Path, hub: dict[str, Any]) -> None
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    tokenizer = load_pretrained(AutoTokenizer, source, trust_remote_code=trusted, **arguments)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
 

@@ -18,6 +18,7 @@ from ia3.cache import cached, digest, temporary
 from ia3.errors import shorten
 from ia3.files import BUNDLED
 from ia3.gguf import is_gguf, model_from_gguf
+from ia3.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +125,7 @@ def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:
     Args:
         name: as for `resolve_model`, or a GGUF file.
         auto_class: the class to call `from_pretrained` of, such as `AutoModelForSeq2SeqLM`.
-        kwargs: further arguments of `from_pretrained`.
+        kwargs: further arguments of `load_pretrained`, such as `trust_remote_code`.
 
     Returns:
         The model, with `name` as its `name_or_path`.
@@ -135,10 +136,10 @@ def load_model(name: str, auto_class: Any, **kwargs: Any) -> Any:
     if is_gguf(name):
         return model_from_gguf(auto_class, name, **kwargs)
     if not name.startswith(BUNDLED):
-        return auto_class.from_pretrained(name, **kwargs)
+        return load_pretrained(auto_class, name, **kwargs)
     folder = resolve_model(name)
     with _expecting_an_untied_head():
-        loaded = auto_class.from_pretrained(folder, **kwargs)
+        loaded = load_pretrained(auto_class, folder, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
     model.name_or_path = model.config.name_or_path = name
     return loaded

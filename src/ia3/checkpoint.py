@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -282,20 +281,6 @@ def saved_vocabulary(model: nn.Module) -> int | None:
         return None
     size = read_json(path, finite=False).get("vocab_size")
     return size if isinstance(size, int) else None
-
-
-def expect_few(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    """Refuse more tensors than the model has places for: a vector a module, and its own parameters.
-
-    Raises:
-        ValueError: there are more.
-    """
-    places = sum(1 for _ in model.modules()) + sum(1 for _ in chain(model.parameters(), model.buffers()))
-    if len(tensors) > places:
-        raise ValueError(
-            f"The adapter holds {len(tensors):,} tensors, and {type(model).__name__} has {places:,} modules and "
-            "parameters: it was made for another base model, or is damaged."
-        )
 
 
 def with_names_of_today(model: nn.Module, tensors: Tensors) -> Tensors:

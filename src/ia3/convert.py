@@ -18,7 +18,7 @@ from ia3.peft_model import PeftModel, get_peft_model
 from ia3.sites import VECTORS, logger, matching
 from ia3.structure import layer_widths
 from ia3.tensors import PREFIX
-from ia3.weights import Tensors, limit_of, read_tensors
+from ia3.weights import Tensors, limits_of, read_tensors
 
 # T-Few adapts T5 models alone. Its vectors are columns of a matrix that scales the weight: `multi_lora_b` the
 # outputs, `multi_lora_a` the inputs.
@@ -90,7 +90,7 @@ def load_tfew(
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}: expected a checkpoint of T-Few, such as finish.pt.")
     with naming(file):
-        config, tensors = convert_tfew(read_tensors(file, limit_of(model)))
+        config, tensors = convert_tfew(read_tensors(file, limits_of(model)))
         return _attach(model, config, tensors, adapter_name, is_trainable)
 
 
@@ -189,7 +189,7 @@ def load_adapterhub(
         raise FileNotFoundError(f"{folder} has no adapter_config.json with one of {', '.join(_HUB_FILES)} beside it.")
     with naming(folder):
         content = IA3Config.from_json_file(folder / "adapter_config.json")
-        config, tensors = convert_adapterhub(model, content, read_tensors(file, limit_of(model)))
+        config, tensors = convert_adapterhub(model, content, read_tensors(file, limits_of(model)))
     head = next((name for name in _HUB_HEADS if (folder / name).is_file()), None)
     if head is not None:
         logger.warning("%s holds a prediction head, which is left out: train one with the adapter.", folder / head)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ia3.cache import cached, digest
 from ia3.files import HUB_ARGUMENTS, fetch
+from ia3.pretrained import load_pretrained
 
 SUFFIX = ".gguf"
 
@@ -51,7 +52,7 @@ def from_gguf(auto_class: Any, name: str, **kwargs: Any) -> Any:
     write, needed = _PARTS.get(auto_class.__name__, (None, ""))
     folder = None if write is None else _kept(file, auto_class.__name__, write)
     if folder is not None and (folder / needed).is_file():
-        loaded = auto_class.from_pretrained(folder, **kwargs)
+        loaded = load_pretrained(auto_class, folder, **kwargs)
     else:
         loaded = _read(auto_class, file, **kwargs)
     loaded.name_or_path = name
@@ -80,7 +81,7 @@ def model_from_gguf(auto_class: Any, name: str, **kwargs: Any) -> Any:
     dtype = None if "quantization_config" in kwargs else _precision(kwargs)
     folder = None if dtype is None else _kept(file, dtype, partial(_write_model, name=name, dtype=dtype))
     if folder is not None and (folder / "config.json").is_file():
-        loaded = auto_class.from_pretrained(folder, **kwargs)
+        loaded = load_pretrained(auto_class, folder, **kwargs)
     else:
         # By default a model stays a quantised one to transformers, which is neither trained nor saved.
         loaded = _read(auto_class, file, **{"quantization_config": GgufConfig(dequantize=True), **kwargs})
@@ -107,7 +108,7 @@ def _find(name: str, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 def _read(auto_class: Any, file: Path, **kwargs: Any) -> Any:
     """What transformers reads of the file itself."""
     try:
-        return auto_class.from_pretrained(file.parent, gguf_file=file.name, **kwargs)
+        return load_pretrained(auto_class, file.parent, gguf_file=file.name, **kwargs)
     except (ValueError, LookupError, AttributeError, NotImplementedError, struct.error) as error:
         raise ValueError(
             f"{file} cannot be read as a GGUF model: copy or download it again, or take a model in transformers' "
@@ -149,7 +150,7 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
 
     tokenizer = _read(AutoTokenizer, file)
     tokenizer.save_pretrained(folder)
-    if _facts(AutoTokenizer.from_pretrained(folder)) != _facts(tokenizer):
+    if _facts(load_pretrained(AutoTokenizer, folder)) != _facts(tokenizer):
         # Some classes build the rules that split a text anew; such a tokenizer is read from the file each time.
         for path in folder.iterdir():
             path.unlink()

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ia3.checkpoint import expect_few, with_names_of_today
+from ia3.checkpoint import with_names_of_today
 from ia3.config import IA3Config, PeftConfig
 from ia3.files import HUB_ARGUMENTS
 from ia3.heads import check_brought
 from ia3.sites import logger
 from ia3.tensors import find_weights, renamed, saved_modules_in
-from ia3.weights import Tensors, limit_of, read_tensors
+from ia3.weights import Tensors, limits_of, read_tensors
 
 # What scripts pass along although it concerns the base model, which is loaded by then.
 _BASE_ARGUMENTS = {"device_map", "dtype", "max_memory", "offload_dir", "offload_folder", "offload_index", "torch_dtype"}
@@ -41,8 +41,7 @@ def read_weights(
     hub: Mapping[str, Any],
 ) -> Tensors:
     """A saved adapter's tensors, under the names that the model's modules have now; see `load_peft_weights`."""
-    tensors = read_tensors(find_weights(path, **hub), limit_of(model))
-    expect_few(model, tensors)
+    tensors = read_tensors(find_weights(path, **hub), limits_of(model))
     tensors = {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
     return with_names_of_today(model, tensors) if key_mapping is None else renamed(tensors, key_mapping)
 

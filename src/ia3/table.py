@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3.adapter import device_at, hold_sites, release_sites
-from ia3.checkpoint import check_vectors, embeddings, expect_few, with_names_of_today
+from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.documents import LIMIT, parse_json
 from ia3.errors import naming
@@ -32,7 +32,7 @@ from ia3.rows import BASE
 from ia3.sites import Layout, Site, find_sites
 from ia3.state import Attached, attached, carry, find_attached
 from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME, check_finite, plain_tensors
-from ia3.weights import Content, Tensors, limit_of, read_content, read_pickle
+from ia3.weights import Content, Limits, Tensors, limits_of, read_content, read_pickle
 
 # How many names a printed table shows.
 _FEW = 8
@@ -338,6 +338,7 @@ class _Saved:
         folder: where they are.
         text: the configuration's.
         content: the tensors' file.
+        limits: what that may hold.
         about: what tells this configuration with this header from others.
         digest: what tells the whole content.
     """
@@ -345,6 +346,7 @@ class _Saved:
     folder: Path
     text: bytes
     content: Content
+    limits: Limits
     about: bytes
     digest: str
 
@@ -353,8 +355,7 @@ def _form_of(model: nn.Module, saved: _Saved) -> _Form:
     """Check a file against its configuration and the model as loading an adapter does, all but the numbers."""
     with naming(saved.folder):
         config = _config_of(saved.text, saved.folder / CONFIG_NAME)
-        tensors = saved.content.tensors()
-        expect_few(model, tensors)
+        tensors = saved.content.tensors(saved.limits.tensors)
         dtypes = {tensor.dtype for tensor in tensors.values()}
         tensors = plain_tensors(with_names_of_today(model, tensors))
         with_head(model, config)
@@ -402,17 +403,18 @@ def _read(model: nn.Module, folder: Path) -> _Saved:
         inside = sorted(folder.glob(f"*/{CONFIG_NAME}"))
         hint = f" It holds {len(inside):,}, such as {inside[0].parent}: register these." if inside else ""
         raise FileNotFoundError(f"{where}: expected an adapter saved by `save_pretrained`.{hint}") from error
+    limits = limits_of(model)
     try:
-        content = read_content(folder / SAFETENSORS_NAME, limit_of(model))
+        content = read_content(folder / SAFETENSORS_NAME, limits.bytes)
     except FileNotFoundError as error:
         if not (folder / PICKLE_NAME).is_file():
             raise FileNotFoundError(f"No {SAFETENSORS_NAME} or {PICKLE_NAME} in {folder}.") from error
-        content = read_pickle(folder / PICKLE_NAME, limit_of(model))
+        content = read_pickle(folder / PICKLE_NAME, limits)
     hashed = hashlib.sha256(len(text).to_bytes(8, "little") + text)
     hashed.update(content.header)
     about = hashed.digest()
     hashed.update(content.data)
-    return _Saved(folder, text, content, about, hashed.hexdigest())
+    return _Saved(folder, text, content, limits, about, hashed.hexdigest())
 
 
 def _config_of(text: bytes, path: Path) -> IA3Config:
@@ -426,7 +428,9 @@ def _numbers(form: _Form, saved: _Saved) -> Tensor:
     if form.plain:
         numbers = torch.frombuffer(saved.content.data, dtype=torch.float32)
     else:
-        numbers = torch.cat([tensor.reshape(-1).float() for tensor in saved.content.tensors().values()])
+        numbers = torch.cat(
+            [tensor.reshape(-1).float() for tensor in saved.content.tensors(saved.limits.tensors).values()]
+        )
     least, most = numbers.aminmax()
     if not torch.isfinite(most - least):
         vectors = Layout(form.sites).split(numbers)

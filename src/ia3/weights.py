@@ -1,7 +1,7 @@
 """Files of tensors from anywhere, read within limits; every tensor in them is what it says it is.
 
-An adapter is small, and its file is refused before it is read or unpacked where it is larger than its model could fill,
-or where no model is at hand than `MOST_BYTES`. Tensors are dense and of plain types, each with memory of its own.
+An adapter is small, and its file is refused before it is read or unpacked where it is larger than its model could
+fill, or any adapter's should be where no model is at hand. Tensors are dense, of plain types, and as large as they say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,12 +26,7 @@ from ia3.errors import shorten
 from ia3.files import open_file, read_file
 from ia3.sites import VECTORS
 
-MOST_BYTES = 1 << 30
-"""The most bytes of a file of tensors where no model tells."""
-# A pickle is held three times while it is read.
-_MOST_OF_A_PICKLE = MOST_BYTES >> 2
 _MOST_OF_A_HEADER = 16 << 20
-_MOST_TENSORS = 100_000
 _LONGEST_KEY = 1000
 _MOST_DIMENSIONS = 8
 # Beside what a model holds: headers, and vectors of a model that is tiny.
@@ -61,8 +56,11 @@ class Content:
     header: bytes
     data: bytearray
 
-    def tensors(self) -> Tensors:
+    def tensors(self, most: int) -> Tensors:
         """The tensors in the order of the data, which they share.
+
+        Args:
+            most: how many there may be.
 
         Raises:
             ValueError: the header is damaged, or says something else than the data; a tensor of a type that adapters
@@ -70,7 +68,7 @@ class Content:
         """
         tensors: Tensors = {}
         end = 0
-        for key, dtype, shape, start, stop in _entries(self.header, self.path):
+        for key, dtype, shape, start, stop in _entries(self.header, self.path, most):
             if start != end or stop - start != prod(shape) * dtype.itemsize or stop > len(self.data):
                 raise damaged(self.path, f"its header gives {shorten(key)} another place or size than it has")
             tensors[key] = _view(self.data, dtype, shape, start, stop)
@@ -80,24 +78,35 @@ class Content:
         return tensors
 
 
-def limit_of(model: nn.Module) -> int:
-    """The most bytes that an adapter's file may have for a model: a number in double precision for each of its own."""
-    held = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))
-    return _SPARE + 8 * held
+class Limits(NamedTuple):
+    """The most that an adapter's file may hold."""
+
+    bytes: int
+    tensors: int
 
 
-def read_content(path: Path, limit: int = MOST_BYTES) -> Content:
+WITHOUT_MODEL = Limits(bytes=1 << 30, tensors=50_000)
+"""Where no model tells."""
+
+
+def limits_of(model: nn.Module) -> Limits:
+    """For a model's adapter: a number in double precision for each of its own, a tensor for each module and its own."""
+    own = [tensor.numel() for tensor in chain(model.parameters(), model.buffers())]
+    return Limits(_SPARE + 8 * sum(own), len(own) + sum(1 for _ in model.modules()))
+
+
+def read_content(path: Path, most_bytes: int) -> Content:
     """Read a safetensors file once.
 
     Args:
         path: the file.
-        limit: the most bytes that it may have.
+        most_bytes: how many it may have.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no file, larger than its limit, or shorter than it says.
     """
-    with open_file(path, limit) as file:
+    with open_file(path, most_bytes) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -111,21 +120,22 @@ def read_content(path: Path, limit: int = MOST_BYTES) -> Content:
     return Content(path, prefix + header, data)
 
 
-def read_tensors(path: Path, limit: int | None = None) -> Tensors:
+def read_tensors(path: Path, limits: Limits | None = None) -> Tensors:
     """Read a safetensors file, or a pickle that holds nothing but a dictionary of plain tensors, to the CPU.
 
     Args:
         path: the file; any other suffix than `.safetensors` is a pickle's.
-        limit: the most bytes that it may have, and its tensors; `MOST_BYTES`, or a quarter for a pickle, by default.
+        limits: what it may hold; by default `WITHOUT_MODEL`, of whose bytes a pickle may have a quarter.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no file, too large or damaged, it holds more than tensors, or a tensor that no adapter has.
     """
     if path.suffix == ".safetensors":
-        tensors = read_content(path, limit or MOST_BYTES).tensors()
-    else:
-        tensors = _unpickled(path, limit or _MOST_OF_A_PICKLE)
+        most = limits or WITHOUT_MODEL
+        tensors = read_content(path, most.bytes).tensors(most.tensors)
+    else:  # which is held three times while it is read
+        tensors = _unpickled(path, limits or WITHOUT_MODEL._replace(bytes=WITHOUT_MODEL.bytes // 4))
     for key, tensor in tensors.items():
         reason = why_not_plain(tensor, is_vector=key.rpartition(".")[2] == VECTORS)
         if reason:
@@ -133,11 +143,11 @@ def read_tensors(path: Path, limit: int | None = None) -> Tensors:
     return tensors
 
 
-def read_pickle(path: Path, limit: int | None = None) -> Content:
+def read_pickle(path: Path, limits: Limits) -> Content:
     """A pickle of tensors as `read_content` gives a safetensors file."""
     from safetensors.torch import save
 
-    content = save({key: tensor.contiguous().clone() for key, tensor in read_tensors(path, limit).items()})
+    content = save({key: tensor.contiguous().clone() for key, tensor in read_tensors(path, limits).items()})
     start = 8 + int.from_bytes(content[:8], "little")
     return Content(path, content[:start], bytearray(content[start:]))
 
@@ -179,16 +189,23 @@ def _fill(file: Any, data: bytearray) -> int:
     return filled
 
 
-def _entries(header: bytes, path: Path) -> list[tuple[str, torch.dtype, tuple[int, ...], int, int]]:
+def _entries(header: bytes, path: Path, most: int) -> list[tuple[str, torch.dtype, tuple[int, ...], int, int]]:
     """What a header says of each tensor: name, type, shape, beginning and end in the data, in the data's order."""
     try:
         content = parse_json(header[8:], "its header")
     except ValueError as error:
         raise damaged(path, error) from error
     content.pop("__metadata__", None)
-    if len(content) > _MOST_TENSORS:
-        raise ValueError(f"{path} holds {len(content):,} tensors: an adapter has {_MOST_TENSORS:,} at most.")
+    if len(content) > most:
+        raise _too_many(path, len(content), most)
     return sorted((_entry(key, about, path) for key, about in content.items()), key=lambda entry: entry[3:])
+
+
+def _too_many(path: Path, count: int, most: int) -> ValueError:
+    return ValueError(
+        f"{path} holds {count:,} tensors, and such a file {most:,} at most: it was made for another base model, or is "
+        "damaged."
+    )
 
 
 def _entry(key: str, about: Any, path: Path) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
@@ -245,10 +262,10 @@ _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 _OLD_PARTS = 4
 
 
-def _unpickled(path: Path, limit: int) -> Tensors:
-    content = read_file(path, limit)
+def _unpickled(path: Path, limits: Limits) -> Tensors:
+    content = read_file(path, limits.bytes)
     try:
-        _check_pickles(content, path, limit)
+        _check_pickles(content, path, limits.bytes)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(str(_holds_more(path, ""))) from error
@@ -260,12 +277,14 @@ def _unpickled(path: Path, limit: int) -> Tensors:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
     ):
         raise ValueError(f"{path} holds no dictionary of tensors: it isn't an adapter's file.")
+    if len(loaded) > limits.tensors:
+        raise _too_many(path, len(loaded), limits.tensors)
     tensors = {key: tensor.detach() for key, tensor in loaded.items()}
     unpacked = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if unpacked > limit or any(len(key) > _LONGEST_KEY for key in tensors):
+    if unpacked > limits.bytes or any(len(key) > _LONGEST_KEY for key in tensors):
         raise ValueError(
-            f"{path} unpacks to {unpacked:,} bytes of tensors, and such a file has {limit:,} at most, with names of "
-            f"{_LONGEST_KEY:,} characters: it is no adapter's file."
+            f"{path} unpacks to {unpacked:,} bytes of tensors, and such a file has {limits.bytes:,} at most, with "
+            f"names of {_LONGEST_KEY:,} characters: it is no adapter's file."
         )
     return tensors
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-GENERATORS = ("weights", "files")
+GENERATORS = ("weights", "bases", "files")
 """Modules of this folder with a function `attacks()`."""
 SECONDS = 5.0
 MOST_BYTES = 2 << 30
@@ -313,32 +313,57 @@ BASE_DOORS = ("train", "train_in_python", "sweep", "targets", "predict_on", "mer
 # Running
 
 
-def run(attack: Attack, name: str, ground: Ground) -> Outcome:
-    """Try one door in a forked child."""
+def run(attack: Attack, ground: Ground, doors: Collection[str] | None = None) -> Iterator[Outcome]:
+    """Build an attack and try its doors, each in a forked child; only some of them where `doors` names these."""
     with tempfile.TemporaryDirectory(dir=ground.root.parent, prefix="attack-") as place:
-        sandbox = Path(place)
-        hostile, work = sandbox / "hostile", sandbox / "work"
+        hostile = Path(place, "hostile")
         hostile.mkdir()
-        work.mkdir()
-        attack.build(hostile, ground)
-        before = _seen(ground.root) | _seen(hostile)
-        begun = time.monotonic()
-        child = os.fork()
-        if not child:
-            _be_child(DOORS[name], hostile, work, ground)
-        status, used = _wait(child, begun + SECONDS)
-        seconds = time.monotonic() - begun
-        verdict, said = _judge(attack, sandbox, status)
-        if used.ru_maxrss << 10 > MOST_BYTES:
-            verdict = "memory"
-        if _seen(ground.root) | _seen(hostile) != before or {each.name for each in sandbox.iterdir()} - _OWN:
-            verdict = "outside"
-        if (sandbox / CANARY).exists():
-            verdict = "ran"
-        return Outcome(attack, name, verdict, seconds, used.ru_maxrss >> 10, said)
+        _build(attack, hostile, ground)
+        for name in attack.doors:
+            if doors is None or name in doors:
+                yield _try(attack, name, Path(place), ground)
+
+
+def _try(attack: Attack, name: str, sandbox: Path, ground: Ground) -> Outcome:
+    hostile, work = sandbox / "hostile", sandbox / "work"
+    work.mkdir()
+    before = _seen(ground.root) | _seen(hostile)
+    begun = time.monotonic()
+    child = os.fork()
+    if not child:
+        _be_child(DOORS[name], hostile, work, ground)
+    status, used = _wait(child, begun + SECONDS)
+    seconds = time.monotonic() - begun
+    verdict, said = _judge(attack, sandbox, status)
+    if used.ru_maxrss << 10 > MOST_BYTES:
+        verdict = "memory"
+    if _seen(ground.root) | _seen(hostile) != before or {each.name for each in sandbox.iterdir()} - _OWN:
+        verdict = "outside"
+    if (sandbox / CANARY).exists():
+        verdict = "ran"
+    shutil.rmtree(work)
+    for made in ("result", "log", CANARY):
+        (sandbox / made).unlink(missing_ok=True)
+    return Outcome(attack, name, verdict, seconds, used.ru_maxrss >> 10, said)
 
 
 _OWN = {"hostile", "work", "result", "log", CANARY}
+
+
+def _build(attack: Attack, hostile: Path, ground: Ground) -> None:
+    """Write the hostile files in a process of its own, whose memory goes with it."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            attack.build(hostile, ground)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"{attack.kind}/{attack.name} could not be built")
 
 
 def _be_child(call: Door, hostile: Path, work: Path, ground: Ground) -> None:
@@ -375,14 +400,24 @@ def _virtual_memory() -> int:
 
 
 def _wait(child: int, end: float) -> tuple[int | None, resource.struct_rusage]:
-    """The child's end and what it used; None where it had to be ended."""
-    while time.monotonic() < end:
+    """The child's end and what it used; None where it had to be ended.
+
+    Beside others on a busy machine it may take longer by the clock, as long as it works.
+    """
+    while (now := time.monotonic()) < end or (_still_works(child) and now < end + 5 * SECONDS):
         ended, status, used = os.wait4(child, os.WNOHANG)
         if ended:
             return status, used
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     return None, os.wait4(child, 0)[2]
+
+
+def _still_works(child: int) -> bool:
+    """Whether a process computes, and has not computed for too long."""
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return fields[0] in "RZ" and used < SECONDS
 
 
 def _judge(attack: Attack, sandbox: Path, status: int | None) -> tuple[str, str]:
@@ -464,9 +499,9 @@ def main(words: list[str]) -> int:
         for attack in every_attack():
             if words and not any(word in f"{attack.kind} {attack.name}" for word in words):
                 continue
-            for name in attack.doors:
-                outcome = run(attack, name, ground)
+            for outcome in run(attack, ground):
                 outcomes.append(outcome)
+                name = outcome.door
                 if outcome.verdict in BAD or words:
                     said = " ".join(outcome.said.split())
                     said = said if len(said) < 500 else f"{said[:100]} … {said[-400:]}"

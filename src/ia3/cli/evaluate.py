@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, print_json
+from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, TrustRemoteCode, print_json
 from ia3.cli.labelling import answer, load_labeller
 from ia3.cli.names import FlagConsole
 from ia3.errors import listed, shorten
@@ -36,6 +36,7 @@ def evaluate(
     ] = None,
     answer_by: AnswerBy = None,
     batch_size: BatchSize = 32,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure an adapter on data with answers: accuracy with its interval, macro-F1 and what it confuses."""
@@ -50,7 +51,7 @@ def evaluate(
     wording = wording if text_column is None else wording.with_column(text_column)
     answers = label_column or (saved.label_column if saved is not None else "label")
     records = read_for(data, wording, answers if saved is None or saved.kind.has_answers else None)
-    labeller = load_labeller(adapter, progress, Overrides(text_column=text_column))
+    labeller = load_labeller(adapter, progress, Overrides(text_column=text_column), trusted=trust_remote_code)
     task = labeller.task
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind

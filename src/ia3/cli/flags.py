@@ -38,6 +38,9 @@ Adapters = Annotated[
     list[str], typer.Argument(help="The adapters: folders or hub repositories.", callback=expect_adapter)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model, which you have read.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts at once.")]
 TextColumn = Annotated[str | None, typer.Option(help="The column with the text.", show_default=_AS_IN_TRAINING)]
 AnswerBy = Annotated[

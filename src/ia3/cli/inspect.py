@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ia3.runs.adapters import SavedAdapter
 
 
+# Blocks that a table shows; models have some hundred at most.
+_MOST_ROWS = 1000
+
+
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     """Show an adapter's vectors: shapes, and how far each has moved from one, the identity."""
     with Screen(stderr=True).status(f"Reading {adapter}"):
@@ -27,6 +31,9 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     console = Screen()
     console.print(facts("Adapter", _facts(saved)), highlight=False)
     for each in maps:
+        if len(each.blocks) > _MOST_ROWS:
+            console.print(f"\n{each.title}: {len(each.blocks):,} blocks, more than fit here: --json has them all.")
+            continue
         columns = [Column("block", each.blocks, text=True)]
         for name, distances in zip(each.columns, zip(*each.distances, strict=True), strict=True):
             columns.append(Column(name, ["" if isnan(distance) else f"{distance:.3f}" for distance in distances], 1))

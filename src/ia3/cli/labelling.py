@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ia3.tasks.examples import Example
 
 
-def load_labeller(adapter: str, console: Console, overrides: Overrides) -> Labeller:
+def load_labeller(adapter: str, console: Console, overrides: Overrides, *, trusted: bool) -> Labeller:
     """As the library loads it, and says meanwhile that it does."""
     with console.status(f"Loading {adapter}"):
-        return labelling.load_labeller(adapter, overrides)
+        return labelling.load_labeller(adapter, overrides, trust_remote_code=trusted)
 
 
 def answer(labeller: Labeller, examples: Sequence[Example], console: Console, *, batch_size: int) -> list[Answer]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ia3.cli.flags import Adapter, AsJson, print_json
+from ia3.cli.flags import Adapter, AsJson, TrustRemoteCode, print_json
 from ia3.files import give_usual_rights
 from ia3.runs.screen import Screen
 from ia3.runs.tables import facts
@@ -18,6 +18,7 @@ from ia3.runs.tables import facts
 def merge(
     adapter: Adapter,
     output: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base model and save both as one model, which needs no ia3."""
@@ -28,7 +29,7 @@ def merge(
     check_output(output)
     progress = Screen(stderr=True)
     with progress.status(f"Loading {adapter}") as status:
-        model, tokenizer = _load(adapter)
+        model, tokenizer = _load(adapter, trust_remote_code)
         vectors = sum(parameter.numel() for name, parameter in model.named_parameters() if ".ia3_l." in name)
         status.update("Merging")
         merged = model.merge_and_unload()
@@ -46,7 +47,7 @@ def merge(
     Screen().print(facts("Merged", rows), highlight=False)
 
 
-def _load(adapter: str) -> tuple[Any, Any]:
+def _load(adapter: str, trusted: bool) -> tuple[Any, Any]:
     """The base of any task with its adapter, and its tokenizer."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -62,10 +63,10 @@ def _load(adapter: str) -> tuple[Any, Any]:
         raise ValueError(
             f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
         )
-    tokenizer = load_tokenizer(base, revision=config.revision)
+    tokenizer = load_tokenizer(base, revision=config.revision, trust_remote_code=trusted)
     loader: Any = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
     with reading_weights(base):
-        return loader.from_pretrained(adapter), tokenizer
+        return loader.from_pretrained(adapter, trust_remote_code=trusted), tokenizer
 
 
 def _save(model: Any, tokenizer: Any, output: Path) -> None:

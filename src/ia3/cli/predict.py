@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, expect_adapter, print_json
+from ia3.cli.flags import AnswerBy, AsJson, BatchSize, TextColumn, TrustRemoteCode, expect_adapter, print_json
 from ia3.cli.labelling import answering_bar
 from ia3.cli.names import FlagConsole
 from ia3.launched import launched_processes, launched_rank
@@ -54,6 +54,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an --output that ended early; its answers so far are kept.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Label sentences, a file or standard input with a trained adapter."""
@@ -75,21 +76,21 @@ def predict(
     asked: dict[str, Any] = {
         **{"text_column": text_column, "adapter_column": adapter_column, "answer_by": answer_by},
         **{"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
+        "trust_remote_code": trust_remote_code,
     }
     if output is not None:
-        _write(adapter, source, output, asked, resume=resume, as_json=as_json)
+        asked |= {"resume": resume}
+        _write(adapter, source, output, asked, as_json=as_json)
     else:
         _print(adapter, source, asked, as_json=as_json)
 
 
-def _write(
-    adapter: str, source: Path | list[str], output: Path, asked: dict[str, Any], *, resume: bool, as_json: bool
-) -> None:
+def _write(adapter: str, source: Path | list[str], output: Path, asked: dict[str, Any], *, as_json: bool) -> None:
     """Rows with their answers into a file."""
     from ia3.inference.label_file import label_file
 
     with answering_bar(FlagConsole(), asked["batch_size"]) as bar:
-        found = label_file(adapter, source, output, **asked, resume=resume, tell=bar.telling())
+        found = label_file(adapter, source, output, **asked, tell=bar.telling())
     if launched_rank():  # the first process speaks for all
         return
     for remark in found.remarks:

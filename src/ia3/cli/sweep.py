@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import AsJson, TrustRemoteCode, print_json
 from ia3.cli.names import FlagConsole, with_settings
 from ia3.cli.train import run_visibly
 from ia3.errors import shorten
@@ -39,15 +39,19 @@ def _command(
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted sweep in this folder.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
     with first_prints():
-        _sweep(over, resume, as_json, given)
+        _sweep(over, resume, given, as_json=as_json, trusted=trust_remote_code)
 
 
-def _sweep(over: list[str] | None, resume: Path | None, as_json: bool, given: dict[str, Any]) -> None:
-    found = _begin(over, given) if resume is None else _go_on(resume, [*given, *(["over"] if over else [])])
+def _sweep(over: list[str] | None, resume: Path | None, given: dict[str, Any], *, as_json: bool, trusted: bool) -> None:
+    if resume is None:
+        found = _begin(over, given, trusted=trusted)
+    else:
+        found = _go_on(resume, [*given, *(["over"] if over else [])], trusted=trusted)
     from ia3.runs.run import SWEEP_PICTURE_NAME
     from ia3.training.sweep import ranking_table
 
@@ -64,7 +68,7 @@ def _sweep(over: list[str] | None, resume: Path | None, as_json: bool, given: di
     typer.echo(f'\nUse it: ia3 predict {found.best_dir} "…"')
 
 
-def _begin(over: Sequence[str] | None, given: dict[str, Any]) -> Sweep:
+def _begin(over: Sequence[str] | None, given: dict[str, Any], *, trusted: bool) -> Sweep:
     grid = parse_grid(over) if over else None
     from ia3.runs.grid import make_recipes
     from ia3.runs.look import look_before
@@ -76,12 +80,12 @@ def _begin(over: Sequence[str] | None, given: dict[str, Any]) -> Sweep:
     def run() -> Sweep:
         from ia3.training.sweep import run_sweep
 
-        return run_sweep(recipes, keys, progress, looked)
+        return run_sweep(recipes, keys, progress, looked, trust_remote_code=trusted)
 
     return run_visibly(run, progress)
 
 
-def _go_on(folder: Path, beside: Sequence[str]) -> Sweep:
+def _go_on(folder: Path, beside: Sequence[str], *, trusted: bool) -> Sweep:
     if beside:
         names = ", ".join(f"`{name}`" for name in beside)
         raise ValueError(f"`resume` goes on with the sweep's own recipes, so these can't be given beside it: {names}.")
@@ -90,7 +94,7 @@ def _go_on(folder: Path, beside: Sequence[str]) -> Sweep:
     def run() -> Sweep:
         from ia3.training.sweep import resume_sweep
 
-        return resume_sweep(folder, console=progress)
+        return resume_sweep(folder, console=progress, trust_remote_code=trusted)
 
     return run_visibly(run, progress)
 

@@ -9,9 +9,8 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import AsJson, TrustRemoteCode, print_json
 from ia3.cli.names import module_names
-from ia3.errors import fit_screen, shorten
 from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ def targets(
         bool,
         typer.Option("--check", help="Compare with what one forward of a tiny twin does; exit code 1 if it differs."),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which modules of a model get a vector, as a tree; needs the model's configuration alone."""
@@ -44,7 +44,7 @@ def targets(
             feedforward_modules=module_names(feedforward_modules),
             exclude_modules=module_names(exclude_modules),
         )
-        base = _without_weights(model)
+        base = _without_weights(model, trust_remote_code)
         found = find_sites(base, config)
         checked = _check(base.config, config) if check else None
     total = sum(parameter.numel() for parameter in base.parameters())
@@ -129,25 +129,21 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _without_weights(model_name: str) -> Any:
+def _without_weights(model_name: str, trusted: bool) -> Any:
     """The model on the meta device, of the class that its configuration names."""
     import torch
     import transformers
 
     from ia3.inference.loading import Base
+    from ia3.pretrained import make_model
 
-    config = Base(model_name).config
-    try:
-        name = (config.architectures or ["AutoModel"])[0]
-        kind: Any = getattr(transformers, name, transformers.AutoModel)
-        with torch.device("meta"):
-            is_auto = name.startswith("Auto") or kind is transformers.AutoModel
-            return kind.from_config(config) if is_auto else kind(config)
-    except Exception as error:  # whatever stands in a damaged configuration is taken for a size or a name
-        raise ValueError(
-            f"The configuration of {shorten(model_name)} describes no model that transformers can make "
-            f"({type(error).__name__}: {fit_screen(str(error), 300)}): correct its config.json, or copy it again."
-        ) from error
+    config = Base(model_name, trust_remote_code=trusted).config
+    name = next(iter(config.architectures or ()), "")
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        kind = transformers.AutoModel
+    with torch.device("meta"):
+        return make_model(kind, config, trust_remote_code=trusted)
 
 
 def _names(value: Any) -> Any:

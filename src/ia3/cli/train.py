@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from ia3.cli.flags import AsJson, print_json
+from ia3.cli.flags import AsJson, TrustRemoteCode, print_json
 from ia3.cli.names import FlagConsole, numbers, with_settings
 from ia3.launched import first_prints
 from ia3.runs.screen import Screen
@@ -36,30 +36,31 @@ def _command(
     seeds: Annotated[
         str | None, typer.Option(rich_help_panel="Steps", help="Train once with each: numbers with commas between.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     given: Any = None,
 ) -> None:
     with first_prints():
-        _train(resume, seeds, as_json, given)
+        _train(resume, seeds, given, as_json=as_json, trusted=trust_remote_code)
 
 
-def _train(resume: Path | None, seeds: str | None, as_json: bool, given: dict[str, Any]) -> None:
+def _train(resume: Path | None, seeds: str | None, given: dict[str, Any], *, as_json: bool, trusted: bool) -> None:
     progress = FlagConsole()
     if resume is not None:
         beside = [*given, *([] if seeds is None else ["seeds"])]
         if beside:
             names = ", ".join(f"`{name}`" for name in beside)
             raise ValueError(f"`resume` goes on with the run's own recipe, so these can't be given beside it: {names}.")
-        run = _run(resume, {}, progress)
+        run = _run(resume, {}, progress, trusted=trusted)
     else:
         from ia3.runs.look import look_before
 
         recipes = _recipes(given, seeds)
         looked = look_before(*recipes)
         if len(recipes) > 1:
-            _train_each(recipes, looked, progress, as_json=as_json)
+            _train_each(recipes, looked, progress, as_json=as_json, trusted=trusted)
             return
-        run = _run(recipes[0], looked, progress)
+        run = _run(recipes[0], looked, progress, trusted=trusted)
     print_result(run, as_json=as_json)
     if not as_json:
         typer.echo(f'\nUse it: ia3 predict {run.adapter_dir} "…"')
@@ -93,20 +94,20 @@ def _recipes(given: dict[str, Any], seeds: str | None) -> list[Recipe]:
     return [replace(each, output=folder / f"{place}seed-{each.seed}") for each, place in zip(made, places, strict=True)]
 
 
-def _run(recipe: Recipe | Path, looked: Looked, progress: Console) -> Run:
+def _run(recipe: Recipe | Path, looked: Looked, progress: Console, *, trusted: bool) -> Run:
     """Train by a recipe, or go on in a folder."""
 
     def run() -> Run:
         from ia3.training.train import resume_run, run_recipe
 
         if isinstance(recipe, Path):
-            return resume_run(recipe, console=progress)
-        return run_recipe(recipe, progress, looked=looked)
+            return resume_run(recipe, console=progress, trust_remote_code=trusted)
+        return run_recipe(recipe, progress, looked=looked, trust_remote_code=trusted)
 
     return run_visibly(run, progress)
 
 
-def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_json: bool) -> None:
+def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_json: bool, trusted: bool) -> None:
     """Train one after the other, then say how much the runs differ. The same command goes on after an interruption."""
     from ia3.runs.comparison import quartiles_of
 
@@ -120,7 +121,7 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
                 progress.print("Done before.", highlight=False)
             else:
                 former = recipe.output if begun(recipe) else None
-                done = _run(former or recipe, {} if former else looked, progress).summary()
+                done = _run(former or recipe, {} if former else looked, progress, trusted=trusted).summary()
             results.append(done)
         except typer.Exit:
             progress.print("The same command again goes on with this run and then the others.", highlight=False)

@@ -18,6 +18,7 @@ from ia3.heads import head_parts
 from ia3.inference.predict import Beat, most_positions, pad_rows, sorted_batches, tokenise_inputs
 from ia3.inference.rank import Ranking, likeliest, rankings
 from ia3.inference.tokens import TokenRows
+from ia3.pretrained import load_pretrained
 from ia3.tasks.task import TaskKind
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +52,13 @@ class SplitText:
 
 
 def load_classifier(
-    model_name: str, kind: TaskKind, labels: Sequence[str], dtype: torch.dtype | str = "auto", *, seed: int = 42
+    model_name: str,
+    kind: TaskKind,
+    labels: Sequence[str],
+    dtype: torch.dtype | str = "auto",
+    *,
+    seed: int = 42,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a base model with a head for these labels.
 
@@ -63,6 +70,7 @@ def load_classifier(
         labels: the classes in the order of the head's outputs.
         dtype: its numbers' type; `"auto"` is the saved one.
         seed: decides the new head, whatever was drawn before.
+        trust_remote_code: run code that comes with the model.
 
     Returns:
         The model in evaluation mode, the labels in its configuration.
@@ -74,7 +82,7 @@ def load_classifier(
     """
     _check_labels(labels)
     folder = resolve_model(model_name)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_pretrained(AutoConfig, folder, trust_remote_code=trust_remote_code)
     auto_class = _auto_class(kind, config, model_name)
     known = tuple(config.id2label[index] for index in sorted(config.id2label))
     config.id2label = dict(enumerate(labels))
@@ -84,8 +92,14 @@ def load_classifier(
     name_padding(config)
     with without_the_loading_report(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model, loading = auto_class.from_pretrained(
-            folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        model, loading = load_pretrained(
+            auto_class,
+            folder,
+            trust_remote_code=trust_remote_code,
+            config=config,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     model.name_or_path = model.config.name_or_path = model_name
     fresh = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}

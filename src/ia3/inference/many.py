@@ -75,6 +75,7 @@ def answer_each(
     *,
     batch_size: int = 32,
     beat: Beat | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Answer]:
     """Answer each example by its own adapter, as that adapter alone would.
 
@@ -88,6 +89,7 @@ def answer_each(
         names: the adapter of each example.
         batch_size: texts at once.
         beat: called after each batch with its number of examples.
+        trust_remote_code: run code that comes with the bases.
 
     Returns:
         One answer an example, in order.
@@ -96,7 +98,7 @@ def answer_each(
         FileNotFoundError, ValueError: what `load_adapter`, `AdapterTable.register` and `Answerer` raise.
     """
     answers: dict[int, Answer] = {}
-    for company in companies_of(folders, tasks, names):
+    for company in companies_of(folders, tasks, names, trust_remote_code=trust_remote_code):
         places = [place for place, name in enumerate(names) if name in company.tasks]
         answer = company.open(batch_size)
         found = answer([examples[place] for place in places], [names[place] for place in places], beat)
@@ -112,10 +114,12 @@ class Company:
         folders: where each adapter is.
         tasks: what each answers, and how; without what only says how texts are read, in which adapters that share a
             batch may differ.
+        trust_remote_code: run code that comes with the base.
     """
 
     folders: Mapping[str, Path]
     tasks: Mapping[str, Task]
+    trust_remote_code: bool = False
 
     def open(self, batch_size: int) -> Together:
         """Load the base with these adapters."""
@@ -134,7 +138,8 @@ class Together:
         first, *others = company.folders
         precision, quantize = company.tasks[first].precision, company.tasks[first].quantize
         dtype = None if precision is None else DTYPES[precision]
-        self.model, self.tokenizer = load_adapter(company.folders[first], dtype=dtype, quantize=quantize)
+        how: Any = {"dtype": dtype, "quantize": quantize, "trust_remote_code": company.trust_remote_code}
+        self.model, self.tokenizer = load_adapter(company.folders[first], **how)
         self.shares = bool(others)
         if self.shares:
             table = AdapterTable(self.model, capacity=max(_CAPACITY, batch_size))
@@ -160,13 +165,19 @@ class Together:
         return self._answerers[task]
 
 
-def companies_of(folders: Mapping[str, Path], tasks: Mapping[str, Task], names: Iterable[str]) -> list[Company]:
+def companies_of(
+    folders: Mapping[str, Path], tasks: Mapping[str, Task], names: Iterable[str], *, trust_remote_code: bool = False
+) -> list[Company]:
     """Who is answered together, in the order of `names`: adapters of one base and precision that hold vectors alone."""
     by_base: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
         by_base[_base_of(name, folders[name], tasks[name])].append(name)
     return [
-        Company({name: folders[name] for name in own}, {name: _without_reading(tasks[name]) for name in own})
+        Company(
+            {name: folders[name] for name in own},
+            {name: _without_reading(tasks[name]) for name in own},
+            trust_remote_code,
+        )
         for own in by_base.values()
     ]
 

@@ -183,6 +183,7 @@ def work_of(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    trust_remote_code: bool = False,
     tell: Telling | None = None,
 ) -> Work:
     """The rows of a file, or texts; the arguments are those of `label_file`.
@@ -193,19 +194,19 @@ def work_of(
     tell = tell or Telling()
     overrides = Overrides(text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=answer_by)
     if not isinstance(source, Path):
-        return _work_of_one(adapter, source, overrides, batch_size, tell)
+        return _work_of_one(adapter, source, overrides, batch_size, tell, trust_remote_code)
     task = load_task(adapter) if text_column is None and adapter_column is None else None
     records = read_questions(source, task, text_column, adapter_column)
     for remark in records.remarks:
         tell.say(remark)
     if adapter_column is None:
-        return _work_of_one(adapter, records, overrides, batch_size, tell)
+        return _work_of_one(adapter, records, overrides, batch_size, tell, trust_remote_code)
     with tell.loading(adapter):
-        return _work_of_many(Path(adapter), adapter_column, records, overrides, batch_size)
+        return _work_of_many(Path(adapter), adapter_column, records, overrides, batch_size, trust_remote_code)
 
 
 def _work_of_one(
-    adapter: str, read: Records | Sequence[str], overrides: Overrides, batch_size: int, tell: Telling
+    adapter: str, read: Records | Sequence[str], overrides: Overrides, batch_size: int, tell: Telling, trusted: bool
 ) -> Work:
     """Rows, or texts, that are all answered by one adapter; it is loaded here only if nothing else tells its task."""
     saved, labeller = load_task(adapter), None
@@ -213,17 +214,19 @@ def _work_of_one(
         task = overrides.over(saved)
     else:
         with tell.loading(adapter):
-            labeller = load_labeller(adapter, overrides)
+            labeller = load_labeller(adapter, overrides, trust_remote_code=trusted)
         task = labeller.task
     records = read if isinstance(read, Records) else texts_as_records(read, task)
 
     def load() -> Answering:
-        return _Alone(labeller or load_labeller(adapter, overrides), batch_size)
+        return _Alone(labeller or load_labeller(adapter, overrides, trust_remote_code=trusted), batch_size)
 
     return Work(Questions(records, lambda place: task), [Group([adapter], range(len(records)), load)], batch_size)
 
 
-def _work_of_many(folder: Path, column: str, records: Records, overrides: Overrides, batch_size: int) -> Work:
+def _work_of_many(
+    folder: Path, column: str, records: Records, overrides: Overrides, batch_size: int, trusted: bool
+) -> Work:
     """Rows that each name their adapter in a column, out of a folder of adapters."""
     require_columns(records.source, records.columns, column, setting="adapter_column")
     places = [place for place, _ in records]
@@ -236,7 +239,7 @@ def _work_of_many(folder: Path, column: str, records: Records, overrides: Overri
         )
     folders = find_adapters(folder, names, lambda number: f"{records.source}, {places[number]}")
     tasks = {name: overrides.over(_saved_task(path)) for name, path in folders.items()}
-    companies = companies_of(folders, tasks, names)
+    companies = companies_of(folders, tasks, names, trust_remote_code=trusted)
     of_name = {name: number for number, company in enumerate(companies) for name in company.tasks}
     own: list[list[int]] = [[] for _ in companies]
     for place, name in enumerate(names):

@@ -18,6 +18,7 @@ def resume(
     data: Examples | None = None,
     test_data: Examples | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> Run | Sweep:
     """Go on with an interrupted run or sweep, to the numbers that it would have had.
 
@@ -28,6 +29,7 @@ def resume(
         data: the training data, where they were given in memory.
         test_data: the held-out data, likewise.
         console: where the progress goes; standard error by default.
+        trust_remote_code: run code that comes with the model, whatever the run began with.
 
     Returns:
         What `ia3.train` or `ia3.sweep` would have returned.
@@ -38,4 +40,4 @@ def resume(
         BlockingIOError: another process, or another thread of this one, works in the folder.
     """
     what = resume_sweep if (Path(folder) / SWEEP_RECIPES_NAME).is_file() else resume_run
-    return what(folder, data=data, test_data=test_data, console=console)
+    return what(folder, data=data, test_data=test_data, console=console, trust_remote_code=trust_remote_code)

@@ -134,6 +134,7 @@ def sweep(
     *,
     over: Over | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
     **recipe: Any,
 ) -> Sweep:
     """Train many adapters at once, each with settings of its own, and rank them.
@@ -148,6 +149,7 @@ def sweep(
         over: a grid, as in `{"learning_rate": [3e-3, 8e-3], "seed": [0, 1]}`, or a list of settings, one a run. By
             default a few learning rates.
         console: where the progress goes; standard error by default.
+        trust_remote_code: run code that comes with the model.
         recipe: the fields of `Recipe`, as for `ia3.train`; `output` is the sweep's folder.
 
     Returns:
@@ -165,7 +167,8 @@ def sweep(
     """
     given = {**recipe, "model": model, **({} if data is None else {"data": data})}
     recipes, keys = make_recipes(given, over)
-    return run_sweep(recipes, keys, console or Screen(stderr=True), look_before(*recipes))
+    console, looked = console or Screen(stderr=True), look_before(*recipes)
+    return run_sweep(recipes, keys, console, looked, trust_remote_code=trust_remote_code)
 
 
 def resume_sweep(
@@ -174,6 +177,7 @@ def resume_sweep(
     data: Examples | None = None,
     test_data: Examples | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> Sweep:
     """Go on with an interrupted sweep, to the numbers that it would have had; see `ia3.resume`."""
     processes = join()
@@ -186,16 +190,25 @@ def resume_sweep(
         if not (folder / STATE_NAME).is_file():
             console.print("It ended before its first save, so it begins anew.", highlight=False)
         recipes, keys = _read_recipes(folder, data, test_data)
-        return _sweep(recipes, keys, console, look_before(*recipes), processes, is_locked=True, resuming=True)
+        base = Base(recipes[0].model, trust_remote_code=trust_remote_code)
+        return _sweep(base, recipes, keys, console, look_before(*recipes), processes, is_locked=True, resuming=True)
 
 
-def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
+def run_sweep(
+    recipes: Sequence[Recipe],
+    keys: Sequence[str],
+    console: Console,
+    looked: Looked,
+    *,
+    trust_remote_code: bool = False,
+) -> Sweep:
     """Train in one batch what `make_recipes` made, which differ in `keys`; errors are those of `sweep`."""
     processes = join()
     output, console = recipes[0].output, processes.console(console)
+    base = Base(recipes[0].model, trust_remote_code=trust_remote_code)
     is_there = processes.of_first(lambda: output is not None and output.is_dir())
     if output is None or not is_there:  # nothing is made before all that can be checked is right
-        return _sweep(recipes, keys, console, looked, processes, is_locked=False)
+        return _sweep(base, recipes, keys, console, looked, processes, is_locked=False)
     with working_in(output, processes):
         for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
             if (output / name).is_file():
@@ -205,10 +218,11 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
                 f"{output} holds an unfinished sweep: go on with it by `ia3 sweep --resume {output}`, or name another "
                 "output."
             )
-        return _sweep(recipes, keys, console, looked, processes, is_locked=True)
+        return _sweep(base, recipes, keys, console, looked, processes, is_locked=True)
 
 
 def _sweep(
+    base: Base,
     recipes: Sequence[Recipe],
     keys: Sequence[str],
     console: Console,
@@ -231,7 +245,7 @@ def _sweep(
     common = recipes[0]
     with ExitStack() as held, ExitStack() as drawing:
         drawing.enter_context(generator_alone(console))
-        prepared = _prepare(recipes, console, looked)
+        prepared = _prepare(base, recipes, console, looked)
         state = common.output / _state_name(processes.rank) if resuming and common.output is not None else None
         resume = state if state is not None and state.is_file() else None
         together = Together([plan for _, plan in prepared], rows=rows, resume=resume)
@@ -276,8 +290,7 @@ def _state_name(rank: int) -> str:
     return f"{Path(STATE_NAME).stem}-{rank}{Path(STATE_NAME).suffix}" if rank else STATE_NAME
 
 
-def _prepare(recipes: Sequence[Recipe], console: Console, looked: Looked) -> list[tuple[Recipe, RunPlan]]:
-    base = Base(recipes[0].model)
+def _prepare(base: Base, recipes: Sequence[Recipe], console: Console, looked: Looked) -> list[tuple[Recipe, RunPlan]]:
     kind = recipes[0].task or base.kind
     if not kind.writes:
         raise ValueError(

@@ -52,13 +52,21 @@ from ia3.training.plan import prepare
 from ia3.training.state import describe_environment
 
 
-def train(model: str | Path, data: str | Path | Examples, *, console: Console | None = None, **recipe: Any) -> Run:
+def train(
+    model: str | Path,
+    data: str | Path | Examples,
+    *,
+    console: Console | None = None,
+    trust_remote_code: bool = False,
+    **recipe: Any,
+) -> Run:
     """Fine-tune a model on examples: what `ia3 train` does, with the same defaults.
 
     Args:
         model: the base model: a hub name, a folder or a bundled model.
         data: a file, a data set on the hub, or examples.
         console: where the progress goes; standard error by default.
+        trust_remote_code: run code that comes with the model; no recipe and no run says so for you.
         recipe: the fields of `Recipe`, such as `epochs=3`; or `recipe="t-few"`, or a YAML file, which the other
             fields override.
 
@@ -78,7 +86,8 @@ def train(model: str | Path, data: str | Path | Examples, *, console: Console | 
         >>> run = ia3.train("google/flan-t5-small", "reviews.csv", epochs=3)
         >>> run.final.accuracy
     """
-    return run_recipe(make_recipe({**recipe, "model": model, "data": data}), console or Screen(stderr=True))
+    made = make_recipe({**recipe, "model": model, "data": data})
+    return run_recipe(made, console or Screen(stderr=True), trust_remote_code=trust_remote_code)
 
 
 def resume_run(
@@ -87,6 +96,7 @@ def resume_run(
     data: Examples | None = None,
     test_data: Examples | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> Run:
     """Go on with an interrupted run, to the numbers that it would have had; see `ia3.resume`."""
     processes = join()
@@ -107,7 +117,8 @@ def resume_run(
                 style="yellow",
                 highlight=False,
             )
-        return _run(recipe, console, look_before(recipe), processes, is_locked=True, resuming=True)
+        base = Base(recipe.model, trust_remote_code=trust_remote_code)
+        return _run(base, recipe, console, look_before(recipe), processes, is_locked=True, resuming=True)
 
 
 def _expect_not_begun(folder: Path) -> None:
@@ -128,33 +139,43 @@ def _expect_not_begun(folder: Path) -> None:
         raise ValueError(f"There is nothing in {folder} to go on from: {why}.")
 
 
-def run_recipe(recipe: Recipe, console: Console, *, looked: Looked | None = None) -> Run:
+def run_recipe(
+    recipe: Recipe, console: Console, *, looked: Looked | None = None, trust_remote_code: bool = False
+) -> Run:
     """Read the data, load the model, attach an adapter, train, and leave a whole run folder; errors are `train`'s.
 
     Args:
         recipe: a checked recipe.
         console: where the progress goes, and what is odd about the data.
         looked: what `look_before` has read of this recipe.
+        trust_remote_code: run code that comes with the model.
     """
     processes = join()
     console = processes.console(console)
     looked = look_before(recipe) if looked is None else looked
     folder = recipe.output
+    base = Base(recipe.model, trust_remote_code=trust_remote_code)
     is_there = processes.of_first(lambda: folder is not None and folder.is_dir())
     if folder is None or not is_there:  # nothing is made before all that can be checked is right
-        return _run(recipe, console, looked, processes, is_locked=False)
+        return _run(base, recipe, console, looked, processes, is_locked=False)
     with working_in(folder, processes):
         expect_ended(folder)
-        return _run(recipe, console, looked, processes, is_locked=True)
+        return _run(base, recipe, console, looked, processes, is_locked=True)
 
 
 def _run(
-    recipe: Recipe, console: Console, looked: Looked, processes: Processes, *, is_locked: bool, resuming: bool = False
+    base: Base,
+    recipe: Recipe,
+    console: Console,
+    looked: Looked,
+    processes: Processes,
+    *,
+    is_locked: bool,
+    resuming: bool = False,
 ) -> Run:
     """Train in the recipe's folder, or go on there; one that is not locked is made once all is checked, and then is."""
     with ExitStack() as held, ExitStack() as drawing:
         drawing.enter_context(generator_alone(console))
-        base = Base(recipe.model)
         [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, looked)
         environment = describe_environment(recipe, plan, processes)
         processes.expect_alike(
