@@ -13,11 +13,11 @@ from ia3.inference.answering import Answerer
 from ia3.inference.labelling import Overrides, load_labeller
 from ia3.runs.recipe import make_recipe
 from ia3.runs.run import RESULT_NAME, STATE_NAME
-from ia3.training.train import resume
+from ia3.training.resuming import resume
 from ia3.training.train import train as train_here
 
 try:
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     import ray.data
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -38,6 +38,7 @@ def train(
     workers: int = 2,
     use_gpu: bool = False,
     failures: int = _FAILURES,
+    trust_remote_code: bool = False,
     **recipe: Any,
 ) -> dict[str, Any]:
     """Fine-tune over the processes of a Ray cluster: `ia3.train` in each, data-parallel, the batch divided over them.
@@ -53,6 +54,7 @@ def train(
         workers: how many processes.
         use_gpu: give each process a GPU.
         failures: how many times to start again before it is an error.
+        trust_remote_code: run code that comes with the model.
         recipe: further fields of `ia3.train`.
 
     Returns:
@@ -71,7 +73,7 @@ def train(
     make_recipe({**config, "output": folder})
     TorchTrainer(
         _train_in_worker,
-        train_loop_config=config,
+        train_loop_config={"recipe": config, "trusted": trust_remote_code},
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=folder.name,
@@ -86,11 +88,12 @@ def train(
 
 def _train_in_worker(config: dict[str, Any]) -> None:
     """What each process does, also when it is started again."""
-    folder = Path(config["output"])
+    recipe, trusted = config["recipe"], config["trusted"]
+    folder = Path(recipe["output"])
     if (folder / STATE_NAME).is_file():
-        resume(folder)
+        resume(folder, trust_remote_code=trusted)
     elif not (folder / RESULT_NAME).is_file():
-        train_here(**{**config, "output": folder})
+        train_here(**{**recipe, "output": folder}, trust_remote_code=trusted)
 
 
 def predict(
@@ -100,6 +103,7 @@ def predict(
     workers: int = 2,
     use_gpu: bool = False,
     batch_size: int = 32,
+    trust_remote_code: bool = False,
 ) -> ray.data.Dataset:
     """Answer the rows of a Ray data set: those of `ia3 predict --file`, on a cluster.
 
@@ -110,6 +114,7 @@ def predict(
             answered again.
         use_gpu: give each process a GPU.
         batch_size: rows at once.
+        trust_remote_code: run code that comes with the base, which the adapter names.
 
     Returns:
         The rows, each with its `prediction`, and where labels are ranked its `probability`; None in rows without text.
@@ -129,7 +134,7 @@ def predict(
         batch_format="pyarrow",
         batch_size=_ROWS_AT_ONCE,
         compute=ray.data.ActorPoolStrategy(size=workers),
-        fn_constructor_args=(str(adapter), batch_size),
+        fn_constructor_args=(str(adapter), batch_size, trust_remote_code),
         num_gpus=1 if use_gpu else 0,
     )
 
@@ -137,8 +142,8 @@ def predict(
 class _Predictor:
     """A process of `predict`: an adapter on its base model, asked for a table at a time."""
 
-    def __init__(self, adapter: str, batch_size: int) -> None:
-        labeller = load_labeller(adapter, Overrides())
+    def __init__(self, adapter: str, batch_size: int, trusted: bool) -> None:
+        labeller = load_labeller(adapter, Overrides(), trust_remote_code=trusted)
         self.task = labeller.task
         self.answerer = Answerer(labeller.model, labeller.tokenizer, labeller.task, batch_size=batch_size)
 

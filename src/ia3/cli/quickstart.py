@@ -55,7 +55,7 @@ def quickstart(
     run = run_visibly(lambda: run_recipe(make_recipe({**given, "limit": tweets}), progress), progress)
     known = {"known_accuracy": SIZES[tweets]} if limit is None else {}
 
-    labeller = load_labeller(str(run.adapter_dir), progress, Overrides())
+    labeller = load_labeller(str(run.adapter_dir), progress, Overrides(), trusted=False)
     sentences = [Example(text, "") for text in _SENTENCES]
     found = answer(labeller, sentences, progress, batch_size=len(_SENTENCES))
     pairs = zip(_SENTENCES, found, strict=True)

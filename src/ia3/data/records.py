@@ -225,7 +225,7 @@ def is_phrasebank(path: Path) -> bool:
     if path.suffix.lower() != ".txt" or not path.is_file():
         return False
     text, _ = _text_of(read_data(path), str(path))
-    lines = (line for _, line in _stripped_lines(text) if line)
+    lines = (line for _, line in _stripped_lines(text, str(path)) if line)
     return all(line.rpartition("@")[2].strip() in SENTIMENTS and "@" in line for line in lines)
 
 

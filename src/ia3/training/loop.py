@@ -30,11 +30,11 @@ from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, METRICS_NAME, STATE_NAME, 
 from ia3.runs.screen import Screen
 from ia3.runs.settings import TrainSettings
 from ia3.runs.sums import write_sums
-from ia3.tensors import Tensors
 from ia3.training import sharding
 from ia3.training.optimise import decay_vectors, make_optimizer, trainable_parameters
 from ia3.training.plan import RunPlan
 from ia3.training.state import copies_of, load_state, put_back, save_state
+from ia3.weights import Tensors
 
 # A process's part of a batch, and how many targets each part of its loss is the mean of.
 _Batch = tuple[dict[str, Tensor], list[int]]

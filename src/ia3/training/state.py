@@ -25,8 +25,8 @@ from ia3.files import write_atomically
 from ia3.inference.processes import ALONE, Processes
 from ia3.runs.recipe import Recipe
 from ia3.runs.run import Evaluation, TrainerState
-from ia3.tensors import Tensors
 from ia3.training.plan import RunPlan
+from ia3.weights import Tensors
 
 
 def describe_environment(recipe: Recipe, plan: RunPlan, processes: Processes = ALONE) -> dict[str, Any]:
