@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.parametrize(
     "attack",
-    [("train", "--few", "4"), ("train", "--few", "3", "--full-disk"), ("sweep", "--few", "3"), ("flips", "--few", "5")],
+    [("train", "--few", "3"), ("train", "--few", "2", "--full-disk"), ("sweep", "--few", "2"), ("flips", "--few", "3")],
     ids=lambda attack: " ".join(attack),
 )
 def test_what_was_struck_down_comes_out_the_same(attack: tuple[str, ...]) -> None:
