@@ -232,3 +232,22 @@ def test_a_process_that_is_gone_is_said_and_its_rows_are_made_up_for(
     assert Parts(output).done() == {0, 2}
     label_file(adapter, rows, output, **HOW, resume=True)
     assert output.read_bytes() == expected
+
+
+def test_an_output_is_made_by_one_work_at_a_time(adapter: Path, rows: Path, ended: Path) -> None:
+    with Parts(ended).held(), pytest.raises(BlockingIOError, match="is in use by"):
+        label_file(adapter, rows, ended, **HOW, resume=True)
+    assert Parts(ended).done() == {0}
+
+
+def test_parts_that_another_machine_keeps_to_itself(
+    adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Parts, "done", lambda self: {0})
+    with pytest.raises(FileNotFoundError, match="lacks 2 of 3 parts, which other processes wrote elsewhere"):
+        label_file(adapter, rows, tmp_path / "out.jsonl", **HOW)
+
+
+def test_texts_have_no_column_of_adapters(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`adapter_column` names a column of a file"):
+        label_file(adapter, ["a"], tmp_path / "out.jsonl", adapter_column="who")

@@ -19,6 +19,7 @@ from ia3.launched import launched_processes, launched_rank
 from ia3.runs.screen import Screen
 
 if TYPE_CHECKING:
+    from ia3.data.records import Records
     from ia3.inference.answering import Answer
     from ia3.inference.work import Work
 
@@ -70,9 +71,13 @@ def predict(
         expect_adapter(adapter)
     elif file is None:
         raise ValueError("--adapter-column names a column of a --file: give the file.")
+    from ia3.data.questions import read_questions
+
     if launched_processes() > 1 and (file is None or output is None):
         raise ValueError("Several processes share the rows of a --file, into an --output: give both.")
-    source = file if file is not None else sentences or _read_lines()
+    source = sentences or _read_lines() if file is None else read_questions(file, adapter, text_column, adapter_column)
+    for remark in () if isinstance(source, list) else source.remarks:
+        FlagConsole().print(remark, markup=False, highlight=False)
     asked: dict[str, Any] = {
         **{"text_column": text_column, "adapter_column": adapter_column, "answer_by": answer_by},
         **{"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
@@ -85,7 +90,7 @@ def predict(
         _print(adapter, source, asked, as_json=as_json)
 
 
-def _write(adapter: str, source: Path | list[str], output: Path, asked: dict[str, Any], *, as_json: bool) -> None:
+def _write(adapter: str, source: Records | list[str], output: Path, asked: dict[str, Any], *, as_json: bool) -> None:
     """Rows with their answers into a file."""
     from ia3.inference.label_file import label_file
 
@@ -103,7 +108,7 @@ def _write(adapter: str, source: Path | list[str], output: Path, asked: dict[str
     typer.echo(f"{found.answered:,} predictions are in {output}")
 
 
-def _print(adapter: str, source: Path | list[str], asked: dict[str, Any], *, as_json: bool) -> None:
+def _print(adapter: str, source: Records | list[str], asked: dict[str, Any], *, as_json: bool) -> None:
     """Answers as they come; those of several models in the order of the rows, once all are there."""
     with answering_bar(FlagConsole(), asked["batch_size"]) as bar:
         from ia3.inference.work import answer_in_order, count_filled, work_of

@@ -14,7 +14,7 @@ from ia3.data.records import Records, is_phrasebank, read_records
 from ia3.errors import listed
 from ia3.tasks.columns import require_columns
 from ia3.tasks.examples import Example
-from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.task import Task, TaskKind, load_task
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,20 @@ class Questions:
         return {self.task_of(place) for place in range(len(self))}
 
 
-def read_questions(path: Path, task: Task | None, text_column: str | None, adapter_column: str | None) -> Records:
+def read_questions(path: Path, adapter: str, text_column: str | None, adapter_column: str | None) -> Records:
     """The rows of a file that is to be answered; texts without a column's name get that which the adapter reads.
 
     Args:
         path: a `.csv`, `.tsv`, `.xlsx`, `.jsonl`, `.json`, `.parquet` or `.txt` file; of a `.txt` whose lines all are
             PhraseBank's, `sentence@label`, the label isn't part of the text.
-        task: the adapter's, where it tells what is read.
+        adapter: whose task tells what is read; with `adapter_column` it doesn't.
         text_column: the column that is asked for instead.
         adapter_column: the column with each row's adapter.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: what `read_records` raises.
+        FileNotFoundError, ImportError, ValueError: what `load_task` and `read_records` raise.
     """
+    task = load_task(adapter) if text_column is None and adapter_column is None else None
     reads = task.template.required or task.template.fields if task is not None else (text_column or "text",)
     named = [adapter_column] if adapter_column is not None else []
     named += reads if len(reads) > 1 or text_column is not None else ()

@@ -15,6 +15,7 @@ from typing import Any
 
 from ia3.config import CONFIG_NAME
 from ia3.data.columns import digest_of
+from ia3.data.records import Records
 from ia3.data.writing import Found, check_output, check_rows, write_rows
 from ia3.files import fetch
 from ia3.inference.answering import Answer
@@ -51,7 +52,7 @@ class Labelled:
 
 def label_file(
     adapter: str | Path,
-    source: str | Path | Sequence[str],
+    source: str | Path | Records | Sequence[str],
     output: str | Path,
     *,
     text_column: str | None = None,
@@ -72,7 +73,8 @@ def label_file(
 
     Args:
         adapter: a folder or a hub repository; with `adapter_column` a folder of many.
-        source: a `.csv`, `.tsv`, `.xlsx`, `.jsonl`, `.parquet` or `.txt` (a text a line); or a list of texts.
+        source: a `.csv`, `.tsv`, `.xlsx`, `.jsonl`, `.parquet` or `.txt` (a text a line); rows as
+            `read_questions` reads them; or a list of texts.
         output: a `.csv`, `.tsv`, `.xlsx` or `.jsonl`; it gets the rows with predictions and probabilities.
         text_column: the column with the text, instead of that of the training.
         adapter_column: the file's column with each row's adapter.
@@ -94,7 +96,7 @@ def label_file(
     """
     output = Path(output)
     rows = Path(source) if isinstance(source, str | Path) else source
-    check_output(output, rows if isinstance(rows, Path) else None)
+    check_output(output, Path(rows.source) if isinstance(rows, Records) else rows if isinstance(rows, Path) else None)
     asked: dict[str, Any] = {
         **{"text_column": text_column, "adapter_column": adapter_column, "answer_by": answer_by},
         **{"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_size": batch_size},

@@ -175,7 +175,7 @@ def count_filled(work: Work, tell: Telling) -> int:
 
 def work_of(
     adapter: str,
-    source: Path | Sequence[str],
+    source: Path | Records | Sequence[str],
     *,
     text_column: str | None = None,
     adapter_column: str | None = None,
@@ -186,23 +186,23 @@ def work_of(
     trust_remote_code: bool = False,
     tell: Telling | None = None,
 ) -> Work:
-    """The rows of a file, or texts; the arguments are those of `label_file`.
+    """The rows of a file, rows that were read, or texts; the other arguments are those of `label_file`.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: what reading the file or the adapters' files raises.
     """
     tell = tell or Telling()
     overrides = Overrides(text_column=text_column, max_length=max_length, max_new_tokens=max_new_tokens, way=answer_by)
-    if not isinstance(source, Path):
-        return _work_of_one(adapter, source, overrides, batch_size, tell, trust_remote_code)
-    task = load_task(adapter) if text_column is None and adapter_column is None else None
-    records = read_questions(source, task, text_column, adapter_column)
-    for remark in records.remarks:
-        tell.say(remark)
+    if isinstance(source, Path):
+        source = read_questions(source, adapter, text_column, adapter_column)
+        for remark in source.remarks:
+            tell.say(remark)
     if adapter_column is None:
-        return _work_of_one(adapter, records, overrides, batch_size, tell, trust_remote_code)
+        return _work_of_one(adapter, source, overrides, batch_size, tell, trust_remote_code)
+    if not isinstance(source, Records):
+        raise ValueError("`adapter_column` names a column of a file, and these are texts alone: give a file.")
     with tell.loading(adapter):
-        return _work_of_many(Path(adapter), adapter_column, records, overrides, batch_size, trust_remote_code)
+        return _work_of_many(Path(adapter), adapter_column, source, overrides, batch_size, trust_remote_code)
 
 
 def _work_of_one(
