@@ -17,10 +17,11 @@ if [ -f "$RUN/state.pt" ]; then
     WORK=(train --resume "$RUN")
 fi
 
+FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node 8 \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-backend c10d \
-    --rdzv-endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" \
+    --rdzv-endpoint "$FIRST_NODE:29500" \
     -m ia3 "${WORK[@]}"

@@ -6,6 +6,7 @@ holds a tiny model meanwhile, and the bundled tweets are few, so that the pages 
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -200,7 +201,27 @@ def check_curl(words: list[str]) -> None:
     json.loads(words[words.index("-d") + 1])
 
 
+def check_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    check_launched(get_args_parser().parse_args(words))
+
+
+def check_accelerate(words: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    check_launched(launch_command_parser().parse_args(words[1:]))
+
+
+def check_launched(asked: argparse.Namespace) -> None:
+    assert (asked.module, asked.training_script) == (True, "ia3")
+    check_ia3(asked.training_script_args)
+
+
 CHECKS = {
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
     "ia3": check_ia3,
     "make": check_make,
     "pip": check_pip,
@@ -210,6 +231,19 @@ CHECKS = {
     "vllm": check_vllm,
     "curl": check_curl,
 }
+
+
+def test_the_files_for_clusters_start_what_there_is() -> None:
+    job = [each for each in yaml.safe_load_all((ROOT / "examples" / "kubernetes.yaml").read_text()) if each][-1]
+    [pod] = job["spec"]["template"]["spec"]["containers"]
+    for script in ((ROOT / "examples" / "slurm.sh").read_text(), pod["args"][0]):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+        for work in re.findall(r'(?:WORK=\(|work=")(.*)[")]', script):
+            check_ia3(shlex.split(work))
+        launch = re.search(r"torchrun .*", script.replace("\\\n", " "))
+        assert launch is not None
+        command = re.sub(r'\$work|"\$\{WORK\[@\]\}"', "train", launch[0])
+        check_torchrun(shlex.split(re.sub(r'"\$[^"]*"', "1", command))[1:])
 
 
 @pytest.mark.parametrize("script", all_blocks("bash"))
