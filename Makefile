@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-quick test-kernels test-vllm test-matrix lint docs mutants benchmarks hooks install clean
+.PHONY: quickstart test test-quick test-kernels test-vllm test-matrix lint docs mutants attack benchmarks hooks install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
@@ -54,6 +54,10 @@ docs: install
 
 mutants: install
 	$(BIN)/python tests/mutants/run.py
+
+# Not part of `test`, which runs a sample: every hostile input at every door, in some fifteen minutes on one core.
+attack: install
+	$(BIN)/python tests/attack/harness.py $(ATTACK)
 
 benchmarks:
 	@$(PYTHON) benchmarks/catalogue.py
