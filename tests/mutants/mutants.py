@@ -276,7 +276,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "an example of a mixed batch gets the base's head"),
     ],
     ("test_table.py",): [
-        Mutant("AdapterTable.register", Instead("held is not None and held.digest == digest", "held is not None"),
+        Mutant("AdapterTable.register", Instead("held is not None and held.digest == saved.digest", "held is not None"),
                "another content under a name is not taken"),
         Mutant("AdapterTable._fill_slot", Instead("self._slots.popitem(last=False)", "self._slots.popitem(last=True)"),
                "an adapter of the same batch makes room for another"),
