@@ -188,11 +188,6 @@ def check_hf(words: list[str]) -> None:
     assert words == ["auth", "login"]
 
 
-def check_torchrun(words: list[str]) -> None:
-    place = words.index("-m")
-    CHECKS[words[place + 1]](words[place + 2 :])
-
-
 def check_vllm(words: list[str]) -> None:
     assert words[0] == "serve"  # its flags are vLLM's, which the plugin's own tests have
 
@@ -227,7 +222,6 @@ CHECKS = {
     "pip": check_pip,
     "python": check_python,
     "hf": check_hf,
-    "torchrun": check_torchrun,
     "vllm": check_vllm,
     "curl": check_curl,
 }

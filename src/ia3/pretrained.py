@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ia3.documents import read_json
 from ia3.errors import naming, shorten
 from ia3.files import HUB_ARGUMENTS
@@ -71,15 +69,30 @@ def _is_of(kind: type, package: str) -> bool:
     return any(each.__module__.partition(".")[0] == package for each in kind.__mro__)
 
 
+class _RefusedError(ValueError):
+    """What this module refuses itself; its message is the whole one."""
+
+
 @contextmanager
 def _reading(source: str | Path) -> Iterator[None]:
     """Let an error name what was read and say what to do."""
     try:
         with naming(source):
             yield
-    except (OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit, SystemExit):
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or str(source) in str(error):
+            raise
+        raise OSError(f"{source}: {error}") from error
+    except _RefusedError as error:
+        raise ValueError(str(error)) from error
+    except (ImportError, KeyboardInterrupt, GeneratorExit, SystemExit):
         raise
     except BaseException as error:  # a tokenizer's panic is no Exception
+        from safetensors import SafetensorError
+        from torch import OutOfMemoryError
+
+        if isinstance(error, OutOfMemoryError):
+            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{source} comes with code of its own, which isn't run unasked. If you have read it and trust it, give "
@@ -89,8 +102,10 @@ def _reading(source: str | Path) -> Iterator[None]:
             raise
         if isinstance(error, ValueError):
             raise ValueError(_cut(str(error))) from error
+        weights = "weights of the " if isinstance(error, SafetensorError | RuntimeError) else ""
         raise ValueError(
-            f"{source} cannot be loaded: copy or download it again. {type(error).__name__}: {_cut(str(error), 300)}"
+            f"The {weights}base model {str(source)!r} cannot be read: copy or download it again. "
+            f"{type(error).__name__}: {_cut(str(error), 300)}"
         ) from error
 
 
@@ -111,7 +126,7 @@ def _check_configuration(source: str | Path, hub: Mapping[str, Any]) -> None:
             implementations = part[name]
             named = implementations.values() if isinstance(implementations, dict) else [implementations]
             if any(isinstance(each, str) and "/" in each for each in named):
-                raise ValueError(
+                raise _RefusedError(
                     f"{source} asks for the kernels {shorten(implementations)} of the hub, which are code. If you "
                     "trust them, give `trust_remote_code=True`."
                 )

@@ -48,6 +48,16 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("PeftModel.to_empty", Skip("load_state_dict"), "to_empty leaves vectors without values"),
         Mutant("loading_arguments", Never("unknown"), "a misspelt argument of from_pretrained is ignored"),
     ],
+    ("test_weights.py", "test_checkpoint.py"): [
+        Mutant("_check_pickles", Never("compress_type"), "a small pickle unpacks to any size"),
+        Mutant("why_not_plain", Never("is_vector"), "the bits of whole numbers are taken for a vector"),
+        Mutant("_check_operations", Never("kept"), "a pickle's key takes for ever"),
+    ],
+    ("test_pretrained.py",): [
+        Mutant("_check_configuration", Never("named"), "kernels that a base names are fetched and run"),
+        Mutant("_reading", Instead("'trust_remote_code' in str(error)", "False"),
+               "who may trust a base's code isn't told how"),
+    ],
     ("test_patterns.py",): [
         Mutant("fully_matching", Instead("max(end - time.monotonic(), 1e-3)", "_MOST_SECONDS"),
                "a pattern takes a second for each of a model's modules"),
@@ -135,7 +145,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Saved.load_state_dict", Never("strict"), "a dictionary of adapters misses the whole base"),
     ],
     ("test_hotswap.py",): [
-        Mutant("hotswap_adapter", Instead("with_names_of_today(model, tensors)", "tensors"),
+        Mutant("hotswap_adapter", Instead("read_weights(model, model_name_or_path, torch_device, None, hub)",
+                                           "read_weights(model, model_name_or_path, torch_device, {}, hub)"),
                "an adapter with a model's former names is not swapped in"),
         Mutant("hotswap_adapter", Skip("from_pretrained"), "another method's adapter is swapped in"),
     ],
@@ -265,7 +276,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "an example of a mixed batch gets the base's head"),
     ],
     ("test_table.py",): [
-        Mutant("AdapterTable.register", Instead("held is not None and held.digest == digest", "held is not None"),
+        Mutant("AdapterTable.register", Instead("held is not None and held.digest == saved.digest", "held is not None"),
                "another content under a name is not taken"),
         Mutant("AdapterTable._fill_slot", Instead("self._slots.popitem(last=False)", "self._slots.popitem(last=True)"),
                "an adapter of the same batch makes room for another"),

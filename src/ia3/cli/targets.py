@@ -138,8 +138,8 @@ def _without_weights(model_name: str, trusted: bool) -> Any:
     from ia3.pretrained import make_model
 
     config = Base(model_name, trust_remote_code=trusted).config
-    name = next(iter(config.architectures or ()), "")
-    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    named = config.architectures
+    kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         kind = transformers.AutoModel
     with torch.device("meta"):

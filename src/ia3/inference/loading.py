@@ -107,7 +107,8 @@ class Base:
             return TaskKind.LABEL_WORDS
         if is_gguf(self.name):  # which holds a decoder and names no architecture
             return TaskKind.INSTRUCTIONS
-        architectures = " ".join(getattr(self.config, "architectures", None) or ())
+        named = getattr(self.config, "architectures", None)
+        architectures = " ".join(map(str, named)) if isinstance(named, list) else ""
         for kind, pattern in _ARCHITECTURES.items():
             if re.search(pattern, architectures):
                 return kind
