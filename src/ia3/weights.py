@@ -209,8 +209,10 @@ def _too_many(path: Path, count: int, most: int) -> ValueError:
 
 
 def _entry(key: str, about: Any, path: Path) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
-    fields = about if isinstance(about, Mapping) else {}
-    kind, shape, place = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    fields: Mapping[str, Any] = about if isinstance(about, Mapping) else {}
+    kind: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    place: Any = fields.get("data_offsets")
     if (
         not _are_sizes(shape, _MOST_DIMENSIONS)
         or not _are_sizes(place, 2)
@@ -321,7 +323,7 @@ def _check_operations(stream: io.BytesIO, path: Path) -> None:
 
     A tuple that is used twice is none of a tensor's: nested in each other, they would take for ever as a key.
     """
-    kept: dict[int, bool] = {}
+    kept: dict[Any, bool] = {}
     former = ""
     for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         name = operation.name
