@@ -42,7 +42,7 @@ def test_version() -> None:
 def test_train_leaves_a_whole_run(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("adapter", "best", "environment.json", "metrics.jsonl"),
-        *("recipe.yaml", "report.md", "report.png", "result.json"),
+        *("recipe.yaml", "report.md", "report.png", "result.json", "SHA256SUMS"),
     }
     content = json.loads((trained / "result.json").read_text())
     assert (content["train_examples"], content["test_examples"], content["steps"]) == (24, 6, 3)
