@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-quick test-kernels test-vllm test-matrix lint docs mutants benchmarks hooks install clean
+.PHONY: quickstart test attack test-quick test-kernels test-vllm test-matrix lint docs mutants benchmarks hooks install clean
 
 quickstart: install
 	$(BIN)/ia3 quickstart
@@ -43,6 +43,13 @@ $(VLLM)/.installed: plugins/vllm/requirements.lock plugins/vllm/pyproject.toml p
 # own under build/ (gigabytes); `make test-matrix MATRIX=--torch-here` changes transformers alone.
 test-matrix: install
 	$(BIN)/python tests/smoke/matrix.py $(MATRIX)
+
+# Not part of `test`, which attacks a few times: every file event of a training killed, 60 of a sweep, full disks, flips.
+attack: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py train
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py train --full-disk --few 30
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py sweep --few 60
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py flips
 
 lint: install
 	$(BIN)/ruff check .

@@ -174,6 +174,9 @@ class PeftModel(Saved, Reporting, Mixing):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several whose vectors multiply; only they train.
 
+        It acts on the model, so on all threads that use it, also in the middle of a forward. Threads that want
+        different adapters name them in the call instead: `model(**batch, adapter_names=[…])`, one an example.
+
         Args:
             adapter_name: a name or names.
             inference_mode: activate without requiring a gradient.

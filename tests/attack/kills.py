@@ -45,24 +45,31 @@ class Ended:
 
 def killed_at(work: Work, number: int, *, within: Path) -> Ended:
     """Do work in a child that SIGKILL ends before its `number`-th file event within a folder, counted from 1."""
-    return _forked(work, number, within, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return _forked(work, number, within, lambda path: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def refused_at(work: Work, number: int, *, within: Path, error: int = errno.ENOSPC) -> Ended:
     """Do work in a child whose `number`-th file event, and every later one that writes, fails, as of a full disk."""
 
-    def refuse() -> None:
-        raise OSError(error, os.strerror(error))
+    def refuse(path: str | None) -> None:
+        raise OSError(error, os.strerror(error), path)
 
     return _forked(work, number, within, refuse)
 
 
+def interrupted_at(work: Work, number: int, *, within: Path) -> Ended:
+    """Do work in a child that gets a SIGTERM at its `number`-th file event, as at a Ctrl-C."""
+    return _forked(work, number, within, lambda path: signal.raise_signal(signal.SIGTERM), once=True)
+
+
 def done(work: Work, *, within: Path) -> Ended:
     """Do work in a child to its end."""
-    return _forked(work, 0, within, lambda: None)
+    return _forked(work, 0, within, lambda path: None)
 
 
-def _forked(work: Work, number: int, within: Path, strike: Callable[[], None]) -> Ended:
+def _forked(
+    work: Work, number: int, within: Path, strike: Callable[[str | None], None], *, once: bool = False
+) -> Ended:
     sys.stdout.flush()
     sys.stderr.flush()
     log, counted = within.with_name(f"{within.name}.log"), within.with_name(f"{within.name}.events")
@@ -74,7 +81,7 @@ def _forked(work: Work, number: int, within: Path, strike: Callable[[], None]) -
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            seen = _count_events(number, within.resolve(), strike)
+            seen = _count_events(number, within.resolve(), strike, once=once)
             code = _do(work)
             counted.write_text(str(len(seen)), encoding="utf-8")
         except BaseException:
@@ -100,28 +107,28 @@ def _do(work: Work) -> int:
     from ia3.cli.main import app
 
     try:
-        app([str(each) for each in work], standalone_mode=False)
+        return int(app([str(each) for each in work], standalone_mode=False) or 0)
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException as ended:
         if hasattr(ended, "exit_code"):  # typer's
             return int(ended.exit_code)
         raise
-    return 0
 
 
-def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list[str]:
-    """Strike at the given event of this process; a full disk stays full, so later ones are struck, too.
+def _count_events(number: int, within: Path, strike: Callable[[str | None], None], *, once: bool) -> list[str]:
+    """Strike at the given event of this process; a full disk stays full, so later ones are struck, too, but for `once`.
 
     Returns:
         The events, which grow.
     """
     seen: list[str] = []
 
-    def count(event: str) -> None:
+    def count(event: str, path: str | None) -> None:
         seen.append(event)
-        if number and (len(seen) == number or (len(seen) > number and event not in _MAKING_ROOM)):
-            strike()
+        later = len(seen) > number and not once and event not in _MAKING_ROOM
+        if number and (len(seen) == number or later):
+            strike(path)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -134,14 +141,14 @@ def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list
             return
         directory = arguments[-1] if event in _MAKING_ROOM else -1
         if _lies_in(path, directory, within):
-            count(event)
+            count(event, None if isinstance(path, int) else os.fsdecode(path))
 
     sys.addaudithook(watch)
     flush = os.fsync
 
     def fsync(handle: int) -> None:
-        if _lies_in(f"/proc/self/fd/{handle}", -1, within):
-            count("fsync")
+        if _lies_in(handle, -1, within):
+            count("fsync", None)
         flush(handle)
 
     os.fsync = fsync  # it has no audit event
@@ -149,7 +156,7 @@ def _count_events(number: int, within: Path, strike: Callable[[], None]) -> list
 
 
 def _lies_in(path: Any, directory: int, within: Path) -> bool:
-    where = Path(os.fsdecode(path))
+    where = Path(f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path))
     if directory != -1 and not where.is_absolute():
         where = Path(os.readlink(f"/proc/self/fd/{directory}")) / where  # noqa: PTH115
     parent = where.resolve() if str(where).startswith("/proc/") else where.absolute().parent.resolve() / where.name

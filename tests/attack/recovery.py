@@ -1,19 +1,21 @@
 """Whether a folder comes out the same where its process was killed and gone on with: by `kills`, at every file event.
 
-python tests/attack/recovery.py train          # every event; also sweep, full-disk
+python tests/attack/recovery.py train          # every event; also sweep, --full-disk, and flips of bits
 python tests/attack/recovery.py train --few 8  # so many of them, evenly spread
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,9 @@ def cases(home: Path) -> dict[str, Case]:
     """The commands that are attacked, over a tiny base and its data in a folder."""
     base, data = tiny_seq2seq.save_base(home / "base"), tiny_seq2seq.write_csv(home / "data.csv", 24)
     common = ("--dropout", "--test-size", 0.25, "--batch-size", 6)
-    train = ("train", base, data, "--steps", 6, "--evaluate-every", 2, "--lr", 0.1, *common)
-    over = ("--over", "lr=0.1,1e30", "--over", "steps=2,4")  # some end before others, some diverge
-    sweep = ("sweep", base, data, "--evaluate-every", 2, *over, *common)
+    train = ("train", base, data, "--steps", 8, "--evaluate-every", 2, "--lr", 0.1, *common)
+    over = ("--over", "lr=0.1,1e30,1e38", "--over", "steps=4,8")  # some end early, some diverge
+    sweep = ("sweep", base, data, "--evaluate-every", 2, "--patience", 1, "--best-by", "loss", *over, *common)
     return {
         "train": Case(lambda to: (*train, "--output", to), lambda to: ("train", "--resume", to)),
         "sweep": Case(lambda to: (*sweep, "--output", to), lambda to: ("sweep", "--resume", to)),
@@ -63,6 +65,9 @@ def content(folder: Path) -> dict[str, Any]:
 def _content(path: Path) -> Any:
     if path.name in _DRAWN:
         return "drawn"
+    if path.name == "SHA256SUMS":
+        lines = [line.split("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+        return {name: hashlib.sha256((path.parent / name).read_bytes()).hexdigest() == own for own, name in lines}
     if path.name == "metrics.jsonl":
         return [_timeless(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".json" and path.parent.name not in ("adapter", "best"):
@@ -92,10 +97,60 @@ def attack(case: Case, home: Path, *, few: int | None, full_disk: bool = False) 
         range(1, whole.events + 1) if few is None else sorted({1 + place * whole.events // few for place in range(few)})
     )
     for number in chosen:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         strike = kills.refused_at if full_disk else kills.killed_at
         ended = strike(case.begin(folder), number, within=folder)
         yield number, _wrong(case, folder, ended, expected, full_disk=full_disk)
+
+
+def flips(case: Case, home: Path, *, few: int | None) -> Iterator[tuple[int, str | None]]:
+    """Flip a bit of a stopped run's files and go on with it, of a finished one's and use it: it must be noticed.
+
+    Noticed is an error that names the file, or a line that does, and then the same content as of an unharmed run.
+    """
+    folder, stopped = home / "folder", home / "stopped"
+    whole = kills.done(case.begin(folder), within=folder)
+    finished, expected = shutil.copytree(folder, home / "finished"), content(folder)
+    shutil.rmtree(folder)
+    kills.interrupted_at(case.begin(folder), whole.events // 2, within=folder)
+    folder.rename(stopped)
+    chance = random.Random(0)
+    for number in range(1, (30 if few is None else few) + 1):
+        origin, commands = chance.choice(
+            [
+                (stopped, [case.go_on(folder)]),
+                (
+                    finished,
+                    [
+                        ("runs", folder),
+                        *(("predict", each, "the share rises") for each in (folder / "adapter", folder / "best")),
+                    ],
+                ),
+            ]
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(origin, folder)
+        path = chance.choice([each for each in sorted(folder.rglob("*")) if each.is_file() and _is_read(each)])
+        damaged = bytearray(path.read_bytes())
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        ended = [kills.done(command, within=folder) for command in commands]
+        yield number, _unnoticed(path, folder, ended, expected if origin == stopped else None)
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a command reads the file, which of recipes compares what they mean."""
+    return path.name not in (*_DRAWN, "README.md", "recipe.yaml", "runs.png")
+
+
+def _unnoticed(path: Path, folder: Path, ended: Sequence[kills.Ended], expected: dict[str, Any] | None) -> str | None:
+    output = "".join(_in_one_line(each.output) for each in ended)
+    name = path.relative_to(folder).as_posix()
+    if name.replace(" ", "") not in output.replace(" ", "") or "Traceback" in output:
+        return f"{name}: {output[-2000:]}"
+    if expected is not None and not ended[0].code:
+        return difference(content(folder), expected)
+    return None
 
 
 def _wrong(case: Case, folder: Path, ended: kills.Ended, expected: dict[str, Any], *, full_disk: bool) -> str | None:
@@ -116,9 +171,9 @@ def _in_one_line(panel: str) -> str:
 
 
 def main() -> int:
-    """Attack, print what went wrong, and end with how many did."""
+    """Attack, print what went wrong, and end with 1 if something did."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("case", choices=("train", "sweep"))
+    parser.add_argument("case", choices=("train", "sweep", "flips"))
     parser.add_argument("--few", type=int, help="how many events, evenly spread; all by default")
     parser.add_argument("--full-disk", action="store_true", help="fail as a full disk does, instead of being killed")
     given = parser.parse_args()
@@ -127,14 +182,17 @@ def main() -> int:
 
     started, wrong, count = time.perf_counter(), 0, 0
     with tempfile.TemporaryDirectory() as home:
-        for number, found in attack(
-            cases(Path(home))[given.case], Path(home), few=given.few, full_disk=given.full_disk
-        ):
+        every = cases(Path(home))
+        if given.case == "flips":
+            struck = flips(every["train"], Path(home), few=given.few)
+        else:
+            struck = attack(every[given.case], Path(home), few=given.few, full_disk=given.full_disk)
+        for number, found in struck:
             count += 1
             if found is not None:
                 wrong += 1
-                print(f"event {number}: {found}", flush=True)
-    print(f"{given.case}: {count - wrong} of {count} events come out the same, {time.perf_counter() - started:.0f} s")
+                print(f"{number}: {found}", flush=True)
+    print(f"{given.case}: {count - wrong} of {count} come out right, {time.perf_counter() - started:.0f} s")
     return min(wrong, 1)
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import call, message, succeed
 
 from ia3.cli.sweep import parse_grid
+from ia3.fast.sweep import SweepStep
 
 OPTIONS = ("--epochs", 1, "--test-size", 0.2, "--no-dropout")
 
@@ -73,3 +76,30 @@ def test_what_cannot_work(base: Path, data: Path, tmp_path: Path, arguments: tup
     assert result.exit_code == 2
     assert says in message(result)
     assert not (tmp_path / "none").exists()
+
+
+def test_an_interrupted_sweep_goes_on(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, whole = tmp_path / "parts", tmp_path / "whole"
+    over = ("--over", "seed=0,1", *OPTIONS)
+    succeed("sweep", base, data, *over, "--output", whole)
+    step, calls = SweepStep.__call__, []
+
+    def interrupted(self: SweepStep, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SweepStep, "__call__", interrupted)
+        result = call("sweep", base, data, *over, "--output", folder)
+    assert result.exit_code == 130
+    assert f"Go on: ia3 sweep --resume {folder}" in result.stderr
+    refused = call("sweep", base, "--resume", folder, "--over", "seed=3", "--epochs", 2)
+    assert "can't be given beside it: --model, --epochs, --over" in message(refused)
+    assert f"go on by `ia3 sweep --resume {folder}`" in message(call("train", "--resume", folder))
+    result = succeed("sweep", "--resume", folder, "--json")
+    found, expected = json.loads(result.stdout), json.loads((whole / "sweep.json").read_text())
+    assert [run["loss"] for run in found["runs"]] == [run["loss"] for run in expected["runs"]]
+    assert "the sweep is complete" in message(call("sweep", "--resume", folder))
+    assert "holds no sweep, since it has no sweep.yaml" in message(call("sweep", "--resume", base))

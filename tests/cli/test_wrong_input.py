@@ -256,3 +256,21 @@ def test_a_trivial_mistake_is_answered_in_a_second(base: Path, data: Path) -> No
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 2
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("predict", "{}", "a text"), ("evaluate", "{}", "data.csv"), ("inspect", "{}"), ("merge", "{}", "out"),
+     ("compare", "{}", "{}"), ("combine", "{}", "{}", "--output", "out"), ("push", "{}", "you/it")],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_an_adapter_that_is_not_what_its_training_left(trained: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    path = run / "adapter" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    result = call(*(each.format(run / "adapter") for each in command))
+    assert result.exit_code == 2
+    assert "adapter_model.safetensors is not what its training left, by SHA256SUMS" in message(result).replace(
+        " /", "/"
+    )

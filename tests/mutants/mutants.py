@@ -330,6 +330,34 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "all processes drop the same after they went on"),
         Mutant("shard", Instead("set(trained)", "set()"), "an adapter is divided with its base"),
     ],
+    ("runs/test_lock.py",): [
+        Mutant("_take", Instead("_names(path, handle)", "True"), "two processes work in one folder"),
+        Mutant("locked", Skip("unlink"), "a lock's file stays in the folder"),
+    ],
+    ("training/test_damage.py",): [
+        Mutant("read_state", Flip("hexdigest"), "a flipped bit of a state is trained on"),
+        Mutant("changed_files", Instead("digest(folder / name) != expected.get(name)", "False"),
+               "a flipped bit of an adapter answers otherwise in silence"),
+        Mutant("Training._put_back_best", Never("best"), "a run that was killed keeps a damaged best adapter"),
+        Mutant("working_in", Never("is_dir"), "half-written files of killed processes stay"),
+        Mutant("saying_how", Always("STATE_NAME"), "a full disk doesn't say how to go on"),
+    ],
+    ("training/test_threads.py",): [
+        Mutant("_run", Instead("not training.draws", "True"), "trainings in two threads draw each other's numbers"),
+        Mutant("_run", Never("is_locked"), "two threads train into one new folder"),
+        Mutant("draws", Instead("bool(settings.dropout)", "True"), "trainings that draw nothing wait for each other"),
+    ],
+    ("training/test_sweep_resume.py",): [
+        Mutant("SweepStep.go_on_from", Skip("copy_"), "a resumed sweep begins from the base"),
+        Mutant("Together._write_again", Never("last"), "lost runs of a resumed sweep stay lost"),
+        Mutant("Together._begin_drawing", Skip("restore_random_state"), "a resumed sweep draws other dropout"),
+        Mutant("Together._fail", Skip("write_metrics"), "a run that diverged lacks its last losses"),
+    ],
+    ("test_files.py",): [
+        Mutant("write_atomically", Skip("_flush_folder"), "a file that was written is gone after a loss of power"),
+        Mutant("remove_temporaries", Instead("not _is_running(int(found[\"pid\"]))", "True"),
+               "a file that another process is writing is removed"),
+    ],
     ("tasks/test_metrics.py", "tasks/test_entities.py", "tasks/test_labels.py", "tasks/test_template.py"): [
         Mutant("wilson_interval", Instead("4 * total**2", "4 * total"), "intervals are too wide"),
         Mutant("confusion_matrix", Instead("position.get(predicted, len(labels))", "position.get(predicted, 0)"),

@@ -18,7 +18,8 @@ def expect_adapter(value: str | Path | Sequence[str]) -> Any:
     """The value as it came; refuses what can be no adapter, and points from a run's folder to the adapter in it.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder or name of a repository, or a folder with adapters below it.
+        FileNotFoundError, ValueError: no such folder or name of a repository, a folder with adapters below it, or an
+            adapter that is not what its training left.
     """
     for folder in [Path(value)] if isinstance(value, str | Path) else map(Path, value):
         if folder.is_dir() and not (folder / "adapter_config.json").is_file():
@@ -26,6 +27,9 @@ def expect_adapter(value: str | Path | Sequence[str]) -> Any:
             if inside:
                 raise ValueError(f"{folder} is no adapter but a folder with {', '.join(inside)}: name {inside[0]}.")
         expect_folder_or_hub(str(folder), "adapter", "adapter_config.json")
+        from ia3.runs.sums import expect_adapter_unchanged
+
+        expect_adapter_unchanged(folder)
     return value
 
 

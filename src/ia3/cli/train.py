@@ -121,6 +121,9 @@ def _train_each(recipes: list[Recipe], looked: Looked, progress: Console, *, as_
                 former = recipe.output if begun(recipe) else None
                 done = _run(former or recipe, {} if former else looked, progress).summary()
             results.append(done)
+        except typer.Exit:
+            progress.print("The same command again goes on with this run and then the others.", highlight=False)
+            raise
         except FloatingPointError as error:
             progress.print(str(error), style="red", markup=False, highlight=False)
             failed.append(str(recipe.output))

@@ -21,6 +21,7 @@ from ia3.config import PeftConfig, TaskType
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
 from ia3.peft_model import CLASS_FOR_TASK
+from ia3.runs.sums import expect_adapter_unchanged
 from ia3.tasks.task import Quantisation, TaskKind
 
 # The precisions of recipes and task files.
@@ -219,10 +220,11 @@ def load_adapter(adapter: str | Path, *, dtype: Any = None, quantize: Quantisati
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: the adapter doesn't say which base model it belongs to or doesn't fit it, or the base's
-            weights are damaged.
+        ValueError: the adapter doesn't say which base model it belongs to or doesn't fit it, the base's weights are
+            damaged, or the adapter stands in its run's folder and is not what its training left.
         ImportError: bitsandbytes is not installed, and `quantize` needs it.
     """
+    expect_adapter_unchanged(adapter)
     config = PeftConfig.from_pretrained(adapter)
     if config.base_model_name_or_path is None:
         raise ValueError(

@@ -13,6 +13,7 @@ from ia3.config import CONFIG_NAME, PeftConfig
 from ia3.inference.answering import Answer, Answerer
 from ia3.inference.loading import DTYPES, load_adapter
 from ia3.inference.predict import Beat
+from ia3.runs.sums import expect_adapter_unchanged
 from ia3.table import AdapterTable
 from ia3.tasks.examples import Example
 from ia3.tasks.labels import quote_labels
@@ -117,6 +118,7 @@ def answer_each(
 
 def _base_of(name: str, folder: Path, task: Task) -> tuple[Any, ...]:
     """What adapters must share for one batch: the base as it is loaded; nobody shares one with whole modules."""
+    expect_adapter_unchanged(folder)
     config = PeftConfig.from_pretrained(folder)
     base = (config.base_model_name_or_path, config.revision, config.task_type, task.precision, task.quantize)
     is_vectors = task.kind.writes and all(".ia3_l" in key for key in load_peft_weights(folder))

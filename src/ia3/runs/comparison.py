@@ -173,12 +173,12 @@ def _find_runs(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path) -> RunRecord:
-    recipe = _read_recipe(folder / RECIPE_NAME)
     path = folder / RESULT_NAME
+    expect_unchanged(folder, RECIPE_NAME, ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME)
+    recipe = _read_recipe(folder / RECIPE_NAME)
     if not path.is_file():
         steps, evaluations = _read_metrics(folder / METRICS_NAME)
         return RunRecord(folder, recipe, UNFINISHED, steps, evaluations)
-    expect_unchanged(folder, RESULT_NAME)
     with reading(path):
         result = json.loads(path.read_bytes())
         interval = result["accuracy_interval_95"]  # None of texts alone

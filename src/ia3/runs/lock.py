@@ -6,16 +6,15 @@ import errno
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ia3.sites import logger
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK_NAME = ".lock"
 # What a file system says that has no locks.
@@ -52,7 +51,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _take(path: Path) -> int | None:
     """The locked file's descriptor; None where there are no locks."""
-    if fcntl is None:
+    if sys.platform == "win32":
         logger.warning("%s is not locked, since Windows has no flock: let one process at a time work in it.", path)
         return None
     while True:

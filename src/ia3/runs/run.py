@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from ia3.files import write_atomically
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.metrics import figures_of, majority_baseline, wilson_interval
-from ia3.tasks.task import Task
+from ia3.tasks.task import TASK_NAME, Task
 
 ADAPTER_FOLDER = "adapter"
 BEST_FOLDER = "best"
@@ -36,6 +36,7 @@ SWEEP_RECIPES_NAME = "sweep.yaml"
 SWEEP_PICTURE_NAME = "sweep.png"
 # What is left of the work that has ended, and what goes on from it: removed before anything new begins.
 RUN_FILES = (RECIPE_NAME, STATE_NAME, SUMS_NAME, RESULT_NAME, ENVIRONMENT_NAME, METRICS_NAME, REPORT_NAME, PICTURE_NAME)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors", TASK_NAME)
 SWEEP_FILES = (SWEEP_RECIPES_NAME, SWEEP_NAME, SWEEP_PICTURE_NAME)
 # What `ia3 runs` writes into the folder above.
 RUNS_PICTURE_NAME = "runs.png"
@@ -293,7 +294,8 @@ def check_output(folder: Path) -> None:
         raise NotADirectoryError(f"The output {folder} cannot be a folder, since {nearest} is a file: name another.")
     if not os.access(nearest, os.W_OK):
         raise PermissionError(f"The output {folder} cannot be written, since {nearest} is read-only: name another.")
-    for path in (folder / name for name in (*RUN_FILES, *SWEEP_FILES)):
+    of_adapters = [f"{each}/{name}" for each in (ADAPTER_FOLDER, BEST_FOLDER) for name in (*ADAPTER_FILES, "README.md")]
+    for path in (folder / name for name in (*RUN_FILES, *SWEEP_FILES, *of_adapters)):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, and a run writes a file there: move it elsewhere.")
     for path in (folder / ADAPTER_FOLDER, folder / BEST_FOLDER):

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ia3.cache import digest
-from ia3.config import CONFIG_NAME
 from ia3.files import write_atomically
 from ia3.runs.run import (
+    ADAPTER_FILES,
     ADAPTER_FOLDER,
     BEST_FOLDER,
     ENVIRONMENT_NAME,
@@ -24,10 +24,7 @@ from ia3.runs.run import (
     SWEEP_NAME,
     SWEEP_RECIPES_NAME,
 )
-from ia3.tasks.task import TASK_NAME
-from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME
 
-ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME, TASK_NAME)
 # A card is its owner's to edit, and pictures and reports are read by people alone.
 _COVERED = {RECIPE_NAME, ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME, SWEEP_NAME, SWEEP_RECIPES_NAME, *ADAPTER_FILES}
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -35,11 +32,15 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def write_sums(folder: Path) -> None:
     """Write the digests of the files in a folder, its adapters' among them."""
-    within = [folder, folder / ADAPTER_FOLDER, folder / BEST_FOLDER]
-    paths = sorted(each / name for each in within for name in _COVERED)
-    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-    lines = [f"{digest(folder / name)}  {name}\n" for name in names]
+    lines = [f"{digest(folder / name)}  {name}\n" for name in _covered(folder)]
     write_atomically(folder / SUMS_NAME, "".join(lines).encode())
+
+
+def _covered(folder: Path) -> list[str]:
+    """The files of a folder that have a digest."""
+    within = (folder, folder / ADAPTER_FOLDER, folder / BEST_FOLDER)
+    paths = sorted(each / name for each in within for name in _COVERED)
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
 def changed_files(folder: Path, names: Sequence[str] | None = None) -> list[str]:
@@ -59,8 +60,9 @@ def changed_files(folder: Path, names: Sequence[str] | None = None) -> list[str]
     if not all(found):
         raise ValueError(f"{path} is damaged: copy the folder again, or remove this file where you trust the others.")
     expected = {each[2]: each[1] for each in found if each is not None}
-    asked = [name for name in expected if names is None or {name, name.partition("/")[0]} & {*names}]
-    return [name for name in asked if not (folder / name).is_file() or digest(folder / name) != expected[name]]
+    known = dict.fromkeys([*expected, *_covered(folder)])
+    asked = [name for name in known if names is None or {name, name.partition("/")[0]} & {*names}]
+    return [name for name in asked if not (folder / name).is_file() or digest(folder / name) != expected.get(name)]
 
 
 def expect_unchanged(folder: Path, *names: str) -> None:

@@ -184,8 +184,10 @@ def resume_sweep(
     with working_in(folder, processes):
         if not (folder / STATE_NAME).is_file() and (folder / SWEEP_NAME).is_file():
             raise ValueError(f"There is nothing in {folder} to go on from: the sweep is complete.")
+        if not (folder / STATE_NAME).is_file():
+            console.print("It ended before its first save, so it begins anew.", highlight=False)
         recipes, keys = _read_recipes(folder, data, test_data)
-        return _sweep(recipes, keys, console, look_before(*recipes), folder, processes)
+        return _sweep(recipes, keys, console, look_before(*recipes), processes, is_locked=True, resuming=True)
 
 
 def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, looked: Looked) -> Sweep:
@@ -193,7 +195,7 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
     processes = join()
     output, console = recipes[0].output, processes.console(console)
     if output is None or not output.is_dir():  # nothing is made before all that can be checked is right
-        return _sweep(recipes, keys, console, looked, None, processes)
+        return _sweep(recipes, keys, console, looked, processes, is_locked=False)
     with working_in(output, processes):
         for name, what in ((SWEEP_NAME, "sweep"), (RECIPE_NAME, "run")):
             if (output / name).is_file():
@@ -203,7 +205,7 @@ def run_sweep(recipes: Sequence[Recipe], keys: Sequence[str], console: Console, 
                 f"{output} holds an unfinished sweep: go on with it by `ia3 sweep --resume {output}`, or name another "
                 "output."
             )
-        return _sweep(recipes, keys, console, looked, None, processes)
+        return _sweep(recipes, keys, console, looked, processes, is_locked=True)
 
 
 def _sweep(
@@ -211,13 +213,14 @@ def _sweep(
     keys: Sequence[str],
     console: Console,
     looked: Looked,
-    former: Path | None,
     processes: Processes,
+    *,
+    is_locked: bool,
+    resuming: bool = False,
 ) -> Sweep:
-    """Sweep in the recipes' folder, or go on in that of a former process.
+    """Sweep in the recipes' folder, or go on there; one that is not locked is made once all is checked, and then is.
 
-    A folder that is there is locked already; one that is not is made once all is checked, and locked then. Of several
-    processes each trains runs of its own and writes their folders; the first one writes the sweep's.
+    Of several processes each trains runs of its own and writes their folders; the first one writes the sweep's.
     """
     rows, too_many = processes.share(range(len(recipes))), processes.count > len(recipes)
     if too_many or (sharding.is_asked_for() and not processes.alone):
@@ -228,9 +231,8 @@ def _sweep(
     common = recipes[0]
     with ExitStack() as held, ExitStack() as drawing:
         drawing.enter_context(generator_alone(console))
-        is_there = common.output is not None and common.output.is_dir()
         prepared = _prepare(recipes, console, looked)
-        state = None if former is None else former / _state_name(processes.rank)
+        state = common.output / _state_name(processes.rank) if resuming and common.output is not None else None
         resume = state if state is not None and state.is_file() else None
         together = Together([plan for _, plan in prepared], rows=rows, resume=resume)
         given = [{key: getattr(each, key) for key in keys} for each, _ in prepared]
@@ -238,13 +240,12 @@ def _sweep(
             {key: value.source if isinstance(value, Examples) else value for key, value in each.items()}
             for each in given
         ]
-        output = former or processes.of_first(lambda: claim(common.output, common.source))
-        if former is None and not is_there:
-            held.enter_context(working_in(output, processes))
-            if processes.is_first:
-                expect_still_new(output)
+        output = processes.of_first(lambda: claim(common.output, common.source))
+        if not is_locked and processes.is_first:
+            held.enter_context(working_in(output))
+            expect_still_new(output)
         processes.wait()
-        if former is None and processes.is_first:
+        if not resuming and processes.is_first:
             _write_recipes(output, recipes, keys)
         folders = [output / name for name in names_of(settings)]
         for (each, plan), folder in [(prepared[row], folders[row]) for row in rows]:

@@ -21,6 +21,7 @@ from ia3.runs.look import Looked, look_before
 from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve
 from ia3.runs.report import complete_cards, draw_report, write_report
 from ia3.runs.run import (
+    ADAPTER_FILES,
     ADAPTER_FOLDER,
     BEST_FOLDER,
     ENVIRONMENT_NAME,
@@ -41,7 +42,7 @@ from ia3.runs.run import (
     reading,
     write_json,
 )
-from ia3.runs.sums import ADAPTER_FILES, changed_files, expect_unchanged, write_sums
+from ia3.runs.sums import changed_files, expect_unchanged, write_sums
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TASK_NAME, TaskKind
 from ia3.training.generator import generator_alone
@@ -107,7 +108,7 @@ def resume_run(
                 style="yellow",
                 highlight=False,
             )
-        return _run(recipe, console, look_before(recipe), folder, processes)
+        return _run(recipe, console, look_before(recipe), processes, is_locked=True, resuming=True)
 
 
 def _expect_not_begun(folder: Path) -> None:
@@ -141,28 +142,32 @@ def run_recipe(recipe: Recipe, console: Console, *, looked: Looked | None = None
     looked = look_before(recipe) if looked is None else looked
     folder = recipe.output
     if folder is None or not folder.is_dir():  # nothing is made before all that can be checked is right
-        return _run(recipe, console, looked, None, processes)
+        return _run(recipe, console, looked, processes, is_locked=False)
     with working_in(folder, processes):
         expect_ended(folder)
-        return _run(recipe, console, looked, None, processes)
+        return _run(recipe, console, looked, processes, is_locked=True)
 
 
-def _run(recipe: Recipe, console: Console, looked: Looked, former: Path | None, processes: Processes) -> Run:
-    """Train in the recipe's folder, or go on in that of a former process.
-
-    A folder that is there is locked already; one that is not is made once all is checked, and locked then.
-    """
+def _run(
+    recipe: Recipe,
+    console: Console,
+    looked: Looked,
+    processes: Processes,
+    *,
+    is_locked: bool,
+    resuming: bool = False,
+) -> Run:
+    """Train in the recipe's folder, or go on there; one that is not locked is made once all is checked, and then is."""
     with ExitStack() as held, ExitStack() as drawing:
         drawing.enter_context(generator_alone(console))
         base = Base(recipe.model)
-        is_there = recipe.output is not None and recipe.output.is_dir()
         [(recipe, plan)] = prepare(base, recipe.task or base.kind, [recipe], console, looked)
         environment = describe_environment(recipe, plan, processes)
         processes.expect_alike(
             {"data": environment["data"], "base model": environment["base_model"], "recipe": plan.settings}
         )
-        if former is not None:
-            folder, state = former, former / STATE_NAME
+        if resuming and recipe.output is not None:
+            folder, state = recipe.output, recipe.output / STATE_NAME
             check_environment(folder, environment, console)
             training = Training(plan, resume=state if state.is_file() else None)
             if processes.is_first:
@@ -170,11 +175,10 @@ def _run(recipe: Recipe, console: Console, looked: Looked, former: Path | None, 
         else:
             training = Training(plan)
             folder = processes.of_first(lambda: claim(recipe.output, recipe.source))
-            if not is_there:
-                held.enter_context(working_in(folder, processes))
+            if not is_locked and processes.is_first:
+                held.enter_context(working_in(folder))
+                expect_still_new(folder)
             if processes.is_first:
-                if not is_there:
-                    expect_still_new(folder)
                 begin_folder(folder, recipe, environment)
         if not training.draws:
             drawing.close()
@@ -369,8 +373,8 @@ def check_environment(output: Path, environment: Mapping[str, Any], console: Con
     changed = sorted(key for key in keys if environment["recipe"].get(key) != began["recipe"].get(key))
     if changed:
         raise ValueError(
-            f"{output / RECIPE_NAME} says other {', '.join(changed)} than when the run began: put them back, or begin "
-            "another run."
+            f"{output / RECIPE_NAME} says other {', '.join(changed)} than when the run began, by {ENVIRONMENT_NAME}: "
+            "put them back, or begin another run."
         )
     if environment["base_model"] != began["base_model"]:
         raise ValueError(
