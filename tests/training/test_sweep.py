@@ -289,9 +289,9 @@ def test_where_every_run_diverges_there_is_no_sweep(base: Path, data: Path, tmp_
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({"learning_rate": 0.1}, r"learning_rate is 0.1: expected a list of the values to try"),
-        ({"template": "{text}"}, r"template is '\{text\}': expected a list"),
-        ({"seed": []}, r"seed is \[\]: expected a list"),
+        ({"learning_rate": 0.1}, r"'learning_rate' is 0.1: expected a list of the values to try"),
+        ({"template": "{text}"}, r"'template' is '\{text\}': expected a list"),
+        ({"seed": []}, r"'seed' is \[\]: expected a list"),
         ({"precision": ["fp32", "bf16"]}, r"can't differ in precision: .* They can in learning_rate, warmup_steps"),
         ({"lerning_rate": [0.1]}, r"no setting 'lerning_rate'\. Did you mean learning_rate\?"),
         ({}, "over is empty"),

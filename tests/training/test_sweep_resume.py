@@ -166,7 +166,7 @@ def test_what_stands_in_the_way_is_said(home: Path, parts: Path) -> None:
     content = path.read_text()
     for wrong, says in (
         ("", r"sweep\.yaml is no recipe"),
-        ("runs: []\ndiffer_in: [seed]\n", r"sweep\.yaml is damaged.*it has no runs"),
+        ("runs: []\ndiffer_in: [seed]\n", r"sweep\.yaml is damaged.*runs is \[\]"),
         ("runs: 3\n", r"sweep\.yaml is damaged"),
         (content.replace("batch_size: 6", "batch_size: 7"), "says other batch_size than when the run began"),
     ):

@@ -255,10 +255,9 @@ def _sweep(
             for each in given
         ]
         output = processes.of_first(lambda: claim(common.output, common.source))
-        if not is_locked:
-            held.enter_context(working_in(output, processes))
-            if processes.is_first:
-                expect_still_new(output)
+        if not is_locked and processes.is_first:
+            held.enter_context(working_in(output))
+            expect_still_new(output)
         processes.wait()
         if not resuming and processes.is_first:
             _write_recipes(output, recipes, keys)

@@ -190,11 +190,10 @@ def _run(
         else:
             training = Training(plan)
             folder = processes.of_first(lambda: claim(recipe.output, recipe.source))
-            if not is_locked:
-                held.enter_context(working_in(folder, processes))
+            if not is_locked and processes.is_first:
+                held.enter_context(working_in(folder))
+                expect_still_new(folder)
             if processes.is_first:
-                if not is_locked:
-                    expect_still_new(folder)
                 begin_folder(folder, recipe, environment)
         if not training.draws:
             drawing.close()
