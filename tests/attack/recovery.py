@@ -161,7 +161,7 @@ def _wrong(case: Case, folder: Path, ended: kills.Ended, expected: dict[str, Any
     again = kills.done(case.go_on(folder), within=folder) if folder.exists() else None
     if again is None or "holds no run" in again.output or "holds no sweep" in again.output:
         again = kills.done(case.begin(folder), within=folder)  # it had not begun
-    if again.code and "is complete" not in again.output:
+    if again.code and "iscomplete" not in _in_one_line(again.output).replace(" ", ""):
         return f"it did not go on: {again.output[-2000:]}"
     return difference(content(folder), expected)
 
