@@ -201,6 +201,13 @@ def test_a_file_that_says_less_than_it_holds_is_not_read_beyond_the_limit(tmp_pa
         read_file(Path("/proc/self/status"), 8)
 
 
+def test_an_error_in_reading_names_the_file():
+    if not Path("/proc/self/mem").is_file():
+        pytest.skip("no /proc here")
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        read_file(Path("/proc/self/mem"), 10)
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device", "link that leads back to itself"])
 def test_what_is_no_file_is_refused_without_waiting(tmp_path, monkeypatch, kind):

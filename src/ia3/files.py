@@ -47,13 +47,24 @@ def read_file(path: Path, limit: int) -> bytes:
         ValueError: a folder, a pipe, a socket, a device, links in a circle, or more than `limit` bytes.
     """
     content = bytearray()
-    with open_file(path, limit) as file:
+    with open_file(path, limit) as file, named_errors(path):
         # In pieces, for a file may grow meanwhile, and those of /proc say that they are empty.
         while piece := file.read(min(_PIECE, limit + 1 - len(content))):
             content += piece
     if len(content) > limit:
         raise _too_large(path, f"more than {limit:,}", limit)
     return bytes(content)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Let an error in reading an open file name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_file(path: Path, limit: int) -> BinaryIO:

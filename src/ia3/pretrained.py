@@ -45,7 +45,12 @@ def load_pretrained(auto_class: Any, source: str | Path, *, trust_remote_code: b
     with _reading(source):
         if not trust_remote_code and "gguf_file" not in kwargs and "Tokenizer" not in auto_class.__name__:
             _check_configuration(source, {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()})
-        return auto_class.from_pretrained(source, **kwargs)
+        loaded = auto_class.from_pretrained(source, **kwargs)
+        if "Tokenizer" in auto_class.__name__ and not isinstance(loaded.model_max_length, int | float):
+            raise _RefusedError(
+                f"{source} has {shorten(loaded.model_max_length)} as its tokenizer's model_max_length, no number."
+            )
+        return loaded
 
 
 def make_model(kind: Any, config: Any, *, trust_remote_code: bool = False) -> Any:
@@ -79,13 +84,14 @@ def _reading(source: str | Path) -> Iterator[None]:
     try:
         with naming(source):
             yield
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if isinstance(error, FileNotFoundError) or str(source) in str(error):
             raise
-        raise OSError(f"{source}: {error}") from error
+        kind = ImportError if isinstance(error, ImportError) else OSError
+        raise kind(f"{source}: {error}") from error
     except _RefusedError as error:
         raise ValueError(str(error)) from error
-    except (ImportError, KeyboardInterrupt, GeneratorExit, SystemExit):
+    except (KeyboardInterrupt, GeneratorExit, SystemExit):
         raise
     except BaseException as error:  # a tokenizer's panic is no Exception
         from safetensors import SafetensorError

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ia3.config import IA3Config, chosen_layers, in_layers
-from ia3.errors import NoMatchingPeftModuleError
+from ia3.errors import NoMatchingPeftModuleError, shorten
 from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
 from ia3.layers import is_conv1d, paths_around, refusal, why_nothing_learns
 from ia3.patterns import fully_matching
@@ -509,13 +509,13 @@ def _check_all_learn(modules: dict[str, nn.Module], targets: set[str]) -> None:
 def _nothing_matched(model: nn.Module, candidates: dict[str, nn.Module], field: str, names: Names) -> str:
     ends = sorted({path.rsplit(".", 1)[-1] for path, module in candidates.items() if layer_widths(module)})
     wanted = names if isinstance(names, str) else " ".join(sorted(names or ()))
-    near = difflib.get_close_matches(wanted, ends, n=3)
+    near = difflib.get_close_matches(wanted[:100], ends, n=3)
     hint = f"Did you mean {near}? " if near else ""
     first = _first_path(model, names)
     hint = f"{first[0]} is the same module as {first[1]}: name it {first[1]!r}. " if first else hint
     shown = ends if len(ends) <= 30 else [*ends[:30], "…"]
     return (
-        f"{field}: {names!r} matches no module of {type(model).__name__}. {hint}A name matches a module's "
+        f"{field}: {shorten(names)} matches no module of {type(model).__name__}. {hint}A name matches a module's "
         f"whole path or its end after a dot, a regular expression the whole path. Its layers end with {shown}."
     )
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from ia3.documents import parse_json
 from ia3.errors import shorten
-from ia3.files import open_file, read_file
+from ia3.files import named_errors, open_file, read_file
 from ia3.sites import VECTORS
 
 _MOST_OF_A_HEADER = 16 << 20
@@ -106,7 +106,7 @@ def read_content(path: Path, most_bytes: int) -> Content:
         FileNotFoundError: there is no such file.
         ValueError: it is no file, larger than its limit, or shorter than it says.
     """
-    with open_file(path, most_bytes) as file:
+    with open_file(path, most_bytes) as file, named_errors(path):
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")

@@ -402,22 +402,24 @@ def _virtual_memory() -> int:
 def _wait(child: int, end: float) -> tuple[int | None, resource.struct_rusage]:
     """The child's end and what it used; None where it had to be ended.
 
-    Beside others on a busy machine it may take longer by the clock, as long as it works.
+    Beside others on a busy machine it may take longer by the clock, as long as it gets on and computes no longer.
     """
-    while (now := time.monotonic()) < end or (_still_works(child) and now < end + 5 * SECONDS):
-        ended, status, used = os.wait4(child, os.WNOHANG)
+    used, since = 0.0, time.monotonic()
+    while time.monotonic() < end or (used < SECONDS and time.monotonic() < since + SECONDS / 2):
+        ended, status, resources = os.wait4(child, os.WNOHANG)
         if ended:
-            return status, used
-        time.sleep(0.005)
+            return status, resources
+        now = _computed(child)
+        used, since = (now, time.monotonic()) if now > used else (used, since)
+        time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     return None, os.wait4(child, 0)[2]
 
 
-def _still_works(child: int) -> bool:
-    """Whether a process computes, and has not computed for too long."""
+def _computed(child: int) -> float:
+    """The seconds that a process has computed for."""
     fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-    used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return fields[0] in "RZ" and used < SECONDS
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _judge(attack: Attack, sandbox: Path, status: int | None) -> tuple[str, str]:
