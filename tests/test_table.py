@@ -413,7 +413,7 @@ def test_modules_in_full_are_refused(tiny, saved, tmp_path):
     get_peft_model(tiny("bert"), IA3Config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "classes")
     for change in (lambda folder: None, change_config(modules_to_save=None)):  # the task alone implies its head
         change(tmp_path / "classes")
-        with pytest.raises(ValueError, match=r"in full \(classifier\)"):
+        with pytest.raises(ValueError, match=r"in full \('classifier'\)"):
             AdapterTable(tiny("bert")).register("classes", tmp_path / "classes")
 
 

@@ -21,7 +21,7 @@ from ia3.adapter import device_at, hold_sites, release_sites
 from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
 from ia3.config import CONFIG_NAME, IA3Config
 from ia3.documents import LIMIT, parse_json
-from ia3.errors import naming
+from ia3.errors import listed, naming
 from ia3.factory import become_adapted
 from ia3.files import read_file
 from ia3.heads import check_brought, with_head
@@ -374,7 +374,7 @@ def _refuse_whole_modules(model: nn.Module, config: IA3Config, tensors: Tensors,
     whole = config.modules_to_save or held
     if whole:
         raise ValueError(
-            f"The adapter in {path} holds modules in full ({', '.join(sorted(whole))}), not vectors alone: attach "
+            f"The adapter in {path} holds modules in full ({listed(sorted(whole))}), not vectors alone: attach "
             "it as an ordinary adapter, with PeftModel.from_pretrained or load_adapter."
         )
 

@@ -14,7 +14,7 @@ from ia3.adapter import plan_combination
 from ia3.arithmetic import CombinationType, Vectors, combine
 from ia3.card import write_card
 from ia3.config import PeftConfig
-from ia3.errors import listed
+from ia3.errors import listed, naming
 from ia3.runs.run import check_output
 from ia3.sites import VECTORS, Layout, Site, is_at_input, matching
 from ia3.state import Adapter
@@ -64,7 +64,8 @@ def read_adapter(name: str | Path) -> SavedAdapter:
     paths = sorted((key.removesuffix(f".{VECTORS}") for key in tensors if key.endswith(f".{VECTORS}")), key=_in_order)
     if not paths:
         raise ValueError(f"{name} holds no vectors of (IA)³: expected tensors whose names end in .{VECTORS}.")
-    inputs = matching(config.feedforward_modules, paths, "feedforward_modules")
+    with naming(name):
+        inputs = matching(config.feedforward_modules, paths, "feedforward_modules")
     found = {path: tensors.pop(f"{path}.{VECTORS}") for path in paths}
     vectors = {_site(path, vector, path in inputs): vector for path, vector in found.items()}
     broken = [site.path for site, vector in vectors.items() if not vector.isfinite().all()]
