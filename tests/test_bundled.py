@@ -180,7 +180,7 @@ class TestModel:
             def from_pretrained(name, **kwargs):
                 return name, kwargs
 
-        assert load_model("t5-small", Recorder, dtype="auto") == ("t5-small", {"dtype": "auto"})
+        assert load_model(str(tmp_path), Recorder, dtype="auto") == (str(tmp_path), {"dtype": "auto"})
 
     def test_survives_save_pretrained(self, model, tmp_path):
         model.save_pretrained(tmp_path)

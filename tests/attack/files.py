@@ -250,7 +250,7 @@ def recipes() -> Attacks:
         "keys twice": "a: 1\n" * 20_000,
         "deep": "a: " + "[" * 100_000,
         "deep blocks": "".join(" " * depth + f"k{depth}:\n" for depth in range(400)),
-        "two documents": "a: 1\n---\nb: 2\n",
+        "several documents": "a: 1\n---\nb: 2\n",
         "another version": "%YAML 9.9\n---\na: 1\n",
         "omap": "!!omap [a]\n",
         "set": "!!set {a, b}\n",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny_causal
-from ia3.inference.complete import complete, cut_prompt
+from ia3.inference.complete import complete, cut_prompt, render
 
 TEXTS = ["say one", "please please say the number after four", "two", "say the number after five then six"]
 
@@ -183,3 +183,21 @@ def test_what_cannot_be_answered_is_refused(model) -> None:
     base.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"names an end token.*set tokenizer.eos_token"):
         complete(base, endless, ["one"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    ],
+    ids=["time", "memory"],
+)
+def test_a_template_without_an_end_is_stopped(template: str) -> None:
+    """jinja's sandbox stops neither a loop in a loop nor a text that doubles."""
+    tokenizer = tiny_causal.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="chat template takes longer"):
+        render(tokenizer, [{"role": "user", "content": "hello"}], answering=True)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert render(tokenizer, [{"role": "user", "content": "hello"}], answering=True) == "hello"

@@ -532,6 +532,6 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_unfolded", Never("is_dictionary"), "one text in a million rows fills the memory"),
         Mutant("expect_archive", Never("size"), "a sheet unfolds to gigabytes"),
         Mutant("public_name", Never("cached"), "a folder of the hub's cache is published by its commit"),
-        Mutant("_checked", Never("missing"), "what lacks in a run's file isn't named"),
+        Mutant("checked", Never("missing"), "what lacks in a run's file isn't named"),
     ],
 }

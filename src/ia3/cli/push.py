@@ -48,14 +48,14 @@ def push(
 
 def _copy(adapter: Path, folder: Path) -> str:
     """Copy what is published, with a name in place of the base model's path; what to say of it, empty for nothing."""
-    from ia3.config import IA3Config
+    from ia3.config import PeftConfig
     from ia3.publishing import name_bases
 
     for name in _FILES:
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, folder / name)
     replaced = name_bases(folder)
-    if IA3Config.from_pretrained(folder).base_model_name_or_path is None:
+    if PeftConfig.from_pretrained(folder).base_model_name_or_path is None:
         return "The adapter's base model is not named."
     named = "; ".join(f"{name} in place of {base}" for base, name in replaced.items())
     return f"The files are published with a name of the base model that others may not find: {named}." if named else ""

@@ -10,6 +10,7 @@ from typing import Any
 from ia3.errors import shorten
 from ia3.fast.generate import Generate, compile_generate
 from ia3.inference.predict import Beat, answer_in_batches, most_positions, names_of, pad_rows, sorted_batches
+from ia3.inference.watching import within_limits
 
 _logger = logging.getLogger(__name__)
 
@@ -123,15 +124,16 @@ def render(tokenizer: Any, conversation: Sequence[dict[str, str]], *, answering:
         answering: end where the assistant's answer begins.
 
     Raises:
-        ValueError: the template refuses the messages.
+        ValueError: the template refuses the messages, or comes to no end.
     """
     from jinja2 import TemplateError
 
     try:
         # Templates of models that can reason aloud then write the empty reasoning that they were trained with.
-        text: str = tokenizer.apply_chat_template(
-            list(conversation), tokenize=False, add_generation_prompt=answering, enable_thinking=False
-        )
+        with within_limits("The tokenizer's chat template"):
+            text: str = tokenizer.apply_chat_template(
+                list(conversation), tokenize=False, add_generation_prompt=answering, enable_thinking=False
+            )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in conversation)
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -186,6 +187,7 @@ def join(patience: timedelta = PATIENCE) -> Processes:
     has_device = torch.accelerator.current_accelerator(check_available=True) is not None
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not has_device
     several = expected > 1 or "LOCAL_RANK" in os.environ
+    is_there = torch.distributed.is_available() and torch.distributed.is_initialized()
     state = PartialState(cpu=on_cpu, **({"timeout": patience} if several else {}))
     if state.num_processes > 1 and not torch.distributed.is_initialized():
         raise ValueError(
@@ -198,11 +200,19 @@ def join(patience: timedelta = PATIENCE) -> Processes:
             f"{state.num_processes}: start ia3 by `torchrun` or `accelerate launch`, which set LOCAL_RANK, RANK and "
             "WORLD_SIZE, and make a process group of your own before anything of accelerate."
         )
+    if state.num_processes > 1 and not is_there:
+        atexit.register(_leave)
     if state.process_index:
         _be_silent()
     # With this, which accelerate's launcher sets by default, transformers would read the base in one process alone.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _leave() -> None:
+    """End the group that was made here: gloo's threads abort a process whose interpreter ends before them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _refuse_other_ways() -> None:
