@@ -40,8 +40,8 @@ from tiny_seq2seq import examples, save_base
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-# One runs in tests/test_hub.py, where there is a hub; of the other's, tests/cluster has the like.
-ELSEWHERE = {"hub.md", "ray.md"}
+ON_THE_HUB = "hub.md"  # runs in tests/test_hub.py, where there is a hub
+ELSEWHERE = {ON_THE_HUB, "ray.md"}  # tests/cluster has the like of the other's
 NEEDS = {"quantised.md": "bitsandbytes"}  # what a page shows and not every machine has
 LANGUAGES = {"python", "bash", "text", "yaml", "json"}
 RESULTS = ROOT / "benchmarks" / "results"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ia3.documents import read_json
-from ia3.errors import naming, shorten
+from ia3.errors import fit_screen, naming, shorten
 from ia3.files import HUB_ARGUMENTS
 
 # The fields of a configuration that may name a package of code on the hub.
@@ -107,16 +107,12 @@ def _reading(source: str | Path) -> Iterator[None]:
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             raise
         if isinstance(error, ValueError):
-            raise ValueError(_cut(str(error))) from error
+            raise ValueError(fit_screen(str(error))) from error
         weights = "weights of the " if isinstance(error, SafetensorError | RuntimeError) else ""
         raise ValueError(
             f"The {weights}base model {str(source)!r} cannot be read: copy or download it again. "
-            f"{type(error).__name__}: {_cut(str(error), 300)}"
+            f"{type(error).__name__}: {fit_screen(str(error), 300)}"
         ) from error
-
-
-def _cut(message: str, most: int = 1200) -> str:
-    return message if len(message) <= most else f"{message[:most]}…"
 
 
 def _check_configuration(source: str | Path, hub: Mapping[str, Any]) -> None:
