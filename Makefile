@@ -65,7 +65,7 @@ docs: install
 mutants: install
 	$(BIN)/python tests/mutants/run.py
 
-# Not part of `test`, which runs a sample: every hostile input at every door (some fifteen minutes on one core); trainings,
+# Not part of `test`, which runs a sample: every hostile input at every door (an hour or more on one core); trainings,
 # sweeps and predictions killed at their file events, full disks, flipped bits.
 attack: install
 	$(BIN)/python tests/attack/harness.py $(ATTACK)
