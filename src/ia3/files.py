@@ -116,19 +116,30 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: it can't be written, as on a full disk; it names the file, and what stood there is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    with naming(path):
-        file = temporary.open("xb")
-        try:
-            with file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _flush_folder(path.parent)
+    with naming_written(path), replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, through: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write into, which is flushed to disk and renamed to `path` at the end; it goes if anything is raised.
+
+    Args:
+        path: what it becomes.
+        through: its name until then, on the same disk; a temporary one beside `path` by default.
+    """
+    temporary = through or path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    file = temporary.open("xb" if through is None else "wb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -147,12 +158,12 @@ def _flush_folder(folder: Path) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Write a line at the end of a file; an OSError names the file, whose end may be half a line then."""
-    with naming(path), path.open("a", encoding="utf-8") as file:
+    with naming_written(path), path.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_written(path: Path) -> Iterator[None]:
     """Say which file could not be written, and what to do.
 
     Raises:

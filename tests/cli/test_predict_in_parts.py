@@ -138,9 +138,11 @@ def test_a_damaged_part_is_named(adapter: Path, rows: Path, ended: Path) -> None
     with pytest.raises(ValueError, match=r"000000\.part is damaged"):
         label_file(adapter, rows, ended, **HOW, resume=True)
     plan = part.with_name("plan.json")
-    plan.write_text("{")
-    with pytest.raises(ValueError, match=r"plan\.json can't be read"):
-        label_file(adapter, rows, ended, **HOW, resume=True)
+    others = ('{"version": 1, "parts": 3, "settings": []}', '{"version": 1, "parts": "x", "settings": {}}', "[" * 10**5)
+    for text in ("{", *others):
+        plan.write_text(text)
+        with pytest.raises(ValueError, match=r"plan\.json can't be read"):
+            label_file(adapter, rows, ended, **HOW, resume=True)
 
 
 def test_texts_from_python(adapter: Path, tmp_path: Path) -> None:

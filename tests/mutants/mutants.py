@@ -132,7 +132,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "a file's unknown keys are dropped in silence"),
         Mutant("_mismatch", Always("expected"), "a vector of the wrong side is broadcast into place"),
         Mutant("get_peft_model_state_dict", Never("Swapped"), "PEFT's prefix is missing"),
-        Mutant("write_atomically", Instead("temporary.replace(path)", "path.write_bytes(content)"),
+        Mutant("replacing", Instead("temporary.replace(path)", "path.write_bytes(temporary.read_bytes())"),
                "a save is not atomic and leaves its temporary file"),
     ],
     ("test_checkpoint.py", "test_adapter.py", "test_trainer.py"): [
@@ -371,7 +371,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Together._fail", Skip("write_metrics"), "a run that diverged lacks its last losses"),
     ],
     ("test_files.py",): [
-        Mutant("write_atomically", Skip("_flush_folder"), "a file that was written is gone after a loss of power"),
+        Mutant("replacing", Skip("_flush_folder"), "a file that was written is gone after a loss of power"),
         Mutant("remove_temporaries", Instead("not _is_running(int(found[\"pid\"]))", "True"),
                "a file that another process is writing is removed"),
     ],

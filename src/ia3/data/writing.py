@@ -6,7 +6,6 @@ import codecs
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 from ia3.data.records import Records
 from ia3.data.tables import Dialect, require_package
+from ia3.files import replacing
 
 _SHEET_ROWS, _CELL_LENGTH = 1_048_576, 32_767  # Excel's own limits
 
@@ -84,17 +84,8 @@ def write_rows(output: Path, records: Records, found: Iterable[Found], through: 
     Returns:
         What to say of how they are written, a line each.
     """
-    temporary = through or output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            remarks = _WRITERS[output.suffix.lower()](file, output, records, found)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(output)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return remarks
+    with replacing(output, through) as file:
+        return _WRITERS[output.suffix.lower()](file, output, records, found)
 
 
 def _as_jsonl(file: BinaryIO, output: Path, records: Records, found: Iterable[Found]) -> list[str]:

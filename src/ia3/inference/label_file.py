@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ia3.cache import digest as digest_of_file
 from ia3.config import CONFIG_NAME
 from ia3.data.columns import digest_of
 from ia3.data.records import Records
@@ -239,5 +240,5 @@ def _digest_of(*adapters: str) -> str:
         for name in (CONFIG_NAME, SAFETENSORS_NAME, PICKLE_NAME, TASK_NAME):
             path = fetch(adapter, name, optional=True)
             if path is not None:
-                digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+                digest.update(f"{name}\0".encode() + bytes.fromhex(digest_of_file(path)))
     return digest.hexdigest()

@@ -13,12 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ia3.files import write_atomically
+from ia3.files import read_file, write_atomically
 from ia3.inference.answering import Answer
 from ia3.inference.work import Answered
 from ia3.runs.lock import LOCK_NAME, locked
+from ia3.runs.schemas import PartsPlan, read_written
 
 _VERSION = 1
+# The most bytes of a part: some hundred to some thousand answers, however long.
+_LIMIT = 1 << 30
 _PLAN = "plan.json"
 _PART = ".part"
 _JOINED = "joined"
@@ -94,12 +97,10 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            plan = json.loads(path.read_bytes())
-            if {*plan} - {"summary"} != {"version", "parts", "settings"} or plan["version"] != _VERSION:
-                raise ValueError("it is of another version")
-        except (ValueError, TypeError) as error:
+            _, plan = read_written(path, PartsPlan)
+        except ValueError as error:
             raise ValueError(f"{path} can't be read ({error}): remove {self.folder}, and start anew.") from error
-        return dict(plan)
+        return plan
 
     def _expect_same(self, plan: dict[str, Any], settings: dict[str, Any], count: int) -> None:
         former = plan["settings"]
@@ -137,7 +138,7 @@ class Parts:
             ValueError: the file is damaged.
         """
         path = self._path(number)
-        digest, _, content = path.read_bytes().partition(b"\n")
+        digest, _, content = read_file(path, _LIMIT).partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() != digest:
             raise ValueError(f"{path} is damaged: remove this file, and go on by `resume=True`.")
         found = json.loads(content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -95,6 +95,17 @@ class SweepRecipes(Written):
 
     differ_in: Annotated[list[str], Field(min_length=1)]
     runs: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class PartsPlan(Written):
+    """`plan.json` of an output's parts: what decides the answers, how many parts there are, and what was joined."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1]
+    parts: _Count
+    settings: dict[str, Any]
+    summary: dict[str, Any] | None = None
 
 
 def read_written(path: Path, model: type[ModelT]) -> tuple[ModelT, dict[str, Any]]:
