@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ia3.inference.answering import Answerer
 from ia3.inference.labelling import Overrides, load_labeller
 from ia3.runs.recipe import make_recipe
 from ia3.runs.run import RESULT_NAME, STATE_NAME
+from ia3.runs.schemas import FinishedResult, read_written
 from ia3.training.resuming import resume
 from ia3.training.train import train as train_here
 
@@ -81,7 +81,7 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=failures),
         ),
     ).fit()
-    result: dict[str, Any] = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    _, result = read_written(folder / RESULT_NAME, FinishedResult)
     del result["predictions"]
     return result
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ia3.cache import digest
-from ia3.files import write_atomically
+from ia3.files import read_file, write_atomically
 from ia3.runs.run import (
     ADAPTER_FILES,
     ADAPTER_FOLDER,
@@ -27,6 +27,8 @@ from ia3.runs.run import (
 
 # A card is its owner's to edit, and pictures and reports are read by people alone.
 _COVERED = {RECIPE_NAME, ENVIRONMENT_NAME, METRICS_NAME, RESULT_NAME, SWEEP_NAME, SWEEP_RECIPES_NAME, *ADAPTER_FILES}
+# The most bytes of the digests: a line a file, of which a run has a dozen.
+_LIMIT = 1 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -56,7 +58,7 @@ def changed_files(folder: Path, names: Sequence[str] | None = None) -> list[str]
     path = folder / SUMS_NAME
     if not path.is_file():
         return []
-    found = [_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    found = [_LINE.fullmatch(line) for line in read_file(path, _LIMIT).decode(errors="replace").splitlines()]
     if not all(found):
         raise ValueError(f"{path} is damaged: copy the folder again, or remove this file where you trust the others.")
     expected = {each[2]: each[1] for each in found if each is not None}
