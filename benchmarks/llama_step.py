@@ -1,4 +1,4 @@
-"""One training step on Llama-3.2-3B's shape, PEFT and ia3 side by side on one card.
+"""One training step on Llama-3.2-3B's shape, and a long one on Llama-3-8B's, PEFT and ia3 side by side on one card.
 
     python benchmarks/llama_step.py [--tiny]
 
@@ -7,7 +7,8 @@ head), bfloat16, 4 texts of 512 tokens, of which all but the first 64 are learne
 queries and values) run as they are, and whole in one CUDA graph, the strongest that PEFT can be made without changing
 it; it gets no attention mask, which it needs not, and transformers is kept from making one while a graph is recorded,
 so that its attention is the fused one. ia3's step is `ia3.compile_step`, also on texts of four lengths, which it
-doesn't pad. Columns are as in `train_step.py`; `loss` is the first step's, alike for all that start at the base.
+doesn't pad. The long cases are Llama-3-8B's shape (32 layers, width 4,096, untied head), 2 texts of 4,096 tokens, which
+ia3's step also takes with `recompute`. Columns are as in `train_step.py`; `loss` is the first step's, alike for all that start at the base.
 `--tiny` tries the script on a CPU.
 
 Needs: one GPU, --tiny a CPU; peft; a few minutes.
@@ -53,6 +54,15 @@ THREE_B = {
         "original_max_position_embeddings": 8192,
     },
 }
+EIGHT_B = THREE_B | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
 TINY = THREE_B | {
     "vocab_size": 512,
     "hidden_size": 48,
@@ -63,7 +73,7 @@ TINY = THREE_B | {
     "head_dim": 8,
 }
 LENGTH, PROMPT = 512, 64
-FULL, MIXED = (LENGTH,) * 4, (LENGTH, 384, 256, 128)
+FULL, MIXED, LONG = (LENGTH,) * 4, (LENGTH, 384, 256, 128), (4096,) * 2
 
 
 def build(shape: dict[str, Any], device: str) -> torch.nn.Module:
@@ -108,7 +118,10 @@ def measure(
         torch.cuda.synchronize()
     setup = time.perf_counter() - started
     row = {"loss": float(first) if own else loss, "setup_s": setup}
-    return row | timed(step, cuda, 20 if cuda else 2) | (launches(step) if cuda else {})
+    repeats, together = (4, 2) if lengths == LONG else (20, 10)
+    row |= timed(step, cuda, repeats if cuda else 2, together)
+    row["tokens_per_s"] = 1e3 * sum(lengths) / row["ms"]
+    return row | (launches(step) if cuda else {})
 
 
 def main() -> None:
@@ -120,7 +133,7 @@ def main() -> None:
     import peft
 
     cuda = torch.cuda.is_available()
-    device, shape = "cuda" if cuda else "cpu", TINY if arguments.tiny or not cuda else THREE_B
+    device, tiny = "cuda" if cuda else "cpu", arguments.tiny or not cuda
     where = say_machine()
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
     cases: list[tuple[str, Any, Any, Any, tuple[int, ...]]] = [
@@ -131,12 +144,17 @@ def main() -> None:
         ("PEFT LoRA captured", peft, lora, captured, FULL),
         ("PEFT IA3", peft, peft.IA3Config(task_type="CAUSAL_LM"), guide, FULL),
         ("PEFT LoRA", peft, lora, guide, FULL),
+        ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, LONG),
+        ("ia3 compile_step, recompute", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), partial(ours, recompute=True), LONG),
+        ("PEFT LoRA captured", peft, lora, captured, LONG),
+        ("PEFT LoRA", peft, lora, guide, LONG),
     ]
     rows: list[dict[str, Any]] = []
     for name, library, config, make, lengths in cases:
         if (make is captured and not cuda) or (arguments.ours and library is not ia3):
             continue
         row: dict[str, Any] = {"name": name, "lengths": list(lengths)}
+        shape = TINY if tiny else EIGHT_B if lengths == LONG else THREE_B
         model = library.get_peft_model(build(shape, device), config).train()
         row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         try:
@@ -146,7 +164,7 @@ def main() -> None:
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
         print({key: value for key, value in row.items() if key != "longest"}, flush=True)
-        if shape is THREE_B or arguments.output != RESULTS:
+        if not tiny or arguments.output != RESULTS:
             arguments.output.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
         del model
         gc.collect()

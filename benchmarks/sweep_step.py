@@ -1,11 +1,11 @@
-"""A step of eight runs in one batch, a step of each in sequence, and eight of PEFT's guide, on mt0-large's shape.
+"""A step of 8 or 64 runs in one batch, a step of each in sequence, and as many of PEFT's guide, on mt0-large's shape.
 
     python benchmarks/sweep_step.py [--tiny]
 
 Random weights, bf16, dropout on, batches of 8 a run, shuffled PhraseBank lengths, four batches a run. `together` is
-`ia3.sweep`'s step, over a table of eight rows; `in sequence` is `ia3.compile_step` on the eight runs' batches one after
-the other; PEFT's guide is fp32, eager, padded to 128. Milliseconds for all eight runs, medians of ten rounds over the
-four batches. `--tiny` tries the script on a CPU.
+`ia3.sweep`'s step, over a table of a row a run; `in sequence` is `ia3.compile_step` on the runs' batches one after the
+other; PEFT's guide is fp32, eager, padded to 128. Milliseconds for all runs, medians of ten rounds over the four
+batches. `--tiny` tries the script on a CPU.
 
 Needs: one GPU, --tiny a CPU; peft; a few minutes.
 """
@@ -34,21 +34,21 @@ from lengths import shuffled
 from train_step import LARGE, TINY, batch_of, build, guide, milliseconds
 
 RESULTS = Path(__file__).parent / "results" / "sweep_step.json"
-RUNS, SIZE, BATCHES = 8, 8, 4
+RUNS, SIZE, BATCHES = (8, 64), 8, 4
 
 
-def batches(words: int) -> list[list[dict[str, Tensor]]]:
+def batches(words: int, runs: int) -> list[list[dict[str, Tensor]]]:
     """Of each round, a batch a run."""
     lengths, chance = shuffled(), torch.Generator().manual_seed(3)
     made = []
-    for number in range(BATCHES * RUNS):
+    for number in range(BATCHES * runs):
         own = torch.tensor(lengths[number * SIZE : (number + 1) * SIZE])
         longest = int(own.max())
         mask = (torch.arange(longest) < own[:, None]).long()
         ids = torch.randint(2, words, (SIZE, longest), generator=chance) * mask
         labels = torch.randint(2, words, (SIZE, 3), generator=chance)
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return [made[start : start + RUNS] for start in range(0, len(made), RUNS)]
+    return [made[start : start + runs] for start in range(0, len(made), runs)]
 
 
 def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -75,13 +75,13 @@ def token_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tens
 
 def together(model: torch.nn.Module, rounds: list[list[dict[str, Tensor]]]) -> Callable[[int], object]:
     adapter = attached(model).adapters["default"]
-    vectors = [vector.detach() for _, vector in site_vectors(model, adapter)]
+    vectors, runs = [vector.detach() for _, vector in site_vectors(model, adapter)], len(rounds[0])
     losses, reason = group_losses(model, adapter, partial(token_losses, model))
     assert reason is None, reason
-    table = adapter.layout.flatten(vectors).expand(RUNS, -1)
-    step = SweepStep(model, losses, table, max_gradient_norms=[float("inf")] * RUNS, weight_decays=[0.0] * RUNS)
+    table = adapter.layout.flatten(vectors).expand(runs, -1)
+    step = SweepStep(model, losses, table, max_gradient_norms=[float("inf")] * runs, weight_decays=[0.0] * runs)
     whole = [joined(parts) for parts in rounds]
-    rates = [8e-3 / 2**run for run in range(RUNS)]
+    rates = [8e-3 / 2 ** (run % 8) for run in range(runs)]
     return lambda number: step(whole[number], rates)
 
 
@@ -113,24 +113,28 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device, shape = ("cuda" if cuda else "cpu"), (LARGE if cuda and not arguments.tiny else TINY)
     where = say_machine()
-    rounds = batches(shape["vocab_size"])
-    rows = []
-    for name, make in (("together", together), ("in sequence", in_sequence)):
-        model = adapted(ia3, torch.bfloat16, shape, device)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        rows.append({"name": name, **measured(make(model, rounds), cuda)})
-        print(rows[-1], flush=True)
-        del model
-        gc.collect()
     model = adapted(peft, torch.float32, shape, device)
     step = guide(model, batch_of(shape, SIZE, 128, device), cuda)
     alone = statistics.median(milliseconds(step, cuda, 1) for _ in range(13))
-    rows.append({"name": "PEFT guide, eight steps", "ms": RUNS * alone})
-    print(rows[-1], flush=True)
-    for row in rows[1:]:
-        row["together_takes"] = rows[0]["ms"] / row["ms"]
-        print(f"{row['name']}: together takes {row['together_takes']:.3f} of it")
+    del model, step
+    gc.collect()
+    rows = []
+    for runs in RUNS:
+        rounds = batches(shape["vocab_size"], runs)
+        own = []
+        for name, make in (("together", together), ("in sequence", in_sequence)):
+            model = adapted(ia3, torch.bfloat16, shape, device)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            own.append({"name": name, "runs": runs, **measured(make(model, rounds), cuda)})
+            print(own[-1], flush=True)
+            del model
+            gc.collect()
+        own.append({"name": "PEFT guide, a step each", "runs": runs, "ms": runs * alone})
+        for row in own[1:]:
+            row["together_takes"] = own[0]["ms"] / row["ms"]
+            print(f"{runs} runs, {row['name']}: together takes {row['together_takes']:.3f} of it")
+        rows += own
     arguments.output.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
 
 

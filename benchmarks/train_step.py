@@ -4,8 +4,8 @@
 
 Random weights in mt0-large's shape (24 + 24 blocks, width 1,024, 250,112 words, head not tied), dropout on, labels of
 three tokens. `guide` is PEFT's guide: fp32 and eager, padded to 128; `import changed` is the same loop with ia3, its
-batches on the GPU as the guide has them. `captured` is PEFT's bf16 step whole in one CUDA graph, the strongest that
-PEFT can be made without changing it. ia3's is `ia3.compile_step`, at equal shapes, and at the lengths (`length` null)
+batches on the GPU as the guide has them. `captured` is PEFT's bf16 step whole in one CUDA graph, `compiled` has each of
+its blocks under `torch.compile`: the one or the other is the strongest that PEFT can be made without changing it. ia3's is `ia3.compile_step`, at equal shapes, and at the lengths (`length` null)
 of a typical shuffled batch of PhraseBank's sentences, which is padded to about 64 with 8 of them; `fp8` multiplies
 the layers' frozen weights in eight bits. `frozen base` is the memory's measure: no adapter but one vector at the
 embedding, captured alike. Medians of 20 steps after 3: `ms` of steps that follow one another, 10 at a time, as
@@ -68,15 +68,15 @@ def batch_of(shape: dict, rows: int, length: int | None, device: str) -> dict[st
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def timed(step: Callable[[], object], cuda: bool, repeats: int) -> dict:
-    """Milliseconds a step, and the memory."""
+def timed(step: Callable[[], object], cuda: bool, repeats: int, together: int = 10) -> dict:
+    """Milliseconds a step, and the memory; so many steps `together` follow one another."""
     for _ in range(3):
         step()
     alone, followed = [], []
     for _ in range(repeats):
         alone.append(milliseconds(step, cuda, 1))
     for _ in range(max(3, repeats // 4)):
-        followed.append(milliseconds(step, cuda, 10 if cuda else 1))
+        followed.append(milliseconds(step, cuda, together if cuda else 1))
     quarters = statistics.quantiles(followed, n=4)
     row = {"ms": statistics.median(followed), "quartiles": [quarters[0], quarters[2]]}
     row["waited_ms"] = statistics.median(alone)
@@ -126,6 +126,23 @@ def captured(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool) -> Ca
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=torch.tensor(8e-3, device="cuda"), fused=True, capturable=True)
     return recorded(model, batch, optimizer)
+
+
+def compiled(model: torch.nn.Module, batch: dict[str, Tensor], cuda: bool) -> Callable[[], object]:
+    """The guide's step in the model's dtype, each block compiled; the blocks share what is compiled."""
+    torch._dynamo.config.recompile_limit = 128
+    base = model.get_base_model()
+    for block in (*base.encoder.block, *base.decoder.block):
+        block.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=8e-3, fused=cuda)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def recorded(
@@ -191,6 +208,7 @@ def main() -> None:
         ("ia3 compile_step", ia3, ours, torch.float32, 8, 128),
         ("PEFT captured", peft, captured, half, 8, 128),
         ("PEFT captured", peft, captured, half, 64, 128),
+        ("PEFT compiled", peft, compiled, half, 64, 128),
         ("frozen base", ia3, frozen_base, half, 64, 128),
         ("PEFT guide", peft, guide, torch.float32, 8, 128),
         ("PEFT guide, import changed", ia3, guide, torch.float32, 8, None),
