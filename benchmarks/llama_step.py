@@ -2,14 +2,14 @@
 
     python benchmarks/llama_step.py [--tiny]
 
-Random weights in Llama-3.2-3B's shape (28 layers, width 3,072, 24 heads over 8 of keys and values, 128,256 words, tied
-head), bfloat16, 4 texts of 512 tokens, of which all but the first 64 are learned. PEFT's IA3 and LoRA (r = 8 on
+Random weights in Llama-3.2-3B's shape (28 layers, width 3,072, 24 heads over 8 of keys and values, 128,256 words,
+tied head), bfloat16, 4 texts of 512 tokens, of which all but the first 64 are learned. PEFT's IA3 and LoRA (r = 8 on
 queries and values) run as they are, and whole in one CUDA graph, the strongest that PEFT can be made without changing
 it; it gets no attention mask, which it needs not, and transformers is kept from making one while a graph is recorded,
 so that its attention is the fused one. ia3's step is `ia3.compile_step`, also on texts of four lengths, which it
-doesn't pad. The long cases are Llama-3-8B's shape (32 layers, width 4,096, untied head), 2 texts of 4,096 tokens, which
-ia3's step also takes with `recompute`. Columns are as in `train_step.py`; `loss` is the first step's, alike for all that start at the base.
-`--tiny` tries the script on a CPU.
+doesn't pad. The long cases are Llama-3-8B's shape (32 layers, width 4,096, untied head), 2 texts of 4,096 tokens,
+which ia3's step also takes with `recompute`. Columns are as in `train_step.py`; `loss` is the first step's, alike for
+all that start at the base. `--tiny` tries the script on a CPU.
 
 Needs: one GPU, --tiny a CPU; peft; a few minutes.
 """

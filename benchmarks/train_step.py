@@ -4,14 +4,15 @@
 
 Random weights in mt0-large's shape (24 + 24 blocks, width 1,024, 250,112 words, head not tied), dropout on, labels of
 three tokens. `guide` is PEFT's guide: fp32 and eager, padded to 128; `import changed` is the same loop with ia3, its
-batches on the GPU as the guide has them. `captured` is PEFT's bf16 step whole in one CUDA graph, `compiled` has each of
-its blocks under `torch.compile`: the one or the other is the strongest that PEFT can be made without changing it. ia3's is `ia3.compile_step`, at equal shapes, and at the lengths (`length` null)
-of a typical shuffled batch of PhraseBank's sentences, which is padded to about 64 with 8 of them; `fp8` multiplies
-the layers' frozen weights in eight bits. `frozen base` is the memory's measure: no adapter but one vector at the
-embedding, captured alike. Medians of 20 steps after 3: `ms` of steps that follow one another, 10 at a time, as
-training does, and `waited_ms` of steps each waited for. `peak_mib` is the allocator's peak after the model is built, a
-graph's included; `reserved_mib` what it had taken from the card. Set-up is the first step's: kernels are compiled, or
-found in Triton's cache, and the graph recorded. `--tiny` tries the script on a CPU.
+batches on the GPU as the guide has them. `captured` is PEFT's bf16 step whole in one CUDA graph, `compiled` has each
+of its blocks under `torch.compile`: the one or the other is the strongest that PEFT can be made without changing it.
+ia3's is `ia3.compile_step`, at equal shapes, and at the lengths (`length` null) of a typical shuffled batch of
+PhraseBank's sentences, which is padded to about 64 with 8 of them; `fp8` multiplies the layers' frozen weights in
+eight bits. `frozen base` is the memory's measure: no adapter but one vector at the embedding, captured alike. Medians
+of 20 steps after 3: `ms` of steps that follow one another, 10 at a time, as training does, and `waited_ms` of steps
+each waited for. `peak_mib` is the allocator's peak after the model is built, a graph's included; `reserved_mib` what
+it had taken from the card. Set-up is the first step's: kernels are compiled, or found in Triton's cache, and the
+graph recorded. `--tiny` tries the script on a CPU.
 
 Needs: one GPU, --tiny a CPU; peft; a few minutes.
 """
