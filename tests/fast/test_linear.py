@@ -125,15 +125,15 @@ def test_training_goes_as_without(tiny, randomise, family, recompute) -> None:
 
 
 @pytest.mark.skipif(not RUNS, reason="no GPU with Triton, nor Triton with TRITON_INTERPRET=1")
-@pytest.mark.parametrize("family", ["t5", "llama"])
-def test_what_kernels_round_where_it_is_made(tiny, randomise, family, monkeypatch) -> None:
+@pytest.mark.parametrize(("family", "recompute"), [("t5", False), ("t5", True), ("llama", False)])
+def test_what_kernels_round_where_it_is_made(tiny, randomise, family, recompute, monkeypatch) -> None:
     """A norm and a gate by kernels, rounded in them, beside the same in PyTorch."""
     model, batch = model_of(tiny, randomise, family), batch_of() if family == "t5" else texts_of()
     batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     found = []
     for backend in ("torch", "triton"):
         monkeypatch.setattr("ia3.fast.fused.backend_for", lambda *_, by=backend: by)
-        found.append(by_kernels(model, batch, frozen="fp8"))
+        found.append(by_kernels(model, batch, frozen="fp8", recompute=recompute))
     (wanted, d_wanted), (loss, d_loss) = found
     assert not torch.equal(loss, wanted)
     torch.testing.assert_close(loss, wanted, rtol=0.01, atol=0)
