@@ -67,15 +67,6 @@ def test_vectors_of_groups(
 
 
 @needs_kernels
-@pytest.mark.parametrize(("partials", "groups"), [(4, 1), (2, 3)])
-def test_many_tokens(partials: int, groups: int, monkeypatch: Any) -> None:
-    """Which are gone through in other blocks."""
-    monkeypatch.setattr("ia3.fast.ops.gate.dropout", masked_dropout)
-    monkeypatch.setattr("ia3.fast.ops.gate._MANY_TOKENS", 0)
-    checked(ragged_of(LENGTHS, groups), "silu", True, 0.3, vector(partials, groups, 40))
-
-
-@needs_kernels
 def test_examples_of_equal_length() -> None:
     checked(Ragged.even(6, 4, 3, torch.device(DEVICE)), "silu", True, 0.0, vector(2, 3, 40))
 

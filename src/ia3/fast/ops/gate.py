@@ -18,9 +18,6 @@ from ia3.fast.ragged import Ragged
 if TYPE_CHECKING:
     import triton.language as tl
 
-# With more, what counts is how fast they are read, with fewer how long one program takes.
-_MANY_TOKENS = 1024
-
 
 def gated(
     h: Tensor, vector: Vector, ragged: Ragged, activation: str, function: Callable[[Tensor], Tensor], is_gated: bool,
@@ -130,7 +127,7 @@ def _gated_backward(
         drawn = tl.load(seed)
     # Added up over tokens at the end alone, since threads wait for each other where they do that.
     totals = tl.zeros([BLOCK_M, BLOCK], tl.float32)
-    for start in tl.range(first, end, BLOCK_M, num_stages=3):
+    for start in range(first, end, BLOCK_M):
         tokens = start + tl.arange(0, BLOCK_M)
         both = (tokens < end)[:, None] & mask[None, :]
         narrow = tokens[:, None] * WIDTH + offs[None, :]
@@ -169,10 +166,9 @@ class _Gated(torch.autograd.Function):
         ctx.sizes = {"WIDTH": width, "KIND": ACTIVATIONS[activation], "GATED": is_gated}
         group_of_token = ragged.group_of_token if vector is not None and ragged.groups > 1 else None
         count = out.numel() // width
-        block_m = 8 if count > _MANY_TOKENS else 4
         launch(
-            _gated_forward, (cdiv(count, block_m), cdiv(width, 256)), h, vector, group_of_token, out, seed, p, count,
-            partials_and_stride(vector)[1], BLOCK_M=block_m, BLOCK=256, **ctx.sizes,
+            _gated_forward, (cdiv(count, 4), cdiv(width, 256)), h, vector, group_of_token, out, seed, p, count,
+            partials_and_stride(vector)[1], BLOCK_M=4, BLOCK=256, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(h, vector, seed)
         return out
@@ -184,10 +180,8 @@ class _Gated(torch.autograd.Function):
         dh, d_vector = torch.empty_like(h), empty_gradient(vector)
         width, groups = ctx.sizes["WIDTH"], ctx.ragged.groups
         partials, stride = partials_and_stride(vector)
-        block_m, block = (16, 64) if h.numel() // h.shape[-1] > _MANY_TOKENS else (8, 128)
         launch(
-            _gated_backward, (partials * groups, cdiv(width, block)), h, vector, ctx.ragged.group_edges,
-            grad.contiguous(), dh, d_vector, seed, ctx.p, groups, partials, stride, BLOCK_M=block_m, BLOCK=block,
-            **ctx.sizes,
+            _gated_backward, (partials * groups, cdiv(width, 64)), h, vector, ctx.ragged.group_edges,
+            grad.contiguous(), dh, d_vector, seed, ctx.p, groups, partials, stride, BLOCK_M=16, BLOCK=64, **ctx.sizes,
         )  # fmt: skip
         return dh, d_vector, None, None, None, None, None

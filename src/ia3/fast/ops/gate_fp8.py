@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 MOST_CHANNELS = 8192
 """A program has no room for wider rows."""
 
-# So many programs fill a GPU and go through their tokens at once, two on each of its processors.
+# So many programs fill a GPU, two on each of its processors.
 _PROGRAMS = 256
+# So many channels of the next tokens have room beside, while a token is worked on.
+_CHANNELS_READ_AHEAD = 3072
 
 
 def gated_rows(
@@ -67,13 +69,14 @@ def gated_rows_backward(
     dh = torch.empty(tokens, channels, dtype=torch.float8_e4m3fn, device=h.device)
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=h.device)
     partials, stride = partials_and_stride(vector)
+    parts = _parts(width)
+    ahead = sum(parts.values()) <= _CHANNELS_READ_AHEAD
     each = max(1, _PROGRAMS // (partials * groups))
     sums = None if vector is None else torch.empty(partials, each, groups, width, dtype=torch.float32, device=h.device)
     launch(
         _gated_rows_backward, (partials * each * groups,), h, vector, ragged.group_edges, grad, factors, dh, scales,
-        sums, seed, p, groups, partials * each, stride, WIDTH=width, **_parts(width),
-        KIND=ACTIVATIONS[activation], GATED=is_gated, STAGES=3 if width < 4096 else 1,
-        num_warps=8 if width <= 4096 else 16,
+        sums, seed, p, groups, partials * each, stride, WIDTH=width, **parts, KIND=ACTIVATIONS[activation],
+        GATED=is_gated, STAGES=3 if ahead else 1, num_warps=8 if width <= 4096 else 16,
     )  # fmt: skip
     return dh, scales, None if sums is None else sums.sum(1)
 
