@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 from typing import Any
 
 import pytest
 import torch
+from test_block_by_kernels import apart, by_kernels
 from test_llama import texts_of
 from test_step import causal_batches, optimiser_of, vectors_of
 from test_t5 import batch_of
@@ -17,6 +20,9 @@ from ia3 import IA3Config, get_peft_model
 from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, frozen_linear
 from ia3.fast.ops.quantise import MAX_FP8, quantise_rows
 
+RUNS = importlib.util.find_spec("triton") is not None and (
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float64
 GATED = {"feed_forward_proj": "gated-gelu", "d_ff": 32, "dropout_rate": 0.0}
@@ -116,6 +122,23 @@ def test_training_goes_as_without(tiny, randomise, family, recompute) -> None:
         assert losses[1][-1] < losses[1][0]
     for name, vector in vectors_of(plain).items():
         assert float((vectors_of(eighth)[name] - vector).abs().max()) < 0.4
+
+
+@pytest.mark.skipif(not RUNS, reason="no GPU with Triton, nor Triton with TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("family", "recompute"), [("t5", False), ("t5", True), ("llama", False)])
+def test_what_kernels_round_where_it_is_made(tiny, randomise, family, recompute, monkeypatch) -> None:
+    """A norm and a gate by kernels, rounded in them, beside the same in PyTorch."""
+    model, batch = model_of(tiny, randomise, family), batch_of() if family == "t5" else texts_of()
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr("ia3.fast.fused.backend_for", lambda *_, by=backend: by)
+        found.append(by_kernels(model, batch, frozen="fp8", recompute=recompute))
+    (wanted, d_wanted), (loss, d_loss) = found
+    assert not torch.equal(loss, wanted)
+    torch.testing.assert_close(loss, wanted, rtol=0.01, atol=0)
+    # Triton's interpreter rounds to fp8 without carrying.
+    assert apart(d_loss, d_wanted) < (0.1 if DEVICE == "cuda" else 0.3)
 
 
 def test_a_changed_weight_is_an_error(tiny, randomise) -> None:

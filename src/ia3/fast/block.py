@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ia3.fast.feed import feed_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, Layer, ParallelLayer, SelfLayer, VectorPart, Weights
 from ia3.fast.ops.attention import causal_attention, cross_attention, self_attention
 from ia3.fast.ops.backend import Backend, Vector
 from ia3.fast.ops.dropout import DropoutSeeds, dropout
-from ia3.fast.ops.gate import gated
-from ia3.fast.ops.norm import Norm, add_norm
+from ia3.fast.ops.norm import Norm, add_norm, add_norm_rounded
 from ia3.fast.ops.rotary import rotary_heads
 from ia3.fast.positions import Positions
 from ia3.fast.ragged import Ragged
@@ -93,7 +93,7 @@ class Run:
         self, x: Tensor, h: Tensor | None, layer: Layer, norm: Norm | None, rate: float, inputs: Inputs
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after the layer before, and what this layer makes of it."""
-        x, normed = self.add_norm(x, h, norm, rate)
+        x, normed = self._add_norm_for(layer, x, h, norm, rate)
         if isinstance(layer, ParallelLayer):
             h = self._beside(layer, x, normed, inputs)
         elif isinstance(layer, SelfLayer):
@@ -104,6 +104,17 @@ class Run:
             h = self.feed(layer, normed, inputs.readers)
         # All that tells a post-norm block from a pre-norm one.
         return normed if self.post_norm else x, h
+
+    def _add_norm_for(
+        self, layer: Layer, x: Tensor, h: Tensor | None, norm: Norm | None, rate: float
+    ) -> tuple[Tensor, Any]:
+        """`add_norm`; what only the layer's product in fp8 reads of it is rounded at once."""
+        if norm is None or self.post_norm or self.backend != "triton" or isinstance(layer, ParallelLayer):
+            return self.add_norm(x, h, norm, rate)
+        product = layer.up if isinstance(layer, FeedLayer) else layer.project
+        if not product.rounds(len(x)):
+            return self.add_norm(x, h, norm, rate)
+        return add_norm_rounded(x, h, norm, rate if self.training else 0.0, self.seeds.next())
 
     def add_norm(self, x: Tensor, h: Tensor | None, norm: Norm | None, rate: float) -> tuple[Tensor, Tensor]:
         p, seed = rate if self.training else 0.0, self.seeds.next()
@@ -141,9 +152,9 @@ class Run:
         ))  # fmt: skip
 
     def feed(self, layer: FeedLayer, x: Tensor, ragged: Ragged) -> Tensor:
-        return self.out(layer, gated(
-            layer.up(x), self.at(layer.vector), ragged, self.weights.activation, self.weights.function, layer.gated,
-            self.activation, self.seeds.next(), self.backend,
+        return self._normed_out(layer, feed_forward(
+            x, layer.up, layer.out, self.at(layer.vector), ragged, self.weights.activation, self.weights.function,
+            layer.gated, self.activation, self.seeds.next(), self.backend,
         ))  # fmt: skip
 
     def _beside(self, layer: ParallelLayer, x: Tensor, normed: Tensor, inputs: Inputs) -> Tensor:
@@ -153,9 +164,11 @@ class Run:
         p = self.training * layer.attention.residual
         return dropout(attended, p) + dropout(fed, self.training * layer.feed_forward.residual)
 
-    def out(self, layer: SelfLayer | CrossLayer | FeedLayer, h: Tensor) -> Tensor:
-        """What a layer adds to the residual stream."""
-        h = layer.out(h)
+    def out(self, layer: SelfLayer | CrossLayer, h: Tensor) -> Tensor:
+        """What an attention adds to the residual stream."""
+        return self._normed_out(layer, layer.out(h))
+
+    def _normed_out(self, layer: SelfLayer | CrossLayer | FeedLayer, h: Tensor) -> Tensor:
         return h if layer.out_norm is None else self._norm(layer.out_norm, h)
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ once, for both directions: backward, their scales go to the gradient before it i
 
     dx = (dy ∘ s) Ŵ   where   W ≈ diag(s) Ŵ.
 
-Weights and inputs get an error of about 2⁻⁵ of each number; sums are in fp32.
+Weights and inputs get an error of about 2⁻⁵ of each number; sums are in fp32. Rounding on its own reads and writes each
+activation once more. Where kernels make what only such a product reads, a norm (`ops/norm.py`) or a feed-forward's
+intermediate and its gradient (`feed.py`), they round it themselves and write nothing else.
 
 **fp32.** A number of fp32 is the sum of three of bf16. Of the nine products of two such sums six matter (Henry, Tang
 and Heinecke 2019, arXiv:1904.06376), and a GPU's tensor cores for bf16 are more than six times as fast as its units for
@@ -28,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ia3.fast.ops.backend import has_triton
-from ia3.fast.ops.quantise import quantise_rows, split_bf16x3
+from ia3.fast.ops.quantise import Rounded, quantise_rows, split_bf16x3
 
 Precision = Literal["fp8"]
 
@@ -43,6 +45,10 @@ class FrozenLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
+
+    def rounds(self, rows: int) -> bool:
+        """Whether so many rows are rounded to fp8, so that it takes them as `Rounded`, too."""
+        return False
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, in]` to `[rows, out]`."""
@@ -68,26 +74,42 @@ class Fp8Linear(FrozenLinear):
         self.transposed = self.quantised.t().contiguous()
         self.ones = torch.ones(weight.shape[1], 1, dtype=self.scales.dtype, device=weight.device)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def rounds(self, rows: int) -> bool:
+        """See `FrozenLinear`."""
+        return rows >= self.many_rows
+
+    def __call__(self, x: Tensor | Rounded) -> Tensor:
         """`[rows, in]` to `[rows, out]`."""
-        if len(x) < self.many_rows:
+        if isinstance(x, Tensor) and not self.rounds(len(x)):
             return super().__call__(x)
-        y: Tensor = _Fp8.apply(x, self)  # type: ignore[no-untyped-call]
+        x = Rounded.of(x)
+        y: Tensor = _Fp8.apply(x.carrier, x.rows, x.scales, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def of_rows(self, rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product with rows in fp8."""
+        y = _multiply(rows, scales, self.quantised, self.scales, dtype)
         return y if self.bias is None else y + self.bias
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Of the input, from that of the output."""
+        return self.gradient_of_rows(*quantise_rows(grad.contiguous(), self.scales), grad.dtype)
+
+    def gradient_of_rows(self, rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same, the output's gradient multiplied by the weights' scales and rounded before."""
+        return _multiply(rows, scales, self.transposed, self.ones, dtype)
 
 
 class _Fp8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: Fp8Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, scales: Tensor, linear: Fp8Linear) -> Tensor:
         ctx.linear = linear
-        return _multiply(*quantise_rows(x), linear.quantised, linear.scales, x.dtype)
+        return linear.of_rows(rows, scales, x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        linear = ctx.linear
-        rounded, scales = quantise_rows(grad.contiguous(), linear.scales)
-        return _multiply(rounded, scales, linear.transposed, linear.ones, grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.linear.gradient(grad), None, None, None
 
 
 def _multiply(x: Tensor, of_x: Tensor, weight: Tensor, of_weight: Tensor, dtype: torch.dtype) -> Tensor:

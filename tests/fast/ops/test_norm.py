@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from twins import DEVICE, DTYPES, compare, draw, keep_mask, masked_dropout, near, needs_kernels, seed
 
-from ia3.fast.ops.norm import Norm, add_norm
+from ia3.fast.ops.norm import Norm, add_norm, add_norm_rounded
+from ia3.fast.ops.quantise import MAX_FP8
 
 KINDS = {
     "rms": (False, False),
@@ -124,3 +125,22 @@ def test_norm_of_a_constant_is_its_shift() -> None:
     x = torch.full((2, 24), 1000.0, device=DEVICE)
     _, normed = add_norm(x, None, norm, 0.0, None, "triton")
     near(normed, functional.layer_norm(x, (24,), norm.weight, norm.bias, norm.eps), torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_rounded_norm_has_the_gradients_of_one_that_is_not(kind: str, p: float) -> None:
+    norm = cast(norm_of(kind, 24), torch.float32)
+    x, h, of_total, of_normed = (draw(7, 24).float().requires_grad_() for _ in range(4))
+    total, normed = add_norm(x, h, norm, p, seed(), "triton")
+    expected = torch.autograd.grad((total * of_total + normed * of_normed).sum(), (x, h))
+    again, rounded = add_norm_rounded(x, h, norm, p, seed())
+    assert torch.equal(again, total)
+    assert rounded.carrier.shape == normed.shape
+    torch.testing.assert_close(rounded.scales * MAX_FP8, normed.abs().amax(1, keepdim=True))
+    # Triton's interpreter rounds to fp8 without carrying.
+    error = (rounded.rows.float() * rounded.scales - normed).norm() / normed.norm()
+    assert float(error) < (0.04 if DEVICE == "cuda" else 0.2)
+    found = torch.autograd.grad((again, rounded.carrier), (x, h), (of_total, of_normed))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -64,7 +64,7 @@ def keep_mask(shape: Sequence[int], p: float, more: int = 0) -> Tensor:
     x = (x * 0x9E3779B9 + (given & low)) & low
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
     x = ((x ^ (x >> 15) ^ (given >> 32)) * 0x846CA68B) & low
-    return (((x ^ (x >> 16)) >> 8) >= p * 2**24).view(*shape)
+    return ((x ^ (x >> 16)) >= int(p * 2**32)).view(*shape)
 
 
 def masked_dropout(x: Tensor, p: float) -> Tensor:

@@ -33,17 +33,22 @@ def keep_mask(seed, offsets, p):
         offsets: of the numbers in a tensor, in any order; what is over 2³² wraps around.
         p: the part that is dropped.
     """
-    drawn = tl.load(seed)
+    return kept(tl.load(seed), offsets, p)
+
+
+@jit
+def kept(drawn, offsets, p):
+    """`keep_mask` of a seed that was read before: in a loop a kernel would read it again after each of its writes."""
     x = offsets.to(tl.uint32) * 0x9E3779B9 + drawn.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ (drawn >> 32).to(tl.uint32)) * 0x846CA68B
-    return ((x ^ (x >> 16)) >> 8).to(tl.float32) >= p * 16777216.0
+    return (x ^ (x >> 16)) >= tl.cast(p * 4294967296.0, tl.uint32)
 
 
 @jit
 def dropped(x, seed, offsets, p):
     """Inverted dropout; the same seed and offsets give the same mask."""
-    return tl.where(keep_mask(seed, offsets, p), x / (1 - p), 0.0)
+    return tl.where(keep_mask(seed, offsets, p), x * (1 / (1 - p)), 0.0)
 
 
 class DropoutSeeds:

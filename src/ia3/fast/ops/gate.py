@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ia3.fast.ops.backend import ACTIVATIONS, Backend, Vector, scaled
-from ia3.fast.ops.dropout import dropout, dropped
+from ia3.fast.ops.dropout import dropout, dropped, kept
 from ia3.fast.ops.launch import MAX_NUMBERS, cdiv, jit, launch
 from ia3.fast.ops.partials import empty_gradient, partials_and_stride, tokens_of_program
 from ia3.fast.ragged import Ragged
@@ -48,27 +48,29 @@ def gated(
 
 
 @jit
-def _activation(x, KIND: tl.constexpr):
+def activated_and_slope(x, KIND: tl.constexpr):
     """One of `ACTIVATIONS`, and its derivative."""
     if KIND == 0:
         return tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
     if KIND == 1:
         squared = x * x
-        s = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * squared))
-        return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * squared)
+        s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * squared))
+        value = x * s
+        return value, s + (value - value * s) * (1.5957691216057308 + 0.21406444881780073 * squared)
     if KIND == 2:
         below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         return x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     s = tl.sigmoid(x)
-    return x * s, s * (1 + x * (1 - s))
+    value = x * s
+    return value, s + (value - value * s)
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def _gated_forward(
-    h, vector, group_of_token, out, seed, p, vector_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+    h, vector, group_of_token, out, seed, p, count, vector_stride,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and a block of channels.
+    """One program BLOCK_M tokens of `count`, and a block of channels.
 
     Args:
         h: `[tokens, WIDTH]`, `[tokens, 2 · WIDTH]` where GATED.
@@ -77,22 +79,28 @@ def _gated_forward(
         out: written, `[tokens, WIDTH]`.
         seed: one int64; None without dropout.
     """
-    token = tl.program_id(0)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < WIDTH
-    h += token.to(tl.int64) * (2 * WIDTH if GATED else WIDTH)
-    if vector is not None:
-        if group_of_token is not None:
-            vector += tl.load(group_of_token + token) * vector_stride
-        factor = tl.load(vector + offs, mask=mask, other=0.0).to(h.dtype.element_ty).to(tl.float32)
-    value, _ = _activation(tl.load(h + offs, mask=mask, other=0.0).to(tl.float32), KIND)
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    both = (tokens < count)[:, None] & (offs < WIDTH)
+    narrow = tokens[:, None] * WIDTH + offs
+    wide = tokens[:, None] * (2 * WIDTH if GATED else WIDTH) + offs
+    gate = tl.load(h + wide, mask=both, other=0.0)
     if GATED:
-        value *= tl.load(h + WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
+        linear = tl.load(h + wide + WIDTH, mask=both, other=0.0)
     if vector is not None:
-        value *= factor
+        if group_of_token is None:
+            factor = tl.load(vector + offs, mask=offs < WIDTH, other=0.0)
+        else:
+            groups = tl.load(group_of_token + tokens, mask=tokens < count, other=0)
+            factor = tl.load(vector + groups[:, None] * vector_stride + offs, mask=both, other=0.0)
+    value, _ = activated_and_slope(gate.to(tl.float32), KIND)
+    if GATED:
+        value *= linear.to(tl.float32)
+    if vector is not None:
+        value *= factor.to(h.dtype.element_ty).to(tl.float32)
     if seed is not None:
-        value = dropped(value, seed, token * WIDTH + offs, p)
-    tl.store(out + token.to(tl.int64) * WIDTH + offs, value.to(out.dtype.element_ty), mask=mask)
+        value = dropped(value, seed, narrow, p)
+    tl.store(out + narrow, value.to(out.dtype.element_ty), mask=both)
 
 
 @jit(do_not_specialize=["groups", "partials"])
@@ -115,29 +123,32 @@ def _gated_backward(
     if vector is not None:
         factor = tl.load(vector + group * vector_stride + offs, mask=mask, other=0.0)
         factor = factor.to(h.dtype.element_ty).to(tl.float32)[None, :]
-    total = tl.zeros([BLOCK], tl.float32)
+    if seed is not None:
+        drawn = tl.load(seed)
+    # Added up over tokens at the end alone, since threads wait for each other where they do that.
+    totals = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for start in range(first, end, BLOCK_M):
         tokens = start + tl.arange(0, BLOCK_M)
         both = (tokens < end)[:, None] & mask[None, :]
         narrow = tokens[:, None] * WIDTH + offs[None, :]
         wide = tokens[:, None] * (2 * WIDTH if GATED else WIDTH) + offs[None, :]
+        gate = tl.load(h + wide, mask=both, other=0.0)
+        if GATED:
+            linear = tl.load(h + wide + WIDTH, mask=both, other=0.0)
         g = tl.load(grad + narrow, mask=both, other=0.0).to(tl.float32)
         if seed is not None:
-            g = dropped(g, seed, narrow, p)
-        value, slope = _activation(tl.load(h + wide, mask=both, other=0.0).to(tl.float32), KIND)
+            g = tl.where(kept(drawn, narrow, p), g * (1 / (1 - p)), 0.0)
+        value, slope = activated_and_slope(gate.to(tl.float32), KIND)
+        d_product = g if vector is None else g * factor
         if GATED:
-            linear = tl.load(h + wide + WIDTH, mask=both, other=0.0).to(tl.float32)
-            if vector is not None:
-                total += tl.sum(g * value * linear, 0)
-                g *= factor
-            tl.store(dh + wide + WIDTH, (g * value).to(dh.dtype.element_ty), mask=both)
-            g *= linear
-        elif vector is not None:
-            total += tl.sum(g * value, 0)
-            g *= factor
-        tl.store(dh + wide, (g * slope).to(dh.dtype.element_ty), mask=both)
+            tl.store(dh + wide + WIDTH, (d_product * value).to(dh.dtype.element_ty), mask=both)
+            value *= linear.to(tl.float32)
+            d_product *= linear.to(tl.float32)
+        if vector is not None:
+            totals += g * value
+        tl.store(dh + wide, (d_product * slope).to(dh.dtype.element_ty), mask=both)
     if vector is not None:
-        tl.store(d_vector + tl.program_id(0) * WIDTH + offs, total, mask=mask)
+        tl.store(d_vector + tl.program_id(0) * WIDTH + offs, tl.sum(totals, 0), mask=mask)
 
 
 class _Gated(torch.autograd.Function):
@@ -154,9 +165,10 @@ class _Gated(torch.autograd.Function):
         ctx.ragged, ctx.p = ragged, p
         ctx.sizes = {"WIDTH": width, "KIND": ACTIVATIONS[activation], "GATED": is_gated}
         group_of_token = ragged.group_of_token if vector is not None and ragged.groups > 1 else None
+        count = out.numel() // width
         launch(
-            _gated_forward, (out.numel() // width, cdiv(width, 1024)), h, vector, group_of_token, out, seed, p,
-            partials_and_stride(vector)[1], BLOCK=1024, **ctx.sizes,
+            _gated_forward, (cdiv(count, 4), cdiv(width, 256)), h, vector, group_of_token, out, seed, p, count,
+            partials_and_stride(vector)[1], BLOCK_M=4, BLOCK=256, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(h, vector, seed)
         return out

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ia3.fast.ops.backend import Backend
 from ia3.fast.ops.dropout import dropout, dropped
 from ia3.fast.ops.launch import jit, launch, next_power_of_2
+from ia3.fast.ops.quantise import Rounded, in_fp8, scale_for_fp8
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -70,9 +71,15 @@ def add_norm(
     return x, norm(x)
 
 
+def add_norm_rounded(x: Tensor, h: Tensor | None, norm: Norm, p: float, seed: Tensor | None) -> tuple[Tensor, Rounded]:
+    """`add_norm` by kernels whose norm only products in fp8 take."""
+    total, *parts = _AddNorm.apply(x, h, norm, p, seed if p and h is not None else None, True)
+    return total, Rounded(*parts)
+
+
 @jit
 def _add_norm_forward(
-    x, h, weight, bias, total, normed, mean, rstd, seed, p, eps,
+    x, h, weight, bias, total, normed, scales, mean, rstd, seed, p, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """One program a token.
@@ -81,6 +88,7 @@ def _add_norm_forward(
         x, h: `[tokens, WIDTH]`; h None without.
         weight, bias: `[WIDTH]` of any dtype; bias None without.
         total, normed: written, as x; total only where there is an h.
+        scales: written where there are any, `[tokens]`, fp32: normed is in fp8 then.
         mean, rstd: written, `[tokens]`, fp32: the mean (only where CENTRED), and 1 / √(variance + eps).
         seed: one int64; None without dropout.
     """
@@ -105,7 +113,12 @@ def _add_norm_forward(
     value = value * scale * tl.load(weight + offs, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         value += tl.load(bias + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(normed + begin + offs, value.to(normed.dtype.element_ty), mask=mask)
+    if scales is not None:
+        of_row = scale_for_fp8(tl.max(tl.abs(value), 0))
+        tl.store(scales + token, of_row)
+        tl.store(normed + begin + offs, in_fp8(value, of_row), mask=mask)
+    else:
+        tl.store(normed + begin + offs, value.to(normed.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -145,29 +158,38 @@ def _add_norm_backward(
 
 
 class _AddNorm(torch.autograd.Function):
-    """Keeps the residual stream and two numbers a token at most."""
+    """Keeps the residual stream and two numbers a token at most.
+
+    Where the norm is rounded it gives the parts of `Rounded` in its place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor | None, norm: Norm, p: float, seed: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor | None, norm: Norm, p: float, seed: Tensor | None, rounded: bool = False
+    ) -> Any:
         x, h = x.contiguous(), None if h is None else h.contiguous()
         width = x.shape[-1]
         total = x if h is None else torch.empty_like(x)
-        normed = torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=torch.float8_e4m3fn if rounded else x.dtype)
         rstd = torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(rstd) if norm.centred else None
+        scales = torch.empty_like(rstd)[:, None] if rounded else None
         ctx.norm, ctx.p, ctx.adds = norm, p, h is not None
         ctx.sizes = {"WIDTH": width, "BLOCK": next_power_of_2(width), "CENTRED": norm.centred}
         launch(
-            _add_norm_forward, (len(rstd),), x, h, norm.weight, norm.bias, total, normed, mean, rstd, seed, p, norm.eps,
-            **ctx.sizes,
+            _add_norm_forward, (len(rstd),), x, h, norm.weight, norm.bias, total, normed, scales, mean, rstd, seed, p,
+            norm.eps, **ctx.sizes,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, mean, rstd, seed)
-        return total, normed
+        if scales is None:
+            return total, normed
+        ctx.mark_non_differentiable(normed, scales)
+        return total, x.new_empty(1).expand_as(x), normed, scales
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> Any:
+    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *of_parts: None) -> Any:
         total, mean, rstd, seed = ctx.saved_tensors
         d_total = None if d_total is None else d_total.contiguous()
         d_normed = torch.zeros_like(total) if d_normed is None else d_normed.contiguous()
@@ -177,4 +199,4 @@ class _AddNorm(torch.autograd.Function):
             _add_norm_backward, (len(rstd),), d_total, d_normed, total, ctx.norm.weight, mean, rstd, dx, dh, seed,
             ctx.p, **ctx.sizes,
         )  # fmt: skip
-        return dx, dh if ctx.adds else None, None, None, None
+        return dx, dh if ctx.adds else None, None, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
 
 MAX_FP8 = 448.0
 """The largest number of e4m3."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor whose rows were rounded to fp8, as a product takes them.
+
+    Args:
+        carrier: what autograd knows, whose gradient is the tensor's; where nobody else reads it, of its shape and dtype
+            without memory.
+        rows: `[rows, width]` in e4m3.
+        scales: theirs, `[rows, 1]`.
+    """
+
+    carrier: Tensor
+    rows: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor | Rounded) -> Rounded:
+        """Now, if it isn't yet."""
+        return x if isinstance(x, Rounded) else cls(x, *quantise_rows(x.detach()))
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def quantise_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,9 +58,11 @@ def quantise_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
     return (wide / scales).clamp(-MAX_FP8, MAX_FP8).to(torch.float8_e4m3fn), scales
 
 
-@jit
-def _quantise_rows(x, factors, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row, read twice: for its largest number, and to round it.
+@jit(do_not_specialize=["count"])
+def _quantise_rows(
+    x, factors, out, scales, count, x_stride, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program BLOCK_M rows of `count`; where BLOCK holds them they are read once, otherwise a second time to round.
 
     Args:
         x: `[rows, WIDTH]`, a row every `x_stride` numbers.
@@ -43,32 +70,63 @@ def _quantise_rows(x, factors, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK
         out: written, `[rows, WIDTH]` in e4m3.
         scales: written, `[rows]`, fp32.
     """
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    most = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, WIDTH, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        value = tl.load(x + offs, mask=offs < WIDTH, other=0.0).to(tl.float32)
-        if factors is not None:
-            value *= tl.load(factors + offs, mask=offs < WIDTH, other=0.0)
-        most = tl.maximum(most, tl.abs(value))
-    scale = tl.maximum(tl.max(most, 0), 1e-30) / 448.0
-    tl.store(scales + row, scale)
-    for first in range(0, WIDTH, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        value = tl.load(x + offs, mask=offs < WIDTH, other=0.0).to(tl.float32)
-        if factors is not None:
-            value *= tl.load(factors + offs, mask=offs < WIDTH, other=0.0)
-        value = tl.clamp(value / scale, -448.0, 448.0)
-        tl.store(out + row * WIDTH + offs, value.to(tl.float8e4nv), mask=offs < WIDTH)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (rows < count)[:, None]
+    x += rows.to(tl.int64)[:, None] * x_stride
+    out += rows.to(tl.int64)[:, None] * WIDTH
+    if BLOCK >= WIDTH:
+        value = _part_of_rows(x, factors, mask, 0, WIDTH, BLOCK)
+        scale = scale_for_fp8(tl.max(tl.abs(value), 1))
+        _store_part(out, value, scale, mask, 0, WIDTH, BLOCK)
+    else:
+        most = tl.zeros([BLOCK_M, BLOCK], tl.float32)
+        for first in range(0, WIDTH, BLOCK):
+            most = tl.maximum(most, tl.abs(_part_of_rows(x, factors, mask, first, WIDTH, BLOCK)))
+        scale = scale_for_fp8(tl.max(most, 1))
+        for first in range(0, WIDTH, BLOCK):
+            value = _part_of_rows(x, factors, mask, first, WIDTH, BLOCK)
+            _store_part(out, value, scale, mask, first, WIDTH, BLOCK)
+    tl.store(scales + rows, scale, mask=rows < count)
+
+
+@jit
+def _part_of_rows(x, factors, mask, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers of each row from the first on, multiplied by the factors."""
+    offs = first + tl.arange(0, BLOCK)[None, :]
+    value = tl.load(x + offs, mask=mask & (offs < WIDTH), other=0.0).to(tl.float32)
+    if factors is not None:
+        value *= tl.load(factors + offs, mask=offs < WIDTH, other=0.0)
+    return value
+
+
+@jit
+def _store_part(out, value, scale, mask, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    offs = first + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + offs, in_fp8(value, scale[:, None]), mask=mask & (offs < WIDTH))
+
+
+@jit
+def scale_for_fp8(most):
+    """By what numbers up to the largest are divided before they are rounded to e4m3."""
+    return tl.maximum(most, 1e-30) / 448.0
+
+
+@jit
+def in_fp8(value, scale):
+    """Numbers of a row divided by its scale and rounded; what rounding makes larger than 448 becomes that."""
+    return (value * (1 / scale)).to(tl.float8e4nv)
 
 
 def _quantise_rows_by_kernel(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = min(4096, next_power_of_2(width))
-    launch(_quantise_rows, (rows,), x, factors, out, scales, x.stride(0), WIDTH=width, BLOCK=block)
+    block = min(8192, next_power_of_2(width))
+    block_m = max(1, 4096 // block)
+    launch(
+        _quantise_rows, (cdiv(rows, block_m),), x, factors, out, scales, rows, x.stride(0), WIDTH=width,
+        BLOCK_M=block_m, BLOCK=block,
+    )  # fmt: skip
     return out, scales
 
 

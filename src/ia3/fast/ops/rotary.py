@@ -187,8 +187,9 @@ def _head_backward(
     begin = head * 2 * HALF
     if vector is not None:
         l_first, l_second = _load_factors(vector + begin, tl.arange(0, BLOCK), d_source.dtype.element_ty, HALF)
-    sum_first = tl.zeros([BLOCK], tl.float32)
-    sum_second = tl.zeros([BLOCK], tl.float32)
+    # Added up over tokens at the end alone, since threads wait for each other where they do that.
+    sum_first = tl.zeros([BLOCK_M, BLOCK], tl.float32)
+    sum_second = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for start in range(first_token, end, BLOCK_M):
         tokens = start + tl.arange(0, BLOCK_M)
         inside = tokens < end
@@ -204,13 +205,13 @@ def _head_backward(
         tokens = tokens.to(tl.int64)[:, None]
         if vector is not None:
             was_first, was_second = _load_halves(unscaled + tokens * (HEADS * 2 * HALF) + begin, offs, mask, HALF)
-            sum_first += tl.sum(first * was_first, 0)
-            sum_second += tl.sum(second * was_second, 0)
+            sum_first += first * was_first
+            sum_second += second * was_second
             first, second = first * l_first, second * l_second
         _store_halves(d_source + tokens * source_stride + begin, offs, first, second, mask, HALF)
     if vector is not None:
         columns = tl.arange(0, BLOCK)
-        _store_halves(d_vector + begin, columns, sum_first, sum_second, columns < HALF, HALF)
+        _store_halves(d_vector + begin, columns, tl.sum(sum_first, 0), tl.sum(sum_second, 0), columns < HALF, HALF)
 
 
 @jit(do_not_specialize=["groups", "partials"])
@@ -301,6 +302,6 @@ class _RotaryHeads(torch.autograd.Function):
         launch(
             _heads_backward, (partials * ragged.groups, heads), dq, dk, dv, ragged.example_of_token, ragged.cu_seqlens,
             ragged.group_edges, cos, sin, l_k, l_v, unscaled_k, unscaled_v, d_qkv, d_l_k, d_l_v, *strides, stride_k,
-            stride_v, ragged.groups, partials, BLOCK_M=16, **ctx.sizes,
+            stride_v, ragged.groups, partials, BLOCK_M=32, **ctx.sizes,
         )  # fmt: skip
         return d_qkv, None, None, None, d_l_k, d_l_v, None, None
