@@ -108,7 +108,7 @@ class GraphedCallable:
         """
         if not self.captures:
             return self.function(*fixed, **{name: tensor.to(self.device) for name, tensor in inputs.items()})
-        key = (fixed, *((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items())))
+        key = _shape_of(fixed, inputs)
         found = self.graphs.get(key)
         if found is None and self.warm_up is None and key not in self.seen:
             self.seen.add(key)
@@ -123,6 +123,10 @@ class GraphedCallable:
             found.inputs.fill(inputs)
         found.replay()
         return found.outputs
+
+    def is_recorded(self, *fixed: Hashable, **inputs: Tensor) -> bool:
+        """Whether a call with these would replay a graph, and run no Python of the function."""
+        return self.captures and _shape_of(fixed, inputs) in self.graphs
 
     def _capture(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> tuple[Any, Callable[[], None]]:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
@@ -142,6 +146,11 @@ class GraphedCallable:
             outputs = self.function(*fixed, **inputs)
         torch.cuda.set_rng_state(random, self.device)
         return outputs, graph.replay
+
+
+def _shape_of(fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Hashable:
+    """What has a graph of its own."""
+    return (fixed, *((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items())))
 
 
 @contextmanager

@@ -144,11 +144,33 @@ class GraphedLoss:
             packed: from `pack`.
         """
         with self.lock:
-            if computation.captures:
-                self.most_examples = max(self.most_examples, packed.examples)
-                packed = self.round_up(packed, self.most_examples)
+            packed = self._filled_up(computation, packed)
             found = computation(self.model.training, *packed.fixed, **packed.tensors)
             return tuple(tensor.clone() for tensor in found)
+
+    def replay(self, computation: GraphedCallable, packed: Packed) -> tuple[Tensor, ...] | None:
+        """As `run`, for one who looks at the guard afterwards, while a GPU computes.
+
+        Only a recorded graph that reads memory where it was may go ahead of a look: at worst its numbers are for nothing.
+
+        Returns:
+            None where the guard comes first.
+        """
+        if self._kind(packed) not in self.compared:
+            return None
+        with self.lock:
+            packed = self._filled_up(computation, packed)
+            fixed = (self.model.training, *packed.fixed)
+            if not (computation.is_recorded(*fixed, **packed.tensors) and self.guard.is_in_place()):
+                return None
+            return tuple(tensor.clone() for tensor in computation(*fixed, **packed.tensors))
+
+    def _filled_up(self, computation: GraphedCallable, packed: Packed) -> Packed:
+        """To the shape of a graph, where there are any."""
+        if not computation.captures:
+            return packed
+        self.most_examples = max(self.most_examples, packed.examples)
+        return self.round_up(packed, self.most_examples)
 
     def graphed(self) -> GraphedCallable:
         """`compute`, captured: the loss, the vectors `[D]`, their gradient `[D]`, and those of what else is trained."""
@@ -163,7 +185,7 @@ class GraphedLoss:
             batch: as given to `pack`.
             packed: from `pack`.
         """
-        kind = (bool(self.model.training), bool(packed.uniform))
+        kind = self._kind(packed)
         if kind in self.compared or (self.captures and torch.cuda.is_current_stream_capturing()):
             return None
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
@@ -175,6 +197,10 @@ class GraphedLoss:
             reason = in_less_memory(partial(self._difference_of, batch), examples)
         self.compared.add(kind)
         return reason
+
+    def _kind(self, packed: Packed) -> tuple[bool, bool]:
+        """What is compared once."""
+        return bool(self.model.training), bool(packed.uniform)
 
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()

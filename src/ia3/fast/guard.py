@@ -177,6 +177,7 @@ class Guard:
         self.kinds = list(dict.fromkeys(map(type, every)))
         self.sizes, self.handles = list(map(len, self.attributes)), RemovableHandle.next_id
         self.shadows = list(map(_shadows, self.modules))
+        self.places = list(map(Tensor.data_ptr, self.tensors))
         self.snapshot = self._snapshot(model)
         self.configs = [(config, _copied(vars(config))) for config in _configs(every)]
 
@@ -193,10 +194,18 @@ class Guard:
                 and all(each.get(name) is tensor for each, name, tensor in self.single)
                 and self._has_its_functions()
                 and self._has_its_configs()
+                and self.is_in_place()
                 and self._snapshot(model) == self.snapshot
             )
         # Tensors that can't be compared are others; a setting is gone; one of another kind has no place in memory.
         except (AttributeError, KeyError, RuntimeError, TypeError):
+            return False
+
+    def is_in_place(self) -> bool:
+        """Whether the tensors' memory is where it was, which is little of what makes a computation right."""
+        try:
+            return list(map(Tensor.data_ptr, self.tensors)) == self.places
+        except RuntimeError:  # one of another kind has no place in memory
             return False
 
     @property
@@ -240,7 +249,6 @@ class Guard:
             type(model),
             list(map(type, self.modules)),
             list(map(type, self.tensors)),
-            list(map(Tensor.data_ptr, self.tensors)),
             any(map(attrgetter("requires_grad"), self.frozen)),
             all(map(attrgetter("requires_grad"), self.trained)),
             [_version(tensor) for tensor in self.folded],

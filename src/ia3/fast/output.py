@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3.adapter import vectors
+from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
@@ -31,6 +32,8 @@ from ia3.sites import logger
 from ia3.state import sole_active_adapter
 
 _STATE = "_ia3_fused_loss"
+# Of a batch: who computed it, how many labels it has, and what `GraphedLoss.graphed` leaves.
+_Made = tuple[GraphedLoss, int, tuple[Tensor, ...]]
 
 
 def with_fused_loss(old: type[nn.Module]) -> Callable[..., Any]:
@@ -66,23 +69,19 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     if reason is not None or kind is None or isinstance(batch, str):
         state.say(reason or "its forward doesn't say what it returns")
         return None
-    loss = state.loss_for(model)
-    if loss is None:
-        return None
-    if state.was_read:
-        state.was_read = False
-        state.say("more than the loss was read of the last output")
-        return _watched(own_forward(type(model))(model, **kwargs), state)
-    try:
-        packed = loss.pack(batch)
-    except ValueError as error:  # a batch that only the model's own forward takes
-        state.say(str(error))
-        return None
-    count = int((packed["labels"] != IGNORE_INDEX).sum())
-    if not count or state.steps_aside(loss.difference(batch, packed)):
-        return None
-    assert state.computation is not None
-    found, flat, *gradients = loss.run(state.computation, packed)
+    made = state.replay(batch)
+    if made is None:
+        loss = state.loss_for(model)
+        if loss is None:
+            return None
+        if state.was_read:
+            state.was_read = False
+            state.say("more than the loss was read of the last output")
+            return _watched(own_forward(type(model))(model, **kwargs), state)
+        made = state.compute(batch)
+        if made is None:
+            return None
+    loss, count, (found, flat, *gradients) = made
     found = _WithGradient.apply(found, gradients, len(loss.vectors), *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
     items = kwargs.get("num_items_in_batch")
     if items is not None and loss.losses.architecture.mode == "causal":
@@ -192,12 +191,52 @@ class _State:
             logger.info("The loss in training: %s", f"the model's own forward, since {reason}" if reason else "fused")
         return self.loss if self.guard.in_one_mode else None
 
+    def replay(self, batch: Mapping[str, Tensor]) -> _Made | None:
+        """What a recorded graph makes of a batch, of a model that is looked at while a GPU is at it.
+
+        The GPU would wait for a look that came first, which takes as long as a sixth of its step.
+
+        Returns:
+            None where the look comes first, or what it would have said is that the model is another.
+        """
+        loss, computation, guard = self.loss, self.computation, self.guard
+        if loss is None or computation is None or guard is None or self.was_read or not computation.graphs:
+            return None
+        packed = self._packed(loss, batch)
+        found = None if packed is None else loss.replay(computation, packed)
+        if packed is None or found is None or not (guard.is_valid() and guard.in_one_mode):
+            return None
+        return loss, _label_count(packed), found
+
+    def compute(self, batch: Mapping[str, Tensor]) -> _Made | None:
+        """The same of a model that was looked at; None where the model's own forward must run."""
+        loss, computation = self.loss, self.computation
+        assert loss is not None
+        assert computation is not None
+        packed = self._packed(loss, batch)
+        if packed is None or self.steps_aside(loss.difference(batch, packed)):
+            return None
+        return loss, _label_count(packed), loss.run(computation, packed)
+
+    def _packed(self, loss: GraphedLoss, batch: Mapping[str, Tensor]) -> Packed | None:
+        """None for a batch that only the model's own forward takes, or one without labels."""
+        try:
+            packed = loss.pack(batch)
+        except ValueError as error:
+            self.say(str(error))
+            return None
+        return packed if _label_count(packed) else None
+
     def steps_aside(self, reason: str | None) -> bool:
         """Whether the model's own forward is the right one, which it then is until the model changes."""
         if reason is not None:
             logger.warning("The loss in training is the model's own forward's from now on: %s.", reason)
             self.loss = self.computation = None
         return reason is not None
+
+
+def _label_count(packed: Packed) -> int:
+    return int((packed["labels"] != IGNORE_INDEX).sum())
 
 
 class _WithGradient(torch.autograd.Function):
