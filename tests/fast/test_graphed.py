@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ia3
 from builders import models_own
 from described import batch_for, described
+from ia3.fast import capture
 from ia3.fast.capture import GraphedCallable, StaticInputs
 from ia3.fast.fused import FusedLoss
 from ia3.fast.graphed import GraphedLoss, fetched, unsupported_reason
@@ -183,3 +184,34 @@ def test_a_loss_that_is_replayed_is_the_models_own(tiny, randomise) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
     assert recorded
     assert isinstance(recorded[0], GraphedCallable)
+
+
+def test_graphs_that_take_too_much_memory_go_the_longest_unused_first(monkeypatch) -> None:
+    taken = [0]
+    monkeypatch.setattr(capture, "_room_for_graphs", lambda device: 30)
+    monkeypatch.setattr(capture, "_memory_in_use", lambda device: taken[0])
+    ran: list[int] = []
+
+    def function(x: Tensor) -> Tensor:
+        ran.append(len(x))
+        taken[0] += 10 * len(x)
+        return x + 1
+
+    with recording():
+        computation = GraphedCallable(function, torch.device("cpu"), warm_up=function)
+
+        def sizes() -> list[int]:
+            return [len(graph.outputs) for graph in computation.graphs.values()]
+
+        for rows in (1, 2, 1):
+            assert torch.equal(computation(x=torch.arange(rows)), torch.arange(1, rows + 1))
+        assert (ran, sizes()) == ([1, 2], [2, 1])
+        computation(x=torch.arange(2))
+        assert (ran, sizes()) == ([1, 2], [1, 2])
+        assert torch.equal(computation(x=torch.ones(1, 1)), torch.full((1, 1), 2.0))  # in the place of the oldest
+        assert (ran, sizes()) == ([1, 2, 1], [2, 1])
+        assert not computation.is_recorded(x=torch.arange(1))
+        computation(x=torch.arange(5))  # larger than all that may be kept
+        assert sizes() == [5]
+        computation(x=torch.arange(1))
+        assert sizes() == [1]

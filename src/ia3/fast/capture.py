@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -58,11 +58,12 @@ class StaticInputs:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Where inputs of one shape are copied to, what the computation leaves, and how it is done again."""
+    """Where inputs of one shape are copied to, what the computation leaves, how it is done again, and its bytes."""
 
     inputs: StaticInputs
     outputs: Any
     replay: Callable[[], None]
+    size: int
 
 
 class GraphedCallable:
@@ -92,7 +93,7 @@ class GraphedCallable:
     ) -> None:
         self.function, self.device, self.warm_up, self.repeatable = function, device, warm_up, repeatable
         self.captures = device.type == "cuda"
-        self.graphs: dict[Hashable, _Graph] = {}
+        self.graphs: dict[Hashable, _Graph] = {}  # those that were used last are the last
         self.seen: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
@@ -109,7 +110,7 @@ class GraphedCallable:
         if not self.captures:
             return self.function(*fixed, **{name: tensor.to(self.device) for name, tensor in inputs.items()})
         key = _shape_of(fixed, inputs)
-        found = self.graphs.get(key)
+        found = self.graphs.pop(key, None)
         if found is None and self.warm_up is None and key not in self.seen:
             self.seen.add(key)
             sent = StaticInputs(inputs, self.device).tensors
@@ -117,16 +118,29 @@ class GraphedCallable:
                 compile_kernels(partial(self.function, *fixed, **sent), self.device)
             return self.function(*fixed, **sent)
         if found is None:
-            static = StaticInputs(inputs, self.device)
-            found = self.graphs[key] = _Graph(static, *self._capture(fixed, static.tensors))
+            found = self._recorded(fixed, inputs)
+            self._make_room(found.size)
         else:
             found.inputs.fill(inputs)
+        self.graphs[key] = found
         found.replay()
         return found.outputs
 
     def is_recorded(self, *fixed: Hashable, **inputs: Tensor) -> bool:
         """Whether a call with these would replay a graph, and run no Python of the function."""
         return self.captures and _shape_of(fixed, inputs) in self.graphs
+
+    def _recorded(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> _Graph:
+        before = _memory_in_use(self.device)
+        static = StaticInputs(inputs, self.device)
+        outputs, replay = self._capture(fixed, static.tensors)
+        return _Graph(static, outputs, replay, _memory_in_use(self.device) - before)
+
+    def _make_room(self, size: int) -> None:
+        """Let go of the graphs that were not used for longest, where they take too much memory beside another."""
+        most, taken = _room_for_graphs(self.device), size + sum(graph.size for graph in self.graphs.values())
+        while taken > most and self.graphs:
+            taken -= self.graphs.pop(next(iter(self.graphs))).size
 
     def _capture(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> tuple[Any, Callable[[], None]]:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
@@ -146,6 +160,20 @@ class GraphedCallable:
             outputs = self.function(*fixed, **inputs)
         torch.cuda.set_rng_state(random, self.device)
         return outputs, graph.replay
+
+
+def _memory_in_use(device: torch.device) -> int:
+    """Bytes in use, by the driver for its graphs, too; what torch keeps ready, such as a pool's, serves all graphs."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) + torch.cuda.memory_allocated(device)
+
+
+@cache
+def _room_for_graphs(device: torch.device) -> int:
+    """The most bytes that one computation's graphs may take of a device."""
+    return torch.cuda.mem_get_info(device)[1] // 16 if device.type == "cuda" else 0
 
 
 def _shape_of(fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Hashable:
