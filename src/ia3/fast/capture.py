@@ -95,6 +95,7 @@ class GraphedCallable:
         self.captures = device.type == "cuda"
         self.graphs: dict[Hashable, _Graph] = {}  # those that were used last are the last
         self.seen: set[Hashable] = set()
+        self.compiled: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def __call__(self, *fixed: Hashable, **inputs: Tensor) -> Any:
@@ -115,7 +116,7 @@ class GraphedCallable:
             self.seen.add(key)
             sent = StaticInputs(inputs, self.device).tensors
             if self.repeatable:
-                compile_kernels(partial(self.function, *fixed, **sent), self.device)
+                self._compile(self.function, fixed, sent)
             return self.function(*fixed, **sent)
         if found is None:
             found = self._recorded(fixed, inputs)
@@ -142,6 +143,12 @@ class GraphedCallable:
         while taken > most and self.graphs:
             taken -= self.graphs.pop(next(iter(self.graphs))).size
 
+    def _compile(self, function: Callable[..., Any], fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> None:
+        """Side by side; inputs of other sizes need the same kernels or, rarely, one more, which is compiled on the way."""
+        if fixed not in self.compiled:
+            compile_kernels(partial(function, *fixed, **inputs), self.device)
+            self.compiled.add(fixed)
+
     def _capture(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> tuple[Any, Callable[[], None]]:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
         random = torch.cuda.get_rng_state(self.device)
@@ -149,7 +156,7 @@ class GraphedCallable:
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                compile_kernels(partial(self.warm_up, *fixed, **inputs), self.device)
+                self._compile(self.warm_up, fixed, inputs)
                 self.warm_up(*fixed, **inputs)
             torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()

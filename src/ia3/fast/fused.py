@@ -129,6 +129,7 @@ class FusedLoss:
 
     Attributes:
         folded: weights that were copied, so that a change in place would go unnoticed.
+        drops: whether dropout drops anything in training.
 
     Raises:
         ValueError: recompute under attention dropout of rotary models; widths that the products can't take.
@@ -141,6 +142,7 @@ class FusedLoss:
         self.architecture: Architecture = architecture
         self.weights = Weights(model, architecture, layout, frozen)
         self.positions = Positions(model, architecture)
+        self.drops = True
         self.folded = [*self.positions.folded, *self.weights.folded]
         draws = self.weights.rate(architecture.dropouts.attention)
         if recompute and architecture.rotary is not None and draws:
@@ -191,7 +193,9 @@ class FusedLoss:
         return compute(run, packed, ragged)
 
     def _run(self, slices: Sequence[Tensor]) -> Run:
-        return Run(self.weights, self.positions, slices, self.backend, recompute=self.recompute)
+        return Run(
+            self.weights, self.positions, slices, self.backend, recompute=self.recompute, drops=self.drops
+        )
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
         return self.layout.split(with_partials(table, self.backend))

@@ -23,7 +23,7 @@ from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
 from ia3.fast.guard import NOT_ALONE, Guard, own_forward, unsupported_modules
 from ia3.fast.linear import Precision
-from ia3.fast.ops.launch import compile_kernels
+from ia3.fast.ops.launch import start_compiling
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.sites import Layout
 from ia3.state import Adapter, sole_active_adapter
@@ -206,15 +206,16 @@ class GraphedLoss:
         model: Any = self.guard.root()
         chosen = {name: tensor[list(examples)] for name, tensor in batch.items()}
         packed = self.round_up(self.losses.pack(chosen), len(examples))
-        fused = partial(self._fused_numbers, packed)
-        return difference(model, fused, partial(self._own_numbers, model, chosen), dtype=model.dtype, fp8=self.fp8)
-
-    def _fused_numbers(self, packed: Packed) -> Numbers:
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)
-        compile_kernels(compute, self.device)
-        loss, _, *gradients = compute()
-        return loss, torch.cat([gradient.flatten() for gradient in gradients])
+        self.losses.drops = False
+        try:
+            # While the model's own numbers are computed. The kernels are those of training.
+            wait = start_compiling(compute, self.device)
+            fused, own = partial(_fused_numbers, compute, wait), partial(self._own_numbers, model, chosen)
+            return difference(model, fused, own, dtype=model.dtype, fp8=self.fp8)
+        finally:
+            self.losses.drops = True
 
     def _own_numbers(self, model: Any, batch: Mapping[str, Tensor], moved: float) -> Numbers:
         sent = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -241,6 +242,13 @@ class _OwnForward(nn.Module):
 
     def forward(self, **kwargs: Any) -> Any:
         return own_forward(type(self.model))(self.model, **kwargs)
+
+
+def _fused_numbers(compute: Callable[[], tuple[Tensor, ...]], wait: Callable[[], None]) -> Numbers:
+    """What `GraphedLoss.compute` leaves, once its kernels are compiled."""
+    wait()
+    loss, _, *gradients = compute()
+    return loss, torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _loss_and_gradients(

@@ -63,7 +63,7 @@ def add_norm(
         backend: who computes it.
     """
     if backend == "triton":
-        total, normed = _AddNorm.apply(x, h, norm, p, seed if p and h is not None else None)
+        total, normed = _AddNorm.apply(x, h, norm, p, seed if h is not None else None)
         return total, normed
     if h is not None:
         x = x + dropout(h, p)
