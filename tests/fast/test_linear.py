@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ia3
 from ia3 import IA3Config, get_peft_model
-from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, frozen_linear
+from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, OneDnnLinear, frozen_linear
 from ia3.fast.ops.quantise import MAX_FP8, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,3 +166,26 @@ def test_fp32_by_units_for_bf16_is_fp32(out, inner) -> None:
     print(errors)
     assert all(one < 3 * other for one, other in zip(*errors, strict=True))
     assert torch.equal(split(x[:100]), plain(x[:100]))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of a CPU")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fp32_by_onednn(bias, transposed) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(37, 96, requires_grad=True), torch.randn(37, 80)
+    weight = torch.randn(96, 80).t() if transposed else torch.randn(80, 96)  # a Conv1D's is [in, out]
+    linear = frozen_linear(weight, torch.randn(80) if bias else None)
+    assert type(linear) is OneDnnLinear
+    y = linear(x)
+    exact = x.detach().double() @ weight.double().t() + (linear.bias.double() if bias else 0.0)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+    (found,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(found.double(), grad.double() @ weight.double(), rtol=1e-5, atol=1e-4)
+    weight.mul_(2)  # which is read where it is
+    torch.testing.assert_close(linear(x) - (linear.bias if bias else 0), 2 * (y - (linear.bias if bias else 0)))
+
+
+def test_other_precisions_are_not_onednns() -> None:
+    assert type(frozen_linear(torch.randn(4, 4, dtype=torch.float64))) is FrozenLinear
+    assert type(frozen_linear(torch.randn(4, 4, dtype=torch.bfloat16))) is FrozenLinear

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ia3.architectures import Architecture, Stack, architecture_of, has_learned_positions
 from ia3.fast import batch
@@ -17,7 +16,7 @@ from ia3.fast.batch import Packed
 from ia3.fast.block import Inputs, Run
 from ia3.fast.guard import own_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
-from ia3.fast.linear import Precision
+from ia3.fast.linear import Precision, plain_linear
 from ia3.fast.ops.append import append
 from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
@@ -313,7 +312,7 @@ class FusedLoss:
 
     def _logits(self, y: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
-        logits = functional.linear(y * self.architecture.logits_scale(self.config), head.weight, head.bias)
+        logits = plain_linear(head.weight, head.bias)(y * self.architecture.logits_scale(self.config))
         bias = getattr(self.model, "final_logits_bias", None)
         return logits if bias is None else logits + bias
 
