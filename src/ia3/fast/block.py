@@ -54,7 +54,8 @@ class Run:
         slices: one vector a site, `[partials, groups, width]`.
         backend: who computes it.
         recompute: keep of each layer the residual stream alone, and compute its inside again in the backward.
-        drops: whether dropout drops anything. If not, the kernels are the same, with seeds and a rate of 0.
+        drops: whether dropout drops anything in training. If not, the kernels are those of training in either mode,
+            with seeds and a rate of 0.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Run:
         self.attention, self.activation = self.rate(self.dropouts.attention), self.rate(self.dropouts.activation)
         layers = [layer for blocks in weights.stacks for layer in blocks.layers]
         rates = [weights.rate(self.dropouts.attention), weights.rate(self.dropouts.activation)]
-        is_seeded = self.training and any([*rates, *(layer.residual for layer in layers)])
+        is_seeded = (self.training or not drops) and any([*rates, *(layer.residual for layer in layers)])
         # Each layer's sum and inside, of which a parallel one has two, and each stack's last norm.
         dropouts_of = [3 if isinstance(layer, ParallelLayer) else 2 for layer in layers]
         count = sum(dropouts_of) + len(weights.stacks) if is_seeded else 0

@@ -71,6 +71,7 @@ class GraphedLoss:
     Attributes:
         guard: whether what is computed is still right.
         vectors: the adapter's, one a site.
+        cuts: where they are in a flat `[D]`.
         lock: held while a graph, which has one place for its inputs, is filled, replayed and read.
     """
 
@@ -89,6 +90,7 @@ class GraphedLoss:
         self.device: torch.device = model.device
         self.fp8 = frozen == "fp8"
         self.layout, self.vectors, self.others = adapter.layout, vectors(model, adapter), tuple(others)
+        self.cuts = Cuts([vector.shape for vector in self.vectors])
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(parameter)] for parameter in (*self.vectors, *self.others)]
         self.losses = fused.FusedLoss(self.model, self.layout, recompute=recompute, frozen=frozen)
@@ -224,6 +226,26 @@ class GraphedLoss:
         loss = torch.func.functional_call(_OwnForward(model), named, (), {**sent, "return_dict": True}).loss
         gradients = torch.autograd.grad(loss, copies, materialize_grads=True)
         return loss, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class Cuts:
+    """Where tensors are in a flat one.
+
+    Args:
+        shapes: theirs, in their order.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self.sizes = [shape.numel() for shape in shapes]
+        # Columns, which vectors at outputs are, come out of one cut as they are.
+        self.others = [None if shape[1:] == (1,) else shape for shape in shapes]
+
+    def apart(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor, each in its shape."""
+        columns = flat[:, None].split_with_sizes(self.sizes)
+        return [
+            column if shape is None else column.view(shape) for column, shape in zip(columns, self.others, strict=True)
+        ]
 
 
 def moved_by(tensor: Tensor, part: float) -> Tensor:

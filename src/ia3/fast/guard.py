@@ -156,6 +156,8 @@ class Guard:
         held = [vars(module)[name] for module in every for name in _CONTENTS]
         hooks = [(each, name, each[name]) for each in (vars(model), *self.attributes) for name in HOOKS]
         self.hooked = [entry for entry in hooks if entry[2]]
+        self.hooked_at = tuple(zip(*((each, name) for each, name, _ in self.hooked), strict=True)) or ((), ())
+        self.hook_places = [id(held) for *_, held in self.hooked]
         self.unhooked = [entry for entry in hooks if not entry[2]]
         self.empty = [each for each in held if not each]
         self.filled = [each for each in held if each] + [each for *_, each in self.hooked]
@@ -183,6 +185,10 @@ class Guard:
 
     def is_valid(self) -> bool:
         """Whether what was computed then would be right now."""
+        return self.is_in_place() and self.is_as_it_was()
+
+    def is_as_it_was(self) -> bool:
+        """Whether all but the places of tensors is."""
         model = self.root()
         if model is None:
             return False
@@ -194,7 +200,6 @@ class Guard:
                 and all(each.get(name) is tensor for each, name, tensor in self.single)
                 and self._has_its_functions()
                 and self._has_its_configs()
-                and self.is_in_place()
                 and self._snapshot(model) == self.snapshot
             )
         # Tensors that can't be compared are others; a setting is gone; one of another kind has no place in memory.
@@ -202,7 +207,7 @@ class Guard:
             return False
 
     def is_in_place(self) -> bool:
-        """Whether the tensors' memory is where it was, which is little of what makes a computation right."""
+        """Whether the tensors are where they were in memory, which is little of what makes a computation right."""
         try:
             return list(map(Tensor.data_ptr, self.tensors)) == self.places
         except RuntimeError:  # one of another kind has no place in memory
@@ -216,7 +221,7 @@ class Guard:
 
     def _has_its_hooks(self) -> bool:
         """Whether the dictionaries of hooks are those that were there, and no hook came to a module without any."""
-        if not all(each[name] is hooks for each, name, hooks in self.hooked):
+        if list(map(id, map(dict.get, *self.hooked_at))) != self.hook_places:
             return False
         if self.handles != RemovableHandle.next_id:  # a hook was registered somewhere
             if not all(each[name] is hooks and not hooks for each, name, hooks in self.unhooked):

@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ia3.adapter import vectors
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
+from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.listening import LISTENS, listen
@@ -82,7 +82,7 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
         if made is None:
             return None
     loss, count, (found, flat, *gradients) = made
-    found = _WithGradient.apply(found, gradients, len(loss.vectors), *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
+    found = _WithGradient.apply(found, gradients, loss.cuts, *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
     items = kwargs.get("num_items_in_batch")
     if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
@@ -204,7 +204,7 @@ class _State:
             return None
         packed = self._packed(loss, batch)
         found = None if packed is None else loss.replay(computation, packed)
-        if packed is None or found is None or not (guard.is_valid() and guard.in_one_mode):
+        if packed is None or found is None or not (guard.is_as_it_was() and guard.in_one_mode):
             return None
         return loss, _label_count(packed), found
 
@@ -243,8 +243,8 @@ class _WithGradient(torch.autograd.Function):
     """A loss whose gradients are known already: the vectors', next to each other, and those of other parameters."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], count: int, *trained: Parameter) -> Tensor:
-        ctx.vectors = trained[:count]
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], cuts: Cuts, *trained: Parameter) -> Tensor:
+        ctx.cuts = cuts
         ctx.save_for_backward(*gradients)
         return loss.clone()
 
@@ -256,7 +256,7 @@ class _WithGradient(torch.autograd.Function):
                 "position, model(input_ids, …), and the model's own forward computes it."
             )
         flat, *others = ctx.saved_tensors
-        parts = torch._C._nn.unflatten_dense_tensors(flat * grad, ctx.vectors)
+        parts = ctx.cuts.apart(flat * grad)
         return None, None, None, *parts, *(gradient * grad for gradient in others)
 
 
