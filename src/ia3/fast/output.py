@@ -15,6 +15,7 @@ from dataclasses import fields
 from functools import cache, wraps
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -236,7 +237,7 @@ class _State:
 
 
 def _label_count(packed: Packed) -> int:
-    return int((packed["labels"] != IGNORE_INDEX).sum())
+    return int(np.count_nonzero(packed["labels"].numpy() != IGNORE_INDEX))
 
 
 class _WithGradient(torch.autograd.Function):
