@@ -144,7 +144,7 @@ class GraphedCallable:
             taken -= self.graphs.pop(next(iter(self.graphs))).size
 
     def _compile(self, function: Callable[..., Any], fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> None:
-        """Side by side; inputs of other sizes need the same kernels or, rarely, one more, which is compiled on the way."""
+        """Side by side; inputs of other sizes need the same kernels, or one more, which is compiled on the way."""
         if fixed not in self.compiled:
             compile_kernels(partial(function, *fixed, **inputs), self.device)
             self.compiled.add(fixed)

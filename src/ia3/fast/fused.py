@@ -192,9 +192,7 @@ class FusedLoss:
         return compute(run, packed, ragged)
 
     def _run(self, slices: Sequence[Tensor]) -> Run:
-        return Run(
-            self.weights, self.positions, slices, self.backend, recompute=self.recompute, drops=self.drops
-        )
+        return Run(self.weights, self.positions, slices, self.backend, recompute=self.recompute, drops=self.drops)
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
         return self.layout.split(with_partials(table, self.backend))

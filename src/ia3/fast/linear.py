@@ -17,12 +17,15 @@ fp32:
 They cut off what a sum has no room for, so that long ones drift; the first term, the only large one, is
 therefore added in pieces.
 
-**fp32 on a CPU.** PyTorch gives such products to MKL, which uses half of what a processor that is not Intel's can do.
-oneDNN, which is in every build for a CPU, uses nearly all of it.
+**fp32 on a CPU.** PyTorch gives such products to MKL, which uses less than half of what a processor that is not Intel's
+can do. oneDNN, which comes with it, uses nearly all of it; on Intel's the two are equally fast.
 """
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -182,8 +185,20 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def plain_linear(weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
     """The product with a weight in the model's own precision, whoever computes it."""
     in_fp32 = weight.device.type == "cpu" and weight.dtype is torch.float32
-    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return OneDnnLinear(weight, bias) if in_fp32 and has_onednn else FrozenLinear(weight, bias)
+    return OneDnnLinear(weight, bias) if in_fp32 and _mkl_is_slow() else FrozenLinear(weight, bias)
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """Whether products in fp32 would be MKL's on a processor that isn't Intel's, as far as that can be told."""
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    """What the system says of the processor's maker."""
+    known = Path("/proc/cpuinfo")
+    return known.read_text(encoding="utf-8", errors="replace")[:1000] if known.exists() else platform.processor()
 
 
 def _splits(weight: Tensor) -> bool:
