@@ -500,7 +500,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_attend", Skip("masked_fill"), "short examples attend to padding"),
     ],
     ("fast/test_output.py",): [
-        Mutant("_WithGradient.backward", Instead("flat * grad", "flat"),
+        Mutant("_WithGradient.backward", Instead("gradient * grad", "gradient"),
                "a loss over the number of accumulated batches has the whole gradient"),
         Mutant("_State._packed", Instead("packed if _label_count(packed) else None", "packed"),
                "a batch without labels has the loss 0 instead of the model's NaN"),

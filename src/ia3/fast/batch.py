@@ -196,7 +196,8 @@ def _seen(mask: Tensor) -> _Array:
 
 def _pieces(mask: _Array) -> _Array:
     """In how many pieces each row's tokens are."""
-    return mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)
+    pieces: _Array = mask[:, 0] + (mask[:, 1:] > mask[:, :-1]).sum(1)
+    return pieces
 
 
 def round_up(packed: Packed, examples: int, filler: int) -> Packed:

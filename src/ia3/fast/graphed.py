@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ia3.adapter import vectors
 from ia3.fast import fused
@@ -27,6 +29,9 @@ from ia3.fast.ops.launch import start_compiling
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.sites import Layout
 from ia3.state import Adapter, sole_active_adapter
+
+# Of so many tokens attention's scores take much memory.
+_LONG = 512
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -153,7 +158,7 @@ class GraphedLoss:
     def replay(self, computation: GraphedCallable, packed: Packed) -> tuple[Tensor, ...] | None:
         """As `run`, for one who looks at the guard afterwards, while a GPU computes.
 
-        Only a recorded graph that reads memory where it was may go ahead of a look: at worst its numbers are for nothing.
+        Only a recorded graph that reads memory where it was goes ahead: at worst its numbers are for nothing.
 
         Returns:
             None where the guard comes first.
@@ -223,8 +228,9 @@ class GraphedLoss:
         sent = {name: tensor.to(self.device) for name, tensor in batch.items()}
         copies = [moved_by(parameter.detach(), moved) for parameter in (*self.vectors, *self.others)]
         named = {f"model.{name}": copy for name, copy in zip(self.names, copies, strict=True)}
-        loss = torch.func.functional_call(_OwnForward(model), named, (), {**sent, "return_dict": True}).loss
-        gradients = torch.autograd.grad(loss, copies, materialize_grads=True)
+        with _few_kernels(self.device, batch["labels"].shape[-1], batch["attention_mask"].shape[-1]):
+            loss = torch.func.functional_call(_OwnForward(model), named, (), {**sent, "return_dict": True}).loss
+            gradients = torch.autograd.grad(loss, copies, materialize_grads=True)
         return loss, torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -246,6 +252,16 @@ class Cuts:
         return [
             column if shape is None else column.view(shape) for column, shape in zip(columns, self.others, strict=True)
         ]
+
+
+def _few_kernels(device: torch.device, *lengths: int) -> AbstractContextManager[object]:
+    """With attention in plain products: to load PyTorch's fused kernels for it may take a GPU's host seconds, once.
+
+    Long inputs need them for their memory.
+    """
+    if device.type != "cuda" or max(lengths) > _LONG:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def moved_by(tensor: Tensor, part: float) -> Tensor:

@@ -191,7 +191,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None = None) -> FrozenLinear:
 @cache
 def _mkl_is_slow() -> bool:
     """Whether products in fp32 would be MKL's on a processor that isn't Intel's, as far as that can be told."""
-    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AuthenticAMD" in _processor()
 
 

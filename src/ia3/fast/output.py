@@ -83,7 +83,7 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
         if made is None:
             return None
     loss, count, (found, flat, *gradients) = made
-    found = _WithGradient.apply(found, gradients, loss.cuts, *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
+    found = _WithGradient.apply(found, gradients, state.vectors, *loss.others)  # type: ignore[no-untyped-call]
     items = kwargs.get("num_items_in_batch")
     if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
@@ -152,6 +152,7 @@ class _State:
     Attributes:
         loss: None where the model's own forward is the right one.
         computation: it and its gradients, captured.
+        vectors: see `_Vectors`.
         guard: whether what was found of the model is still so.
         was_read: whether more than the loss of the last output was read.
         said: the reasons of single calls that were said.
@@ -160,6 +161,7 @@ class _State:
     def __init__(self) -> None:
         self.loss: GraphedLoss | None = None
         self.computation: GraphedCallable | None = None
+        self.vectors: Tensor | None = None
         self.guard: Guard | None = None
         self.was_read = False
         self.said: set[str] = set()
@@ -182,12 +184,13 @@ class _State:
             # Those of torch.func and of sharded or quantised models are others.
             if any(type(parameter) is not Parameter for parameter in model.parameters()):
                 return None
-            reason, self.loss, self.computation = unsupported_reason(model), None, None
+            reason, self.loss, self.computation, self.vectors = unsupported_reason(model), None, None, None
             if reason is None:
                 adapter = sole_active_adapter(model)
                 assert adapter is not None
                 self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)))
                 self.computation = self.loss.graphed()
+                self.vectors = _Vectors.apply(self.loss.cuts, *self.loss.vectors)  # type: ignore[no-untyped-call]
             self.guard = Guard(model) if self.loss is None else self.loss.guard
             logger.info("The loss in training: %s", f"the model's own forward, since {reason}" if reason else "fused")
         return self.loss if self.guard.in_one_mode else None
@@ -232,7 +235,7 @@ class _State:
         """Whether the model's own forward is the right one, which it then is until the model changes."""
         if reason is not None:
             logger.warning("The loss in training is the model's own forward's from now on: %s.", reason)
-            self.loss = self.computation = None
+            self.loss = self.computation = self.vectors = None
         return reason is not None
 
 
@@ -240,12 +243,27 @@ def _label_count(packed: Packed) -> int:
     return int(np.count_nonzero(packed["labels"].numpy() != IGNORE_INDEX))
 
 
-class _WithGradient(torch.autograd.Function):
-    """A loss whose gradients are known already: the vectors', next to each other, and those of other parameters."""
+class _Vectors(torch.autograd.Function):
+    """All vectors as one tensor `[D]`, for its gradient alone: a part of the graph that all losses lead to.
+
+    It is made once. Hundreds of vectors as inputs of each loss took longer than all else of that loss's graph.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], cuts: Cuts, *trained: Parameter) -> Tensor:
+    def forward(ctx: Any, cuts: Cuts, *vectors: Parameter) -> Tensor:
         ctx.cuts = cuts
+        return vectors[0].new_zeros(()).expand(sum(cuts.sizes))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.cuts.apart(grad)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradients are known already: that of `_Vectors`, and those of other parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *trained: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return loss.clone()
 
@@ -256,9 +274,7 @@ class _WithGradient(torch.autograd.Function):
                 "create_graph asks for a second derivative, which the fused loss has not: pass input_ids by "
                 "position, model(input_ids, …), and the model's own forward computes it."
             )
-        flat, *others = ctx.saved_tensors
-        parts = ctx.cuts.apart(flat * grad)
-        return None, None, None, *parts, *(gradient * grad for gradient in others)
+        return None, None, *(gradient * grad for gradient in ctx.saved_tensors)
 
 
 class _Rest:
