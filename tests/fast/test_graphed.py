@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import ia3
 from builders import models_own
 from described import batch_for, described
-from ia3.fast import capture
+from ia3.fast import capture, graphed
 from ia3.fast.capture import GraphedCallable, StaticInputs
 from ia3.fast.fused import FusedLoss
-from ia3.fast.graphed import GraphedLoss, fetched, unsupported_reason
+from ia3.fast.graphed import Cuts, GraphedLoss, fetched, unsupported_reason
 from ia3.fast.guard import NOT_ALONE
 from ia3.state import sole_active_adapter
 from replayed import recording
@@ -215,3 +215,20 @@ def test_graphs_that_take_too_much_memory_go_the_longest_unused_first(monkeypatc
         assert sizes() == [5]
         computation(x=torch.arange(1))
         assert sizes() == [1]
+
+
+def test_a_comparison_of_short_examples_loads_no_kernels_of_attention() -> None:
+    gpu = torch.device("cuda", 0)
+    for device, length, plain in ((gpu, 512, True), (gpu, 513, False), (torch.device("cpu"), 8, False)):
+        with graphed._few_kernels(device, 4, length):
+            assert torch.backends.cuda.flash_sdp_enabled() is not plain
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_flat_gradient_is_cut_into_views_of_each_shape() -> None:
+    shapes = [torch.Size([3, 1]), torch.Size([1, 2]), torch.Size([1, 4, 1, 1]), torch.Size([2])]
+    flat = torch.arange(11.0)
+    parts = Cuts(shapes).apart(flat)
+    assert [part.shape for part in parts] == shapes
+    assert torch.equal(torch.cat([part.flatten() for part in parts]), flat)
+    assert all(part.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for part in parts)
