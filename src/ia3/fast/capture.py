@@ -153,7 +153,7 @@ class GraphedCallable:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
         random = torch.cuda.get_rng_state(self.device)
         if self.warm_up is not None:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = _stream_of_warm_ups(self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._compile(self.warm_up, fixed, inputs)
@@ -175,6 +175,12 @@ def _memory_in_use(device: torch.device) -> int:
         return 0
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device) + torch.cuda.memory_allocated(device)
+
+
+@cache
+def _stream_of_warm_ups(device: torch.device) -> torch.cuda.Stream:
+    """One for all, since PyTorch keeps a workspace of tens of MiB for each stream that products ran on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @cache
