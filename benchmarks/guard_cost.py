@@ -27,7 +27,7 @@ from bench import say_machine, write
 from ia3.fast.output import _STATE
 from lengths import typical_batch
 
-SHAPE = {"vocab_size": 256, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 24, "num_heads": 2}
+SHAPE = {"vocab_size": 256, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 24, "num_heads": 2}
 
 
 def build() -> Any:

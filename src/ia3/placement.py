@@ -43,20 +43,33 @@ class Place:
     widths: tuple[int | None, int] | None = None
 
 
+@dataclass(frozen=True)
+class _Links:
+    """Which child a parent has by a name, in lists of equal length; the model's dictionary is held, not the model."""
+
+    parents: list[dict[str, nn.Module | None]]
+    names: list[str]
+    children: list[nn.Module]
+
+    def hold(self) -> bool:
+        """Whether all are as they were: a pass in C, since every forward looks."""
+        return list(map(dict.get, self.parents, self.names)) == self.children
+
+
 @dataclass
 class Placement:
     """What was put on a model.
 
     Args:
         places: sites, modules trained in full and their copies, by the path of what they hold.
-        links: (a parent's children by name, name, child) from the root down to every place; None until it is looked at.
+        links: from the root down to every place; None until it is looked at.
         lost: places whose module was replaced by one that can't take its place, and why.
         lock: held while places change and while they are looked for.
         token: by which the model is told from others; a copy has its own.
     """
 
     places: dict[str, Place] = field(default_factory=dict)
-    links: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
+    links: _Links | None = None
     lost: dict[str, str] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
     token: str = field(default_factory=lambda: str(next(_TOKENS)))
@@ -141,7 +154,7 @@ class Placement:
     def settle(self, model: nn.Module) -> None:
         """Find again what a tool that replaced modules took from its place; what can't be found is in `lost`."""
         links = self.links  # another thread may forget them meanwhile
-        if links is not None and not self.lost and all(held.get(name) is child for held, name, child in links):
+        if links is not None and not self.lost and links.hold():
             return
         with self.lock:
             self.lost.clear()
@@ -205,16 +218,18 @@ def _copies(path: str) -> str:
     return f"{path}.{SAVED_COPIES}"
 
 
-def _links(model: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
-    """Each module's links up to the model, each once; they hold the model's dictionary, not the model."""
+def _links(model: nn.Module, modules: Iterable[nn.Module]) -> _Links:
+    """Each module's links up to the model, each once."""
     above = _parents(model)
-    links = []
+    links = _Links([], [], [])
     seen: set[nn.Module] = {model}
     for module in modules:
         while module not in seen and module in above:
             seen.add(module)
             parent, name = above[module]
-            links.append((parent._modules, name, module))
+            links.parents.append(parent._modules)
+            links.names.append(name)
+            links.children.append(module)
             module = parent
     return links
 

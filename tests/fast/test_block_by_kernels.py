@@ -15,6 +15,8 @@ from described import FORMS, batch_for, described, is_encoder
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss
 from ia3.fast.guard import own_forward
+from ia3.fast.ops import attention, cross_entropy, gate, norm
+from ia3.fast.ops.launch import launch as launch_it
 from ia3.state import get_adapter
 
 CUDA = torch.cuda.is_available()
@@ -92,3 +94,39 @@ def test_what_is_computed_again_drops_the_same(form: str) -> None:
     assert torch.equal(kept[0], again[0])
     assert apart(again[1], kept[1]) < 1e-5
     assert not torch.equal(kept[0], by_kernels(model.eval(), batch)[0])
+
+
+@pytest.mark.parametrize("form", ["flan-t5"])
+def test_without_dropping_the_kernels_are_those_of_training(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a comparison needs none of its own, and shows what training will compute."""
+    launched: list[Any] = []
+
+    def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        given = tuple(argument is None for argument in arguments)
+        launched.append((kernel.function.__name__, given, *sorted(constants.items())))
+        if not model.training or without:
+            launch_it(kernel, grid, *arguments, **constants)
+
+    for op in (attention, gate, norm, cross_entropy):
+        monkeypatch.setattr(op, "launch", launch)
+    model, batch = described(form, torch.float32, rate=0.2).to(DEVICE), batch_for(form)
+    without: Any = None
+    by_kernels(model.train(), batch)
+    kernels, _ = sorted(launched), launched.clear()
+    without = by_kernels(model.eval(), batch)
+    assert sorted(launched) != kernels
+    monkeypatch.setattr(FusedLoss, "_run", without_dropping(FusedLoss._run))
+    for training in (True, False):
+        launched.clear()
+        found = by_kernels(model.train(training), batch)
+        assert sorted(launched) == kernels
+        assert torch.equal(found[0], without[0])
+        assert apart(found[1], without[1]) < 1e-6
+
+
+def without_dropping(run: Any) -> Any:
+    def changed(self: FusedLoss, slices: Any) -> Any:
+        self.drops = False
+        return run(self, slices)
+
+    return changed

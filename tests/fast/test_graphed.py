@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import ia3
 from builders import models_own
 from described import batch_for, described
+from ia3.fast import capture, graphed
 from ia3.fast.capture import GraphedCallable, StaticInputs
 from ia3.fast.fused import FusedLoss
-from ia3.fast.graphed import GraphedLoss, fetched, unsupported_reason
+from ia3.fast.graphed import Cuts, GraphedLoss, fetched, unsupported_reason
 from ia3.fast.guard import NOT_ALONE
 from ia3.state import sole_active_adapter
 from replayed import recording
@@ -183,3 +184,51 @@ def test_a_loss_that_is_replayed_is_the_models_own(tiny, randomise) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
     assert recorded
     assert isinstance(recorded[0], GraphedCallable)
+
+
+def test_graphs_that_take_too_much_memory_go_the_longest_unused_first(monkeypatch) -> None:
+    taken = [0]
+    monkeypatch.setattr(capture, "_room_for_graphs", lambda device: 30)
+    monkeypatch.setattr(capture, "_memory_in_use", lambda device: taken[0])
+    ran: list[int] = []
+
+    def function(x: Tensor) -> Tensor:
+        ran.append(len(x))
+        taken[0] += 10 * len(x)
+        return x + 1
+
+    with recording():
+        computation = GraphedCallable(function, torch.device("cpu"), warm_up=function)
+
+        def sizes() -> list[int]:
+            return [len(graph.outputs) for graph in computation.graphs.values()]
+
+        for rows in (1, 2, 1):
+            assert torch.equal(computation(x=torch.arange(rows)), torch.arange(1, rows + 1))
+        assert (ran, sizes()) == ([1, 2], [2, 1])
+        computation(x=torch.arange(2))
+        assert (ran, sizes()) == ([1, 2], [1, 2])
+        assert torch.equal(computation(x=torch.ones(1, 1)), torch.full((1, 1), 2.0))  # in the place of the oldest
+        assert (ran, sizes()) == ([1, 2, 1], [2, 1])
+        assert not computation.is_recorded(x=torch.arange(1))
+        computation(x=torch.arange(5))  # larger than all that may be kept
+        assert sizes() == [5]
+        computation(x=torch.arange(1))
+        assert sizes() == [1]
+
+
+def test_a_comparison_of_short_examples_loads_no_kernels_of_attention() -> None:
+    gpu = torch.device("cuda", 0)
+    for device, length, plain in ((gpu, 512, True), (gpu, 513, False), (torch.device("cpu"), 8, False)):
+        with graphed._few_kernels(device, 4, length):
+            assert torch.backends.cuda.flash_sdp_enabled() is not plain
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_flat_gradient_is_cut_into_views_of_each_shape() -> None:
+    shapes = [torch.Size([3, 1]), torch.Size([1, 2]), torch.Size([1, 4, 1, 1]), torch.Size([2])]
+    flat = torch.arange(11.0)
+    parts = Cuts(shapes).apart(flat)
+    assert [part.shape for part in parts] == shapes
+    assert torch.equal(torch.cat([part.flatten() for part in parts]), flat)
+    assert all(part.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for part in parts)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import ia3
 from ia3 import IA3Config, get_peft_model
-from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, frozen_linear
+from ia3.fast import linear as linear_module
+from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, OneDnnLinear, frozen_linear
 from ia3.fast.ops.quantise import MAX_FP8, quantise_rows
 
 RUNS = importlib.util.find_spec("triton") is not None and (
@@ -189,3 +190,36 @@ def test_fp32_by_units_for_bf16_is_fp32(out, inner) -> None:
     print(errors)
     assert all(one < 3 * other for one, other in zip(*errors, strict=True))
     assert torch.equal(split(x[:100]), plain(x[:100]))
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not torch.backends.mkldnn.is_available(), reason="of a CPU with oneDNN")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fp32_by_onednn(monkeypatch, bias, transposed) -> None:
+    monkeypatch.setattr(linear_module, "_mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    x, grad = torch.randn(37, 96, requires_grad=True), torch.randn(37, 80)
+    weight = torch.randn(96, 80).t() if transposed else torch.randn(80, 96)  # a Conv1D's is [in, out]
+    linear = frozen_linear(weight, torch.randn(80) if bias else None)
+    assert type(linear) is OneDnnLinear
+    y = linear(x)
+    exact = x.detach().double() @ weight.double().t() + (linear.bias.double() if bias else 0.0)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+    (found,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(found.double(), grad.double() @ weight.double(), rtol=1e-5, atol=1e-4)
+    weight.mul_(2)  # which is read where it is
+    torch.testing.assert_close(linear(x) - (linear.bias if bias else 0), 2 * (y - (linear.bias if bias else 0)))
+
+
+def test_other_precisions_are_not_onednns(monkeypatch) -> None:
+    monkeypatch.setattr(linear_module, "_mkl_is_slow", lambda: True)
+    assert type(frozen_linear(torch.randn(4, 4, dtype=torch.float64))) is FrozenLinear
+    assert type(frozen_linear(torch.randn(4, 4, dtype=torch.bfloat16))) is FrozenLinear
+
+
+@pytest.mark.parametrize(("maker", "slow"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False)])
+def test_mkl_is_slow_on_others_processors(monkeypatch, maker, slow) -> None:
+    monkeypatch.setattr(linear_module, "_processor", lambda: maker)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert linear_module._mkl_is_slow.__wrapped__() is slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -23,6 +24,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from builders import models_own
 from ia3 import IA3Config
 from ia3.fast import output as fused_output
+from replayed import recording
 
 CAUSAL = ("llama", "mistral", "qwen2")
 
@@ -606,6 +608,80 @@ def test_a_loss_is_that_of_the_model_as_it_is_now(tiny, randomise, name, before)
     wanted = torch.autograd.grad(expected, trained, materialize_grads=True)
     for gradient, other in zip(torch.autograd.grad(found, trained, materialize_grads=True), wanted, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "name"), [
+    *((form, name) for form, name, _ in ALL_CHANGES), *((name.partition(":")[0], name) for name in FOLLOWED),
+])  # fmt: skip
+def test_of_a_changed_model_nobody_gets_what_a_graph_made(tiny, randomise, monkeypatch, form, name) -> None:
+    """A recorded graph goes ahead of the look at the model."""
+    model, batch = start(tiny, randomise, form, torch.float32)
+    change = FOLLOWED.get(name) or {name: each for kind, name, each in ALL_CHANGES if kind == form}[name]
+    with recording() as recorded:
+        replays = counted(monkeypatch)
+        for _ in range(3):
+            assert is_fused(model(**batch))
+        assert len(recorded) == 1
+        assert len(replays) == 2
+        state = model.__dict__[fused_output._STATE]
+        before = state.loss
+        change(model, monkeypatch)
+        assert state.replay(batch) is None
+        assert _state_of(model, batch) is not before
+        monkeypatch.undo()
+
+
+def counted(monkeypatch: Any) -> list[object]:
+    """Grows with what `_State.replay` finds."""
+    found: list[object] = []
+    replay = fused_output._State.replay
+
+    def count(self: Any, batch: Any) -> Any:
+        made = replay(self, batch)
+        found.extend([] if made is None else [made])
+        return made
+
+    monkeypatch.setattr(fused_output._State, "replay", count)
+    return found
+
+
+def test_what_is_replayed_is_the_models_own(tiny, randomise, monkeypatch) -> None:
+    """Another batch of the same shape, with other vectors; and one of another shape."""
+    model, batch = start(tiny, randomise, "t5 gated")
+    with recording():
+        replays = counted(monkeypatch)
+        for turn in range(4):
+            data = batch if turn < 3 else {name: tensor[:2] for name, tensor in batch.items()}
+            data = {**data, "labels": data["labels"].roll(turn, 1)}
+            models_own(model, **data).loss.backward()
+            wanted = gradients(model)
+            output = model(**data)
+            output.loss.backward()
+            for name, gradient in gradients(model).items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=1e-7, atol=1e-10)
+            with torch.no_grad():
+                for name, vector in model.named_parameters():
+                    if name in wanted:
+                        vector.mul_(1.1)
+        assert len(replays) == 2
+
+
+def test_no_graph_reads_where_a_weight_was(tiny, randomise, monkeypatch) -> None:
+    """Whose memory may have been given back."""
+    model, batch = start(tiny, randomise, "t5 gated")
+    with recording():
+        for _ in range(2):
+            assert is_fused(model(**batch))
+        ran: list[object] = []
+        state = model.__dict__[fused_output._STATE]
+        for key, graph in state.computation.graphs.items():
+            state.computation.graphs[key] = dataclasses.replace(graph, replay=lambda: ran.append(None))
+        assert state.replay(batch) is not None
+        assert len(ran) == 1
+        weight = model.decoder.final_layer_norm.weight
+        weight.data = weight.data.clone()
+        assert state.replay(batch) is None
+        assert len(ran) == 1
 
 
 def _state_of(model: Any, batch: Any) -> Any:

@@ -477,7 +477,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_round_up_padded", Instead("token_at + token_at // length * wider", "token_at"),
                "a wider batch finds its tokens in other places"),
         Mutant("_packed", Never("left_padded"), "positions are counted from the padding where OPT leaves it out"),
-        Mutant("pack_encoder", Instead("bool(mask[:, 0].all())", "True"),
+        Mutant("pack_encoder", Instead("mask[:, 0].all()", "True"),
                "an encoder's head looks at padding on the left"),
     ],
     ("fast/test_graphed.py", "fast/test_compare.py", "fast/test_step.py"): [
@@ -500,11 +500,16 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_attend", Skip("masked_fill"), "short examples attend to padding"),
     ],
     ("fast/test_output.py",): [
-        Mutant("_WithGradient.backward", Instead("flat * grad", "flat"),
+        Mutant("_WithGradient.backward", Instead("gradient * grad", "gradient"),
                "a loss over the number of accumulated batches has the whole gradient"),
-        Mutant("_output", Never("count"), "a batch without labels has the loss 0 instead of the model's NaN"),
+        Mutant("_State._packed", Instead("packed if _label_count(packed) else None", "packed"),
+               "a batch without labels has the loss 0 instead of the model's NaN"),
         Mutant("_output", Instead("found * count / items", "found"),
                "a Trainer's accumulated batches count by their number, not their tokens"),
+        Mutant("_State.replay", Instead("guard.is_as_it_was() and guard.in_one_mode", "True"),
+               "a graph's numbers go on after the model has changed"),
+        Mutant("GraphedLoss.replay", Instead("self.guard.is_in_place()", "True"),
+               "a graph reads memory that was given back"),
         Mutant("_State.loss_for", Always("in_one_mode"), "a decoder in evaluation mode drops"),
         Mutant("Guard._snapshot", Instead("[list(map(of, modules)) for of, modules in self.settings]", "[]"),
                "a dropout that was changed goes on with its old rate"),
@@ -515,7 +520,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "gradients through fp8 forget the scales of the weights"),
     ],
     ("fast/test_llama.py",): [
-        Mutant("pack_causal", Instead("functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)", "labels"),
+        Mutant("pack_causal", Instead("labels[:, 1:]", "labels[:, :-1]"),
                "a token predicts itself"),
     ],
     ("fast/test_sweep_step.py",): [

@@ -42,7 +42,7 @@ class Inputs:
     readers: Ragged
     kv: Tensor | None = None
     source: Ragged | None = None
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -54,26 +54,35 @@ class Run:
         slices: one vector a site, `[partials, groups, width]`.
         backend: who computes it.
         recompute: keep of each layer the residual stream alone, and compute its inside again in the backward.
+        drops: whether dropout drops anything in training. If not, the kernels are those of training in either mode,
+            with seeds and a rate of 0.
     """
 
     def __init__(
-        self, weights: Weights, positions: Positions, slices: Sequence[Tensor], backend: Backend, *, recompute: bool
-    ) -> None:
+        self, weights: Weights, positions: Positions, slices: Sequence[Tensor], backend: Backend, *, recompute: bool,
+        drops: bool = True,
+    ) -> None:  # fmt: skip
         self.weights, self.positions, self.slices, self.backend = weights, positions, slices, backend
         self.post_norm, model = weights.architecture.post_norm, weights.model
         self.recompute, self.training = recompute and torch.is_grad_enabled(), bool(model.training)
-        dropouts = weights.architecture.dropouts
-        self.attention, self.activation = self.rate(dropouts.attention), self.rate(dropouts.activation)
+        self.drops, self.dropouts = self.training and drops, weights.architecture.dropouts
+        self.attention, self.activation = self.rate(self.dropouts.attention), self.rate(self.dropouts.activation)
         layers = [layer for blocks in weights.stacks for layer in blocks.layers]
-        drops = self.attention or self.activation or any(layer.residual for layer in layers)
+        rates = [weights.rate(self.dropouts.attention), weights.rate(self.dropouts.activation)]
+        is_seeded = (self.training or not drops) and any([*rates, *(layer.residual for layer in layers)])
         # Each layer's sum and inside, of which a parallel one has two, and each stack's last norm.
         dropouts_of = [3 if isinstance(layer, ParallelLayer) else 2 for layer in layers]
-        count = sum(dropouts_of) + len(weights.stacks) if self.training and drops else 0
+        count = sum(dropouts_of) + len(weights.stacks) if is_seeded else 0
         self.seeds = DropoutSeeds(model.device, count, backend)
 
     def rate(self, name: str | None) -> float:
-        """Of a dropout by its name in the configuration, 0 in evaluation."""
-        return self.weights.rate(name) if self.training else 0.0
+        """Of a dropout by its name in the configuration, 0 where nothing is dropped."""
+        return self.weights.rate(name) if self.drops else 0.0
+
+    def seed(self, rate: float) -> Tensor | None:
+        """The next dropout's; None where it has no rate in training, either."""
+        seed = self.seeds.next()
+        return seed if rate else None
 
     def at(self, vector: VectorPart | None) -> Vector:
         if vector is None:
@@ -114,17 +123,17 @@ class Run:
         product = layer.up if isinstance(layer, FeedLayer) else layer.project
         if not product.rounds(len(x)):
             return self.add_norm(x, h, norm, rate)
-        return add_norm_rounded(x, h, norm, rate if self.training else 0.0, self.seeds.next())
+        return add_norm_rounded(x, h, norm, rate if self.drops else 0.0, self.seed(rate))
 
     def add_norm(self, x: Tensor, h: Tensor | None, norm: Norm | None, rate: float) -> tuple[Tensor, Tensor]:
-        p, seed = rate if self.training else 0.0, self.seeds.next()
+        p, seed = rate if self.drops else 0.0, self.seed(rate)
         if norm is None:
             x = x if h is None else x + dropout(h, p)
             return x, x
         return add_norm(x, h, norm, p, seed, self.backend)
 
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
-        qkv, l_k, l_v, seed = layer.project(x), self.at(layer.k), self.at(layer.v), self.seeds.next()
+        qkv, l_k, l_v, seed = layer.project(x), self.at(layer.k), self.at(layer.v), self._attention_seed()
         if layer.by_head:
             qkv = qkv.view(len(qkv), layer.heads, 3, -1).transpose(1, 2).flatten(1)
         if self.positions.rotary is None:
@@ -142,27 +151,30 @@ class Run:
             q, k, v, ragged, self.attention, scale=layer.scale, window=layer.window, softcap=layer.softcap
         ))  # fmt: skip
 
+    def _attention_seed(self) -> Tensor | None:
+        return self.seed(self.weights.rate(self.dropouts.attention))
+
     def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:
         assert inputs.kv is not None
         assert inputs.source is not None
         return self.out(layer, cross_attention(
             layer.project(x), inputs.readers, inputs.kv, inputs.source, layer.index, inputs.shared, self.at(layer.k),
-            self.at(layer.v), layer.heads, scale=layer.scale, p=self.attention, seed=self.seeds.next(),
+            self.at(layer.v), layer.heads, scale=layer.scale, p=self.attention, seed=self._attention_seed(),
             backend=self.backend,
         ))  # fmt: skip
 
     def feed(self, layer: FeedLayer, x: Tensor, ragged: Ragged) -> Tensor:
         return self._normed_out(layer, feed_forward(
             x, layer.up, layer.out, self.at(layer.vector), ragged, self.weights.activation, self.weights.function,
-            layer.gated, self.activation, self.seeds.next(), self.backend,
+            layer.gated, self.activation, self.seed(self.weights.rate(self.dropouts.activation)), self.backend,
         ))  # fmt: skip
 
     def _beside(self, layer: ParallelLayer, x: Tensor, normed: Tensor, inputs: Inputs) -> Tensor:
         attended = self.attend(layer.attention, normed, inputs.tokens)
         own = layer.feed_forward.norm
         fed = self.feed(layer.feed_forward, normed if own is None else self._norm(own, x), inputs.readers)
-        p = self.training * layer.attention.residual
-        return dropout(attended, p) + dropout(fed, self.training * layer.feed_forward.residual)
+        p = self.drops * layer.attention.residual
+        return dropout(attended, p) + dropout(fed, self.drops * layer.feed_forward.residual)
 
     def out(self, layer: SelfLayer | CrossLayer, h: Tensor) -> Tensor:
         """What an attention adds to the residual stream."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -58,11 +58,12 @@ class StaticInputs:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Where inputs of one shape are copied to, what the computation leaves, and how it is done again."""
+    """Where inputs of one shape are copied to, what the computation leaves, how it is done again, and its bytes."""
 
     inputs: StaticInputs
     outputs: Any
     replay: Callable[[], None]
+    size: int
 
 
 class GraphedCallable:
@@ -92,8 +93,9 @@ class GraphedCallable:
     ) -> None:
         self.function, self.device, self.warm_up, self.repeatable = function, device, warm_up, repeatable
         self.captures = device.type == "cuda"
-        self.graphs: dict[Hashable, _Graph] = {}
+        self.graphs: dict[Hashable, _Graph] = {}  # those that were used last are the last
         self.seen: set[Hashable] = set()
+        self.compiled: set[Hashable] = set()
         self.pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def __call__(self, *fixed: Hashable, **inputs: Tensor) -> Any:
@@ -108,30 +110,53 @@ class GraphedCallable:
         """
         if not self.captures:
             return self.function(*fixed, **{name: tensor.to(self.device) for name, tensor in inputs.items()})
-        key = (fixed, *((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items())))
-        found = self.graphs.get(key)
+        key = _shape_of(fixed, inputs)
+        found = self.graphs.pop(key, None)
         if found is None and self.warm_up is None and key not in self.seen:
             self.seen.add(key)
             sent = StaticInputs(inputs, self.device).tensors
             if self.repeatable:
-                compile_kernels(partial(self.function, *fixed, **sent), self.device)
+                self._compile(self.function, fixed, sent)
             return self.function(*fixed, **sent)
         if found is None:
-            static = StaticInputs(inputs, self.device)
-            found = self.graphs[key] = _Graph(static, *self._capture(fixed, static.tensors))
+            found = self._recorded(fixed, inputs)
+            self._make_room(found.size)
         else:
             found.inputs.fill(inputs)
+        self.graphs[key] = found
         found.replay()
         return found.outputs
+
+    def is_recorded(self, *fixed: Hashable, **inputs: Tensor) -> bool:
+        """Whether a call with these would replay a graph, and run no Python of the function."""
+        return self.captures and _shape_of(fixed, inputs) in self.graphs
+
+    def _recorded(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> _Graph:
+        before = _memory_in_use(self.device)
+        static = StaticInputs(inputs, self.device)
+        outputs, replay = self._capture(fixed, static.tensors)
+        return _Graph(static, outputs, replay, _memory_in_use(self.device) - before)
+
+    def _make_room(self, size: int) -> None:
+        """Let go of the graphs that were not used for longest, where they take too much memory beside another."""
+        most, taken = _room_for_graphs(self.device), size + sum(graph.size for graph in self.graphs.values())
+        while taken > most and self.graphs:
+            taken -= self.graphs.pop(next(iter(self.graphs))).size
+
+    def _compile(self, function: Callable[..., Any], fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> None:
+        """Side by side; inputs of other sizes need the same kernels, or one more, which is compiled on the way."""
+        if fixed not in self.compiled:
+            compile_kernels(partial(function, *fixed, **inputs), self.device)
+            self.compiled.add(fixed)
 
     def _capture(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> tuple[Any, Callable[[], None]]:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
         random = torch.cuda.get_rng_state(self.device)
         if self.warm_up is not None:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = _stream_of_warm_ups(self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                compile_kernels(partial(self.warm_up, *fixed, **inputs), self.device)
+                self._compile(self.warm_up, fixed, inputs)
                 self.warm_up(*fixed, **inputs)
             torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -142,6 +167,31 @@ class GraphedCallable:
             outputs = self.function(*fixed, **inputs)
         torch.cuda.set_rng_state(random, self.device)
         return outputs, graph.replay
+
+
+def _memory_in_use(device: torch.device) -> int:
+    """Bytes in use, by the driver for its graphs, too; what torch keeps ready, such as a pool's, serves all graphs."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) + torch.cuda.memory_allocated(device)
+
+
+@cache
+def _stream_of_warm_ups(device: torch.device) -> torch.cuda.Stream:
+    """One for all, since PyTorch keeps a workspace of tens of MiB for each stream that products ran on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _room_for_graphs(device: torch.device) -> int:
+    """The most bytes that one computation's graphs may take of a device."""
+    return torch.cuda.mem_get_info(device)[1] // 16 if device.type == "cuda" else 0
+
+
+def _shape_of(fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Hashable:
+    """What has a graph of its own."""
+    return (fixed, *((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items())))
 
 
 @contextmanager

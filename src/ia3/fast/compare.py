@@ -53,8 +53,8 @@ def difference(
     another thread meanwhile would have no dropout.
 
     Args:
-        model: the model, without whose dropouts both are called.
-        fused: the numbers of the fused loss.
+        model: the model, without whose dropouts its own forward is called.
+        fused: the numbers of the fused loss, without dropout.
         own: those of the model's own forward, with vectors that are moved this much of their length up and down.
         dtype: the precision of the model's activations.
         fp8: whether the fused loss multiplies in eight bits.
@@ -76,11 +76,7 @@ def difference(
             return f"its own forward fails ({type(error).__name__}: {error})"
         if not expected[0].isfinite() or not expected[1].isfinite().all():
             return None  # there is nothing to be equal to
-        training, model.training = model.training, False  # the fused loss drops where its model is in training
-        try:
-            found = fused()
-        finally:
-            model.training = training
+        found = fused()
         apart = _apart(found, expected)
         if all(one <= limit for one, limit in zip(apart, limits, strict=True)):
             return None

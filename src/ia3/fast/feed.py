@@ -33,7 +33,7 @@ def feed_forward(
     if backend == "triton" and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear) and _fits(len(x), up, down):
         x = Rounded.of(x)
         y: Tensor = _Fp8FeedForward.apply(  # type: ignore[no-untyped-call]
-            x.carrier, x.rows, x.scales, up, down, vector, ragged, activation, is_gated, p, seed if p else None
+            x.carrier, x.rows, x.scales, up, down, vector, ragged, activation, is_gated, p, seed
         )
         return y
     h = up(x)  # type: ignore[arg-type]

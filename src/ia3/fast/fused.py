@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ia3.architectures import Architecture, Stack, architecture_of, has_learned_positions
 from ia3.fast import batch
@@ -17,7 +16,7 @@ from ia3.fast.batch import Packed
 from ia3.fast.block import Inputs, Run
 from ia3.fast.guard import own_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
-from ia3.fast.linear import Precision
+from ia3.fast.linear import Precision, plain_linear
 from ia3.fast.ops.append import append
 from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
@@ -129,6 +128,7 @@ class FusedLoss:
 
     Attributes:
         folded: weights that were copied, so that a change in place would go unnoticed.
+        drops: whether dropout drops anything in training.
 
     Raises:
         ValueError: recompute under attention dropout of rotary models; widths that the products can't take.
@@ -141,6 +141,7 @@ class FusedLoss:
         self.architecture: Architecture = architecture
         self.weights = Weights(model, architecture, layout, frozen)
         self.positions = Positions(model, architecture)
+        self.drops = True
         self.folded = [*self.positions.folded, *self.weights.folded]
         draws = self.weights.rate(architecture.dropouts.attention)
         if recompute and architecture.rotary is not None and draws:
@@ -191,7 +192,7 @@ class FusedLoss:
         return compute(run, packed, ragged)
 
     def _run(self, slices: Sequence[Tensor]) -> Run:
-        return Run(self.weights, self.positions, slices, self.backend, recompute=self.recompute)
+        return Run(self.weights, self.positions, slices, self.backend, recompute=self.recompute, drops=self.drops)
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
         return self.layout.split(with_partials(table, self.backend))
@@ -309,7 +310,7 @@ class FusedLoss:
 
     def _logits(self, y: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
-        logits = functional.linear(y * self.architecture.logits_scale(self.config), head.weight, head.bias)
+        logits = plain_linear(head.weight, head.bias)(y * self.architecture.logits_scale(self.config))
         bias = getattr(self.model, "final_logits_bias", None)
         return logits if bias is None else logits + bias
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ia3.adapter import vectors
 from ia3.fast import fused
@@ -23,10 +25,13 @@ from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
 from ia3.fast.guard import NOT_ALONE, Guard, own_forward, unsupported_modules
 from ia3.fast.linear import Precision
-from ia3.fast.ops.launch import compile_kernels
+from ia3.fast.ops.launch import start_compiling
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.sites import Layout
 from ia3.state import Adapter, sole_active_adapter
+
+# Of so many tokens attention's scores take much memory.
+_LONG = 512
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -71,6 +76,7 @@ class GraphedLoss:
     Attributes:
         guard: whether what is computed is still right.
         vectors: the adapter's, one a site.
+        cuts: where they are in a flat `[D]`.
         lock: held while a graph, which has one place for its inputs, is filled, replayed and read.
     """
 
@@ -89,6 +95,7 @@ class GraphedLoss:
         self.device: torch.device = model.device
         self.fp8 = frozen == "fp8"
         self.layout, self.vectors, self.others = adapter.layout, vectors(model, adapter), tuple(others)
+        self.cuts = Cuts([vector.shape for vector in self.vectors])
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(parameter)] for parameter in (*self.vectors, *self.others)]
         self.losses = fused.FusedLoss(self.model, self.layout, recompute=recompute, frozen=frozen)
@@ -144,11 +151,33 @@ class GraphedLoss:
             packed: from `pack`.
         """
         with self.lock:
-            if computation.captures:
-                self.most_examples = max(self.most_examples, packed.examples)
-                packed = self.round_up(packed, self.most_examples)
+            packed = self._filled_up(computation, packed)
             found = computation(self.model.training, *packed.fixed, **packed.tensors)
             return tuple(tensor.clone() for tensor in found)
+
+    def replay(self, computation: GraphedCallable, packed: Packed) -> tuple[Tensor, ...] | None:
+        """As `run`, for one who looks at the guard afterwards, while a GPU computes.
+
+        Only a recorded graph that reads memory where it was goes ahead: at worst its numbers are for nothing.
+
+        Returns:
+            None where the guard comes first.
+        """
+        if self._kind(packed) not in self.compared:
+            return None
+        with self.lock:
+            packed = self._filled_up(computation, packed)
+            fixed = (self.model.training, *packed.fixed)
+            if not (computation.is_recorded(*fixed, **packed.tensors) and self.guard.is_in_place()):
+                return None
+            return tuple(tensor.clone() for tensor in computation(*fixed, **packed.tensors))
+
+    def _filled_up(self, computation: GraphedCallable, packed: Packed) -> Packed:
+        """To the shape of a graph, where there are any."""
+        if not computation.captures:
+            return packed
+        self.most_examples = max(self.most_examples, packed.examples)
+        return self.round_up(packed, self.most_examples)
 
     def graphed(self) -> GraphedCallable:
         """`compute`, captured: the loss, the vectors `[D]`, their gradient `[D]`, and those of what else is trained."""
@@ -163,7 +192,7 @@ class GraphedLoss:
             batch: as given to `pack`.
             packed: from `pack`.
         """
-        kind = (bool(self.model.training), bool(packed.uniform))
+        kind = self._kind(packed)
         if kind in self.compared or (self.captures and torch.cuda.is_current_stream_capturing()):
             return None
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
@@ -176,27 +205,63 @@ class GraphedLoss:
         self.compared.add(kind)
         return reason
 
+    def _kind(self, packed: Packed) -> tuple[bool, bool]:
+        """What is compared once."""
+        return bool(self.model.training), bool(packed.uniform)
+
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()
         chosen = {name: tensor[list(examples)] for name, tensor in batch.items()}
         packed = self.round_up(self.losses.pack(chosen), len(examples))
-        fused = partial(self._fused_numbers, packed)
-        return difference(model, fused, partial(self._own_numbers, model, chosen), dtype=model.dtype, fp8=self.fp8)
-
-    def _fused_numbers(self, packed: Packed) -> Numbers:
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)
-        compile_kernels(compute, self.device)
-        loss, _, *gradients = compute()
-        return loss, torch.cat([gradient.flatten() for gradient in gradients])
+        self.losses.drops = False
+        try:
+            # While the model's own numbers are computed. The kernels are those of training.
+            wait = start_compiling(compute, self.device)
+            fused, own = partial(_fused_numbers, compute, wait), partial(self._own_numbers, model, chosen)
+            return difference(model, fused, own, dtype=model.dtype, fp8=self.fp8)
+        finally:
+            self.losses.drops = True
 
     def _own_numbers(self, model: Any, batch: Mapping[str, Tensor], moved: float) -> Numbers:
         sent = {name: tensor.to(self.device) for name, tensor in batch.items()}
         copies = [moved_by(parameter.detach(), moved) for parameter in (*self.vectors, *self.others)]
         named = {f"model.{name}": copy for name, copy in zip(self.names, copies, strict=True)}
-        loss = torch.func.functional_call(_OwnForward(model), named, (), {**sent, "return_dict": True}).loss
-        gradients = torch.autograd.grad(loss, copies, materialize_grads=True)
+        with _few_kernels(self.device, batch["labels"].shape[-1], batch["attention_mask"].shape[-1]):
+            loss = torch.func.functional_call(_OwnForward(model), named, (), {**sent, "return_dict": True}).loss
+            gradients = torch.autograd.grad(loss, copies, materialize_grads=True)
         return loss, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class Cuts:
+    """Where tensors are in a flat one.
+
+    Args:
+        shapes: theirs, in their order.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self.sizes = [shape.numel() for shape in shapes]
+        # Columns, which vectors at outputs are, come out of one cut as they are.
+        self.others = [None if shape[1:] == (1,) else shape for shape in shapes]
+
+    def apart(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor, each in its shape."""
+        columns = flat[:, None].split_with_sizes(self.sizes)
+        return [
+            column if shape is None else column.view(shape) for column, shape in zip(columns, self.others, strict=True)
+        ]
+
+
+def _few_kernels(device: torch.device, *lengths: int) -> AbstractContextManager[object]:
+    """With attention in plain products: to load PyTorch's fused kernels for it may take a GPU's host seconds, once.
+
+    Long inputs need them for their memory.
+    """
+    if device.type != "cuda" or max(lengths) > _LONG:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def moved_by(tensor: Tensor, part: float) -> Tensor:
@@ -215,6 +280,13 @@ class _OwnForward(nn.Module):
 
     def forward(self, **kwargs: Any) -> Any:
         return own_forward(type(self.model))(self.model, **kwargs)
+
+
+def _fused_numbers(compute: Callable[[], tuple[Tensor, ...]], wait: Callable[[], None]) -> Numbers:
+    """What `GraphedLoss.compute` leaves, once its kernels are compiled."""
+    wait()
+    loss, _, *gradients = compute()
+    return loss, torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _loss_and_gradients(

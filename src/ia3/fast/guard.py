@@ -156,6 +156,8 @@ class Guard:
         held = [vars(module)[name] for module in every for name in _CONTENTS]
         hooks = [(each, name, each[name]) for each in (vars(model), *self.attributes) for name in HOOKS]
         self.hooked = [entry for entry in hooks if entry[2]]
+        self.hooked_at = tuple(zip(*((each, name) for each, name, _ in self.hooked), strict=True)) or ((), ())
+        self.hook_places = [id(held) for *_, held in self.hooked]
         self.unhooked = [entry for entry in hooks if not entry[2]]
         self.empty = [each for each in held if not each]
         self.filled = [each for each in held if each] + [each for *_, each in self.hooked]
@@ -177,11 +179,16 @@ class Guard:
         self.kinds = list(dict.fromkeys(map(type, every)))
         self.sizes, self.handles = list(map(len, self.attributes)), RemovableHandle.next_id
         self.shadows = list(map(_shadows, self.modules))
+        self.places = list(map(Tensor.data_ptr, self.tensors))
         self.snapshot = self._snapshot(model)
         self.configs = [(config, _copied(vars(config))) for config in _configs(every)]
 
     def is_valid(self) -> bool:
         """Whether what was computed then would be right now."""
+        return self.is_in_place() and self.is_as_it_was()
+
+    def is_as_it_was(self) -> bool:
+        """Whether all but the places of tensors is."""
         model = self.root()
         if model is None:
             return False
@@ -199,6 +206,13 @@ class Guard:
         except (AttributeError, KeyError, RuntimeError, TypeError):
             return False
 
+    def is_in_place(self) -> bool:
+        """Whether the tensors are where they were in memory, which is little of what makes a computation right."""
+        try:
+            return list(map(Tensor.data_ptr, self.tensors)) == self.places
+        except RuntimeError:  # one of another kind has no place in memory
+            return False
+
     @property
     def in_one_mode(self) -> bool:
         """Whether all that drops is in the model's own mode."""
@@ -207,7 +221,7 @@ class Guard:
 
     def _has_its_hooks(self) -> bool:
         """Whether the dictionaries of hooks are those that were there, and no hook came to a module without any."""
-        if not all(each[name] is hooks for each, name, hooks in self.hooked):
+        if list(map(id, map(dict.get, *self.hooked_at))) != self.hook_places:
             return False
         if self.handles != RemovableHandle.next_id:  # a hook was registered somewhere
             if not all(each[name] is hooks and not hooks for each, name, hooks in self.unhooked):
@@ -240,7 +254,6 @@ class Guard:
             type(model),
             list(map(type, self.modules)),
             list(map(type, self.tensors)),
-            list(map(Tensor.data_ptr, self.tensors)),
             any(map(attrgetter("requires_grad"), self.frozen)),
             all(map(attrgetter("requires_grad"), self.trained)),
             [_version(tensor) for tensor in self.folded],

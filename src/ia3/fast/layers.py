@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ia3.architectures import Architecture, Attention, FeedForward, Stack, names_in
 from ia3.fast.linear import FrozenLinear, Precision, frozen_linear
@@ -107,6 +109,8 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """An activation by its name in transformers."""
     from transformers.activations import ACT2FN
 
+    if name == "gelu_new":  # which transformers writes out in eight operations
+        return partial(functional.gelu, approximate="tanh")
     function: Callable[[Tensor], Tensor] = ACT2FN[name]
     return function
 

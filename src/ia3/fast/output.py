@@ -15,14 +15,16 @@ from dataclasses import fields
 from functools import cache, wraps
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3.adapter import vectors
+from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
+from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.listening import LISTENS, listen
@@ -31,6 +33,8 @@ from ia3.sites import logger
 from ia3.state import sole_active_adapter
 
 _STATE = "_ia3_fused_loss"
+# Of a batch: who computed it, how many labels it has, and what `GraphedLoss.graphed` leaves.
+_Made = tuple[GraphedLoss, int, tuple[Tensor, ...]]
 
 
 def with_fused_loss(old: type[nn.Module]) -> Callable[..., Any]:
@@ -66,24 +70,20 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     if reason is not None or kind is None or isinstance(batch, str):
         state.say(reason or "its forward doesn't say what it returns")
         return None
-    loss = state.loss_for(model)
-    if loss is None:
-        return None
-    if state.was_read:
-        state.was_read = False
-        state.say("more than the loss was read of the last output")
-        return _watched(own_forward(type(model))(model, **kwargs), state)
-    try:
-        packed = loss.pack(batch)
-    except ValueError as error:  # a batch that only the model's own forward takes
-        state.say(str(error))
-        return None
-    count = int((packed["labels"] != IGNORE_INDEX).sum())
-    if not count or state.steps_aside(loss.difference(batch, packed)):
-        return None
-    assert state.computation is not None
-    found, flat, *gradients = loss.run(state.computation, packed)
-    found = _WithGradient.apply(found, gradients, len(loss.vectors), *loss.vectors, *loss.others)  # type: ignore[no-untyped-call]
+    made = state.replay(batch)
+    if made is None:
+        loss = state.loss_for(model)
+        if loss is None:
+            return None
+        if state.was_read:
+            state.was_read = False
+            state.say("more than the loss was read of the last output")
+            return _watched(own_forward(type(model))(model, **kwargs), state)
+        made = state.compute(batch)
+        if made is None:
+            return None
+    loss, count, (found, flat, *gradients) = made
+    found = _WithGradient.apply(found, gradients, state.vectors, *loss.others)  # type: ignore[no-untyped-call]
     items = kwargs.get("num_items_in_batch")
     if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
@@ -152,6 +152,7 @@ class _State:
     Attributes:
         loss: None where the model's own forward is the right one.
         computation: it and its gradients, captured.
+        vectors: see `_Vectors`.
         guard: whether what was found of the model is still so.
         was_read: whether more than the loss of the last output was read.
         said: the reasons of single calls that were said.
@@ -160,6 +161,7 @@ class _State:
     def __init__(self) -> None:
         self.loss: GraphedLoss | None = None
         self.computation: GraphedCallable | None = None
+        self.vectors: Tensor | None = None
         self.guard: Guard | None = None
         self.was_read = False
         self.said: set[str] = set()
@@ -182,30 +184,86 @@ class _State:
             # Those of torch.func and of sharded or quantised models are others.
             if any(type(parameter) is not Parameter for parameter in model.parameters()):
                 return None
-            reason, self.loss, self.computation = unsupported_reason(model), None, None
+            reason, self.loss, self.computation, self.vectors = unsupported_reason(model), None, None, None
             if reason is None:
                 adapter = sole_active_adapter(model)
                 assert adapter is not None
                 self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)))
                 self.computation = self.loss.graphed()
+                self.vectors = _Vectors.apply(self.loss.cuts, *self.loss.vectors)  # type: ignore[no-untyped-call]
             self.guard = Guard(model) if self.loss is None else self.loss.guard
             logger.info("The loss in training: %s", f"the model's own forward, since {reason}" if reason else "fused")
         return self.loss if self.guard.in_one_mode else None
+
+    def replay(self, batch: Mapping[str, Tensor]) -> _Made | None:
+        """What a recorded graph makes of a batch, of a model that is looked at while a GPU is at it.
+
+        The GPU would wait for a look that came first, which takes as long as a sixth of its step.
+
+        Returns:
+            None where the look comes first, or what it would have said is that the model is another.
+        """
+        loss, computation, guard = self.loss, self.computation, self.guard
+        if loss is None or computation is None or guard is None or self.was_read or not computation.graphs:
+            return None
+        packed = self._packed(loss, batch)
+        found = None if packed is None else loss.replay(computation, packed)
+        if packed is None or found is None or not (guard.is_as_it_was() and guard.in_one_mode):
+            return None
+        return loss, _label_count(packed), found
+
+    def compute(self, batch: Mapping[str, Tensor]) -> _Made | None:
+        """The same of a model that was looked at; None where the model's own forward must run."""
+        loss, computation = self.loss, self.computation
+        assert loss is not None
+        assert computation is not None
+        packed = self._packed(loss, batch)
+        if packed is None or self.steps_aside(loss.difference(batch, packed)):
+            return None
+        return loss, _label_count(packed), loss.run(computation, packed)
+
+    def _packed(self, loss: GraphedLoss, batch: Mapping[str, Tensor]) -> Packed | None:
+        """None for a batch that only the model's own forward takes, or one without labels."""
+        try:
+            packed = loss.pack(batch)
+        except ValueError as error:
+            self.say(str(error))
+            return None
+        return packed if _label_count(packed) else None
 
     def steps_aside(self, reason: str | None) -> bool:
         """Whether the model's own forward is the right one, which it then is until the model changes."""
         if reason is not None:
             logger.warning("The loss in training is the model's own forward's from now on: %s.", reason)
-            self.loss = self.computation = None
+            self.loss = self.computation = self.vectors = None
         return reason is not None
 
 
-class _WithGradient(torch.autograd.Function):
-    """A loss whose gradients are known already: the vectors', next to each other, and those of other parameters."""
+def _label_count(packed: Packed) -> int:
+    return int(np.count_nonzero(packed["labels"].numpy() != IGNORE_INDEX))
+
+
+class _Vectors(torch.autograd.Function):
+    """All vectors as one tensor `[D]`, for its gradient alone: a part of the graph that all losses lead to.
+
+    It is made once. Hundreds of vectors as inputs of each loss took longer than all else of that loss's graph.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], count: int, *trained: Parameter) -> Tensor:
-        ctx.vectors = trained[:count]
+    def forward(ctx: Any, cuts: Cuts, *vectors: Parameter) -> Tensor:
+        ctx.cuts = cuts
+        return vectors[0].new_zeros(()).expand(sum(cuts.sizes))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.cuts.apart(grad)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradients are known already: that of `_Vectors`, and those of other parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *trained: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return loss.clone()
 
@@ -216,9 +274,7 @@ class _WithGradient(torch.autograd.Function):
                 "create_graph asks for a second derivative, which the fused loss has not: pass input_ids by "
                 "position, model(input_ids, …), and the model's own forward computes it."
             )
-        flat, *others = ctx.saved_tensors
-        parts = torch._C._nn.unflatten_dense_tensors(flat * grad, ctx.vectors)
-        return None, None, None, *parts, *(gradient * grad for gradient in others)
+        return None, None, *(gradient * grad for gradient in ctx.saved_tensors)
 
 
 class _Rest:

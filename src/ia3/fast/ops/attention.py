@@ -47,11 +47,10 @@ def self_attention(
         scale: of the scores, before the bias.
         causal: each token sees those up to itself.
         p: dropout's, on the weights.
-        seed: from `DropoutSeeds`; needed by kernels that drop.
+        seed: from `DropoutSeeds`; needed by kernels that drop, which also take it with p = 0.
         backend: who computes it.
     """
     if backend == "triton" and ragged.max_seqlen <= MAX_KEYS and qkv.numel() < MAX_NUMBERS:
-        seed = seed if p else None
         out: Tensor = _SelfAttention.apply(qkv, bias, ragged, l_k, l_v, heads, scale, causal, p, seed)
         return out
     q, k, v = qkv.chunk(3, -1)
@@ -82,7 +81,7 @@ def attention(
 
 
 def cross_attention(
-    q: Tensor, of_q: Ragged, kv: Tensor, of_k: Ragged, index: int, shared: dict[str, Tensor], l_k: Vector, l_v: Vector,
+    q: Tensor, of_q: Ragged, kv: Tensor, of_k: Ragged, index: int, shared: dict[str, Any], l_k: Vector, l_v: Vector,
     heads: int, *, scale: float, p: float, seed: Tensor | None, backend: Backend,
 ) -> Tensor:  # fmt: skip
     """Attention over the encoder's output, `[target tokens, inner]`.
@@ -93,15 +92,17 @@ def cross_attention(
         kv: keys and values of all layers, `[source tokens, layers · 2 · inner]`.
         of_k: their examples.
         index: the layer.
-        shared: one dict a forward, empty at first, where the layers' kernels share kv's gradient; each layer's output
-            must depend on that of the layer before.
+        shared: one dict a forward, empty at first, where the layers share what they make of kv, their kernels its
+            gradient; each layer's output must depend on that of the layer before.
         l_k, l_v, heads, scale, p, seed, backend: as in `self_attention`.
     """
     if backend == "triton" and of_k.max_seqlen <= MAX_KEYS and q.numel() < MAX_NUMBERS:
-        seed = seed if p else None
         out: Tensor = _CrossAttention.apply(q, of_q, kv, of_k, index, shared, l_k, l_v, heads, scale, p, seed)
         return out
-    k, v = of_layer(kv, index, q.shape[-1])
+    # Cut once for all layers, whose gradients are then put together once; each slice's own would fill a whole kv.
+    if "parts" not in shared:
+        shared["parts"] = kv.split(q.shape[-1], -1)
+    k, v = shared["parts"][2 * index : 2 * index + 2]
     return scaled(_attend(scaled(q, l_k, of_q), of_q, k, v, of_k, None, heads, scale, False, p), l_v, of_q)
 
 

@@ -37,7 +37,7 @@ def gated(
         backend: who computes it.
     """
     if backend == "triton" and h.numel() < MAX_NUMBERS:
-        out: Tensor = _Gated.apply(h, vector, ragged, activation, is_gated, p, seed if p else None)
+        out: Tensor = _Gated.apply(h, vector, ragged, activation, is_gated, p, seed)
         return out
     if is_gated:
         gate, linear = h.chunk(2, -1)

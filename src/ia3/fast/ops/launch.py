@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
@@ -86,20 +87,34 @@ def compile_kernels(computation: Callable[[], object], device: torch.device) -> 
             be run again. Not run at all on a device without kernels.
         device: the model's.
     """
+    start_compiling(computation, device)()
+
+
+def start_compiling(computation: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The same, in threads that go on afterwards; returns what waits for them."""
     if not has_triton(device):
-        return
+        return lambda: None
     import triton
 
+    compilers = _Compilers(device)
+    # What can't be compiled says so when it is launched.
+    mode = triton.AsyncCompileMode(compilers, ignore_errors=True)
+
+    def find() -> None:
+        mode.__enter__()
+        computation()
+
+    random = torch.cuda.get_rng_state(device)
     _mode.only_compiles = True
     try:
-        # A backward on a thread of its own would compile as ever. What can't be compiled says so when it is launched.
-        on_this_thread = torch.autograd.set_multithreading_enabled(False)
-        random = torch.cuda.get_rng_state(device)
-        with on_this_thread, _Compilers(device) as compilers, triton.AsyncCompileMode(compilers, ignore_errors=True):
-            computation()
-        torch.cuda.set_rng_state(random, device)
+        # A backward on a thread of its own would compile as ever. Outside of this context Triton compiles as ever.
+        with torch.autograd.set_multithreading_enabled(False):
+            copy_context().run(find)
     finally:
         _mode.only_compiles = False
+        torch.cuda.set_rng_state(random, device)
+        compilers.shutdown(wait=False)
+    return lambda: mode.__exit__(None, None, None)
 
 
 class _Compilers(ThreadPoolExecutor):

@@ -64,7 +64,7 @@ def add_norm(
         backend: who computes it.
     """
     if backend == "triton":
-        total, normed = _AddNorm.apply(x, h, norm, p, seed if p and h is not None else None)
+        total, normed = _AddNorm.apply(x, h, norm, p, seed if h is not None else None)
         return total, normed
     if h is not None:
         x = x + dropout(h, p)
@@ -73,7 +73,7 @@ def add_norm(
 
 def add_norm_rounded(x: Tensor, h: Tensor | None, norm: Norm, p: float, seed: Tensor | None) -> tuple[Tensor, Rounded]:
     """`add_norm` by kernels whose norm only products in fp8 take."""
-    total, *parts = _AddNorm.apply(x, h, norm, p, seed if p and h is not None else None, True)
+    total, *parts = _AddNorm.apply(x, h, norm, p, seed if h is not None else None, True)
     return total, Rounded(*parts)
 
 
