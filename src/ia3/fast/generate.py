@@ -303,7 +303,7 @@ class Decoder(Generate):
             session.stepping,
             prompt=1 if self.is_seq2seq else input_ids.shape[1],
         )
-        return session.tokens[:, :written]
+        return session.answers.tokens[:, :written]
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""
@@ -371,7 +371,7 @@ class Decoder(Generate):
             written = self._until_ended(
                 session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1]
             )
-        return session.tokens[:, :written]
+        return session.answers.tokens[:, :written]
 
     def _room(self, count: int, prompt: int) -> tuple[int, int]:
         """The examples and the cache of a batch's session: it is filled up to the examples of a larger one."""
@@ -411,7 +411,7 @@ class Decoder(Generate):
     ) -> int:
         """Go on until every example has ended; the number of tokens each."""
         plan, watch = self.plan, _Watch(self.model.device)
-        session.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
+        session.answers.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
         all_ended, written = prefill(), 1
         while written < plan.max_new_tokens and not (plan.ends and watch.sees(all_ended)):
             all_ended, written = decode_step(), written + 1

@@ -229,30 +229,36 @@ def _attend_to_cache(
     qkv += example.to(tl.int64) * (KV_HEADS * (QUERIES + 2) * DIM)
     channels = (head * QUERIES + rows)[:, None] * DIM + offs_d[None, :]
     query = _turned(qkv, None, channels, mask_q, cos, sin, offs_d, HALF).to(dtype)
-    of_head = qkv + (KV_HEADS * QUERIES + head) * DIM
-    key = _turned(of_head, l_k, offs_d[None, :], mask_d[None, :], cos, sin, offs_d, HALF).to(dtype)
-    value = _multiplied(of_head + KV_HEADS * DIM, l_v, offs_d[None, :], mask_d[None, :]).to(dtype)
-    begin = tl.program_id(0).to(tl.int64) * most_positions * DIM
-    cache_k += begin
-    cache_v += begin
-    tl.store(cache_k + at * DIM + offs_d[None, :], key, mask=mask_d[None, :])
-    tl.store(cache_v + at * DIM + offs_d[None, :], value, mask=mask_d[None, :])
-    # The token itself, from registers.
-    most = _bounded(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale, softcap)
     if bias is not None:
         bias += (head * QUERIES + tl.minimum(rows, QUERIES - 1))[:, None] * bias_stride
-        most += tl.reshape(tl.load(bias), [ROWS]).to(tl.float32)
-    total = tl.full([ROWS], 1.0, tl.float32)
-    attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + value.to(tl.float32)
     first = 0
     if window is not None:
         first = tl.maximum(at + 1 - window, 0)
+    begin = tl.program_id(0).to(tl.int64) * most_positions * DIM
+    cache_k += begin
+    cache_v += begin
+    most = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
     most, total, attended = _attend_on(
         query, most, total, attended, cache_k, cache_v, DIM, first, at, bias, at, scale, softcap, offs_d, mask_d, ROWS,
         BLOCK_N,
     )  # fmt: skip
+    # The token itself, from registers; what is stored stays behind all loads, which need not wait for it then.
+    of_head = qkv + (KV_HEADS * QUERIES + head) * DIM
+    key = _turned(of_head, l_k, offs_d[None, :], mask_d[None, :], cos, sin, offs_d, HALF).to(dtype)
+    value = _multiplied(of_head + KV_HEADS * DIM, l_v, offs_d[None, :], mask_d[None, :]).to(dtype)
+    own = _bounded(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale, softcap)
+    if bias is not None:
+        own += tl.reshape(tl.load(bias), [ROWS]).to(tl.float32)
+    larger = tl.maximum(most, own)
+    weight, before = tl.exp(own - larger), tl.exp(most - larger)
+    attended = attended * before[:, None] + weight[:, None] * value.to(tl.float32)
+    attended = attended / (total * before + weight)[:, None]
     out += example.to(tl.int64) * (KV_HEADS * QUERIES * DIM)
-    tl.store(out + channels, (attended / total[:, None]).to(dtype), mask=mask_q)
+    tl.store(out + channels, attended.to(dtype), mask=mask_q)
+    tl.store(cache_k + at * DIM + offs_d[None, :], key, mask=mask_d[None, :])
+    tl.store(cache_v + at * DIM + offs_d[None, :], value, mask=mask_d[None, :])
 
 
 @jit
@@ -299,7 +305,7 @@ def _by_kernel(
         _attend_to_cache, (examples * kv_heads,), qkv.contiguous(), cache[0], cache[1], place, cos, sin, bias, l_k, l_v,
         out, scores.scale, scores.softcap, scores.window, partials_and_stride(l_k)[1], partials_and_stride(l_v)[1],
         0 if bias is None else bias.stride(0), most, examples // ragged.groups, KV_HEADS=kv_heads, QUERIES=queries,
-        DIM=dim, HALF=half, ROWS=rows, **_blocks(qkv, dim, grouped=queries > 1),
+        DIM=dim, HALF=half, ROWS=rows, **_blocks(qkv, dim, 16),
     )  # fmt: skip
     return out
 
@@ -308,13 +314,12 @@ def _across_by_kernel(q: Tensor, k: Tensor, v: Tensor, source: Ragged, heads: in
     dim, out = q.shape[-1] // heads, torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
         _attend_across, (len(q) * heads,), q, k, v, source.cu_seqlens, out, scale, q.stride(0), k.stride(0),
-        HEADS=heads, DIM=dim, **_blocks(q, dim, grouped=False),
+        HEADS=heads, DIM=dim, **_blocks(q, dim, 32),
     )  # fmt: skip
     return out
 
 
-def _blocks(x: Tensor, dim: int, *, grouped: bool) -> dict[str, int]:
-    """How many keys a program takes at once, for the registers that they need."""
+def _blocks(x: Tensor, dim: int, keys: int) -> dict[str, int]:
+    """How many keys a program takes at once, as measured on an H200: many small programs hide each other's waiting."""
     block_d = max(16, next_power_of_2(dim))
-    keys = (1 << 14 if grouped else 1 << 13) // (block_d * x.element_size())
-    return {"BLOCK_D": block_d, "BLOCK_N": min(64, max(16, keys)), "num_warps": 4 if grouped else 2}
+    return {"BLOCK_D": block_d, "BLOCK_N": max(16, keys * 128 // (block_d * x.element_size())), "num_warps": 1}
