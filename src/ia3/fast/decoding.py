@@ -18,7 +18,7 @@ from ia3.fast.fused import FusedLoss
 from ia3.fast.layers import Blocks, CrossLayer, ParallelLayer, SelfLayer
 from ia3.fast.ops.append import append
 from ia3.fast.ops.attention import causal_attention, of_layer, self_attention
-from ia3.fast.ops.backend import Vector, scaled
+from ia3.fast.ops.backend import scaled
 from ia3.fast.ops.decode import Scores, attend_across, attend_to_cache
 from ia3.fast.ops.rotary import rotary_heads
 from ia3.fast.ragged import Ragged
@@ -149,12 +149,6 @@ class _Cached(Run):
         qkv = layer.project(x)
         return qkv.view(len(qkv), layer.heads, 3, -1).transpose(1, 2).flatten(1) if layer.by_head else qkv
 
-    def _multiplied(self, layer: SelfLayer, qkv: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, and keys and values multiplied by their vectors."""
-        inner = layer.kv_heads * head_width(layer)
-        q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * inner, inner, inner], -1)
-        return q, scaled(k, self.at(layer.k), ragged), scaled(v, self.at(layer.v), ragged)
-
 
 class _Prompt(_Cached):
     """All tokens of the prompts, whose keys and values are kept."""
@@ -162,7 +156,8 @@ class _Prompt(_Cached):
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
         qkv, cache = self._project(layer, x), next(self.caches)
         if self.positions.rotary is None:
-            q, k, v = self._multiplied(layer, qkv, ragged)
+            q, k, v = qkv.chunk(3, -1)
+            k, v = scaled(k, self.at(layer.k), ragged), scaled(v, self.at(layer.v), ragged)
             attended = self_attention(
                 torch.cat([q, k, v], -1), None, ragged, None, None, layer.heads, scale=layer.scale, causal=True, p=0.0,
                 seed=None, backend=self.backend,
@@ -197,20 +192,14 @@ class _Step(_Cached):
 
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
         qkv, cache = self._project(layer, x), next(self.caches)
-        l_k: Vector = self.at(layer.k)
-        l_v: Vector = self.at(layer.v)
-        if layer.qk_norm is not None:
-            q, k, v = self._multiplied(layer, qkv, ragged)
-            q, k = (
-                norm(each.unflatten(1, (-1, len(norm.weight)))).flatten(1)
-                for norm, each in zip(layer.qk_norm, (q, k), strict=True)
-            )
-            qkv, l_k, l_v = torch.cat([q, k, v], -1), None, None
         positions = cache.shape[3]
         angles = None if self.positions.rotary is None else self.positions.angles(layer, positions)
         bias = self.positions.bias_by_distance(layer, positions)
         scores = Scores(layer.scale, layer.softcap, layer.window, bias)
-        attended = attend_to_cache(qkv, cache, self.place, l_k, l_v, ragged, layer.heads, scores, angles, self.backend)
+        attended = attend_to_cache(
+            qkv, cache, self.place, self.at(layer.k), self.at(layer.v), ragged, layer.heads, scores, angles,
+            self.backend, layer.qk_norm,
+        )  # fmt: skip
         return self.out(layer, attended)
 
     def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from twins import DEVICE, NARROW, draw, near, needs_kernels, vector
 
 from ia3.fast.ops.decode import Scores, attend_across, attend_to_cache
+from ia3.fast.ops.norm import Norm
 from ia3.fast.ops.rotary import rotated
 from ia3.fast.ragged import Ragged
 
@@ -23,6 +25,8 @@ def case(heads: int, kv_heads: int, dim: int, which: str, groups: int, turned: i
     """Inputs in float64; `turned` channels of a head rotate."""
     count = len(PLACES)
     bias = draw(heads, MOST) if scores.pop("biased", False) else None
+    normed = {None: (), "each": (dim, dim), "all": (heads * dim, kv_heads * dim)}[scores.pop("normed", None)]
+    norms = tuple(Norm(draw(width), None, 1e-3, centred=False) for width in normed)
     return {
         "qkv": draw(count, (heads + 2 * kv_heads) * dim),
         "cache": draw(2, count, kv_heads, MOST, dim),
@@ -32,13 +36,14 @@ def case(heads: int, kv_heads: int, dim: int, which: str, groups: int, turned: i
         "ragged": Ragged.even(count, 1, groups, torch.device(DEVICE)),
         "heads": heads,
         "scores": Scores(0.3, bias=bias, **scores),
+        "qk_norm": norms or None,
         "angles": (draw(MOST, turned // 2), draw(MOST, turned // 2)) if turned else None,
     }
 
 
 def formula(
     qkv: Tensor, cache: Tensor, place: Tensor, l_k: Any, l_v: Any, ragged: Ragged, heads: int, scores: Scores,
-    angles: Any,
+    angles: Any, qk_norm: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What is returned, and the cache behind it."""
     _, examples, kv_heads, _, dim = cache.shape
@@ -47,6 +52,8 @@ def formula(
         group = e // (examples // ragged.groups)
         q, k, v = qkv[e].split([heads * dim, kv_heads * dim, kv_heads * dim])
         k, v = k if l_k is None else k * l_k[0, group], v if l_v is None else v * l_v[0, group]
+        if qk_norm is not None:
+            q, k = (norm(x.view(-1, len(norm.weight))) for norm, x in zip(qk_norm, (q, k), strict=True))
         q, k, v = (x.view(-1, dim) for x in (q, k, v))
         if angles is not None:
             q, k = (rotated(x, angles[0][at], angles[1][at]) for x in (q, k))
@@ -65,7 +72,7 @@ def formula(
 
 def to(dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
     """The inputs in a dtype; vectors and angles may be wider."""
-    scores, angles = given["scores"], given["angles"]
+    scores, angles, norms = given["scores"], given["angles"], given["qk_norm"]
     bias = None if scores.bias is None else scores.bias.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return {
@@ -73,6 +80,7 @@ def to(dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
         **{name: given[name].to(dtype) for name in ("qkv", "cache")},
         **{name: None if given[name] is None else given[name].to(dtype) for name in ("l_k", "l_v")},
         "scores": Scores(scores.scale, scores.softcap, scores.window, bias),
+        "qk_norm": norms and tuple(replace(norm, weight=norm.weight.to(wide)) for norm in norms),
         "angles": None if angles is None else tuple(angle.to(wide) for angle in angles),
     }
 
@@ -84,6 +92,8 @@ CASES = {
     "grouped": ((6, 2, 16, "kv", 6, 16), {}),
     "grouped, values alone, two groups": ((4, 1, 32, "v", 2, 32), {}),
     "rotated in part": ((2, 2, 20, "k", 3, 12), {}),
+    "each head normed": ((4, 2, 20, "kv", 3, 12), {"normed": "each"}),
+    "all heads normed": ((4, 2, 16, "kv", 3, 16), {"normed": "all"}),
     "with a window": ((4, 2, 16, "k", 1, 16), {"window": 17}),
     "with a soft cap": ((4, 2, 16, "", 1, 16), {"softcap": 0.7, "window": 20}),
 }

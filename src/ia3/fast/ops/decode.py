@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ia3.fast.ops.backend import Backend, Vector, scaled
 from ia3.fast.ops.launch import jit, launch, next_power_of_2
+from ia3.fast.ops.norm import Norm
 from ia3.fast.ops.partials import partials_and_stride
 from ia3.fast.ops.rotary import rotated
 from ia3.fast.ragged import Ragged
@@ -41,7 +42,7 @@ class Scores:
 
 def attend_to_cache(
     qkv: Tensor, cache: Tensor, place: Tensor, l_k: Vector, l_v: Vector, ragged: Ragged, heads: int, scores: Scores,
-    angles: tuple[Tensor, Tensor] | None, backend: Backend,
+    angles: tuple[Tensor, Tensor] | None, backend: Backend, qk_norm: tuple[Norm, Norm] | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of each example's new token to itself and to those before, `[examples, heads · dim]`.
 
@@ -57,9 +58,14 @@ def attend_to_cache(
         scores: how they are made.
         angles: cosines and sines, `[positions, rotated / 2]`, as in `rotary_heads`; None where nothing rotates.
         backend: who computes it.
+        qk_norm: as in `rotary_heads`.
     """
-    compute = _by_kernel if backend == "triton" else _by_torch
-    return compute(qkv, cache, place, l_k, l_v, ragged, heads, scores, angles)
+    if backend == "torch":
+        return _by_torch(qkv, cache, place, l_k, l_v, ragged, heads, scores, angles, qk_norm)
+    if qk_norm is not None and not all(_is_of_heads(norm, cache.shape[4]) for norm in qk_norm):
+        qkv = torch.cat(_prepared(qkv, cache, l_k, l_v, ragged, heads, qk_norm), -1)
+        l_k = l_v = qk_norm = None
+    return _by_kernel(qkv, cache, place, l_k, l_v, ragged, heads, scores, angles, qk_norm)
 
 
 def attend_across(
@@ -85,11 +91,10 @@ def attend_across(
 
 def _by_torch(
     qkv: Tensor, cache: Tensor, place: Tensor, l_k: Vector, l_v: Vector, ragged: Ragged, heads: int, scores: Scores,
-    angles: tuple[Tensor, Tensor] | None,
+    angles: tuple[Tensor, Tensor] | None, qk_norm: tuple[Norm, Norm] | None,
 ) -> Tensor:  # fmt: skip
     _, examples, kv_heads, most, dim = cache.shape
-    q, k, v = torch.split(qkv, [heads * dim, kv_heads * dim, kv_heads * dim], -1)
-    q, k, v = (x.view(examples, -1, dim) for x in (q, scaled(k, l_k, ragged), scaled(v, l_v, ragged)))
+    q, k, v = (x.view(examples, -1, dim) for x in _prepared(qkv, cache, l_k, l_v, ragged, heads, qk_norm))
     if angles is not None:
         cos, sin = (each[place][:, None] for each in angles)
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
@@ -103,6 +108,26 @@ def _by_torch(
         found = found + scores.bias[:, distance.clamp(min=0)].transpose(0, 1)
     seen = (distance >= 0) & (distance < (scores.window or most))
     return _weighted(found, seen[:, None], values)
+
+
+def _prepared(
+    qkv: Tensor, cache: Tensor, l_k: Vector, l_v: Vector, ragged: Ragged, heads: int,
+    qk_norm: tuple[Norm, Norm] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values, multiplied and normed, `[examples, heads · dim]` each."""
+    inner, dim = cache.shape[2] * cache.shape[4], cache.shape[4]
+    q, k, v = torch.split(qkv, [heads * dim, inner, inner], -1)
+    k, v = scaled(k, l_k, ragged), scaled(v, l_v, ragged)
+    if qk_norm is not None:
+        q, k = (
+            norm(x.unflatten(1, (-1, len(norm.weight)))).flatten(1) for norm, x in zip(qk_norm, (q, k), strict=True)
+        )
+    return q, k, v
+
+
+def _is_of_heads(norm: Norm, dim: int) -> bool:
+    """Whether the kernel knows a norm: each head's root mean square."""
+    return len(norm.weight) == dim and norm.bias is None and not norm.centred
 
 
 def _weighted(scores: Tensor, seen: Tensor, values: Tensor) -> Tensor:
@@ -122,20 +147,26 @@ def _multiplied(source, vector, offs, mask):
 
 
 @jit
-def _turned(source, vector, offs, mask, cos, sin, offs_d, HALF: tl.constexpr):
-    """Some heads' channels in fp32, multiplied and rotated.
+def _turned(source, vector, offs, mask, weight, eps, cos, sin, offs_d, DIM: tl.constexpr, HALF: tl.constexpr):
+    """Some heads' channels in fp32, multiplied, normed and rotated.
 
     Args:
         offs: `[heads, BLOCK_D]`, where they are.
+        weight: of each head's norm, `[DIM]`; None without.
         cos, sin: of the position, `[HALF]`; None where nothing rotates.
         offs_d: `[BLOCK_D]`: channel i rotates with channel i + HALF, and those from 2 · HALF on stay.
     """
     x = _multiplied(source, vector, offs, mask)
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        x *= scale * tl.load(weight + offs_d, mask=offs_d < DIM, other=0.0).to(tl.float32)[None, :]
     if cos is not None:
         first = offs_d < HALF
         turns = offs_d < 2 * HALF
-        other = tl.where(turns, tl.where(first, HALF, -HALF), 0)[None, :]
-        partner = _multiplied(source, vector, offs + other, mask)
+        other = tl.where(turns, tl.where(first, HALF, -HALF), 0)
+        partner = _multiplied(source, vector, offs + other[None, :], mask)
+        if weight is not None:
+            partner *= scale * tl.load(weight + offs_d + other, mask=offs_d < DIM, other=0.0).to(tl.float32)[None, :]
         c = tl.load(cos + offs_d % HALF, mask=turns, other=1.0).to(tl.float32)
         s = tl.load(sin + offs_d % HALF, mask=turns, other=0.0).to(tl.float32)
         x = x * c[None, :] + partner * tl.where(first, -s, s)[None, :]
@@ -194,8 +225,8 @@ def _attend_on(
 
 @jit(do_not_specialize=["most_positions", "group_examples"])
 def _attend_to_cache(
-    qkv, cache_k, cache_v, place, cos, sin, bias, l_k, l_v, out, scale, softcap, window, stride_k, stride_v,
-    bias_stride, most_positions, group_examples,
+    qkv, cache_k, cache_v, place, norm_q, norm_k, cos, sin, bias, l_k, l_v, out, scale, softcap, window, eps_q, eps_k,
+    stride_k, stride_v, bias_stride, most_positions, group_examples,
     KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -205,6 +236,7 @@ def _attend_to_cache(
         qkv: `[examples, (KV_HEADS · QUERIES + 2 · KV_HEADS) · DIM]`.
         cache_k, cache_v: `[examples, KV_HEADS, most_positions, DIM]`; the new token's are written.
         place: `[examples]`, int64.
+        norm_q, norm_k: of each head's root mean square, `[DIM]`; None without.
         cos, sin: `[most_positions, HALF]`; None where nothing rotates.
         bias: `[KV_HEADS · QUERIES, at least most_positions]`, a head every `bias_stride` numbers; None without.
         l_k, l_v: `[groups, KV_HEADS · DIM]`, a group every `stride_k` or `stride_v` numbers; None without.
@@ -228,7 +260,7 @@ def _attend_to_cache(
         l_v += example // group_examples * stride_v + head * DIM
     qkv += example.to(tl.int64) * (KV_HEADS * (QUERIES + 2) * DIM)
     channels = (head * QUERIES + rows)[:, None] * DIM + offs_d[None, :]
-    query = _turned(qkv, None, channels, mask_q, cos, sin, offs_d, HALF).to(dtype)
+    query = _turned(qkv, None, channels, mask_q, norm_q, eps_q, cos, sin, offs_d, DIM, HALF).to(dtype)
     if bias is not None:
         bias += (head * QUERIES + tl.minimum(rows, QUERIES - 1))[:, None] * bias_stride
     first = 0
@@ -246,7 +278,7 @@ def _attend_to_cache(
     )  # fmt: skip
     # The token itself, from registers; what is stored stays behind all loads, which need not wait for it then.
     of_head = qkv + (KV_HEADS * QUERIES + head) * DIM
-    key = _turned(of_head, l_k, offs_d[None, :], mask_d[None, :], cos, sin, offs_d, HALF).to(dtype)
+    key = _turned(of_head, l_k, offs_d[None, :], mask_d[None, :], norm_k, eps_k, cos, sin, offs_d, DIM, HALF).to(dtype)
     value = _multiplied(of_head + KV_HEADS * DIM, l_v, offs_d[None, :], mask_d[None, :]).to(dtype)
     own = _bounded(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale, softcap)
     if bias is not None:
@@ -294,18 +326,19 @@ def _attend_across(
 
 def _by_kernel(
     qkv: Tensor, cache: Tensor, place: Tensor, l_k: Vector, l_v: Vector, ragged: Ragged, heads: int, scores: Scores,
-    angles: tuple[Tensor, Tensor] | None,
+    angles: tuple[Tensor, Tensor] | None, qk_norm: tuple[Norm, Norm] | None,
 ) -> Tensor:  # fmt: skip
     _, examples, kv_heads, most, dim = cache.shape
     cos, sin = (None, None) if angles is None else angles
+    (norm_q, eps_q), (norm_k, eps_k) = ((norm.weight, norm.eps) for norm in qk_norm) if qk_norm else [(None, 0.0)] * 2
     bias, queries = scores.bias, heads // kv_heads
     out = qkv.new_empty(examples, heads * dim)
     half, rows = 1 if cos is None else cos.shape[-1], 1 if queries == 1 else max(16, next_power_of_2(queries))
     launch(
-        _attend_to_cache, (examples * kv_heads,), qkv.contiguous(), cache[0], cache[1], place, cos, sin, bias, l_k, l_v,
-        out, scores.scale, scores.softcap, scores.window, partials_and_stride(l_k)[1], partials_and_stride(l_v)[1],
-        0 if bias is None else bias.stride(0), most, examples // ragged.groups, KV_HEADS=kv_heads, QUERIES=queries,
-        DIM=dim, HALF=half, ROWS=rows, **_blocks(qkv, dim, 16),
+        _attend_to_cache, (examples * kv_heads,), qkv.contiguous(), cache[0], cache[1], place, norm_q, norm_k, cos, sin,
+        bias, l_k, l_v, out, scores.scale, scores.softcap, scores.window, eps_q, eps_k, partials_and_stride(l_k)[1],
+        partials_and_stride(l_v)[1], 0 if bias is None else bias.stride(0), most, examples // ragged.groups,
+        KV_HEADS=kv_heads, QUERIES=queries, DIM=dim, HALF=half, ROWS=rows, **_blocks(qkv, dim, 16),
     )  # fmt: skip
     return out
 
