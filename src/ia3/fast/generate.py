@@ -29,7 +29,16 @@ from ia3.fast.batch import Packed, pack_prompts, packable, round_up
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.guard import Guard, unsupported_modules
 from ia3.fast.layers import expected_sites
-from ia3.fast.sessions import BUCKET, CausalSession, FusedSession, GenerationPlan, Session, Size, start_of
+from ia3.fast.sessions import (
+    BUCKET,
+    CausalSession,
+    FusedSession,
+    GenerationPlan,
+    Session,
+    Size,
+    round_up_to,
+    start_of,
+)
 from ia3.mixing import gather_flat, gather_rows
 from ia3.quantised import first_quantised
 from ia3.rows import BASE, Rows, act_here, acting
@@ -293,8 +302,13 @@ class Decoder(Generate):
             return None
         (layout, flat), count = found, len(input_ids)
         packed = pack_prompts(input_ids, mask, positions=self.has_positions, left_padded=not self.is_seq2seq)
+        longest = packed.max_seqlen
         size = self._fitting(count, round_up(packed, count, self.plan.pad), layout, adapter_names is not None)
         packed = round_up(packed, size.examples, self.plan.pad)
+        if (
+            not self.is_seq2seq
+        ):  # what a session has room for is longer, and would be rotated and attended to for nothing
+            packed = replace(packed, max_seqlen=round_up_to(longest, BUCKET))
         session = self._session(size)
         session.hold(layout, flat)
         written = self._until_ended(
