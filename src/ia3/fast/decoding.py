@@ -162,7 +162,10 @@ class _Prompt(_Cached):
                 torch.cat([q, k, v], -1), None, ragged, None, None, layer.heads, scale=layer.scale, causal=True, p=0.0,
                 seed=None, backend=self.backend,
             )  # fmt: skip
-            k, v = (ragged.pad(each).unflatten(2, (layer.kv_heads, -1)).transpose(1, 2) for each in (k, v))
+            k, v = (
+                ragged.pad(each).view(ragged.examples, ragged.max_seqlen, layer.kv_heads, -1).transpose(1, 2)
+                for each in (k, v)
+            )
         else:
             cos, sin = self.positions.angles(layer, ragged.max_seqlen)
             q, k, v = rotary_heads(

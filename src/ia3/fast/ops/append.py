@@ -52,17 +52,20 @@ def _append_kernel(
     mask = offs < INNER
     kv += token * kv_stride
     cache += token * cache_stride
-    group = 0
     if group_of_token is not None:
-        group = tl.load(group_of_token + token)
+        group = tl.load(group_of_token + token).to(tl.int64)
+        if l_k is not None:
+            l_k += group * stride_k
+        if l_v is not None:
+            l_v += group * stride_v
     dtype = cache.dtype.element_ty
     key = tl.load(kv + offs, mask=mask, other=0.0)
     value = tl.load(kv + INNER + offs, mask=mask, other=0.0)
     if l_k is not None:
-        factor = tl.load(l_k + group * stride_k + offs, mask=mask, other=0.0).to(dtype).to(tl.float32)
+        factor = tl.load(l_k + offs, mask=mask, other=0.0).to(dtype).to(tl.float32)
         key = (key.to(tl.float32) * factor).to(dtype)
     if l_v is not None:
-        factor = tl.load(l_v + group * stride_v + offs, mask=mask, other=0.0).to(dtype).to(tl.float32)
+        factor = tl.load(l_v + offs, mask=mask, other=0.0).to(dtype).to(tl.float32)
         value = (value.to(tl.float32) * factor).to(dtype)
     tl.store(cache + offs, key, mask=mask)
     tl.store(cache + INNER + offs, value, mask=mask)

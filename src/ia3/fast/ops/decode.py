@@ -254,10 +254,11 @@ def _attend_to_cache(
     if cos is not None:
         cos += at * HALF
         sin += at * HALF
+    group = (example // group_examples).to(tl.int64)
     if l_k is not None:
-        l_k += example // group_examples * stride_k + head * DIM
+        l_k += group * stride_k + head * DIM
     if l_v is not None:
-        l_v += example // group_examples * stride_v + head * DIM
+        l_v += group * stride_v + head * DIM
     qkv += example.to(tl.int64) * (KV_HEADS * (QUERIES + 2) * DIM)
     channels = (head * QUERIES + rows)[:, None] * DIM + offs_d[None, :]
     query = _turned(qkv, None, channels, mask_q, norm_q, eps_q, cos, sin, offs_d, DIM, HALF).to(dtype)
