@@ -18,7 +18,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda:0" if CUDA else "cpu"
 _RUNS = importlib.util.find_spec("triton") is not None and (CUDA or os.environ.get("TRITON_INTERPRET") == "1")
 pytestmark = pytest.mark.skipif(not _RUNS, reason="no GPU with Triton, nor Triton with TRITON_INTERPRET=1")
-WRITES = [form for form, (_, task, _) in FORMS.items() if task != "SEQ_CLS" and form != "plbart"]
+WRITES = [form for form, (_, task, _) in FORMS.items() if task != "SEQ_CLS"]
 CHOSEN = WRITES if CUDA else ["flan-t5", "llama", "gemma2 with soft caps", "gpt2"]
 
 

@@ -178,9 +178,10 @@ def test_an_end_is_forced_at_the_last_token(tiny, family, ends) -> None:
         assert (found[:, -1] == 3).any()
 
 
-@pytest.mark.parametrize("form", ["bart", "mbart", "pegasus", "marian", "umt5"])
+@pytest.mark.parametrize("form", ["bart", "plbart", "mbart", "pegasus", "marian", "umt5"])
 def test_every_described_encoder_decoder_is_written_by_the_block(form) -> None:
-    model = lively(described(form, torch.float32).eval())
+    scaled = {"scale_embedding": False} if form == "plbart" else {}  # with it PLBart repeats itself
+    model = lively(described(form, torch.float32, **scaled).eval())
     model.add_adapter("a", IA3Config(task_type="SEQ_2_SEQ_LM"))
     builders.randomise(model, spread=1.0)
     settings = {"max_new_tokens": NEW, "eos_token_id": [3], "forced_eos_token_id": None, "min_length": 0}
@@ -263,6 +264,14 @@ def test_a_mixture_that_changes_queries_is_the_own_forwards(tiny) -> None:
         wanted = expected(model, ids, mask, max_new_tokens=3, adapter_names=names)
         assert torch.equal(decoder(ids, mask, adapter_names=names), wanted)
         assert (len(decoder.fused), len(decoder.causal)) == sessions
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_bare_model_knows_no_names(tiny, family) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model, 1)
+    with pytest.raises(ValueError, match="adapter"):
+        Decoder(model, max_new_tokens=2)(ids, mask, adapter_names=["a"])
 
 
 def test_one_session_serves_adapters_of_other_sites(tiny) -> None:

@@ -128,7 +128,7 @@ def unsupported_reason(model: Any, **settings: Any) -> str | None:
     """
     if not isinstance(model, GenerationMixin):
         return f"a {type(model).__name__} generates nothing"
-    reason = capture_unsupported_reason(model) or _unwritten(model)
+    reason = _state_unsupported_reason(model) or _unwritten(model)
     if reason is not None:
         return reason
     config = copy.deepcopy(model.generation_config)
@@ -182,22 +182,29 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def capture_unsupported_reason(model: Any) -> str | None:
-    """Why a forward of this model can't be recorded with masks of one's own; None where it can."""
-    kind = type(model).__name__
+def _state_unsupported_reason(model: Any) -> str | None:
+    """Why a model can't generate here as it stands; None where it can."""
     if model.training:
         return "the model is in training mode"
     if {parameter.device for parameter in model.parameters()} != {model.device}:
         return "the model is spread over several devices"
     if getattr(model, "hf_quantizer", None) is not None or first_quantised(model) is not None:
         return "its weights are quantised"
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {model.config._attn_implementation}, and masks are made for sdpa and eager"
+    return None
+
+
+def capture_unsupported_reason(model: Any) -> str | None:
+    """Why a forward of this model can't be recorded with masks of one's own; None where it can."""
+    reason, kind = _state_unsupported_reason(model), type(model).__name__
+    if reason is not None:
+        return reason
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not vouch that a {kind}'s forward is the same for all values"
     looped = next((path for path, module in model.named_modules() if computes_in_a_loop(module)), None)
     if looped is not None:
         return f"the experts of {looped} are computed one after the other: set_experts_implementation('grouped_mm')"
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {model.config._attn_implementation}, and masks are made for sdpa and eager"
     return None
 
 
@@ -223,6 +230,9 @@ def _block_unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
 
 def _forward_unsupported_reason(model: Any) -> str | None:
     """Why a causal model's own forward can't be called over a cache that stays in place; None where it can."""
+    reason = capture_unsupported_reason(model)
+    if reason is not None:
+        return reason
     kind, config = type(model).__name__, model.config
     takes = inspect.signature(model.forward).parameters
     if not {"position_ids", "logits_to_keep"} <= set(takes):
@@ -255,6 +265,7 @@ class Decoder(Generate):
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
+        self.has_block = architecture is not None and architecture.mode != "encoder"
         self.has_forward = not self.is_seq2seq and _forward_unsupported_reason(model) is None
         self.path = "captured" if model.device.type == "cuda" else "static"
 
@@ -297,7 +308,7 @@ class Decoder(Generate):
 
     def _by_block(self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
         """What the block writes, `[at least examples, …]`; None where it can't have these inputs or vectors."""
-        found = self._flat(adapter_names) if packable(mask) else None
+        found = self._flat(adapter_names) if self.has_block and packable(mask) else None
         if found is None:
             return None
         (layout, flat), count = found, len(input_ids)
@@ -305,9 +316,8 @@ class Decoder(Generate):
         longest = packed.max_seqlen
         size = self._fitting(count, round_up(packed, count, self.plan.pad), layout, adapter_names is not None)
         packed = round_up(packed, size.examples, self.plan.pad)
-        if (
-            not self.is_seq2seq
-        ):  # what a session has room for is longer, and would be rotated and attended to for nothing
+        if not self.is_seq2seq:
+            # A session has room for longer ones, which would be rotated and attended to for nothing.
             packed = replace(packed, max_seqlen=round_up_to(longest, BUCKET))
         session = self._session(size)
         session.hold(layout, flat)
@@ -322,7 +332,7 @@ class Decoder(Generate):
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""
         state = find_attached(self.model)
-        if state is not None and adapter_names is not None:
+        if adapter_names is not None:
             layout, flat = _narrowed(self.model, *gather_flat(self.model, adapter_names))
         elif state is None or not state.active or not state.enabled or state.originals is not None:
             layout, flat = Layout(()), torch.ones(1, 0, device=self.model.device)

@@ -184,7 +184,7 @@ def _bounded(scores, softcap):
 @jit
 def _attend_on(
     query, most, total, attended, k, v, stride, first, end, bias, place, scale, softcap, offs_d, mask_d,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention that goes on over the keys from first to before end.
 
@@ -202,10 +202,10 @@ def _attend_on(
         mask = inside[:, None] & mask_d[None, :]
         key = tl.load(k + offs, mask=mask, other=0.0)
         value = tl.load(v + offs, mask=mask, other=0.0)
-        if ROWS == 1:
-            scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), 1)[None, :]
-        else:
+        if DOT:
             scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        else:
+            scores = tl.sum(query.to(tl.float32)[:, None, :] * key.to(tl.float32)[None, :, :], 2)
         scores = _bounded(scores * scale, softcap)
         if bias is not None:
             scores += tl.load(bias + (place - offs_n)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
@@ -214,10 +214,10 @@ def _attend_on(
         weights = tl.exp(scores - larger[:, None])
         before = tl.exp(most - larger)
         total = total * before + tl.sum(weights, 1)
-        if ROWS == 1:
-            product = tl.sum(tl.trans(weights) * value.to(tl.float32), 0)[None, :]
-        else:
+        if DOT:
             product = tl.dot(weights.to(value.dtype), value, input_precision="tf32x3")
+        else:
+            product = tl.sum(weights[:, :, None] * value.to(tl.float32)[None, :, :], 1)
         attended = attended * before[:, None] + product
         most = larger
     return most, total, attended
@@ -228,7 +228,7 @@ def _attend_to_cache(
     qkv, cache_k, cache_v, place, norm_q, norm_k, cos, sin, bias, l_k, l_v, out, scale, softcap, window, eps_q, eps_k,
     stride_k, stride_v, bias_stride, most_positions, group_examples,
     KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program an example and a head of its keys, for the QUERIES that attend to them, in ROWS.
 
@@ -274,7 +274,7 @@ def _attend_to_cache(
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
     most, total, attended = _attend_on(
-        query, most, total, attended, cache_k, cache_v, DIM, first, at, bias, at, scale, softcap, offs_d, mask_d, ROWS,
+        query, most, total, attended, cache_k, cache_v, DIM, first, at, bias, at, scale, softcap, offs_d, mask_d, DOT,
         BLOCK_N,
     )  # fmt: skip
     # The token itself, from registers; what is stored stays behind all loads, which need not wait for it then.
@@ -319,7 +319,7 @@ def _attend_across(
     attended = tl.zeros([1, BLOCK_D], tl.float32)
     most, total, attended = _attend_on(
         query, most, total, attended, k + head * DIM, v + head * DIM, kv_stride, first, end, None, 0, scale, None,
-        offs_d, mask_d, 1, BLOCK_N,
+        offs_d, mask_d, False, BLOCK_N,
     )  # fmt: skip
     attended = (attended / total[:, None]).to(q.dtype.element_ty)
     tl.store(out + example * (HEADS * DIM) + channels, attended, mask=mask_d[None, :])
@@ -334,12 +334,12 @@ def _by_kernel(
     (norm_q, eps_q), (norm_k, eps_k) = ((norm.weight, norm.eps) for norm in qk_norm) if qk_norm else [(None, 0.0)] * 2
     bias, queries = scores.bias, heads // kv_heads
     out = qkv.new_empty(examples, heads * dim)
-    half, rows = 1 if cos is None else cos.shape[-1], 1 if queries == 1 else max(16, next_power_of_2(queries))
+    half = 1 if cos is None else cos.shape[-1]
     launch(
         _attend_to_cache, (examples * kv_heads,), qkv.contiguous(), cache[0], cache[1], place, norm_q, norm_k, cos, sin,
         bias, l_k, l_v, out, scores.scale, scores.softcap, scores.window, eps_q, eps_k, partials_and_stride(l_k)[1],
         partials_and_stride(l_v)[1], 0 if bias is None else bias.stride(0), most, examples // ragged.groups,
-        KV_HEADS=kv_heads, QUERIES=queries, DIM=dim, HALF=half, ROWS=rows, **_blocks(qkv, dim, 16),
+        KV_HEADS=kv_heads, QUERIES=queries, DIM=dim, HALF=half, **_rows(queries), **_blocks(qkv, dim, 16),
     )  # fmt: skip
     return out
 
@@ -351,6 +351,10 @@ def _across_by_kernel(q: Tensor, k: Tensor, v: Tensor, source: Ragged, heads: in
         HEADS=heads, DIM=dim, **_blocks(q, dim, 32),
     )  # fmt: skip
     return out
+
+
+def _rows(queries: int) -> dict[str, int]:
+    return {"ROWS": 1 if queries == 1 else max(16, next_power_of_2(queries)), "DOT": queries > 1}
 
 
 def _blocks(x: Tensor, dim: int, keys: int) -> dict[str, int]:
