@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ia3.fast.ops.backend import Backend, Vector, scaled
-from ia3.fast.ops.launch import jit, launch, next_power_of_2
+from ia3.fast.ops.launch import cdiv, jit, launch, next_power_of_2
 from ia3.fast.ops.norm import Norm
 from ia3.fast.ops.partials import partials_and_stride
 from ia3.fast.ops.rotary import rotated
@@ -21,6 +21,10 @@ from ia3.fast.ragged import Ragged
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+
+# So many programs of one warp fill a GPU.
+_MANY = 2048
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def _bounded(scores, softcap):
 @jit
 def _attend_on(
     query, most, total, attended, k, v, stride, first, end, bias, place, scale, softcap, offs_d, mask_d,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention that goes on over the keys from first to before end.
 
@@ -202,10 +206,10 @@ def _attend_on(
         mask = inside[:, None] & mask_d[None, :]
         key = tl.load(k + offs, mask=mask, other=0.0)
         value = tl.load(v + offs, mask=mask, other=0.0)
-        if DOT:
-            scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        if ROWS == 1:
+            scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), 1)[None, :]
         else:
-            scores = tl.sum(query.to(tl.float32)[:, None, :] * key.to(tl.float32)[None, :, :], 2)
+            scores = tl.dot(query, tl.trans(key), input_precision="tf32x3")
         scores = _bounded(scores * scale, softcap)
         if bias is not None:
             scores += tl.load(bias + (place - offs_n)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
@@ -214,10 +218,10 @@ def _attend_on(
         weights = tl.exp(scores - larger[:, None])
         before = tl.exp(most - larger)
         total = total * before + tl.sum(weights, 1)
-        if DOT:
-            product = tl.dot(weights.to(value.dtype), value, input_precision="tf32x3")
+        if ROWS == 1:
+            product = tl.sum(tl.trans(weights) * value.to(tl.float32), 0)[None, :]
         else:
-            product = tl.sum(weights[:, :, None] * value.to(tl.float32)[None, :, :], 1)
+            product = tl.dot(weights.to(value.dtype), value, input_precision="tf32x3")
         attended = attended * before[:, None] + product
         most = larger
     return most, total, attended
@@ -228,7 +232,7 @@ def _attend_to_cache(
     qkv, cache_k, cache_v, place, norm_q, norm_k, cos, sin, bias, l_k, l_v, out, scale, softcap, window, eps_q, eps_k,
     stride_k, stride_v, bias_stride, most_positions, group_examples,
     KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program an example and a head of its keys, for the QUERIES that attend to them, in ROWS.
 
@@ -262,36 +266,32 @@ def _attend_to_cache(
     qkv += example.to(tl.int64) * (KV_HEADS * (QUERIES + 2) * DIM)
     channels = (head * QUERIES + rows)[:, None] * DIM + offs_d[None, :]
     query = _turned(qkv, None, channels, mask_q, norm_q, eps_q, cos, sin, offs_d, DIM, HALF).to(dtype)
-    if bias is not None:
-        bias += (head * QUERIES + tl.minimum(rows, QUERIES - 1))[:, None] * bias_stride
-    first = 0
-    if window is not None:
-        first = tl.maximum(at + 1 - window, 0)
+    of_head = qkv + (KV_HEADS * QUERIES + head) * DIM
+    key = _turned(
+        of_head, l_k, offs_d[None, :], mask_d[None, :], norm_k, eps_k, cos, sin, offs_d, DIM, HALF
+    ).to(dtype)  # fmt: skip
+    value = _multiplied(of_head + KV_HEADS * DIM, l_v, offs_d[None, :], mask_d[None, :]).to(dtype)
     begin = tl.program_id(0).to(tl.int64) * most_positions * DIM
     cache_k += begin
     cache_v += begin
-    most = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    most, total, attended = _attend_on(
-        query, most, total, attended, cache_k, cache_v, DIM, first, at, bias, at, scale, softcap, offs_d, mask_d, DOT,
-        BLOCK_N,
-    )  # fmt: skip
-    # The token itself, from registers; what is stored stays behind all loads, which need not wait for it then.
-    of_head = qkv + (KV_HEADS * QUERIES + head) * DIM
-    key = _turned(of_head, l_k, offs_d[None, :], mask_d[None, :], norm_k, eps_k, cos, sin, offs_d, DIM, HALF).to(dtype)
-    value = _multiplied(of_head + KV_HEADS * DIM, l_v, offs_d[None, :], mask_d[None, :]).to(dtype)
-    own = _bounded(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale, softcap)
-    if bias is not None:
-        own += tl.reshape(tl.load(bias), [ROWS]).to(tl.float32)
-    larger = tl.maximum(most, own)
-    weight, before = tl.exp(own - larger), tl.exp(most - larger)
-    attended = attended * before[:, None] + weight[:, None] * value.to(tl.float32)
-    attended = attended / (total * before + weight)[:, None]
-    out += example.to(tl.int64) * (KV_HEADS * QUERIES * DIM)
-    tl.store(out + channels, attended.to(dtype), mask=mask_q)
     tl.store(cache_k + at * DIM + offs_d[None, :], key, mask=mask_d[None, :])
     tl.store(cache_v + at * DIM + offs_d[None, :], value, mask=mask_d[None, :])
+    # The token itself, from registers.
+    most = _bounded(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale, softcap)
+    if bias is not None:
+        bias += (head * QUERIES + tl.minimum(rows, QUERIES - 1))[:, None] * bias_stride
+        most += tl.reshape(tl.load(bias), [ROWS]).to(tl.float32)
+    total = tl.full([ROWS], 1.0, tl.float32)
+    attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + value.to(tl.float32)
+    first = 0
+    if window is not None:
+        first = tl.maximum(at + 1 - window, 0)
+    most, total, attended = _attend_on(
+        query, most, total, attended, cache_k, cache_v, DIM, first, at, bias, at, scale, softcap, offs_d, mask_d, ROWS,
+        BLOCK_N,
+    )  # fmt: skip
+    out += example.to(tl.int64) * (KV_HEADS * QUERIES * DIM)
+    tl.store(out + channels, (attended / total[:, None]).to(dtype), mask=mask_q)
 
 
 @jit
@@ -319,7 +319,7 @@ def _attend_across(
     attended = tl.zeros([1, BLOCK_D], tl.float32)
     most, total, attended = _attend_on(
         query, most, total, attended, k + head * DIM, v + head * DIM, kv_stride, first, end, None, 0, scale, None,
-        offs_d, mask_d, False, BLOCK_N,
+        offs_d, mask_d, 1, BLOCK_N,
     )  # fmt: skip
     attended = (attended / total[:, None]).to(q.dtype.element_ty)
     tl.store(out + example * (HEADS * DIM) + channels, attended, mask=mask_d[None, :])
@@ -334,12 +334,14 @@ def _by_kernel(
     (norm_q, eps_q), (norm_k, eps_k) = ((norm.weight, norm.eps) for norm in qk_norm) if qk_norm else [(None, 0.0)] * 2
     bias, queries = scores.bias, heads // kv_heads
     out = qkv.new_empty(examples, heads * dim)
-    half = 1 if cos is None else cos.shape[-1]
+    # A product on the tensor cores takes 16 rows.
+    half, rows = 1 if cos is None else cos.shape[-1], 1 if queries == 1 else max(16, next_power_of_2(queries))
     launch(
         _attend_to_cache, (examples * kv_heads,), qkv.contiguous(), cache[0], cache[1], place, norm_q, norm_k, cos, sin,
         bias, l_k, l_v, out, scores.scale, scores.softcap, scores.window, eps_q, eps_k, partials_and_stride(l_k)[1],
         partials_and_stride(l_v)[1], 0 if bias is None else bias.stride(0), most, examples // ragged.groups,
-        KV_HEADS=kv_heads, QUERIES=queries, DIM=dim, HALF=half, **_rows(queries), **_blocks(qkv, dim, 16),
+        KV_HEADS=kv_heads, QUERIES=queries, DIM=dim, HALF=half, ROWS=rows,
+        **_blocks(qkv, dim, examples * kv_heads, 16, most),
     )  # fmt: skip
     return out
 
@@ -348,16 +350,20 @@ def _across_by_kernel(q: Tensor, k: Tensor, v: Tensor, source: Ragged, heads: in
     dim, out = q.shape[-1] // heads, torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
         _attend_across, (len(q) * heads,), q, k, v, source.cu_seqlens, out, scale, q.stride(0), k.stride(0),
-        HEADS=heads, DIM=dim, **_blocks(q, dim, 32),
+        HEADS=heads, DIM=dim, **_blocks(q, dim, len(q) * heads, 32, source.max_seqlen),
     )  # fmt: skip
     return out
 
 
-def _rows(queries: int) -> dict[str, int]:
-    return {"ROWS": 1 if queries == 1 else max(16, next_power_of_2(queries)), "DOT": queries > 1}
+def _blocks(x: Tensor, dim: int, programs: int, keys: int, most: int) -> dict[str, int]:
+    """How many keys a program takes at once, as measured on an H200.
 
-
-def _blocks(x: Tensor, dim: int, keys: int) -> dict[str, int]:
-    """How many keys a program takes at once, as measured on an H200: many small programs hide each other's waiting."""
-    block_d = max(16, next_power_of_2(dim))
-    return {"BLOCK_D": block_d, "BLOCK_N": max(16, keys * 128 // (block_d * x.element_size())), "num_warps": 1}
+    Args:
+        programs: where they are many, small ones hide each other's waiting; few have to be large.
+        keys: of a small one, of 64 channels in half precision.
+        most: no program has more.
+    """
+    block_d, warps = max(16, next_power_of_2(dim)), min(8, next_power_of_2(cdiv(_MANY, programs)))
+    warps = min(warps, max(1, next_power_of_2(most) // keys))
+    block_n = max(16, warps * keys * 128 // (block_d * x.element_size()))
+    return {"BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": warps}
