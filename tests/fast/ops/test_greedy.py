@@ -41,7 +41,7 @@ def likeliest(row: Tensor, hidden: list[int]) -> int:
 def test_tokens(backend: Any, dtype: torch.dtype, examples: int, vocabulary: int, ends: list[int], least: int) -> None:
     answers, over = blank(examples, ends, least), [False] * examples
     for step in range(3):
-        logits = torch.randn(examples, vocabulary, device=DEVICE).round(decimals=1).to(dtype)  # some are equal
+        logits = torch.randn(examples, vocabulary, device=DEVICE).round().to(dtype)  # many are equal
         logits[:, :5] += step  # where the ends are
         take_likeliest(logits, answers, has_least=least > 0, backend=backend)
         for example in range(examples):
@@ -62,7 +62,9 @@ def test_what_is_no_number_is_the_largest(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_without_any_finite(backend: Any) -> None:
-    answers = blank(2, [], 0)
-    take_likeliest(torch.full((2, 3000), -torch.inf, device=DEVICE), answers, has_least=False, backend=backend)
-    assert answers.token.flatten().tolist() == [0, 0]
+@pytest.mark.parametrize("score", [0.5, -torch.inf])
+def test_of_equal_ones_the_first(score: float, backend: Any) -> None:
+    answers, logits = blank(1, [], 0), torch.full((1, 40_000), score, device=DEVICE)
+    logits[0, :7] = -torch.inf
+    take_likeliest(logits, answers, has_least=False, backend=backend)
+    assert int(answers.token) == (0 if score == -torch.inf else 7)
