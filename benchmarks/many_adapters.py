@@ -177,10 +177,10 @@ class Shape:
         rows = sorted({0, 1, self.batch // 3, self.batch // 2, self.batch - 1})
         same = differ = 0
         for row in rows:
-            part = slice(row, row + 1)
-            lone = decoder(self.ids[part], self.mask[part], adapter_names=[each[row]])
+            ids, mask = (x[row : row + 1].expand_as(x) for x in (self.ids, self.mask))
+            lone = decoder(ids, mask, adapter_names=[each[row]] * self.batch)
             same += int(torch.equal(lone[0], mixed[row]))
-            other = decoder(self.ids[part], self.mask[part], adapter_names=["__base__"])
+            other = decoder(ids, mask, adapter_names=["__base__"] * self.batch)
             differ += int(not torch.equal(other[0], mixed[row]))
         return {"same_alone": f"{same} of {len(rows)}", "other_than_the_base": f"{differ} of {len(rows)}"}
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
-from described import batch_for, described
+from described import FORMS, batch_for, described
 from ia3 import IA3Config, get_peft_model
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import Decoder, compile_generate, unsupported_reason
@@ -67,7 +67,7 @@ def test_the_tokens_of_generate(tiny, family) -> None:
     assert len({tuple(row[-NEW:].tolist()) for row in found[0]}) > 2
 
 
-@pytest.mark.parametrize("family", ["t5-gated", "mt5", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["t5-gated", "mt5", "llama", "gpt2", "falcon-multi-query"])
 def test_replays_of_what_was_recorded(tiny, family) -> None:
     model = lively(mixed_model(tiny, family))
     settings = {"max_new_tokens": NEW, "eos_token_id": list(range(32)), "min_length": 13}
@@ -115,8 +115,8 @@ def test_it_stops_where_every_row_has_ended(tiny) -> None:
     found = decoder(ids, mask)
     assert found.shape[1] <= 9 + 3
     assert torch.equal(found, expected(model, ids, mask, **settings))
-    (ready,) = decoder.causal.values()
-    assert int(ready.session.count) == found.shape[1] - 9  # no step was made in vain
+    (session,) = decoder.sessions
+    assert int(session.answers.count) == found.shape[1] - 9  # no step was made in vain
 
 
 @pytest.mark.parametrize("least", [{"min_new_tokens": 3}, {"min_new_tokens": 4}, {"min_length": 4}, {"min_length": 5}])
@@ -178,9 +178,10 @@ def test_an_end_is_forced_at_the_last_token(tiny, family, ends) -> None:
         assert (found[:, -1] == 3).any()
 
 
-@pytest.mark.parametrize("form", ["bart", "mbart", "pegasus", "marian", "umt5"])
+@pytest.mark.parametrize("form", ["bart", "plbart", "mbart", "pegasus", "marian", "umt5"])
 def test_every_described_encoder_decoder_is_written_by_the_block(form) -> None:
-    model = lively(described(form, torch.float32).eval())
+    scaled = {"scale_embedding": False} if form == "plbart" else {}  # with it PLBart repeats itself
+    model = lively(described(form, torch.float32, **scaled).eval())
     model.add_adapter("a", IA3Config(task_type="SEQ_2_SEQ_LM"))
     builders.randomise(model, spread=1.0)
     settings = {"max_new_tokens": NEW, "eos_token_id": [3], "forced_eos_token_id": None, "min_length": 0}
@@ -193,6 +194,27 @@ def test_every_described_encoder_decoder_is_written_by_the_block(form) -> None:
         assert torch.equal(found, model.generate(**batch, **settings, **more))
         assert len({tuple(row.tolist()) for row in found}) > 1
     assert decoder.fused
+
+
+def of_mode(task: str) -> list[str]:
+    return [form for form, (_, of_form, _) in FORMS.items() if of_form == task]
+
+
+@pytest.mark.parametrize("form", of_mode("CAUSAL_LM"))
+def test_every_described_decoder_is_written_by_the_block(form) -> None:
+    model = lively(described(form, torch.float64).eval())
+    model.add_adapter("a", IA3Config(task_type="CAUSAL_LM"))
+    builders.randomise(model, spread=1.0)
+    settings = {"max_new_tokens": NEW, "eos_token_id": [3]}
+    assert unsupported_reason(model, **settings) is None
+    decoder = Decoder(model, **settings)
+    for names in (None, ["a", BASE, "default", "a"]):
+        batch = {name: tensor for name, tensor in batch_for(form, left=True).items() if name != "labels"}
+        more = {} if names is None else {"adapter_names": names}
+        found = decoder(**batch, **more)
+        assert torch.equal(found, model.generate(**batch, **settings, do_sample=False, **more))
+        assert len({tuple(row.tolist()) for row in found}) > 1
+    assert len(decoder.fused) == 2
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "llama", "gpt2"])
@@ -231,6 +253,27 @@ def test_rows_that_act_already_are_heard(tiny, family) -> None:
     assert found.shape != plain.shape or not torch.equal(found, plain)
 
 
+def test_a_mixture_that_changes_queries_is_the_own_forwards(tiny) -> None:
+    model = mixed_model(tiny, "gpt2")
+    decoder = Decoder(model, max_new_tokens=3)
+    explicit = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
+    model.add_adapter("every channel", IA3Config(task_type="CAUSAL_LM", **explicit))
+    builders.randomise(model, spread=1.0)
+    ids, mask = prompts(model, 2)
+    for names, sessions in ((["a", "b"], (1, 0)), (["a", "every channel"], (1, 1))):
+        wanted = expected(model, ids, mask, max_new_tokens=3, adapter_names=names)
+        assert torch.equal(decoder(ids, mask, adapter_names=names), wanted)
+        assert (len(decoder.fused), len(decoder.causal)) == sessions
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_bare_model_knows_no_names(tiny, family) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model, 1)
+    with pytest.raises(ValueError, match="adapter"):
+        Decoder(model, max_new_tokens=2)(ids, mask, adapter_names=["a"])
+
+
 def test_one_session_serves_adapters_of_other_sites(tiny) -> None:
     model = get_peft_model(lively(tiny("llama")), IA3Config(task_type="CAUSAL_LM"))
     model.add_adapter("k", IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]))
@@ -243,8 +286,8 @@ def test_one_session_serves_adapters_of_other_sites(tiny) -> None:
         ids, mask = prompts(model, 2)
         wanted = expected(model, ids, mask, adapter_names=names, **settings)
         assert torch.equal(decoder(ids, mask, adapter_names=names), wanted)
-        sessions.append(len(decoder.causal))
-    assert sessions == [1, 1, 1, 2, 2, 2]
+        sessions.append((len(decoder.fused), len(decoder.causal)))
+    assert sessions == [(1, 0), (1, 0), (1, 0), (1, 1), (1, 1), (1, 1)]  # queries are the own forward's
 
 
 def test_the_active_adapter_is_followed(tiny) -> None:
@@ -296,7 +339,30 @@ def test_few_sizes_are_kept(tiny) -> None:
         assert torch.equal(
             decoder(ids, torch.ones_like(ids)), expected(model, ids, torch.ones_like(ids), max_new_tokens=2)
         )
-    assert len(decoder.causal) == 4
+    assert len(decoder.fused) == 4
+
+
+def test_lengths_of_a_bucket_share_a_session(tiny) -> None:
+    model = lively(tiny("llama"))
+    decoder = Decoder(model, max_new_tokens=4)
+    for length in (20, 40, 64):
+        ids, mask = torch.randint(10, 64, (3, length)), torch.ones(3, length, dtype=torch.long)
+        mask[1, : length // 2] = 0
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, max_new_tokens=4))
+    assert len(decoder.sessions) == 1
+
+
+def test_a_change_of_the_way_leaves_no_recording_of_old_weights(tiny) -> None:
+    """The block puts weights next to each other, away from where the own forward's recordings read them."""
+    model = get_peft_model(lively(tiny("llama")), IA3Config(task_type="CAUSAL_LM"))
+    model.add_adapter("q", IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]))
+    builders.randomise(model, spread=1.0)
+    decoder = Decoder(model, max_new_tokens=4)
+    for names, sessions in ((["q", BASE], (0, 1)), (["default", BASE], (1, 0)), (["q", "default"], (1, 1))):
+        ids, mask = prompts(model, 2)
+        wanted = expected(model, ids, mask, max_new_tokens=4, adapter_names=names)
+        assert torch.equal(decoder(ids, mask, adapter_names=names), wanted)
+        assert (len(decoder.fused), len(decoder.causal)) == sessions
 
 
 def test_long_inputs(tiny) -> None:
@@ -314,7 +380,7 @@ def test_prompts_padded_on_the_right_and_empty_batches_go_to_generate(tiny) -> N
     decoder = Decoder(model, max_new_tokens=3)
     ids, mask = prompts(model)
     assert torch.equal(decoder(ids, mask.flip(1)), expected(model, ids, mask.flip(1), max_new_tokens=3))
-    assert not decoder.causal
+    assert not decoder.sessions
 
 
 def test_modules_trained_in_full_go_to_generate_in_a_mixture(tiny) -> None:
@@ -329,7 +395,7 @@ def test_modules_trained_in_full_go_to_generate_in_a_mixture(tiny) -> None:
     assert torch.equal(
         decoder(ids, mask, adapter_names=names), expected(model, ids, mask, adapter_names=names, **settings)
     )
-    assert not decoder.causal
+    assert not decoder.sessions
     assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
     assert decoder.causal
 
@@ -342,20 +408,25 @@ def test_wrong_names_are_refused_before_any_work(tiny) -> None:
         decoder(ids, mask, adapter_names=["a", "b"])
     with pytest.raises(ValueError, match=r"Unknown adapter_names \['c'\]"):
         decoder(ids, mask, adapter_names=["a", "b", "c", "a", "b"])
-    assert not decoder.causal
+    assert not decoder.sessions
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
 def test_nothing_is_looked_at_on_the_host(tiny, family) -> None:
     """Tensors without values can't be: what a graph records is then the same for all of them."""
     decoder = Decoder(lively(tiny(family)).to("meta"), max_new_tokens=NEW, eos_token_id=ENDS, min_new_tokens=2)
-    names, fixed = ("input_ids", "attention_mask"), ()
-    batch = {name: torch.ones(3, 16, dtype=torch.long, device="meta") for name in names}
-    session: Session = CausalSession(decoder.model, decoder.plan, 3, CausalSession.cache_len(16, NEW))
-    if decoder.is_seq2seq:
+    shapes: dict[str, Any] = {
+        "tokens": (64, torch.long),
+        "cu_seqlens": (4, torch.int32),
+        "labels": ((3, 1), torch.long),
+    }
+    session: Session
+    if family != "falcon-multi-query":
         session, fixed = FusedSession(decoder.model, decoder.plan, Size(3, 64, 16, False, Layout(()))), (16, False)
-        shapes = {"tokens": (64, torch.long), "cu_seqlens": (4, torch.int32), "labels": ((3, 1), torch.long)}
-        batch = {name: torch.ones(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    else:
+        shapes, fixed = {name: ((3, 16), torch.long) for name in ("input_ids", "attention_mask")}, ()
+        session = CausalSession(decoder.model, decoder.plan, 3, CausalSession.cache_len(16, NEW))
+    batch = {name: torch.ones(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     with torch.inference_mode():
         assert session.prefill(*fixed, **batch).shape == ()
         assert session.decode_step().shape == ()
@@ -378,8 +449,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mixed_step_adds_one_product_a_site(tiny, dtype) -> None:
-    model = builders.adapted(tiny("llama", dtype=dtype), "a", **builders.CAUSAL)
+def test_a_mixed_step_of_the_own_forward_adds_one_product_a_site(tiny, dtype) -> None:
+    sites = {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    model = builders.adapted(tiny("llama", dtype=dtype), "a", **builders.CAUSAL, **sites)
     assert model.get_parameter("model.layers.0.mlp.down_proj.ia3_l.a").dtype == torch.float32
     decoder = Decoder(model, max_new_tokens=8, min_new_tokens=8)
     ids, mask = prompts(model)
@@ -393,7 +465,7 @@ def test_a_mixed_step_adds_one_product_a_site(tiny, dtype) -> None:
             ready.session.decode_step()
         with acting(ready.vectors), Operations() as mixed:
             ready.session.decode_step()
-    assert mixed.counts - bare.counts == Counter({"mul": 2 * 3})  # keys, values and feed-forward of two blocks
+    assert mixed.counts - bare.counts == Counter({"mul": 2 * 3})  # queries, values and feed-forward of two blocks
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -438,7 +510,9 @@ def test_settings_that_it_does_not_honour(tiny, settings, reason) -> None:
         ("gemma2", "not every layer"),
     ],
 )
-def test_models_that_it_is_not_written_for(tiny, family, reason) -> None:
+def test_models_that_it_is_not_written_for(tiny, monkeypatch, family, reason) -> None:
+    if family != "bloom":  # a family that is not described
+        monkeypatch.setattr("ia3.fast.fused.architecture_of", lambda model: None)
     found = unsupported_reason(tiny(family), max_new_tokens=3)
     assert found is not None
     assert reason in found
@@ -505,8 +579,8 @@ def test_captured_steps_end_early(tiny) -> None:
     generate = compile_generate(model, max_new_tokens=100, eos_token_id=list(range(64)))
     for _ in range(3):
         assert generate(ids, mask).shape == (5, 10)
-    (ready,) = generate.causal.values()
-    assert int(ready.session.count) < 10
+    (session,) = generate.sessions
+    assert int(session.answers.count) < 10
 
 
 def test_a_batch_of_one_after_a_large_one_is_small(tiny) -> None:

@@ -68,6 +68,19 @@ class Packed:
         return Ragged(self["cu_seqlens"], self.max_seqlen, self.total_tokens, groups, self.uniform)
 
 
+def pack_prompts(ids: Tensor, mask: Tensor, *, positions: bool = False, left_padded: bool = False) -> Packed:
+    """Leave out the padding of what a generation reads; the labels only say how many examples there are.
+
+    Args:
+        ids: `[batch, length]`, best on the CPU.
+        mask: alike, one for which `packable` is true.
+        positions: whether the model has learned ones.
+        left_padded: whether they are counted from the first token, not from the first column.
+    """
+    nothing = torch.full((len(ids), 1), IGNORE_INDEX)
+    return _packed(ids.cpu().numpy(), mask.cpu().numpy() != 0, {"labels": nothing}, positions=positions, left_padded=left_padded)
+
+
 def pack_seq2seq(batch: Mapping[str, Tensor], *, positions: bool = False) -> Packed:
     """Leave out the padding of inputs and keep the labels as they are.
 

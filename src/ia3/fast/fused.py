@@ -15,10 +15,9 @@ from ia3.fast import batch
 from ia3.fast.batch import Packed
 from ia3.fast.block import Inputs, Run
 from ia3.fast.guard import own_forward
-from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
+from ia3.fast.layers import Weights, missing_part, unexpected_site
 from ia3.fast.linear import Precision, plain_linear
-from ia3.fast.ops.append import append
-from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
+from ia3.fast.ops.attention import MAX_KEYS
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
 from ia3.fast.ops.cross_entropy import head_losses, token_losses
 from ia3.fast.ops.dropout import dropout
@@ -186,12 +185,13 @@ class FusedLoss:
             ValueError: the examples can't be divided into the table's groups; or on a GPU an input too long for
                 dropout that is computed again.
         """
-        ragged, run = packed.ragged(len(table)), self._run(self._split(table))
+        ragged, run = packed.ragged(len(table)), self.run(self._split(table))
         self._check_length(run, packed)
         compute = {"causal": self._causal, "seq2seq": self._seq2seq, "encoder": self._encoder}[self.architecture.mode]
         return compute(run, packed, ragged)
 
-    def _run(self, slices: Sequence[Tensor]) -> Run:
+    def run(self, slices: Sequence[Tensor]) -> Run:
+        """A forward with these vectors, one a site, `[partials, groups, width]`."""
         return Run(self.weights, self.positions, slices, self.backend, recompute=self.recompute, drops=self.drops)
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +207,7 @@ class FusedLoss:
 
     def _causal(self, run: Run, packed: Packed, ragged: Ragged) -> Tensor:
         (stack,), (blocks,) = self.architecture.stacks, self.weights.stacks
-        x = self._embed(run, stack, packed["tokens"], packed.tensors.get("positions"))
+        x = self.embed(run, stack, packed["tokens"], packed.tensors.get("positions"))
         y = run.through(blocks, x, Inputs(ragged, ragged))
         head, at, labels = self.model.get_output_embeddings(), packed["label_at"], packed["labels"]
         scale = self.architecture.logits_scale(self.config)
@@ -226,7 +226,7 @@ class FusedLoss:
     def _seq2seq(self, run: Run, packed: Packed, source: Ragged) -> Tensor:
         labels = packed["labels"]
         target = Ragged.even(len(labels), labels.shape[1], source.groups, labels.device)
-        kv = self._read(run, packed, source)
+        kv = self.read_source(run, packed, source)
         logits = self._write(run, self.decoder_inputs(labels), Inputs(target, target, kv, source))
         losses = token_losses(logits, labels, run.backend).view(source.groups, -1)
         return losses.sum(1) / (labels != IGNORE_INDEX).view(source.groups, -1).sum(1).clamp(min=1)
@@ -254,10 +254,10 @@ class FusedLoss:
             table: as in the loss.
         """
         count, length = choices.shape
-        source, run = packed.ragged(len(table)), self._run(self._split(table))
+        source, run = packed.ragged(len(table)), self.run(self._split(table))
         alone = Ragged.even(source.examples * count, length, source.groups, choices.device)
         together = Ragged.even(source.examples, count * length, source.groups, choices.device)
-        kv, labels = self._read(run, packed, source), choices.repeat(source.examples, 1)
+        kv, labels = self.read_source(run, packed, source), choices.repeat(source.examples, 1)
         logits = self._write(run, self.decoder_inputs(labels), Inputs(alone, together, kv, source))
         return -token_losses(logits, labels, run.backend).view(source.examples, count, length)
 
@@ -274,7 +274,7 @@ class FusedLoss:
         found: Tensor = own(labels)
         return found
 
-    def _embed(self, run: Run, stack: Stack, tokens: Tensor, positions: Tensor | None) -> Tensor:
+    def embed(self, run: Run, stack: Stack, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """`[tokens]` to `[tokens, width]`."""
         x = self.model.get_submodule(stack.embed)(tokens)
         scale = getattr(self.model.get_submodule(stack.blocks.rpartition(".")[0]), "embed_scale", None)
@@ -288,9 +288,9 @@ class FusedLoss:
             x = self.weights.norm(stack.embed_norm)(x)
         return dropout(x, run.rate(self.architecture.dropouts.embed))
 
-    def _read(self, run: Run, packed: Packed, source: Ragged) -> Tensor:
+    def read_source(self, run: Run, packed: Packed, source: Ragged) -> Tensor:
         """The keys and values of all attentions across, `[source tokens, layers · 2 · inner]`."""
-        x = self._embed(run, self.architecture.stacks[0], packed["tokens"], packed.tensors.get("positions"))
+        x = self.embed(run, self.architecture.stacks[0], packed["tokens"], packed.tensors.get("positions"))
         y = run.through(self.weights.stacks[0], x, Inputs(source, source))
         assert self.weights.cross_kv is not None
         return self.weights.cross_kv(dropout(y, run.rate(self.architecture.dropouts.final)))
@@ -304,111 +304,15 @@ class FusedLoss:
             inputs: what they see.
         """
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).flatten()
-        x = self._embed(run, self.architecture.stacks[1], ids.flatten(), positions)
+        x = self.embed(run, self.architecture.stacks[1], ids.flatten(), positions)
         y = run.through(self.weights.stacks[1], x, inputs)
-        return self._logits(dropout(y, run.rate(self.architecture.dropouts.final)))
+        return self.logits(dropout(y, run.rate(self.architecture.dropouts.final)))
 
-    def _logits(self, y: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
-        logits = plain_linear(head.weight, head.bias)(y * self.architecture.logits_scale(self.config))
+    def logits(self, y: Tensor) -> Tensor:
+        """Of what the last norm returns: `[tokens, width]` to `[tokens, vocabulary]`."""
+        head, scale = self.model.get_output_embeddings(), self.architecture.logits_scale(self.config)
+        logits = plain_linear(head.weight, head.bias)(y if scale == 1.0 else y * scale)
+        if self._softcap is not None:
+            logits = self._softcap * torch.tanh(logits / self._softcap)
         bias = getattr(self.model, "final_logits_bias", None)
         return logits if bias is None else logits + bias
-
-    # Generation: vectors are folded into keys and values as they are written, so that attention reads none.
-
-    @property
-    def cross_width(self) -> int:
-        """Of the keys and values of all attentions across."""
-        assert self.weights.cross_kv is not None
-        return len(self.weights.cross_kv.weight)
-
-    @property
-    def self_widths(self) -> list[int]:
-        """Of the keys and values of each of the decoder's attentions to itself."""
-        layers = self.weights.stacks[-1].layers
-        return [2 * len(layer.project.weight) // 3 for layer in layers if isinstance(layer, SelfLayer)]
-
-    def prefill(self, packed: Packed, vectors: Sequence[Tensor], groups: int, into: Tensor) -> None:
-        """Compute the keys and values of all attentions across, multiplied.
-
-        Args:
-            packed: the inputs; its labels only say how many examples there are.
-            vectors: one a site, `[1, groups, width]`.
-            groups: the examples are divided into so many equal groups in their order.
-            into: where they go, `[at least tokens, layers · 2 · inner]`.
-        """
-        source, run = packed.ragged(groups), self._run(vectors)
-        kv = self._read(run, packed, source)
-        layers = [layer for layer in self.weights.stacks[1].layers if isinstance(layer, CrossLayer)]
-        if all(layer.k is None and layer.v is None for layer in layers):
-            into[: len(kv)].copy_(kv)
-            return
-        width = self.cross_width // len(layers)
-        for layer in layers:
-            own = slice(layer.index * width, (layer.index + 1) * width)
-            append(kv[:, own], run.at(layer.k), run.at(layer.v), source, into[:, own], None, run.backend)
-
-    def decode_step(
-        self, token: Tensor, position: Tensor, kv: Tensor, source: Ragged, caches: Sequence[Tensor],
-        vectors: Sequence[Tensor],
-    ) -> Tensor:  # fmt: skip
-        """The logits of the next token of each example, `[examples, vocabulary]`.
-
-        Args:
-            token: the last of each, `[examples]`.
-            position: how many there are before it, `[1]`.
-            kv: from `prefill`.
-            source: its tokens.
-            caches: a layer's multiplied keys and values so far, `[examples, max_cache_len, 2 · inner]`; this token's
-                are put there.
-            vectors: as in `prefill`.
-        """
-        run, blocks = self._run(vectors), self.weights.stacks[1]
-        examples, most = caches[0].shape[:2]
-        one, before = (Ragged.even(examples, length, source.groups, token.device) for length in (1, most))
-        x, h = self._embed(run, self.architecture.stacks[1], token, position.expand(examples)), None
-        remaining, biases = iter(caches), self._biases(blocks, position, most, x)
-        for layer, norm, rate in zip(blocks.layers, blocks.norms[:-1], blocks.rates[:-1], strict=True):
-            x, normed = run.add_norm(x, h, norm, rate)
-            if isinstance(layer, SelfLayer):
-                h = self._attend_step(
-                    run, layer, normed, position, next(remaining), one, before, biases[layer.relative]
-                )
-            elif isinstance(layer, CrossLayer):
-                q = layer.project(normed)
-                h = self._attended(run, layer, q, one, *of_layer(kv, layer.index, q.shape[-1]), source, None)
-            else:
-                assert isinstance(layer, FeedLayer)
-                h = run.feed(layer, normed, one)
-            x = normed if self.architecture.post_norm else x
-        return self._logits(run.add_norm(x, h, blocks.norms[-1], blocks.rates[-1])[1])
-
-    def _attend_step(
-        self, run: Run, layer: SelfLayer, x: Tensor, position: Tensor, cache: Tensor, one: Ragged, before: Ragged,
-        bias: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """One token's attention to itself and to those before, whose keys and values are in the cache."""
-        q, own = layer.project(x).tensor_split([cache.shape[-1] // 2], -1)
-        append(own, run.at(layer.k), run.at(layer.v), one, cache, position, run.backend)
-        k, v = cache.flatten(0, 1).chunk(2, -1)
-        return self._attended(run, layer, q, one, k, v, before, bias)
-
-    def _biases(self, blocks: Blocks, position: Tensor, length: int, like: Tensor) -> dict[Any, Tensor]:
-        """By what makes them, one token's biases, `[1, heads, 1, length]`; each hides the places that come later."""
-        found: dict[Any, Tensor] = {}
-        for layer in blocks.layers:
-            if isinstance(layer, SelfLayer) and layer.relative not in found:
-                bias = self.positions.bias(layer, length)
-                if bias is None:
-                    least = torch.finfo(like.dtype).min
-                    later = torch.full((length, length), least, dtype=like.dtype, device=like.device).triu(1)
-                    bias = later.expand(1, layer.heads, length, length)
-                found[layer.relative] = bias.index_select(2, position)
-        return found
-
-    def _attended(
-        self, run: Run, layer: SelfLayer | CrossLayer, q: Tensor, of_q: Ragged, k: Tensor, v: Tensor, of_k: Ragged,
-        bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        attended = attention(q, of_q, k, v, of_k, bias, None, None, layer.heads, scale=layer.scale, backend=run.backend)
-        return run.out(layer, attended)

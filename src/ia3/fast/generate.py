@@ -12,7 +12,8 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,15 +25,24 @@ from ia3.adapter import site_vectors
 from ia3.architectures import architecture_of, has_learned_positions
 from ia3.experts import computes_in_a_loop
 from ia3.fast import fused
-from ia3.fast.batch import Packed, pack_seq2seq, packable, round_up
+from ia3.fast.batch import Packed, pack_prompts, packable, round_up
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.guard import Guard, unsupported_modules
-from ia3.fast.ragged import IGNORE_INDEX
-from ia3.fast.sessions import BUCKET, CausalSession, FusedSession, GenerationPlan, Session, Size, start_of
+from ia3.fast.layers import expected_sites
+from ia3.fast.sessions import (
+    BUCKET,
+    CausalSession,
+    FusedSession,
+    GenerationPlan,
+    Session,
+    Size,
+    round_up_to,
+    start_of,
+)
 from ia3.mixing import gather_flat, gather_rows
 from ia3.quantised import first_quantised
 from ia3.rows import BASE, Rows, act_here, acting
-from ia3.sites import Layout, Side
+from ia3.sites import Layout, Side, Site
 from ia3.state import find_attached
 from ia3.swap import SavedModule, Swapped
 
@@ -118,7 +128,7 @@ def unsupported_reason(model: Any, **settings: Any) -> str | None:
     """
     if not isinstance(model, GenerationMixin):
         return f"a {type(model).__name__} generates nothing"
-    reason = capture_unsupported_reason(model) or _unwritten(model)
+    reason = _state_unsupported_reason(model) or _unwritten(model)
     if reason is not None:
         return reason
     config = copy.deepcopy(model.generation_config)
@@ -172,36 +182,60 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def capture_unsupported_reason(model: Any) -> str | None:
-    """Why a forward of this model can't be recorded with masks of one's own; None where it can."""
-    kind = type(model).__name__
+def _state_unsupported_reason(model: Any) -> str | None:
+    """Why a model can't generate here as it stands; None where it can."""
     if model.training:
         return "the model is in training mode"
     if {parameter.device for parameter in model.parameters()} != {model.device}:
         return "the model is spread over several devices"
     if getattr(model, "hf_quantizer", None) is not None or first_quantised(model) is not None:
         return "its weights are quantised"
-    if not getattr(model, "_can_compile_fullgraph", False):
-        return f"transformers does not vouch that a {kind}'s forward is the same for all values"
-    looped = next((path for path, module in model.named_modules() if computes_in_a_loop(module)), None)
-    if looped is not None:
-        return f"the experts of {looped} are computed one after the other: set_experts_implementation('grouped_mm')"
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {model.config._attn_implementation}, and masks are made for sdpa and eager"
     return None
 
 
+def capture_unsupported_reason(model: Any) -> str | None:
+    """Why a forward of this model can't be recorded with masks of one's own; None where it can."""
+    reason, kind = _state_unsupported_reason(model), type(model).__name__
+    if reason is not None:
+        return reason
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return f"transformers does not vouch that a {kind}'s forward is the same for all values"
+    looped = next((path for path, module in model.named_modules() if computes_in_a_loop(module)), None)
+    if looped is not None:
+        return f"the experts of {looped} are computed one after the other: set_experts_implementation('grouped_mm')"
+    return None
+
+
 def _unwritten(model: Any) -> str | None:
     """Why generation is not written here for this model."""
-    kind, config = type(model).__name__, model.config
+    reason = _block_unsupported_reason(model, ())
     for name in ("generate", "prepare_inputs_for_generation"):
         owner = next(cls for cls in type(model).__mro__ if name in cls.__dict__ and not issubclass(cls, Swapped))
-        if owner is not GenerationMixin:
-            return f"a {kind} has a {name} of its own"
-    if config.is_encoder_decoder:
-        return fused.unsupported_reason(model, ())
+        # Those of a family that is described are known.
+        known = owner is GenerationMixin or (reason is None and owner.__module__.startswith("transformers."))
+        if not known:
+            return f"a {type(model).__name__} has a {name} of its own"
+    return reason if reason is None or model.config.is_encoder_decoder else _forward_unsupported_reason(model)
+
+
+def _block_unsupported_reason(model: Any, sites: Sequence[Site]) -> str | None:
+    """Why the block doesn't write this model's tokens under vectors at these sites; None where it does."""
+    architecture = architecture_of(model)
+    if architecture is not None and architecture.mode == "encoder":
+        return f"a {type(model).__name__} is described as an encoder"
+    return fused.unsupported_reason(model, sites) or unsupported_modules(model)
+
+
+def _forward_unsupported_reason(model: Any) -> str | None:
+    """Why a causal model's own forward can't be called over a cache that stays in place; None where it can."""
+    reason = capture_unsupported_reason(model)
+    if reason is not None:
+        return reason
+    kind, config = type(model).__name__, model.config
     takes = inspect.signature(model.forward).parameters
-    if not config.is_encoder_decoder and not {"position_ids", "logits_to_keep"} <= set(takes):
+    if not {"position_ids", "logits_to_keep"} <= set(takes):
         return f"a {kind} takes no position_ids or no logits_to_keep"
     if getattr(config, "alibi", False):
         return f"the positions of this {kind} come from its mask"
@@ -231,6 +265,8 @@ class Decoder(Generate):
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
+        self.has_block = architecture is not None and architecture.mode != "encoder"
+        self.has_forward = not self.is_seq2seq and _forward_unsupported_reason(model) is None
         self.path = "captured" if model.device.type == "cuda" else "static"
 
     @torch.inference_mode()
@@ -248,8 +284,9 @@ class Decoder(Generate):
             self.fused.clear()
             self.reasons.clear()
             self.guard = Guard(self.model)
-        write = self._seq2seq if self.is_seq2seq else self._causal
-        tokens = write(input_ids, attention_mask, adapter_names)
+        tokens = self._by_block(input_ids, attention_mask, adapter_names)
+        if tokens is None and self.has_forward:
+            tokens = self._by_forward(input_ids, attention_mask, adapter_names)
         if tokens is None:
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
         tokens = self._with_last(tokens[: len(input_ids)].clone())
@@ -264,38 +301,39 @@ class Decoder(Generate):
         """Whether a batch is one for sessions, and not for the model's own `generate`."""
         if not len(ids) or self.model.training or act_here():  # rows that act are the model's to hear
             return False
-        if self.is_seq2seq:
-            return packable(mask)
-        # Padded on the right, a prompt is not followed by what is written.
-        return bool(mask[:, -1].all())
+        # Padded on the right, a causal model's prompt is not followed by what is written.
+        return self.is_seq2seq or bool(mask[:, -1].all())
 
-    # Encoder-decoders
+    # By the block
 
-    def _seq2seq(self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
-        """What the block writes, `[at least examples, …]`; None where it can't have these vectors."""
-        found = self._flat(adapter_names)
+    def _by_block(self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
+        """What the block writes, `[at least examples, …]`; None where it can't have these inputs or vectors."""
+        found = self._flat(adapter_names) if self.has_block and packable(mask) else None
         if found is None:
             return None
         (layout, flat), count = found, len(input_ids)
-        nothing = torch.full((count, 1), IGNORE_INDEX)
-        packed = pack_seq2seq(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing},
-            positions=self.has_positions,
-        )
+        packed = pack_prompts(input_ids, mask, positions=self.has_positions, left_padded=not self.is_seq2seq)
+        longest = packed.max_seqlen
         size = self._fitting(count, round_up(packed, count, self.plan.pad), layout, adapter_names is not None)
         packed = round_up(packed, size.examples, self.plan.pad)
+        if not self.is_seq2seq:
+            # A session has room for longer ones, which would be rotated and attended to for nothing.
+            packed = replace(packed, max_seqlen=round_up_to(longest, BUCKET))
         session = self._session(size)
-        session.hold(flat)
+        session.hold(layout, flat)
         written = self._until_ended(
-            session, lambda: session.prefilling(*packed.fixed, **packed.tensors), session.decoding
+            session,
+            lambda: session.prefilling(*packed.fixed, **packed.tensors),
+            session.stepping,
+            prompt=1 if self.is_seq2seq else input_ids.shape[1],
         )
-        return session.tokens[:, :written]
+        return session.answers.tokens[:, :written]
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""
         state = find_attached(self.model)
-        if state is not None and adapter_names is not None:
-            layout, flat = gather_flat(self.model, adapter_names)
+        if adapter_names is not None:
+            layout, flat = _narrowed(self.model, *gather_flat(self.model, adapter_names))
         elif state is None or not state.active or not state.enabled or state.originals is not None:
             layout, flat = Layout(()), torch.ones(1, 0, device=self.model.device)
         elif len(state.active) > 1:
@@ -305,20 +343,24 @@ class Decoder(Generate):
             layout = adapter.layout
             flat = layout.flatten([vector for _, vector in site_vectors(self.model, adapter)])[None]
         if layout not in self.reasons:
-            reason = fused.unsupported_reason(self.model, layout.sites)
-            self.reasons[layout] = reason or unsupported_modules(self.model)
+            self.reasons[layout] = _block_unsupported_reason(self.model, layout.sites)
         return (layout, flat) if self.reasons[layout] is None else None
 
     def _fitting(self, count: int, packed: Packed, layout: Layout, mixed: bool) -> Size:
         """The size of the smallest session that is kept and not many times too large, or else of a new one."""
+        wanted = set(layout.sites)
         fits = [
             size
             for size in self.fused
-            if (size.max_seqlen, size.mixed, size.layout) == (packed.max_seqlen, mixed, layout)
+            if (size.max_seqlen, size.mixed) == (packed.max_seqlen, mixed)
+            and (size.layout == layout or (mixed and wanted <= set(size.layout.sites)))
             and count <= size.examples <= _TOO_MANY * count
             and size.total_tokens >= packed.total_tokens
         ]
-        new = Size(_power_of_two(count), _power_of_two(packed.total_tokens), packed.max_seqlen, mixed, layout)
+        examples, total = _power_of_two(count), _power_of_two(packed.total_tokens)
+        if not self.is_seq2seq:  # what is kept of a prompt has room for the longest
+            total = max(total, examples * packed.max_seqlen)
+        new = Size(examples, total, packed.max_seqlen, mixed, layout)
         return min(fits, key=lambda size: (size.examples, size.total_tokens), default=new)
 
     def _session(self, size: Size) -> FusedSession:
@@ -328,13 +370,17 @@ class Decoder(Generate):
             while len(self.fused) >= _KEPT:
                 del self.fused[next(iter(self.fused))]
             session = FusedSession(self.model, self.plan, size)
+            if not self.guard.is_valid():
+                self.causal.clear()  # they read the weights where these were
             self.guard = Guard(self.model, session.fused.folded)  # its weights were fused
         self.fused[size] = session
         return session
 
-    # Causal models
+    # By the own forward of a causal model
 
-    def _causal(self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
+    def _by_forward(
+        self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None
+    ) -> Tensor | None:
         """What the model's own forward writes; None where it takes its examples apart."""
         examples, length = self._room(*input_ids.shape)
         vectors = None
@@ -349,7 +395,7 @@ class Decoder(Generate):
             written = self._until_ended(
                 session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1]
             )
-        return session.tokens[:, :written]
+        return session.answers.tokens[:, :written]
 
     def _room(self, count: int, prompt: int) -> tuple[int, int]:
         """The examples and the cache of a batch's session: it is filled up to the examples of a larger one."""
@@ -389,7 +435,7 @@ class Decoder(Generate):
     ) -> int:
         """Go on until every example has ended; the number of tokens each."""
         plan, watch = self.plan, _Watch(self.model.device)
-        session.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
+        session.answers.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
         all_ended, written = prefill(), 1
         while written < plan.max_new_tokens and not (plan.ends and watch.sees(all_ended)):
             all_ended, written = decode_step(), written + 1
@@ -450,6 +496,21 @@ class _Watch:
         flag, event = self.pending.popleft()
         event.synchronize()
         return bool(flag)
+
+
+def _narrowed(model: Any, layout: Layout, flat: Tensor) -> tuple[Layout, Tensor]:
+    """A mixture's vectors `[examples, D]` over keys and values alone, if none changes a fused layer's queries."""
+    architecture = architecture_of(model)
+    if architecture is None or all(stack.attention.channels is None for stack in architecture.stacks):
+        return layout, flat
+    expected = expected_sites(model, architecture)
+    sites = [replace(site, intervals=expected.get((site.path, site.side))) for site in layout.sites]
+    begins = accumulate(layout.widths, initial=0)
+    taken = torch.cat([begin + site.channels() for begin, site in zip(begins, sites, strict=False)])
+    rest = torch.ones(layout.size, dtype=torch.bool).index_fill(0, taken, False)
+    if bool((flat[:, rest] != 1).any()):
+        return layout, flat
+    return Layout(tuple(sites)), flat[:, taken]
 
 
 def _power_of_two(count: int) -> int:

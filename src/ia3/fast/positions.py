@@ -52,6 +52,17 @@ class Positions:
         found: Tensor = self.known[attention, length]
         return found
 
+    def bias_by_distance(self, layer: SelfLayer, length: int) -> Tensor | None:
+        """The same of one query and the keys up to it, by how far before it they are, `[heads, length]`."""
+        attention: Any = layer.relative
+        if attention is None:
+            return None
+        if (attention, "distance", length) not in self.known:
+            (bias,) = attention.compute_bias(1, length, past_seen_tokens=length - 1).to(self.weight.dtype)
+            self.known[attention, "distance", length] = bias[:, 0].flip(-1).contiguous()
+        found: Tensor = self.known[attention, "distance", length]
+        return found
+
     def angles(self, layer: SelfLayer, length: int) -> tuple[Tensor, Tensor]:
         """The cosines and sines of the first positions, `[length, rotated / 2]`."""
         kind = layer.kind if self.by_kind else None

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from ia3.fast.batch import Packed
 from ia3.fast.cache import additive_mask, fill_up, fixed_cache
 from ia3.fast.capture import GraphedCallable
+from ia3.fast.decoding import Decoding, Room
 from ia3.fast.fused import FusedLoss
-from ia3.fast.ragged import Ragged
+from ia3.fast.ops.backend import Backend
+from ia3.fast.ops.greedy import Answers, take_likeliest
+from ia3.fast.ops.launch import compile_kernels
 from ia3.sites import Layout
 
 BUCKET = 16
@@ -76,11 +79,18 @@ class Session:
     def __init__(self, model: Any, plan: GenerationPlan, examples: int) -> None:
         self.model, self.plan, self.examples = model, plan, examples
         whole: dict[str, Any] = {"dtype": torch.long, "device": model.device}
-        self.token = torch.full((examples, 1), plan.pad, **whole)
-        self.tokens = torch.full((examples, plan.max_new_tokens), plan.pad, **whole)
-        self.ends = torch.tensor(plan.ends, **whole)
-        self.ended = torch.zeros(examples, dtype=torch.bool, device=model.device)
-        self.count, self.min_tokens, self.written = (torch.zeros(1, **whole) for _ in range(3))
+        no: dict[str, Any] = {"dtype": torch.bool, "device": model.device}
+        self.answers = Answers(
+            token=torch.full((examples, 1), plan.pad, **whole),
+            tokens=torch.full((examples, plan.max_new_tokens), plan.pad, **whole),
+            count=torch.zeros(1, **whole),
+            ended=torch.zeros(examples, **no),
+            all_ended=torch.zeros((), **no),
+            ends=torch.tensor(plan.ends, **whole),
+            min_tokens=torch.zeros(1, **whole),
+            pad=plan.pad,
+        )
+        self.backend: Backend = "torch"
 
     def decode_step(self) -> Tensor:
         """Write each example one more token; whether all have ended."""
@@ -88,23 +98,14 @@ class Session:
 
     def start(self) -> None:
         """Forget the last batch."""
-        for tensor in (self.count, self.written, self.ended):
-            tensor.zero_()
+        self.answers.count.zero_()
+        self.answers.ended.zero_()
 
     def take(self, logits: Tensor) -> Tensor:
         """Write each example its likeliest token, of `[examples, vocabulary]`, padding where it has ended."""
-        plan = self.plan
-        if plan.ends and (plan.min_length or plan.min_new_tokens):
-            ends = logits[:, self.ends].masked_fill(self.count < self.min_tokens, -torch.inf)
-            logits = logits.index_copy(1, self.ends, ends)
-        token = logits.argmax(-1)
-        if plan.ends:
-            token = token.masked_fill(self.ended, plan.pad)
-            self.ended.logical_or_((token[:, None] == self.ends).any(1))
-        self.token.copy_(token[:, None])
-        self.tokens.index_copy_(1, self.count, self.token)
-        self.count.add_(1)
-        return self.ended.all()
+        has_least = bool(self.plan.min_length or self.plan.min_new_tokens)
+        take_likeliest(logits, self.answers, has_least=has_least, backend=self.backend)
+        return self.answers.all_ended
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Size:
 
 
 class FusedSession(Session):
-    """A seq2seq model by the block, with one vector a site for all examples or one an example.
+    """A model by the block, with one vector a site for all examples or one an example.
 
     Args:
         model: a model for which `fused.unsupported_reason` has nothing to say.
@@ -138,40 +139,38 @@ class FusedSession(Session):
     def __init__(self, model: Any, plan: GenerationPlan, size: Size) -> None:
         super().__init__(model, plan, size.examples)
         self.size, self.fused, device = size, FusedLoss(model, size.layout), model.device
-        self.groups = size.examples if size.mixed else 1
-        whole: dict[str, Any] = {"dtype": model.dtype, "device": device}
+        self.backend = self.fused.backend
+        groups = size.examples if size.mixed else 1
         # All sites' vectors of an example beside each other: a batch's are one copy.
-        self.flat = torch.ones(self.groups, size.layout.size, **whole)
+        self.flat = torch.ones(groups, size.layout.size, dtype=model.dtype, device=device)
         self.vectors = size.layout.split(self.flat[None])
-        width = self.fused.cross_width
-        self.kv = torch.zeros(size.total_tokens, width, **whole)
-        self.cu_seqlens = torch.zeros(size.examples + 1, dtype=torch.int32, device=device)
-        max_cache_len = round_up_to(plan.max_new_tokens, BUCKET)
-        self.caches = [torch.zeros(size.examples, max_cache_len, inner, **whole) for inner in self.fused.self_widths]
+        prompt = 0 if model.config.is_encoder_decoder else size.max_seqlen
+        positions = round_up_to(prompt + plan.max_new_tokens, BUCKET)
+        self.decoding = Decoding(self.fused, Room(size.examples, groups, positions, size.total_tokens, size.max_seqlen))
         self.prefilling = GraphedCallable(self.prefill, device, repeatable=True)
-        self.decoding = GraphedCallable(self.decode_step, device)
+        self.stepping = GraphedCallable(self.decode_step, device)
+        compile_kernels(self.decode_step, device)
 
-    def hold(self, flat: Tensor) -> None:
-        """Take a batch's vectors, `[1 or examples, D]`."""
-        self.flat[: len(flat)].copy_(flat)
+    def hold(self, layout: Layout, flat: Tensor) -> None:
+        """Take a batch's vectors, `[1 or examples, D]`; sites that it doesn't have get ones."""
+        if layout == self.size.layout:
+            self.flat[: len(flat)].copy_(flat)
+            return
+        self.flat.fill_(1)
+        held = dict(zip(self.size.layout.sites, self.vectors, strict=True))
+        for site, vector in zip(layout.sites, layout.split(flat), strict=True):
+            held[site][0, : len(flat)].copy_(vector)
 
     def prefill(self, max_seqlen: int, uniform: bool, **tensors: Tensor) -> Tensor:
         """Read packed inputs and write each its first token; whether all have ended."""
         self.start()
-        self.token.fill_(self.plan.start)
-        packed = Packed(tensors, max_seqlen, uniform)
-        cu_seqlens = packed["cu_seqlens"]
-        self.cu_seqlens.copy_(cu_seqlens)
-        self.ended.copy_(cu_seqlens[1:] == cu_seqlens[:-1])  # an empty example writes nothing
-        self.fused.prefill(packed, self.vectors, self.groups, self.kv)
-        return self.decode_step()
+        cu_seqlens = tensors["cu_seqlens"]
+        self.answers.ended.copy_(cu_seqlens[1:] == cu_seqlens[:-1])  # an empty example writes nothing
+        return self.take(self.decoding.read(Packed(tensors, max_seqlen, uniform), self.vectors, self.plan.start))
 
     def decode_step(self) -> Tensor:
         """See `Session`."""
-        source = Ragged(self.cu_seqlens, self.size.max_seqlen, len(self.kv), self.groups)
-        logits = self.fused.decode_step(self.token.flatten(), self.written, self.kv, source, self.caches, self.vectors)
-        self.written.add_(1)
-        return self.take(logits)
+        return self.take(self.decoding.step(self.answers.token.flatten(), self.vectors))
 
 
 class CausalSession(Session):
@@ -188,7 +187,7 @@ class CausalSession(Session):
         super().__init__(model, plan, examples)
         self.hidden = torch.finfo(model.dtype).min
         self.mask = torch.full((examples, 1, 1, max_cache_len), self.hidden, dtype=model.dtype, device=model.device)
-        self.position = torch.zeros_like(self.token)
+        self.position, self.written = torch.zeros_like(self.answers.token), torch.zeros_like(self.answers.count)
         self.cache = fixed_cache(max_cache_len, self.written)
 
     @staticmethod
@@ -223,7 +222,7 @@ class CausalSession(Session):
         """See `Session`."""
         self.position.add_(1)
         self.mask.index_fill_(3, self.written, 0)
-        logits = self._read(self.token, self.mask, self.position)
+        logits = self._read(self.answers.token, self.mask, self.position)
         self.written.add_(1)
         return self.take(logits)
 

@@ -58,10 +58,11 @@ def rotary_heads(
             norm(x.unflatten(1, (-1, len(norm.weight)))).flatten(1) for norm, x in zip(qk_norm, (q, k), strict=True)
         )
     q, k, v = (ragged.pad(x).view(ragged.examples, ragged.max_seqlen, -1, dim).transpose(1, 2) for x in (q, k, v))
-    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
+    return rotated(q, cos, sin), rotated(k, cos, sin), v
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads `[…, dim]`, rotated by angles `[…, rotated / 2]`; the channels behind stay."""
     half = cos.shape[-1]
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], -1)
     # Angles may be in fp32 beside activations in half precision.
