@@ -78,7 +78,9 @@ def pack_prompts(ids: Tensor, mask: Tensor, *, positions: bool = False, left_pad
         left_padded: whether they are counted from the first token, not from the first column.
     """
     nothing = torch.full((len(ids), 1), IGNORE_INDEX)
-    return _packed(ids.cpu().numpy(), mask.cpu().numpy() != 0, {"labels": nothing}, positions=positions, left_padded=left_padded)
+    return _packed(
+        ids.cpu().numpy(), mask.cpu().numpy() != 0, {"labels": nothing}, positions=positions, left_padded=left_padded
+    )
 
 
 def pack_seq2seq(batch: Mapping[str, Tensor], *, positions: bool = False) -> Packed:
