@@ -19,7 +19,7 @@ from ia3.fast.guard import own_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, SelfLayer, Weights, missing_part, unexpected_site
 from ia3.fast.linear import Precision
 from ia3.fast.ops.append import append
-from ia3.fast.ops.attention import MAX_KEYS, attention, of_layer
+from ia3.fast.ops.attention import attention, of_layer
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
 from ia3.fast.ops.cross_entropy import head_losses, token_losses
 from ia3.fast.ops.dropout import dropout
@@ -182,11 +182,9 @@ class FusedLoss:
             table: a row of vectors a group, `[groups, D]`; an encoder's has one.
 
         Raises:
-            ValueError: the examples can't be divided into the table's groups; or on a GPU an input too long for
-                dropout that is computed again.
+            ValueError: the examples can't be divided into the table's groups.
         """
         ragged, run = packed.ragged(len(table)), self._run(self._split(table))
-        self._check_length(run, packed)
         compute = {"causal": self._causal, "seq2seq": self._seq2seq, "encoder": self._encoder}[self.architecture.mode]
         return compute(run, packed, ragged)
 
@@ -195,14 +193,6 @@ class FusedLoss:
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
         return self.layout.split(with_partials(table, self.backend))
-
-    def _check_length(self, run: Run, packed: Packed) -> None:
-        by_seeds = run.backend == "triton" and self.positions.rotary is None
-        if run.recompute and run.attention and by_seeds and packed.max_seqlen > MAX_KEYS:
-            raise ValueError(
-                f"An input has {packed.max_seqlen} tokens, and with dropout recompute is for at most {MAX_KEYS}: cut "
-                "the inputs there, train without dropout, or without recompute."
-            )
 
     def _causal(self, run: Run, packed: Packed, ragged: Ragged) -> Tensor:
         (stack,), (blocks,) = self.architecture.stacks, self.weights.stacks
