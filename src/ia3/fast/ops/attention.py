@@ -4,8 +4,7 @@ Without rotary positions the keys' vector may multiply the queries, and the valu
 
     q · (l ∘ k) = (l ∘ q) · k        softmax(…) (v diag(l)) = (softmax(…) v) diag(l)
 
-Both are exact, and in PyTorch cheaper wherever the queries are the shorter side, as in a decoder that writes a label.
-Kernels (`ops/attention_kernels.py`) have the keys at hand anyway.
+Both are exact, and cheaper wherever the queries are the shorter side, as in a decoder that writes a label.
 """
 
 from __future__ import annotations
@@ -228,28 +227,32 @@ class _Launcher:
         self.sizes = {"HEADS": heads, "DIM": dim, "BLOCK_D": max(16, next_power_of_2(dim)), "CAUSAL": causal}
 
     def blocks(self, kernel: str, x: Tensor) -> dict[str, int]:
-        """How many queries and keys a program takes at a time, as measured on an H200."""
-        small = x.element_size() == 2 and self.sizes["BLOCK_D"] <= 128
-        all_keys = 16 if self.of_k.max_seqlen <= 16 else max(64, next_power_of_2(self.of_k.max_seqlen))
-        block_m, keys, warps = (64, min(all_keys, 128), 4) if small else (32, min(all_keys, 32), 4)
-        if self.of_q.max_seqlen <= 16:
-            block_m = 16
+        """How many queries and keys a program takes at a time, as measured on an H200; more is no room for."""
+        size = self.sizes["BLOCK_D"] * x.element_size()
+        small = x.element_size() == 2 and size <= 256
+        most = 128 if small else 32 if size <= 512 else 16
+        keys = 16 if self.of_k.max_seqlen <= 16 else min(most, max(64, next_power_of_2(self.of_k.max_seqlen)))
+        queries = 16 if self.of_q.max_seqlen <= 16 else min(most, 64)
+        found = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 4}
         if kernel == "backward q":
-            return {"BLOCK_M": block_m, "BLOCK_N": min(keys, 64), "num_warps": warps}
-        found = {"BLOCK_M": block_m, "BLOCK_N": keys, "num_warps": warps, "WHOLE": self.of_k.max_seqlen <= keys}
-        return found | {"num_warps": 8 if keys == 128 else 4, "num_stages": 1} if kernel == "backward" else found
+            return found | {"BLOCK_N": min(keys, 64), "num_warps": 8 if small and size > 128 else 4}
+        whole = self.of_k.max_seqlen <= keys
+        if kernel == "backward":
+            found |= {"BLOCK_M": min(queries, 32) if whole else queries, "num_stages": 1}
+            found |= {"num_warps": 8 if keys == 128 else 4}
+        return found | {"WHOLE": whole}
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, l_k: Vector, l_v: Vector, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What attention returns, and lse."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(len(q), self.heads, dtype=torch.float32, device=q.device)
+        lse = torch.empty(self.heads, len(q), dtype=torch.float32, device=q.device)
         blocks = self.blocks("forward", q)
         launch(
             attention_forward, (self.of_q.examples * self.heads, cdiv(self.of_q.max_seqlen, blocks["BLOCK_M"])),
             q, k, v, bias, self.of_q.cu_seqlens, self.of_k.cu_seqlens, l_k, l_v, out, lse, seed, *self.floats,
-            q.stride(0), k.stride(0), *self.strides, *self.lengths, **blocks, **self.sizes,
+            len(q), q.stride(0), k.stride(0), *self.strides, *self.lengths, **blocks, **self.sizes,
         )  # fmt: skip
         return out, lse
 
@@ -260,7 +263,7 @@ class _Launcher:
         """Fills the gradients of queries, keys and values; returns the vectors'."""
         d_l_k, d_l_v, delta = empty_gradient(l_k), empty_gradient(l_v), None
         inputs = (q, k, v, bias, self.of_q.cu_seqlens, self.of_k.cu_seqlens, l_k, l_v, do.contiguous(), lse)
-        programs, strides = (self.partials * self.groups, self.heads), (q.stride(0), k.stride(0), dq.stride(0))
+        programs, strides = (self.partials * self.groups, self.heads), (len(q), q.stride(0), k.stride(0), dq.stride(0))
         lengths = (*self.strides, *self.lengths, self.groups, self.partials)
         blocks = self.blocks("backward", q)
         if not blocks["WHOLE"]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 #   l_k, l_v          [groups, HEADS · DIM], fp32, a group every stride_k or stride_v numbers; None without
 #   seed              one int64; None without dropout
 #   p, scale          of dropout and of the scores, floats; scale is None for 1, so that a product's sums start at bias
-#   lse               [query tokens, HEADS], fp32: log2 of the sum of exponentials of a query's scores
-#   delta             [query tokens, HEADS], fp32: the sum over the keys of weights times their gradients
+#   lse               [HEADS, q_tokens], fp32: log2 of the sum of exponentials of a query's scores
+#   delta             [HEADS, q_tokens], fp32: the sum over the keys of weights times their gradients
 #   do                [query tokens, HEADS · DIM], contiguous: the gradient of out
 #   WHOLE             BLOCK_N holds all keys of an example
 # All dropout masks are of one tensor of weights, [examples, HEADS, max_seqlen_q, max_seqlen_k].
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 @jit
 def _seen_scores(scores, bias, bias_row, at_m, at_n, seqlen_q, seqlen_k, scale, CAUSAL: tl.constexpr):
     """Products of queries and keys as scores; -inf where a query sees no key.
+
+    Rows of queries behind an example's last are zeros, as are their gradients, so that nothing comes of their weights.
 
     Args:
         scores: `[queries, keys]` or `[keys, queries]`.
@@ -60,10 +62,10 @@ def _exp(x, bits):
     return tl.exp2(x * 1.4426950408889634 - bits)
 
 
-@jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "group_examples"])
+@jit(do_not_specialize=["q_tokens", "max_seqlen_q", "max_seqlen_k", "group_examples"])
 def attention_forward(
-    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, l_k, l_v, out, lse, seed, p, scale, q_stride, kv_stride, stride_k,
-    stride_v, bias_head, bias_row, max_seqlen_q, max_seqlen_k, group_examples,
+    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, l_k, l_v, out, lse, seed, p, scale, q_tokens, q_stride, kv_stride,
+    stride_k, stride_v, bias_head, bias_row, max_seqlen_q, max_seqlen_k, group_examples,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +126,7 @@ def attention_forward(
             attended += tl.dot(weights.to(query.dtype), value, input_precision="tf32x3")
         total = tl.maximum(total, 1e-30)
         bits = most * 1.4426950408889634 + tl.log2(total)
-        tl.store(lse + (begin_q + offs_m) * HEADS + head, bits, mask=offs_m < seqlen_q)
+        tl.store(lse + head * q_tokens + begin_q + offs_m, bits, mask=offs_m < seqlen_q)
         share = 1 / total
         if seed is not None:
             share /= 1 - p
@@ -138,21 +140,33 @@ def attention_forward(
 
 @jit
 def _load_queries(
-    q, do, lse, begin_q, seqlen_q, offs_m, head, channels, mask_d, q_stride, HEADS: tl.constexpr, DIM: tl.constexpr
+    q,
+    do,
+    lse,
+    q_tokens,
+    begin_q,
+    seqlen_q,
+    offs_m,
+    head,
+    channels,
+    mask_d,
+    q_stride,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     """Some of an example's queries, the gradients of what attention returned for them, and their lse."""
     mask_q = (offs_m < seqlen_q)[:, None] & mask_d[None, :]
     tokens_q = (begin_q + offs_m)[:, None]
     query = tl.load(q + tokens_q * q_stride + channels[None, :], mask=mask_q, other=0.0)
     g = tl.load(do + tokens_q * (HEADS * DIM) + channels[None, :], mask=mask_q, other=0.0)
-    return query, g, tl.load(lse + (begin_q + offs_m) * HEADS + head, mask=offs_m < seqlen_q, other=0.0)
+    return query, g, tl.load(lse + head * q_tokens + begin_q + offs_m, mask=offs_m < seqlen_q, other=0.0)
 
 
-@jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "group_examples", "groups", "partials"])
+@jit(do_not_specialize=["q_tokens", "max_seqlen_q", "max_seqlen_k", "group_examples", "groups", "partials"])
 def attention_backward(
     q, k, v, bias, cu_seqlens_q, cu_seqlens_k, l_k, l_v, do, lse, delta, dq, dk, dv, d_l_k, d_l_v, seed, p, scale,
-    q_stride, kv_stride, dq_stride, dkv_stride, stride_k, stride_v, bias_head, bias_row, max_seqlen_q, max_seqlen_k,
-    group_examples, groups, partials,
+    q_tokens, q_stride, kv_stride, dq_stride, dkv_stride, stride_k, stride_v, bias_head, bias_row, max_seqlen_q,
+    max_seqlen_k, group_examples, groups, partials,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +216,19 @@ def attention_backward(
         value = tl.load(v + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
         first_m = start_n if CAUSAL else 0
         query, g, own_lse = _load_queries(
-            q, do, lse, begin_q, seqlen_q, first_m + tl.arange(0, BLOCK_M), head, channels, mask_d, q_stride, HEADS, DIM
+            q,
+            do,
+            lse,
+            q_tokens,
+            begin_q,
+            seqlen_q,
+            first_m + tl.arange(0, BLOCK_M),
+            head,
+            channels,
+            mask_d,
+            q_stride,
+            HEADS,
+            DIM,
         )
         d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -212,7 +238,7 @@ def attention_backward(
         for start_m in range(first_m, end_m, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             next_query, next_g, next_lse = _load_queries(
-                q, do, lse, begin_q, seqlen_q, offs_m + BLOCK_M, head, channels, mask_d, q_stride, HEADS, DIM
+                q, do, lse, q_tokens, begin_q, seqlen_q, offs_m + BLOCK_M, head, channels, mask_d, q_stride, HEADS, DIM
             )
             own_query, own_g = query, g
             if l_k is not None:
@@ -236,7 +262,7 @@ def attention_backward(
             if WHOLE:
                 dot = tl.sum(weights * d_weights, 0) * more
             else:
-                dot = tl.load(delta + (begin_q + offs_m) * HEADS + head, mask=offs_m < seqlen_q, other=0.0)
+                dot = tl.load(delta + head * q_tokens + begin_q + offs_m, mask=offs_m < seqlen_q, other=0.0)
             d_scores = weights * (d_weights * more - dot[None, :])
             if scale is not None:
                 d_scores *= scale
@@ -244,14 +270,14 @@ def attention_backward(
             d_key += tl.dot(d_scores, own_query, input_precision="tf32x3")
             if WHOLE:
                 if l_v is not None:
-                    attended = tl.dot(tl.trans(value), kept, input_precision="tf32x3")
-                    sum_v += tl.sum(tl.trans(g).to(tl.float32) * attended, 1)
-                d_query = tl.dot(tl.trans(key), d_scores, input_precision="tf32x3")
+                    attended = tl.dot(tl.trans(kept), value, input_precision="tf32x3")
+                    sum_v += tl.sum(g.to(tl.float32) * attended, 0)
+                d_query = tl.dot(tl.trans(d_scores), key, input_precision="tf32x3")
                 if l_k is not None:
-                    sum_k += tl.sum(tl.trans(query).to(tl.float32) * d_query, 1)
-                    d_query *= factor_k.to(tl.float32)[:, None]
+                    sum_k += tl.sum(query.to(tl.float32) * d_query, 0)
+                    d_query *= factor_k.to(tl.float32)[None, :]
                 offs = (begin_q + offs_m)[:, None] * dq_stride + channels[None, :]
-                tl.store(dq + offs, tl.trans(d_query.to(dtype)), mask=(offs_m < seqlen_q)[:, None] & mask_d[None, :])
+                tl.store(dq + offs, d_query.to(dtype), mask=(offs_m < seqlen_q)[:, None] & mask_d[None, :])
             query, g, own_lse = next_query, next_g, next_lse
         offs_dkv = tokens_k * dkv_stride + channels[None, :]
         tl.store(dk + offs_dkv, d_key.to(dtype), mask=mask_k)
@@ -263,11 +289,11 @@ def attention_backward(
         tl.store(d_l_v + offs, sum_v * more, mask=mask_d)
 
 
-@jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "group_examples", "groups", "partials"])
+@jit(do_not_specialize=["q_tokens", "max_seqlen_q", "max_seqlen_k", "group_examples", "groups", "partials"])
 def attention_backward_q(
-    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, l_k, l_v, do, lse, delta, dq, d_l_k, d_l_v, seed, p, scale, q_stride,
-    kv_stride, dq_stride, stride_k, stride_v, bias_head, bias_row, max_seqlen_q, max_seqlen_k, group_examples, groups,
-    partials,
+    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, l_k, l_v, do, lse, delta, dq, d_l_k, d_l_v, seed, p, scale, q_tokens,
+    q_stride, kv_stride, dq_stride, stride_k, stride_v, bias_head, bias_row, max_seqlen_q, max_seqlen_k, group_examples,
+    groups, partials,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +336,7 @@ def attention_backward_q(
         seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
         offs_m = start_m + tl.arange(0, BLOCK_M)
         query, g, own_lse = _load_queries(
-            q, do, lse, begin_q, seqlen_q, offs_m, head, channels, mask_d, q_stride, HEADS, DIM
+            q, do, lse, q_tokens, begin_q, seqlen_q, offs_m, head, channels, mask_d, q_stride, HEADS, DIM
         )
         own_query, own_g = query, g
         if l_k is not None:
@@ -351,7 +377,7 @@ def attention_backward_q(
                     if scale is not None:
                         d_scores *= scale
                     d_query += tl.dot(d_scores.to(dtype), key, input_precision="tf32x3")
-        tl.store(delta + (begin_q + offs_m) * HEADS + head, dot, mask=offs_m < seqlen_q)
+        tl.store(delta + head * q_tokens + begin_q + offs_m, dot, mask=offs_m < seqlen_q)
         if l_v is not None:
             sum_v += tl.sum(g.to(tl.float32) * attended, 0)
         if l_k is not None:
