@@ -227,19 +227,24 @@ class _Launcher:
         self.sizes = {"HEADS": heads, "DIM": dim, "BLOCK_D": max(16, next_power_of_2(dim)), "CAUSAL": causal}
 
     def blocks(self, kernel: str, x: Tensor) -> dict[str, int]:
-        """How many queries and keys a program takes at a time, as measured on an H200; more is no room for."""
-        size = self.sizes["BLOCK_D"] * x.element_size()
-        small = x.element_size() == 2 and size <= 256
-        most = 128 if small else 32 if size <= 512 else 16
+        """How many queries and keys a program takes at a time: as measured on an H200 for heads of up to 64 channels.
+
+        Of wider heads fewer, and fewer read ahead, so that they have room in the shared memory of a smaller GPU.
+        """
+        block_d = self.sizes["BLOCK_D"]
+        wide, small = block_d > 64, x.element_size() == 2 and block_d <= 128
+        most = 128 if small else 32 if block_d * x.element_size() <= 256 else 16
         keys = 16 if self.of_k.max_seqlen <= 16 else min(most, max(64, next_power_of_2(self.of_k.max_seqlen)))
         queries = 16 if self.of_q.max_seqlen <= 16 else min(most, 64)
-        found = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 4}
-        if kernel == "backward q":
-            return found | {"BLOCK_N": min(keys, 64), "num_warps": 8 if small and size > 128 else 4}
         whole = self.of_k.max_seqlen <= keys
+        if kernel == "backward q" or (wide and not whole):
+            keys = min(keys, 64)
+        found = {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2 if wide else 3}
+        if kernel == "backward q":
+            return found | {"num_warps": 8 if small and wide else 4}
         if kernel == "backward":
             found |= {"BLOCK_M": min(queries, 32) if whole else queries, "num_stages": 1}
-            found |= {"num_warps": 8 if keys == 128 else 4}
+            found |= {"num_warps": 8 if keys == 128 or (small and wide) else 4}
         return found | {"WHOLE": whole}
 
     def forward(

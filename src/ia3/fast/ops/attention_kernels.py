@@ -269,6 +269,8 @@ def attention_backward(
             d_scores = d_scores.to(dtype)
             d_key += tl.dot(d_scores, own_query, input_precision="tf32x3")
             if WHOLE:
+                # Queries stay the rows here. Of the product the other way, tl.dot(tl.trans(key), d_scores), Triton 3.6
+                # made code that read behind its shared memory where four warps computed it.
                 if l_v is not None:
                     attended = tl.dot(tl.trans(kept), value, input_precision="tf32x3")
                     sum_v += tl.sum(g.to(tl.float32) * attended, 0)
