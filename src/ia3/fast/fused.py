@@ -17,7 +17,6 @@ from ia3.fast.block import Inputs, Run
 from ia3.fast.guard import own_forward
 from ia3.fast.layers import Weights, missing_part, unexpected_site
 from ia3.fast.linear import Precision, plain_linear
-from ia3.fast.ops.attention import MAX_KEYS
 from ia3.fast.ops.backend import Backend, backend_for, with_partials
 from ia3.fast.ops.cross_entropy import head_losses, token_losses
 from ia3.fast.ops.dropout import dropout
@@ -182,11 +181,9 @@ class FusedLoss:
             table: a row of vectors a group, `[groups, D]`; an encoder's has one.
 
         Raises:
-            ValueError: the examples can't be divided into the table's groups; or on a GPU an input too long for
-                dropout that is computed again.
+            ValueError: the examples can't be divided into the table's groups.
         """
         ragged, run = packed.ragged(len(table)), self.run(self._split(table))
-        self._check_length(run, packed)
         compute = {"causal": self._causal, "seq2seq": self._seq2seq, "encoder": self._encoder}[self.architecture.mode]
         return compute(run, packed, ragged)
 
@@ -196,14 +193,6 @@ class FusedLoss:
 
     def _split(self, table: Tensor) -> tuple[Tensor, ...]:
         return self.layout.split(with_partials(table, self.backend))
-
-    def _check_length(self, run: Run, packed: Packed) -> None:
-        by_seeds = run.backend == "triton" and self.positions.rotary is None
-        if run.recompute and run.attention and by_seeds and packed.max_seqlen > MAX_KEYS:
-            raise ValueError(
-                f"An input has {packed.max_seqlen} tokens, and with dropout recompute is for at most {MAX_KEYS}: cut "
-                "the inputs there, train without dropout, or without recompute."
-            )
 
     def _causal(self, run: Run, packed: Packed, ragged: Ragged) -> Tensor:
         (stack,), (blocks,) = self.architecture.stacks, self.weights.stacks

@@ -20,7 +20,7 @@ from twins import (  # fmt: skip
     vector,
 )
 
-from ia3.fast.ops.attention import MAX_KEYS, attention, causal_attention, cross_attention, self_attention
+from ia3.fast.ops.attention import causal_attention, cross_attention, self_attention
 from ia3.fast.ragged import Ragged
 
 
@@ -154,10 +154,38 @@ def test_examples_of_equal_length(causal: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("longest", [MAX_KEYS, MAX_KEYS + 1])
-def test_the_longest_examples(longest: int) -> None:
-    """Of more keys than a kernel takes PyTorch attends."""
-    checked(ragged_of([longest, 40], 1, padding=0), 1, 16, causal=True, scale=0.25)
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 70), (NARROW, 128), (NARROW, 129), (NARROW, 200)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("which", "groups"), [("kv", 2), ("", 1)])
+def test_longer_examples_than_a_program_holds(
+    dtype: torch.dtype, longest: int, causal: bool, which: str, groups: int, monkeypatch: Any
+) -> None:
+    """All keys of up to 128, in fp32 of up to 32, are in one program's registers; of more, it goes over them."""
+    monkeypatch.setattr("ia3.fast.ops.attention.dropout", masked_dropout)
+    monkeypatch.setattr("ia3.fast.ops.attention._FEW_QUERIES", 1000)
+    ragged = ragged_of([longest, 40, 0, 7], groups)
+    checked(ragged, 1, 16, which=which, biased=not causal, causal=causal, p=0.2, scale=0.25, dtype=dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 3), (NARROW, 80), (NARROW, 128), (NARROW, 160)])
+@pytest.mark.parametrize("longest", [4, 70])
+def test_heads_of_any_width(dtype: torch.dtype, dim: int, longest: int) -> None:
+    checked(ragged_of([longest, 1, 3], 1), 2, dim, biased=True, scale=dim**-0.5, dtype=dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [3, 40])
+def test_cross_attention_over_a_long_source(length: int) -> None:
+    source, target = ragged_of((70, 17, 0, 33), 2), Ragged.even(4, length, 2, torch.device(DEVICE))
+
+    def function(backend: Any, q: Tensor, kv: Tensor, *vectors: Tensor) -> Tensor:
+        given = {"scale": 0.8, "p": 0.0, "seed": None}
+        found = cross_attention(q, target, kv, source, 0, {}, *vectors, 2, **given, backend=backend)  # type: ignore[arg-type]
+        return found.unflatten(0, (4, length))[[0, 1, 3]]  # one has no keys
+
+    inputs = [draw(4 * length, 16), draw(source.total_tokens, 32), *vectors_of("kv", 3, 2, 16)]
+    compare(function, inputs, vectors=[2, 3], tokens=[1], ragged=source)
 
 
 @needs_kernels
@@ -189,6 +217,21 @@ def test_cross_attention_of_two_layers(dtype: torch.dtype, length: int, which: s
         tokens=[1],
         ragged=source,
     )
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [3, 20])
+def test_dropout_of_cross_attention(length: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr("ia3.fast.ops.attention.dropout", masked_dropout)
+    monkeypatch.setattr("ia3.fast.ops.attention._FEW_QUERIES", 1000)
+    source, target = ragged_of((20, 17, 7, 1), 2), Ragged.even(4, length, 2, torch.device(DEVICE))
+
+    def function(backend: Any, q: Tensor, kv: Tensor, *vectors: Tensor) -> Tensor:
+        given = {"scale": 0.8, "p": 0.3, "seed": seed()}
+        return cross_attention(q, target, kv, source, 0, {}, *vectors, 2, **given, backend=backend)  # type: ignore[arg-type]
+
+    inputs = [draw(4 * length, 16), draw(source.total_tokens, 32), *vectors_of("kv", 2, 2, 16)]
+    compare(function, inputs, vectors=[2, 3], tokens=[1], ragged=source)
 
 
 @needs_kernels

@@ -23,22 +23,16 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 @jit
-def keep_mask(seed, offsets, p):
+def keep_mask(drawn, offsets, p):
     """Which numbers a dropout keeps: a hash of each offset and the seed.
 
     Two multiplications, after Wellons' lowbias32. Philox, which torch uses, took half of the attention kernels' time.
 
     Args:
-        seed: points to an int64 from `DropoutSeeds`.
+        drawn: an int64 from `DropoutSeeds`.
         offsets: of the numbers in a tensor, in any order; what is over 2³² wraps around.
         p: the part that is dropped.
     """
-    return kept(tl.load(seed), offsets, p)
-
-
-@jit
-def kept(drawn, offsets, p):
-    """`keep_mask` of a seed that was read before: in a loop a kernel would read it again after each of its writes."""
     x = offsets.to(tl.uint32) * 0x9E3779B9 + drawn.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ (drawn >> 32).to(tl.uint32)) * 0x846CA68B
@@ -48,7 +42,7 @@ def kept(drawn, offsets, p):
 @jit
 def dropped(x, seed, offsets, p):
     """Inverted dropout; the same seed and offsets give the same mask."""
-    return tl.where(keep_mask(seed, offsets, p), x * (1 / (1 - p)), 0.0)
+    return tl.where(keep_mask(tl.load(seed), offsets, p), x * (1 / (1 - p)), 0.0)
 
 
 class DropoutSeeds:
