@@ -236,35 +236,6 @@ def test_dropout_of_cross_attention(length: int, monkeypatch: Any) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("length", [3, 20])
-def test_dropout_of_cross_attention(length: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("ia3.fast.ops.attention.dropout", masked_dropout)
-    monkeypatch.setattr("ia3.fast.ops.attention._FEW_QUERIES", 1000)
-    source, target = ragged_of((20, 17, 7, 1), 2), Ragged.even(4, length, 2, torch.device(DEVICE))
-
-    def function(backend: Any, q: Tensor, kv: Tensor, *vectors: Tensor) -> Tensor:
-        given = {"scale": 0.8, "p": 0.3, "seed": seed()}
-        return cross_attention(q, target, kv, source, 0, {}, *vectors, 2, **given, backend=backend)  # type: ignore[arg-type]
-
-    inputs = [draw(4 * length, 16), draw(source.total_tokens, 32), *vectors_of("kv", 2, 2, 16)]
-    compare(function, inputs, vectors=[2, 3], tokens=[1], ragged=source)
-
-
-@needs_kernels
-@pytest.mark.parametrize("biased", [True, False])
-def test_attention_of_a_decoder_that_generates(biased: bool) -> None:
-    of_q, of_k = Ragged.even(4, 1, 2, torch.device(DEVICE)), ragged_of((9, 4, 1, 6), 2)
-    q, k, v = draw(4, 16), draw(of_k.total_tokens, 16), draw(of_k.total_tokens, 16)
-    bias = draw(1, 2, 1, 9) if biased else None
-    l_k, l_v = vectors_of("kv", 1, 2, 16)
-    expected = one_by_one(q, k, v, of_q, of_k, bias, l_k, l_v, 2, 0.5, False)
-    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        own_q, own_k, own_v, own_bias = (None if x is None else x.to(dtype) for x in (q, k, v, bias))
-        found = attention(own_q, of_q, own_k, own_v, of_k, own_bias, l_k, l_v, 2, scale=0.5, backend=backend)  # type: ignore[arg-type]
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@needs_kernels
-@pytest.mark.parametrize("length", [3, 20])
 def test_an_example_without_keys_gets_nothing(length: int) -> None:
     source, target = ragged_of((4, 0), 1), Ragged.even(2, length, 1, torch.device(DEVICE))
     q, kv = draw(2 * length, 32).float().requires_grad_(), draw(source.total_tokens, 64).float().requires_grad_()
