@@ -232,6 +232,7 @@ def test_who_is_stopped_disturbs_nobody() -> None:
     slots.step()
     slots.stop([1, 2])
     assert slots.free == [1, 2]
+    assert slots.answers.ended.tolist() == [False, True, True, False, True]  # and one to fill up with
     let_in(slots, [1], [late := Request([50] * 9, "b", NEW, 2)])
     while slots.lengths:
         slots.step()
@@ -258,9 +259,13 @@ def test_no_number_stays_behind() -> None:
 
 def test_a_cpu_computes_up_to_the_last_live_slot() -> None:
     slots = made(mixed("flan-t5"), 8)
-    reaches = []
-    write = slots.stepping.function
-    slots.stepping.function = lambda *reach: reaches.append(reach) or write(*reach)
+    reaches, write = [], slots.stepping.function
+
+    def watched(*reach: int) -> torch.Tensor:
+        reaches.append(reach)
+        return write(*reach)
+
+    slots.stepping.function = watched
     let_in(slots, [0], [Request([20, 21], "a", 2, 2)])
     slots.step()
     let_in(slots, [5], [Request([20] * 9, "a", 3, 3)])
@@ -273,16 +278,20 @@ def test_a_cpu_computes_up_to_the_last_live_slot() -> None:
 
 def test_an_adapter_of_few_sites_has_ones_at_the_others() -> None:
     model = mixed("flan-t5")
-    few = IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["k"], feedforward_modules=[])
+    few = IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["v"], feedforward_modules=[])
     model.add_adapter("few", few)
     builders.randomise(model, spread=1.0)
-    slots, coming = made(model), [Request([20 + i] * 3, name, NEW, 2) for i, name in enumerate(["few", BASE, "few"])]
-    for request in coming:
-        (slot,) = let_in(slots, [0], [request])
-        assert gather_flat(model, [request.name])[0] != slots.layout
+    slots, row = made(model), [20, 21, 22, 23]
+    found = []
+    for name in ("few", "a", BASE, "few"):
+        (slot,) = let_in(slots, [0], [request := Request(row, name, NEW, 2)])
+        assert (gather_flat(model, [name])[0] == slots.layout) == (name == "a")
         while slots.lengths:
             slots.step()
-        assert slots.tokens(slot) == alone(model, request)
+        found.append(slots.tokens(slot))
+        assert found[-1] == alone(model, request)
+    assert found[0] == found[3]
+    assert len(set(map(tuple, found))) == 3
 
 
 def test_what_is_refused_changes_nothing() -> None:

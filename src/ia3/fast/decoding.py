@@ -113,7 +113,9 @@ class Decoding:
         place.add_(1)
         return self.loss.logits(y)
 
-    def read_source(self, packed: Packed, source: Ragged, vectors: Sequence[Tensor], kv: Tensor | None = None) -> Tensor:
+    def read_source(
+        self, packed: Packed, source: Ragged, vectors: Sequence[Tensor], kv: Tensor | None = None
+    ) -> Tensor:
         """Compute the keys and values of all attentions across, multiplied, `[at least tokens, layers · 2 · inner]`.
 
         Args:

@@ -95,7 +95,7 @@ class Session:
         self.answers.tokens.fill_(self.plan.pad)
 
     def tokens_of(self, examples: int) -> Tensor:
-        """A copy of the first examples' tokens, `[examples, tokens of the longest]`, padding behind the others' ends."""
+        """A copy of the first examples' tokens, `[examples, tokens of the longest]`, padding behind the others'."""
         longest = int(self.answers.count[:examples].max())
         return self.answers.tokens[:examples, :longest].clone()
 

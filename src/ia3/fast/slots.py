@@ -34,7 +34,8 @@ class Slots:
     """Greedy generations side by side, each with an adapter, a length and an end of its own.
 
     The tokens of a slot are those of `compile_generate` for its request alone, whoever is in the other slots; in half
-    precision as far as rounding goes, which depends on how many are computed at once. One thread at a time may use them.
+    precision as far as rounding goes, which depends on how many are computed at once. One thread at a time may use
+    them.
 
     Args:
         model: a T5 or another encoder-decoder that `compile_generate` can capture, in evaluation mode on its device.
@@ -193,7 +194,7 @@ class Slots:
         kv = decoding.read_source(packed, packed.ragged(len(slots)), vectors)
         assert decoding.kv is not None
         if self.backend == "torch":  # which multiplies what it doesn't see by zero, and infinity stays no number
-            decoding.kv.unflatten(0, (-1, self.max_source)).index_fill_(0, slots, 0)
+            decoding.kv.view(self.count + 1, self.max_source, -1).index_fill_(0, slots, 0)
             for cache in decoding.caches:
                 cache.index_fill_(1, slots, 0)
         decoding.kv.index_copy_(0, places, kv)
@@ -237,8 +238,7 @@ class Slots:
         if self.stepping.captures:
             return self.most
         written = max(self.known[slot] for slot in self.lengths) + 1
-        reach = max(self.lengths) + 1, round_up_to(written, BUCKET), max(self.lengths.values())
-        return reach
+        return max(self.lengths) + 1, round_up_to(written, BUCKET), max(self.lengths.values())
 
     def _packed(
         self, slots: Sequence[int], rows: Sequence[Sequence[int]], most: Sequence[int], least: Sequence[int]
@@ -291,6 +291,7 @@ class Slots:
                 raise ValueError(f"An input has {len(row)} tokens: these slots take from 1 to {self.max_source}.")
             if not 0 < new <= self.plan.max_new_tokens:
                 raise ValueError(f"max_new is {new}: these slots write from 1 to {self.plan.max_new_tokens} tokens.")
+        layout.split(flat)  # which says what is wrong with their width
         other = [site.path for site in layout.sites if site not in set(self.layout.sites)]
         if other:
             raise ValueError(f"There are vectors at {other[0]}, and these slots have no place there: see `layout`.")

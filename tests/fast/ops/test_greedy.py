@@ -60,8 +60,9 @@ def test_each_example_has_its_own_limits(last: int | None, backend: Any) -> None
     whole = blank(4, [2], 0, last)
     held = torch.tensor([[5, 2, PAD], [6, PAD, PAD], [PAD, PAD, PAD], [8, PAD, PAD]], device=DEVICE)
     whole.tokens.copy_(held)
-    for place, values in ((whole.count, [2, 1, 0, 1]), (whole.min_tokens, [0, 2, 1, 0]), (whole.max_tokens, [3, 2, 3, 3])):
-        place.copy_(torch.tensor(values))
+    whole.count.copy_(torch.tensor([2, 1, 0, 1]))
+    whole.min_tokens.copy_(torch.tensor([0, 2, 1, 0]))
+    whole.max_tokens.copy_(torch.tensor([3, 2, 3, 3]))
     whole.ended.copy_(torch.tensor([True, False, False, False]))
     logits = torch.zeros(3, 9, device=DEVICE)
     logits[:, 2], logits[:, 4] = 2, 1  # the end is likeliest, then 4

@@ -70,7 +70,7 @@ class Source:
         """`[places, width]` to `[examples, most, width]`; what is at places that aren't filled is anything."""
         examples = len(self.first)
         if self.stride is not None:
-            return x[: examples * self.stride].unflatten(0, (examples, self.stride))[:, : self.most]
+            return x[: examples * self.stride].view(examples, self.stride, -1)[:, : self.most]
         return x.index_select(0, self._places.clamp(max=len(x) - 1)).view(examples, self.most, -1)
 
     @cached_property
