@@ -292,9 +292,13 @@ class Slots:
             if not 0 < new <= self.plan.max_new_tokens:
                 raise ValueError(f"max_new is {new}: these slots write from 1 to {self.plan.max_new_tokens} tokens.")
         layout.split(flat)  # which says what is wrong with their width
-        other = [site.path for site in layout.sites if site not in set(self.layout.sites)]
+        known = set(self.layout.sites)
+        other = [site.path for site in layout.sites if site not in known]
         if other:
-            raise ValueError(f"There are vectors at {other[0]}, and these slots have no place there: see `layout`.")
+            raise ValueError(
+                f"There are vectors at {other[0]}, and these slots have no place there: make slots with a layout of "
+                "all adapters' sites."
+            )
 
     def _check_slots(self, slots: Sequence[int]) -> None:
         unknown = [slot for slot in slots if not 0 <= slot < self.count]
