@@ -19,7 +19,7 @@ test-quick: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q @tests/quick.txt
 
 # The Triton kernels in its interpreter, on a CPU. It must be told before Triton is imported, so this is a run of its own.
-KERNELS := tests/fast/ops tests/fast/test_block_by_kernels.py
+KERNELS := tests/fast/ops tests/fast/test_block_by_kernels.py tests/fast/test_slots.py::test_by_kernels
 test-kernels: install
 ifeq ($(shell uname -sm),Linux x86_64)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(KERNELS)

@@ -19,7 +19,7 @@ from ia3.fast.layers import Blocks, CrossLayer, ParallelLayer, SelfLayer
 from ia3.fast.ops.append import append
 from ia3.fast.ops.attention import causal_attention, of_layer, self_attention
 from ia3.fast.ops.backend import scaled
-from ia3.fast.ops.decode import Scores, attend_across, attend_to_cache
+from ia3.fast.ops.decode import Scores, Source, attend_across, attend_to_cache
 from ia3.fast.ops.rotary import rotary_heads
 from ia3.fast.ragged import Ragged
 
@@ -80,7 +80,8 @@ class Decoding:
         self.cu_seqlens.copy_(packed["cu_seqlens"])
         ragged = packed.ragged(self.room.groups)
         if self.reads_source:
-            self._keep_source(packed, ragged, vectors)
+            assert self.kv is not None
+            self.read_source(packed, ragged, vectors, self.kv)
             self.place.zero_()
             return self.step(torch.full_like(self.place, start), vectors)
         run = _Prompt(self.loss, vectors, self.caches)
@@ -97,24 +98,41 @@ class Decoding:
             token: of each example, `[examples]`; its key and value are kept.
             vectors: as in `read`.
         """
-        run = _Step(self.loss, vectors, self.caches, self.place)
+        source = Source(self.cu_seqlens[:-1], self.cu_seqlens[1:], self.room.max_seqlen)
+        return self.logits_behind(token, vectors, self.place, self.caches, source, self.one)
+
+    def logits_behind(
+        self, token: Tensor, vectors: Sequence[Tensor], place: Tensor, caches: Sequence[Tensor], source: Source,
+        one: Ragged,
+    ) -> Tensor:  # fmt: skip
+        """The same of some of the examples, whose places, caches and source these are; `one` token an example."""
+        run = _Step(self.loss, vectors, caches, place, source)
         stack, blocks = self.loss.architecture.stacks[-1], self.loss.weights.stacks[-1]
-        source = Ragged(self.cu_seqlens, self.room.max_seqlen, self.room.source_tokens, self.room.groups)
-        x = self.loss.embed(run, stack, token, self.place)
-        y = run.through(blocks, x, Inputs(self.one, self.one, self.kv, source))
-        self.place.add_(1)
+        x = self.loss.embed(run, stack, token, place)
+        y = run.through(blocks, x, Inputs(one, one, self.kv))
+        place.add_(1)
         return self.loss.logits(y)
 
-    def _keep_source(self, packed: Packed, source: Ragged, vectors: Sequence[Tensor]) -> None:
-        """Compute the keys and values of all attentions across, multiplied."""
+    def read_source(
+        self, packed: Packed, source: Ragged, vectors: Sequence[Tensor], kv: Tensor | None = None
+    ) -> Tensor:
+        """Compute the keys and values of all attentions across, multiplied, `[at least tokens, layers · 2 · inner]`.
+
+        Args:
+            packed: what the encoder reads.
+            source: whose it is.
+            vectors: as in `read`.
+            kv: written; None for a new tensor.
+        """
         run = self.loss.run(vectors)
-        kv = self.loss.read_source(run, packed, source)
+        found = self.loss.read_source(run, packed, source)
+        kv = found if kv is None else kv
         layers = [layer for layer in self.loss.weights.stacks[-1].layers if isinstance(layer, CrossLayer)]
-        assert self.kv is not None
-        width = kv.shape[1] // len(layers)
+        width = found.shape[1] // len(layers)
         for layer in layers:
             own = slice(layer.index * width, (layer.index + 1) * width)
-            append(kv[:, own], run.at(layer.k), run.at(layer.v), source, self.kv[:, own], run.backend)
+            append(found[:, own], run.at(layer.k), run.at(layer.v), source, kv[:, own], run.backend)
+        return kv
 
 
 def head_width(layer: SelfLayer) -> int:
@@ -187,11 +205,14 @@ class _Step(_Cached):
     Args:
         loss, vectors, caches: see `_Cached`.
         place: the token's position in each example, `[examples]`.
+        source: where each example's keys and values of the encoder's output are.
     """
 
-    def __init__(self, loss: FusedLoss, vectors: Sequence[Tensor], caches: Sequence[Tensor], place: Tensor) -> None:
+    def __init__(
+        self, loss: FusedLoss, vectors: Sequence[Tensor], caches: Sequence[Tensor], place: Tensor, source: Source
+    ) -> None:
         super().__init__(loss, vectors, caches)
-        self.place = place
+        self.place, self.source = place, source
 
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
         qkv, cache = self._project(layer, x), next(self.caches)
@@ -207,7 +228,6 @@ class _Step(_Cached):
 
     def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:
         assert inputs.kv is not None
-        assert inputs.source is not None
         q = layer.project(x)
         k, v = of_layer(inputs.kv, layer.index, q.shape[-1])
-        return self.out(layer, attend_across(q, k, v, inputs.source, layer.heads, layer.scale, self.backend))
+        return self.out(layer, attend_across(q, k, v, self.source, layer.heads, layer.scale, self.backend))

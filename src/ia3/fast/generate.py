@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from ia3.fast.sessions import (
     GenerationPlan,
     Session,
     Size,
+    Watch,
     round_up_to,
     start_of,
 )
@@ -46,8 +46,6 @@ from ia3.sites import Layout, Side, Site
 from ia3.state import find_attached
 from ia3.swap import SavedModule, Swapped
 
-# The host looks at a step's ends when so many more are under way: the GPU never waits for it.
-_AHEAD = 2
 # Sizes of batches that are kept ready; each has the keys and values of its whole length.
 _KEPT = 4
 # A batch is not filled up to more than so many times its examples.
@@ -289,8 +287,7 @@ class Decoder(Generate):
             tokens = self._by_forward(input_ids, attention_mask, adapter_names)
         if tokens is None:
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
-        tokens = self._with_last(tokens[: len(input_ids)].clone())
-        return torch.cat([self._head(input_ids), tokens[:, : self._longest(tokens)]], dim=1)
+        return torch.cat([self._head(input_ids), tokens], dim=1)
 
     @property
     def sessions(self) -> list[Session]:
@@ -307,7 +304,7 @@ class Decoder(Generate):
     # By the block
 
     def _by_block(self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
-        """What the block writes, `[at least examples, …]`; None where it can't have these inputs or vectors."""
+        """What the block writes, `[examples, …]`; None where it can't have these inputs or vectors."""
         found = self._flat(adapter_names) if self.has_block and packable(mask) else None
         if found is None:
             return None
@@ -321,13 +318,13 @@ class Decoder(Generate):
             packed = replace(packed, max_seqlen=round_up_to(longest, BUCKET))
         session = self._session(size)
         session.hold(layout, flat)
-        written = self._until_ended(
+        self._until_ended(
             session,
             lambda: session.prefilling(*packed.fixed, **packed.tensors),
             session.stepping,
             prompt=1 if self.is_seq2seq else input_ids.shape[1],
         )
-        return session.answers.tokens[:, :written]
+        return session.tokens_of(count)
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""
@@ -392,10 +389,8 @@ class Decoder(Generate):
         ready = self._ready_for(examples, length, vectors)
         session, batch = ready.session, ready.session.fit(input_ids, attention_mask)
         with nullcontext() if ready.vectors is None else acting(ready.vectors):
-            written = self._until_ended(
-                session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1]
-            )
-        return session.answers.tokens[:, :written]
+            self._until_ended(session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1])
+        return session.tokens_of(len(input_ids))
 
     def _room(self, count: int, prompt: int) -> tuple[int, int]:
         """The examples and the cache of a batch's session: it is filled up to the examples of a larger one."""
@@ -431,15 +426,14 @@ class Decoder(Generate):
     # Both
 
     def _until_ended(
-        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int = 1
-    ) -> int:
-        """Go on until every example has ended; the number of tokens each."""
-        plan, watch = self.plan, _Watch(self.model.device)
+        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int
+    ) -> None:
+        """Go on until every example has ended."""
+        plan, watch = self.plan, Watch(self.model.device)
         session.answers.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
         all_ended, written = prefill(), 1
         while written < plan.max_new_tokens and not (plan.ends and watch.sees(all_ended)):
             all_ended, written = decode_step(), written + 1
-        return written
 
     def _head(self, input_ids: Tensor) -> Tensor:
         """What `generate` puts before the new tokens."""
@@ -447,22 +441,6 @@ class Decoder(Generate):
         if self.is_seq2seq:
             return torch.full((len(input_ids), 1), self.plan.start, device=device)
         return input_ids.to(device)
-
-    def _with_last(self, tokens: Tensor) -> Tensor:
-        """With the end that is forced on the examples that have not ended before the last token."""
-        if self.plan.last is not None and tokens.shape[1] == self.plan.max_new_tokens:
-            ends = torch.tensor(self.plan.ends, device=tokens.device)
-            goes_on = ~torch.isin(tokens[:, :-1], ends).any(1)
-            tokens[goes_on, -1] = self.plan.last
-        return tokens
-
-    def _longest(self, tokens: Tensor) -> int:
-        """The tokens of the longest example, its end included."""
-        if not self.plan.ends:
-            return tokens.shape[1]
-        is_end = torch.isin(tokens, torch.tensor(self.plan.ends, device=tokens.device))
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
-        return int(lengths.max())
 
 
 @dataclass(frozen=True)
@@ -473,29 +451,6 @@ class _Ready:
     prefill: GraphedCallable
     decode_step: GraphedCallable
     vectors: Rows | None
-
-
-class _Watch:
-    """Whether every row has ended, seen a few steps late so that neither side waits for the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.waits = device.type == "cuda"
-        self.pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def sees(self, all_ended: Tensor) -> bool:
-        """Note this step's flag, and look at that of an earlier one."""
-        if not self.waits:
-            return bool(all_ended)
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(all_ended, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self.pending.append((flag, event))
-        if len(self.pending) <= _AHEAD:
-            return False
-        flag, event = self.pending.popleft()
-        event.synchronize()
-        return bool(flag)
 
 
 def _narrowed(model: Any, layout: Layout, flat: Tensor) -> tuple[Layout, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ia3.sites import Layout
 
 BUCKET = 16
 """Prompts are filled up to a multiple of this, so that few graphs serve all lengths."""
+AHEAD = 2
+"""The host looks at what a step leaves when so many more are under way: the GPU never waits for it."""
 # The length of a decoder's cache is a multiple of this.
 _CACHE_BUCKET = 64
 
@@ -78,18 +81,7 @@ class Session:
 
     def __init__(self, model: Any, plan: GenerationPlan, examples: int) -> None:
         self.model, self.plan, self.examples = model, plan, examples
-        whole: dict[str, Any] = {"dtype": torch.long, "device": model.device}
-        no: dict[str, Any] = {"dtype": torch.bool, "device": model.device}
-        self.answers = Answers(
-            token=torch.full((examples, 1), plan.pad, **whole),
-            tokens=torch.full((examples, plan.max_new_tokens), plan.pad, **whole),
-            count=torch.zeros(1, **whole),
-            ended=torch.zeros(examples, **no),
-            all_ended=torch.zeros((), **no),
-            ends=torch.tensor(plan.ends, **whole),
-            min_tokens=torch.zeros(1, **whole),
-            pad=plan.pad,
-        )
+        self.answers = Answers.none(examples, plan.max_new_tokens, plan.ends, plan.pad, plan.last, model.device)
         self.backend: Backend = "torch"
 
     def decode_step(self) -> Tensor:
@@ -100,9 +92,15 @@ class Session:
         """Forget the last batch."""
         self.answers.count.zero_()
         self.answers.ended.zero_()
+        self.answers.tokens.fill_(self.plan.pad)
+
+    def tokens_of(self, examples: int) -> Tensor:
+        """A copy of the first examples' tokens, `[examples, tokens of the longest]`, padding behind the others'."""
+        longest = int(self.answers.count[:examples].max())
+        return self.answers.tokens[:examples, :longest].clone()
 
     def take(self, logits: Tensor) -> Tensor:
-        """Write each example its likeliest token, of `[examples, vocabulary]`, padding where it has ended."""
+        """Write each example that has not ended its likeliest token, of `[examples, vocabulary]`."""
         has_least = bool(self.plan.min_length or self.plan.min_new_tokens)
         take_likeliest(logits, self.answers, has_least=has_least, backend=self.backend)
         return self.answers.all_ended
@@ -153,13 +151,7 @@ class FusedSession(Session):
 
     def hold(self, layout: Layout, flat: Tensor) -> None:
         """Take a batch's vectors, `[1 or examples, D]`; sites that it doesn't have get ones."""
-        if layout == self.size.layout:
-            self.flat[: len(flat)].copy_(flat)
-            return
-        self.flat.fill_(1)
-        held = dict(zip(self.size.layout.sites, self.vectors, strict=True))
-        for site, vector in zip(layout.sites, layout.split(flat), strict=True):
-            held[site][0, : len(flat)].copy_(vector)
+        self.flat[: len(flat)].copy_(over(self.size.layout, layout, flat))
 
     def prefill(self, max_seqlen: int, uniform: bool, **tensors: Tensor) -> Tensor:
         """Read packed inputs and write each its first token; whether all have ended."""
@@ -187,7 +179,8 @@ class CausalSession(Session):
         super().__init__(model, plan, examples)
         self.hidden = torch.finfo(model.dtype).min
         self.mask = torch.full((examples, 1, 1, max_cache_len), self.hidden, dtype=model.dtype, device=model.device)
-        self.position, self.written = torch.zeros_like(self.answers.token), torch.zeros_like(self.answers.count)
+        self.position = torch.zeros_like(self.answers.token)
+        self.written = torch.zeros(1, dtype=torch.long, device=model.device)
         self.cache = fixed_cache(max_cache_len, self.written)
 
     @staticmethod
@@ -237,6 +230,40 @@ class CausalSession(Session):
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def over(wanted: Layout, layout: Layout, flat: Tensor) -> Tensor:
+    """Vectors `[examples, D]` over all sites of another layout, with ones where they have none."""
+    if layout == wanted:
+        return flat
+    wide = flat.new_ones(len(flat), wanted.size)
+    held = dict(zip(wanted.sites, wanted.split(wide), strict=True))
+    for site, vector in zip(layout.sites, layout.split(flat), strict=True):
+        held[site].copy_(vector)
+    return wide
+
+
+class Watch:
+    """What steps leave on a GPU, seen a few steps late so that neither side waits for the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = device.type == "cuda"
+        self.pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def sees(self, left: Tensor) -> Tensor | None:
+        """Note what this step leaves, and look at what an earlier one did; None in the first steps."""
+        if not self.waits:
+            return left
+        copied = torch.empty(left.shape, dtype=left.dtype, pin_memory=True)
+        copied.copy_(left, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self.pending.append((copied, event))
+        if len(self.pending) <= AHEAD:
+            return None
+        copied, event = self.pending.popleft()
+        event.synchronize()
+        return copied
 
 
 def round_up_to(count: int, multiple: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from twins import DEVICE, NARROW, draw, near, needs_kernels, vector
 
-from ia3.fast.ops.decode import Scores, attend_across, attend_to_cache
+from ia3.fast.ops.decode import Scores, Source, attend_across, attend_to_cache
 from ia3.fast.ops.norm import Norm
 from ia3.fast.ops.rotary import rotated
 from ia3.fast.ragged import Ragged
@@ -128,7 +128,7 @@ def test_what_comes_later_is_neither_read_nor_written(backend: Any) -> None:
 def test_across(dim: int, dtype: torch.dtype, backend: Any) -> None:
     lengths, heads = [3, 0, 70, 1], 2
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    source = Ragged(cu_seqlens, 128, 80)
+    source = Source(cu_seqlens[:-1], cu_seqlens[1:], 128)
     q = draw(4, heads * dim).to(dtype)
     k, v = draw(80, 5 * heads * dim).to(dtype)[:, heads * dim : 3 * heads * dim].chunk(2, -1)
     found = attend_across(q, k, v, source, heads, 1 / math.sqrt(dim), backend)

@@ -7,6 +7,7 @@ and the queries attend to all of them, in one kernel: its time is that of readin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,39 @@ class Scores:
     bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where each example's keys and values of an encoder's output are.
+
+    Args:
+        first: the place of each example's first, `[examples]`, int32.
+        end: the place behind its last, `[examples]`, int32.
+        most: no example has more.
+        stride: of examples at equal distances, whose firsts are 0, stride, 2 · stride, …; None for others.
+    """
+
+    first: Tensor
+    end: Tensor
+    most: int
+    stride: int | None = None
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which places are filled, `[examples, most]`."""
+        return torch.arange(self.most, device=self.first.device) < (self.end - self.first)[:, None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """`[places, width]` to `[examples, most, width]`; what is at places that aren't filled is anything."""
+        examples = len(self.first)
+        if self.stride is not None:
+            return x[: examples * self.stride].view(examples, self.stride, -1)[:, : self.most]
+        return x.index_select(0, self._places.clamp(max=len(x) - 1)).view(examples, self.most, -1)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return (self.first[:, None] + torch.arange(self.most, device=self.first.device)).flatten()
+
+
 def attend_to_cache(
     qkv: Tensor, cache: Tensor, place: Tensor, l_k: Vector, l_v: Vector, ragged: Ragged, heads: int, scores: Scores,
     angles: tuple[Tensor, Tensor] | None, backend: Backend, qk_norm: tuple[Norm, Norm] | None = None,
@@ -73,15 +107,15 @@ def attend_to_cache(
 
 
 def attend_across(
-    q: Tensor, k: Tensor, v: Tensor, source: Ragged, heads: int, scale: float, backend: Backend
+    q: Tensor, k: Tensor, v: Tensor, source: Source, heads: int, scale: float, backend: Backend
 ) -> Tensor:
     """Attention of each example's new token to an encoder's output, `[examples, heads · dim]`; 0 where that is empty.
 
     Args:
         q: `[examples, heads · dim]`.
-        k: keys, multiplied, `[source tokens, heads · dim]`.
+        k: keys, multiplied, `[places, heads · dim]`.
         v: values, alike.
-        source: whose they are.
+        source: where each example's are.
         heads: of all three.
         scale: of the scores.
         backend: who computes it.
@@ -103,7 +137,7 @@ def _by_torch(
         cos, sin = (each[place][:, None] for each in angles)
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     cache.scatter_(3, place.view(1, -1, 1, 1, 1).expand(2, -1, kv_heads, 1, dim), torch.stack([k, v])[:, :, :, None])
-    keys, values = cache.repeat_interleave(heads // kv_heads, 2)
+    keys, values = cache if heads == kv_heads else cache.repeat_interleave(heads // kv_heads, 2)
     found = (q[:, :, None] @ keys.transpose(-1, -2)).squeeze(2) * scores.scale
     if scores.softcap is not None:
         found = scores.softcap * torch.tanh(found / scores.softcap)
@@ -296,19 +330,19 @@ def _attend_to_cache(
 
 @jit
 def _attend_across(
-    q, k, v, cu_seqlens, out, scale, q_stride, kv_stride,
+    q, k, v, source_first, source_end, out, scale, q_stride, kv_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program an example and a head.
 
     Args:
         q: `[examples, HEADS · DIM]`, an example every `q_stride` numbers.
-        k, v: `[source tokens, HEADS · DIM]`, a token every `kv_stride` numbers.
-        cu_seqlens: `[examples + 1]`, int32.
+        k, v: `[places, HEADS · DIM]`, a place every `kv_stride` numbers.
+        source_first, source_end: `[examples]`, int32; see `Source`.
         out: written, `[examples, HEADS · DIM]`.
     """
     example, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    first, end = tl.load(cu_seqlens + example), tl.load(cu_seqlens + example + 1)
+    first, end = tl.load(source_first + example), tl.load(source_end + example)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < DIM
     channels = head * DIM + offs_d[None, :]
@@ -346,11 +380,11 @@ def _by_kernel(
     return out
 
 
-def _across_by_kernel(q: Tensor, k: Tensor, v: Tensor, source: Ragged, heads: int, scale: float) -> Tensor:
+def _across_by_kernel(q: Tensor, k: Tensor, v: Tensor, source: Source, heads: int, scale: float) -> Tensor:
     dim, out = q.shape[-1] // heads, torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
-        _attend_across, (len(q) * heads,), q, k, v, source.cu_seqlens, out, scale, q.stride(0), k.stride(0),
-        HEADS=heads, DIM=dim, **_blocks(q, dim, len(q) * heads, 32, source.max_seqlen),
+        _attend_across, (len(q) * heads,), q, k, v, source.first, source.end, out, scale, q.stride(0),
+        k.stride(0), HEADS=heads, DIM=dim, **_blocks(q, dim, len(q) * heads, 32, source.most),
     )  # fmt: skip
     return out
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,17 +23,19 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Answers:
-    """What examples have been given so far; all of it changes in place.
+    """What examples have been given so far; all tensors but the ends change in place.
 
     Args:
-        token: the last of each example, `[examples, 1]`, int64.
-        tokens: all of them, `[examples, most]`, int64.
-        count: how many each has, `[1]`, int64.
-        ended: which examples have ended, `[examples]`.
+        token: the last of each example, padding where it has ended, `[examples, 1]`, int64.
+        tokens: all of them, `[examples, most]`, int64; behind them stays what is there.
+        count: how many each has, `[examples]`, int64.
+        ended: which examples have ended, `[examples]`; they are given no more.
         all_ended: whether all have, `[]`.
         ends: the end tokens, int64.
-        min_tokens: as long as there are fewer, none of these is written, `[1]`, int64.
-        pad: what is written behind an end.
+        min_tokens: as long as an example has fewer, it gets none of these, `[examples]`, int64.
+        max_tokens: an example that has so many has ended, `[examples]`, int64.
+        last: what the last of so many is; None for the likeliest.
+        pad: padding.
     """
 
     token: Tensor
@@ -42,7 +45,33 @@ class Answers:
     all_ended: Tensor
     ends: Tensor
     min_tokens: Tensor
+    max_tokens: Tensor
+    last: int | None
     pad: int
+
+    @classmethod
+    def none(
+        cls, examples: int, most: int, ends: Sequence[int], pad: int, last: int | None, device: torch.device
+    ) -> Answers:
+        """Of examples that have no token yet, and get as many as there is room for."""
+        whole: dict[str, Any] = {"dtype": torch.long, "device": device}
+        return cls(
+            token=torch.full((examples, 1), pad, **whole),
+            tokens=torch.full((examples, most), pad, **whole),
+            count=torch.zeros(examples, **whole),
+            ended=torch.zeros(examples, dtype=torch.bool, device=device),
+            all_ended=torch.zeros((), dtype=torch.bool, device=device),
+            ends=torch.tensor(ends, **whole),
+            min_tokens=torch.zeros(examples, **whole),
+            max_tokens=torch.full((examples,), most, **whole),
+            last=last,
+            pad=pad,
+        )
+
+    def first(self, examples: int) -> Answers:
+        """Those of the first examples, in the same places."""
+        own = ("token", "tokens", "count", "ended", "min_tokens", "max_tokens")
+        return replace(self, **{name: getattr(self, name)[:examples] for name in own})
 
 
 def take_likeliest(logits: Tensor, answers: Answers, *, has_least: bool, backend: Backend) -> None:
@@ -58,15 +87,18 @@ def take_likeliest(logits: Tensor, answers: Answers, *, has_least: bool, backend
         _by_kernels(logits, answers, has_least)
         return
     if has_least and len(answers.ends):
-        ends = logits[:, answers.ends].masked_fill(answers.count < answers.min_tokens, -torch.inf)
+        early = answers.count < answers.min_tokens
+        ends = logits[:, answers.ends].masked_fill(early[:, None], -torch.inf)
         logits = logits.index_copy(1, answers.ends, ends)
-    token = logits.argmax(-1)
-    if len(answers.ends):
-        token = token.masked_fill(answers.ended, answers.pad)
-        answers.ended.logical_or_((token[:, None] == answers.ends).any(1))
-    answers.token.copy_(token[:, None])
-    answers.tokens.index_copy_(1, answers.count, answers.token)
-    answers.count.add_(1)
+    token, at = logits.argmax(-1), answers.count.clamp(max=answers.tokens.shape[1] - 1)[:, None]
+    is_last = answers.count + 1 >= answers.max_tokens
+    if answers.last is not None:
+        token = token.masked_fill(is_last, answers.last)
+    held = answers.tokens.gather(1, at)
+    answers.tokens.scatter_(1, at, torch.where(answers.ended[:, None], held, token[:, None]))
+    answers.token.copy_(token.masked_fill(answers.ended, answers.pad)[:, None])
+    answers.count.add_(~answers.ended)
+    answers.ended.logical_or_(is_last | (token[:, None] == answers.ends).any(1))
     answers.all_ended.copy_(answers.ended.all())
 
 
@@ -80,6 +112,7 @@ def _likeliest_of_part(
     Args:
         logits: `[examples, VOCABULARY]`.
         ends: `[ends_count]`, int64; they count for nothing while count < min_tokens where HAS_LEAST.
+        count, min_tokens: see `Answers`.
         most: written, `[examples, parts]`, fp32: a part's largest score; one that is no number counts as the largest.
         place: written alike, int32: its token.
     """
@@ -87,7 +120,7 @@ def _likeliest_of_part(
     logits += example * VOCABULARY
     hides_ends = False
     if HAS_LEAST:
-        hides_ends = tl.load(count) < tl.load(min_tokens)
+        hides_ends = tl.load(count + example) < tl.load(min_tokens + example)
     found = tl.full([BLOCK], -float("inf"), tl.float32)
     at = tl.full([BLOCK], VOCABULARY, tl.int32)
     for start in range(part * EACH, (part + 1) * EACH, BLOCK):
@@ -107,18 +140,18 @@ def _likeliest_of_part(
     tl.store(place + example * parts + part, tl.min(tl.where(found == largest, at, VOCABULARY), 0))
 
 
-@jit(do_not_specialize=["examples", "ends_count", "tokens_stride", "pad"])
+@jit(do_not_specialize=["examples", "ends_count", "tokens_stride", "last", "pad"])
 def _note_likeliest(
-    most, place, ends, token, tokens, count, ended, all_ended, examples, ends_count, tokens_stride, pad,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    most, place, ends, token, tokens, count, max_tokens, ended, all_ended, examples, ends_count, tokens_stride, last,
+    pad, HAS_LAST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for all examples, BLOCK at a time.
 
     Args:
         most, place: see `_likeliest_of_part`.
-        ends, token, tokens, count, ended, all_ended, pad: see `Answers`.
+        ends, token, tokens, count, max_tokens, ended, all_ended, pad: see `Answers`.
+        last: alike, where HAS_LAST.
     """
-    at = tl.load(count)
     parts = tl.arange(0, PARTS)[None, :]
     go_on = 0
     for start in range(0, examples, BLOCK):
@@ -129,16 +162,21 @@ def _note_likeliest(
         places = tl.load(place + offs, mask=inside[:, None], other=0)
         # Among equals the lowest token, which is in the first part.
         chosen = tl.min(tl.where(scores == tl.max(scores, 1)[:, None], places, 0x7FFFFFFF), 1).to(tl.int64)
-        over = tl.load(ended + rows, mask=inside, other=1) != 0
-        chosen = tl.where(over & (ends_count > 0), pad, chosen)
+        before = tl.load(ended + rows, mask=inside, other=1) != 0
+        at = tl.load(count + rows, mask=inside, other=0)
+        over = before | (at + 1 >= tl.load(max_tokens + rows, mask=inside, other=0))
+        if HAS_LAST:
+            chosen = tl.where(over, last, chosen)
+        chosen = tl.where(before, pad, chosen)
         for number in range(ends_count):
             over = over | (chosen == tl.load(ends + number))
+        goes_on = inside & (before == 0)
         tl.store(token + rows, chosen, mask=inside)
-        tl.store(tokens + rows.to(tl.int64) * tokens_stride + at, chosen, mask=inside)
+        tl.store(tokens + rows.to(tl.int64) * tokens_stride + at, chosen, mask=goes_on)
+        tl.store(count + rows, at + 1, mask=goes_on)
         tl.store(ended + rows, over, mask=inside)
         go_on += tl.sum((inside & (over == 0)).to(tl.int32), 0)
     tl.store(all_ended, go_on == 0)
-    tl.store(count, at + 1)
 
 
 def _by_kernels(logits: Tensor, answers: Answers, has_least: bool) -> None:
@@ -153,7 +191,7 @@ def _by_kernels(logits: Tensor, answers: Answers, has_least: bool) -> None:
         ends, VOCABULARY=vocabulary, EACH=each, BLOCK=block, HAS_LEAST=has_least and ends > 0,
     )  # fmt: skip
     launch(
-        _note_likeliest, (1,), most, place, answers.ends, answers.token, answers.tokens, answers.count, answers.ended,
-        answers.all_ended, examples, ends, answers.tokens.stride(0), answers.pad, PARTS=_PARTS, BLOCK=_ROWS,
-        num_warps=8,
+        _note_likeliest, (1,), most, place, answers.ends, answers.token, answers.tokens, answers.count,
+        answers.max_tokens, answers.ended, answers.all_ended, examples, ends, answers.tokens.stride(0),
+        answers.last or 0, answers.pad, HAS_LAST=answers.last is not None, PARTS=_PARTS, BLOCK=_ROWS, num_warps=8,
     )  # fmt: skip
