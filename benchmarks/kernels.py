@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench import say_machine, write
 from ia3.fast.ops.attention import cross_attention, self_attention
-from ia3.fast.ops.decode import Scores, attend_across, attend_to_cache
+from ia3.fast.ops.decode import Scores, Source, attend_across, attend_to_cache
 from ia3.fast.ops.gate import gated
 from ia3.fast.ops.greedy import Answers, take_likeliest
 from ia3.fast.ops.norm import Norm, add_norm
@@ -215,25 +215,20 @@ def decoding(name: str, examples: int, before: int, heads: int, kv_heads: int, d
 
 
 def decoding_across(name: str, examples: int, length: int, heads: int, dim: int) -> Case:
-    source, width, item = ragged_of([length] * examples), heads * dim, DTYPE.itemsize
+    width, item, edges = heads * dim, DTYPE.itemsize, ragged_of([length] * examples).cu_seqlens
+    source = Source(edges[:-1], edges[1:], length)
 
     def make() -> Callable[[], object]:
-        q, kv = draw(examples, width), draw(source.total_tokens, 2 * width)
+        q, kv = draw(examples, width), draw(examples * length, 2 * width)
         return lambda: attend_across(q, kv[:, :width], kv[:, width:], source, heads, 1.0, BACKEND)
 
-    kept = 2 * source.total_tokens * width * item
+    kept = 2 * examples * length * width * item
     return Case(f"decoding across, {name}", make, kept, kept + 2 * examples * width * item)
 
 
 def likeliest(examples: int, words: int) -> Case:
-    def whole(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.long, device=DEVICE)
-
     def make() -> Callable[[], object]:
-        logits, flags = draw(examples, words), torch.zeros(examples + 1, dtype=torch.bool, device=DEVICE)
-        answers = Answers(
-            whole(examples, 1), whole(examples, 4096), whole(1), flags[1:], flags[0], whole(1) + 1, whole(1), 0
-        )
+        logits, answers = draw(examples, words), Answers.none(examples, 4096, [1], 0, None, torch.device(DEVICE))
         return lambda: take_likeliest(logits, answers, has_least=False, backend=BACKEND)
 
     size = examples * words * DTYPE.itemsize
