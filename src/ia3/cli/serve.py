@@ -37,7 +37,7 @@ def serve(
     ] = 3.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait; more are told to come again.")] = 1024,
     api_keys: Annotated[
-        Path | None, typer.Option(help=f"A file with the clients' keys, one a line.", show_default=f"${_KEYS}")
+        Path | None, typer.Option(help="A file with the clients' keys, one a line.", show_default=f"${_KEYS}")
     ] = None,
     admin_key_file: Annotated[
         Path | None,
@@ -81,10 +81,12 @@ def _start(
         raise FileNotFoundError(f"There is no folder {folder}: `adapters` is one that holds a folder for each adapter.")
     with Screen(stderr=True).status(f"Loading {name}") as status:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from ia3.serving.engine import Engine, Limits
         from ia3.serving.registry import Registry
 
+        disable_progress_bar()
         base = Base(name, trust_remote_code=trust_remote_code)
         if not base.kind.writes:
             raise ValueError(f"{name} is a model for {base.kind}, and those that write are served: seq2seq and causal.")
@@ -110,7 +112,7 @@ def _tell(engine: Engine, url: str, *, as_json: bool) -> None:
         print_table(console, _columns(adapters), f"Adapters of {base.name}")
     for name, why in refused.items():
         errors.print(f"{name} is not served. {why}", highlight=False)
-    console.print(f"\n{len(adapters):,} adapters and the base {base.name} at {url}", highlight=False)
+    console.print(f"\n{url}/ serves the base {base.name} and its adapters, {len(adapters):,} so far.", highlight=False)
 
 
 def _columns(adapters: list[Served]) -> list[Column]:
