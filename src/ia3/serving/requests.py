@@ -17,8 +17,8 @@ class Request:
     Args:
         text: what the task's template calls `{text}`, as the client sent it.
         model: what the client named: an adapter, `base:adapter`, an alias, or the base.
-        max_new_tokens: the longest answer in tokens, at most the task's own number; None for that number. Not for
-            labels that are ranked.
+        max_new_tokens: the longest answer in tokens, at most the task's own number; None for that number. A label
+            that is ranked is given whole.
         deadline: the moment on `time.monotonic()` after which nobody waits for the answer; None for never.
         on_token: called from the engine's thread with pieces of the answer as they are written. They join to its text.
         turns: the earlier messages as (role, content), for tasks of conversations.
@@ -107,7 +107,7 @@ class Overloaded(ServingError):
 
     Args:
         message: how many wait.
-        retry_after_s: when there will be room, by the rate of the last seconds.
+        retry_after_s: when those will be answered, by the rate of the last batches.
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -128,7 +128,7 @@ class Refused(ServingError):
 
 
 class Server(Protocol):
-    """What HTTP sees of an engine. Every method may be called from any thread, and only the last two wait."""
+    """What HTTP sees of an engine. Every method may be called from any thread; `load`, `drain` and `close` wait."""
 
     @property
     def ready(self) -> bool:
@@ -159,7 +159,7 @@ class Server(Protocol):
         ...
 
     def unload(self, name: str) -> None:
-        """Serve an adapter no more; its running requests are answered.
+        """Serve an adapter, or an alias, no more; its running requests are answered.
 
         Raises:
             UnknownModel: there is none.
