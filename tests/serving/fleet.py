@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +95,5 @@ def alone(folder: Path, texts: Sequence[str], *, causal: bool = False) -> list[A
     return answer([Example(task.template.render({"text": text}), "") for text in texts])
 
 
-@cache
-def alone_once(folder: Path, digest: str, text: str) -> Alone:
-    """`alone` of a folder whose files never change, kept; the digest tells contents apart."""
-    return alone(folder, [text])[0]
-
-
 def ask(engine: Engine, model: str, text: str, **more: Any) -> Any:
     return engine.submit(Request(text, model, **more)).result(60)
-
-
-def wait_until_running(engine: Engine) -> None:
-    """Until a batch was taken."""
-    while not engine.stats()["running"]:
-        os.sched_yield() if hasattr(os, "sched_yield") else None
