@@ -17,7 +17,6 @@ FLOORS = (
     {"ia3.__main__", "ia3.utils"},
     {"ia3"},
     {"ia3.cli"},
-    {"ia3.serving"},
     {"ia3.on_ray"},
     {"ia3.serving"},
     {"ia3.training"},

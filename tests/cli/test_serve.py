@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from running import call, message, succeed
 
@@ -108,3 +113,35 @@ def test_no_folder(tmp_path: Path) -> None:
     result = call("serve", "tiny", "--adapters", tmp_path / "none", "--port", 0)
     assert result.exit_code == 2
     assert "--adapters is one that holds a folder for each adapter" in message(result)
+
+
+def test_from_the_folder_to_an_answer(adapter: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    """A process of its own: what it answers is what `ia3 predict` does; SIGTERM ends it with 0."""
+    shutil.copytree(adapter, tmp_path / "adapters" / "reviews")
+    (tmp_path / "adapters" / "broken").mkdir()
+    (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{}")
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    command = [sys.executable, "-m", "ia3", "serve", str(base), "--adapters", str(tmp_path / "adapters")]
+    more = ["--port", "0", "--api-keys", str(tmp_path / "keys"), "--json"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, *more], **pipes) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        try:
+            assert [each["name"] for each in said["adapters"]] == ["reviews"]
+            assert said["refused"].keys() == {"broken"}
+            own: Any = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 60}
+            asked = {"models": ["reviews", f"{said['base']}:reviews"], "input": "the share rises"}
+            found = httpx2.post(f"{said['url']}/v1/classify", json=asked, **own).json()["data"]
+            cards = httpx2.get(f"{said['url']}/v1/models", **own).text
+        finally:
+            process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
+    assert process.returncode == 0, log
+    predicted = json.loads(succeed("predict", adapter, "the share rises", "--json").stdout)["predictions"][0]
+    for each in found:
+        assert each["label"] == predicted["label"]
+        assert each["probabilities"] == pytest.approx(predicted["probabilities"], rel=1e-4)
+    assert str(tmp_path) not in cards
+    assert "the share rises" not in log
+    assert KEY not in log

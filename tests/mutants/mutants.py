@@ -537,15 +537,17 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("SweepStep._update", Instead("self.counts.add_(learning)", "self.counts.add_(1)"),
                "a run without examples ages"),
     ],
-    ("serving/test_http.py", "serving/test_http_hostile.py", "serving/test_limits.py"): [
+    ("serving/test_http.py", "serving/test_limits.py", "serving/test_listening.py"): [
         Mutant("Keys.find", Instead("hmac.compare_digest(digest, given)", "True"), "any key is one"),
         Mutant("Door._enter", Never("isprintable"), "a line break behind a path passes the administrator's door"),
         Mutant("Door._enter", Never("running"), "one key takes all there is"),
+        Mutant("_Call.send", Instead("self._has_body", "False"), "of a body that was refused the rest is awaited"),
         Mutant("read_within", Never("len"), "a body is as large as memory"),
-        Mutant("Waiting.drop", Skip("cancel_all"), "a client that went is answered"),
-        Mutant("Waiting._submit", Never("dropped"), "of a client that went the rest is still asked"),
+        Mutant("check_characters", Never("characters"), "a text has any length"),
+        Mutant("Waiting.drop", Instead("future.cancel()", "None"), "a client that went is answered"),
         Mutant("_Lines.format", Instead("type(error).__name__", "str(error)"), "the log holds texts"),
-        Mutant("check_within", Never("count"), "a text has any length"),
+        Mutant("Listener.shutdown", Instead("asyncio.to_thread(self._engine.drain, self._drain_s)", "asyncio.sleep(0)"),
+               "a server that stops takes requests"),
     ],
     ("test_documents.py", "test_errors.py", "data/test_limits.py", "test_publishing.py", "runs/test_comparison.py"): [
         Mutant("fits", Instead("not isinstance(value, bool)", "True"), "true counts as a whole number"),

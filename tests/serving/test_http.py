@@ -442,7 +442,7 @@ class TestWhatIsSeen:
             ("/v1/completions", 500),
             ("/v1/load_lora_adapter", 400),
         ]
-        assert requests[0]["key"] == 1
+        assert [each["key"] for each in requests] == [1, 1, "admin"]
         fault = next(each for each in lines if each["event"] == "fault")
         assert (fault["error"], fault["id"]) == ("RuntimeError", requests[1]["id"])
         for private in ("private", KEY, ADMIN_KEY, "secret"):

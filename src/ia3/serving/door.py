@@ -86,7 +86,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, keys: Keys, admin: Keys, limits: RequestLimits, metrics: Metrics) -> None:
         self._app, self._keys, self._admin, self._limits, self._metrics = app, keys, admin, limits, metrics
-        self._running: Counter[int | None] = Counter()
+        self._running: Counter[int | str | None] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,28 +111,37 @@ class Door:
         if path in OPEN:
             await self._app(scope, call.receive, call.send)
             return
-        keys = self._admin if path in ADMIN else self._keys
-        call.key = keys.find(call.header(b"authorization"))
-        if path in ADMIN and not keys:
+        call.key = self._key_of(path, call.header(b"authorization"))
+        if self._running[call.key] >= self._limits.running:
+            raise Overloaded(
+                f"{self._limits.running:,} requests of this key are under way, as many as it may have: wait for one.", 1
+            )
+        self._running[call.key] += 1
+        try:
+            await self._app(scope, call.receive, call.send)
+        finally:
+            self._running[call.key] -= 1
+
+    def _key_of(self, path: str, authorization: bytes | None) -> int | str | None:
+        """Whose request this is: the number of a client's key, the administrator, or anybody where there are no keys.
+
+        Raises:
+            BadRequestError: a key that is missing or wrong.
+        """
+        needed = path in ADMIN
+        keys = self._admin if needed else self._keys
+        if needed and not keys:
             raise BadRequestError("This server has no administrator: start it with --admin-key-file.", status=403)
-        if keys and call.key is None:
-            which = "the administrator's key" if path in ADMIN else "an API key"
+        place = keys.find(authorization)
+        if keys and place is None:
+            which = "the administrator's key" if needed else "an API key"
             raise BadRequestError(
                 f"This needs {which}: send the header Authorization: Bearer KEY.",
                 status=401,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        whose = None if path in ADMIN else call.key
-        if self._running[whose] >= self._limits.running:
-            raise Overloaded(
-                f"{self._limits.running:,} requests of this key are under way, as many as it may have: wait for one.", 1
-            )
-        self._running[whose] += 1
-        try:
-            await self._app(scope, call.receive, call.send)
-        finally:
-            self._running[whose] -= 1
+        return "admin" if needed else None if place is None else place + 1
 
     async def _tell(self, call: _Call, error: Exception) -> None:
         """An error that was raised here, or that nobody foresaw."""
@@ -150,8 +159,8 @@ class Door:
         self._metrics.count(route, status, seconds)
         if call.scope["path"] in OPEN and status < 500:  # probes, every few seconds
             return
-        facts = {"id": call.id, "route": route, "status": status, "seconds": round(seconds, 4)}
-        LOG.info("request", extra={"facts": facts | ({} if call.key is None else {"key": call.key + 1})})
+        facts = {"id": call.id, "route": route, "status": status, "seconds": round(seconds, 4), "key": call.key}
+        LOG.info("request", extra={"facts": facts})
 
 
 class _Call:
@@ -161,7 +170,7 @@ class _Call:
         self.scope, self._receive, self._send = scope, receive, send
         self.id, self.began = uuid.uuid4().hex, time.monotonic()
         self.status: int | None = None
-        self.key: int | None = None
+        self.key: int | str | None = None
         length = self.header(b"content-length")
         self._has_body = self.header(b"transfer-encoding") is not None or length not in (None, b"0")
 

@@ -42,6 +42,8 @@ from ia3.serving.requests import Request as Asked
 from ia3.serving.waiting import ClientGoneError, Waiting
 
 _LARGE = 64 << 10
+# Seconds that a client has to read the last of a stream.
+_TO_READ = 10
 
 
 def make_app(
@@ -298,18 +300,25 @@ class _Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._waiting:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for chunk in self._chunks:
-                    await self._send(send, json.dumps(chunk))
-            except ClientGoneError:
-                raise
-            except Exception as error:
-                if not isinstance(error, ServingError):
-                    LOG.error("fault", exc_info=error)
-                await self._send(send, json.dumps(error_response(error)[1]))
-            await self._send(send, "[DONE]")
-            await send({"type": "http.response.body", "body": b""})
+                async with asyncio.timeout(self._waiting.seconds + _TO_READ):
+                    await self._send_all(send)
+            except TimeoutError:  # a client that doesn't read
+                raise ClientGoneError from None
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for chunk in self._chunks:
+                await self._send(send, json.dumps(chunk))
+        except ClientGoneError:
+            raise
+        except Exception as error:
+            if not isinstance(error, ServingError):
+                LOG.error("fault", exc_info=error)
+            await self._send(send, json.dumps(error_response(error)[1]))
+        await self._send(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b""})
 
     @staticmethod
     async def _send(send: Send, data: str) -> None:

@@ -33,6 +33,7 @@ class Waiting:
 
     def __init__(self, server: Server, requests: Sequence[Request], receive: Receive, seconds: float) -> None:
         self._server, self._requests, self._dropped = server, requests, False
+        self.seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, str | Future[Answer] | Exception]] = asyncio.Queue()
         self._futures: list[Future[Answer]] = []
