@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -335,6 +336,20 @@ class TestClientsThatGo:
         assert deadline is not None
         assert deadline - began == pytest.approx(0.2, abs=0.15)
 
+    def test_a_stream_that_nobody_reads_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ia3.serving.http._TO_READ", 0.2)
+        with site(answer_s=0.5) as served, socket.socket() as link:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            link.connect(("127.0.0.1", int(served.url.rpartition(":")[2])))
+            asked = {"model": "writer", "prompt": ["ä" * 100_000] * 10, "stream": True}  # six bytes a letter come back
+            body = json.dumps(asked, ensure_ascii=False).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            link.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: len(served.engine.futures) == 10)
+            assert "ia3_http_requests_running 2.0" in served.get("/metrics").text
+            until(lambda: "ia3_http_requests_running 1.0" in served.get("/metrics").text)
+            assert 'status="499"' in served.get("/metrics").text
+
     def test_a_key_has_so_many_under_way(self) -> None:
         with site(running=2) as served:
             ask = {"model": "writer", "prompt": "wait"}
@@ -377,8 +392,9 @@ class TestBodies:
     def test_no_body_is_read_without_a_key(self, served: Site) -> None:
         with served.connect() as link:
             link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
-            answer = b"".join(iter(lambda: link.recv(65536), b""))  # and the connection is closed
+            answer = b"".join(iter(lambda: link.recv(65536), b""))
         assert answer.startswith(b"HTTP/1.1 401")
+        assert b"connection: close" in answer  # so that nobody waits for the rest
 
     def test_large_bodies_of_ordinary_clients(self, served: Site) -> None:
         assert served.post("/v1/completions", model="writer", prompt="a" * 3_000_000).status_code == 413
