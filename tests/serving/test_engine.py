@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fleet import BASE, CAUSAL, QUESTIONS, TASKS, TEXTS, alone, ask, bare, save_fleet, serving, tokenizer_of
 
+import tiny_causal
 from ia3.inference.complete import complete
 from ia3.inference.predict import predict
 from ia3.serving.engine import Engine, Limits
@@ -141,6 +142,58 @@ def test_who_waits_together_runs_together(fleet: Path) -> None:
     assert sizes[:2] == [1, 1]  # who must be answered soon goes before those that came before
     assert sorted(sizes[2:]) == [1, 4, 4, 4]
     assert max(len(set(batch)) for batch in batches) == 2  # news and sports
+
+
+def test_the_first_waits_a_moment_for_company(fleet: Path) -> None:
+    with serving(fleet, gather_s=30.0, batch_size=2) as engine:
+        with held_back(engine) as batches:
+            some = [engine.submit(Request(TEXTS[0], name)) for name in ("news", "sports")]
+            while not batches:  # nor longer, once the batch is full
+                time.sleep(1e-3)
+        assert [each.result(20).label for each in some]
+        alone_ = engine.submit(Request(TEXTS[0], "news"))
+        time.sleep(0.05)
+        assert engine.stats()["queued"] == 1
+        assert engine.drain(20)  # who stops waits for nobody
+        assert alone_.result(0).label
+    assert [len(batch) for batch in batches] == [2, 1]
+
+
+def test_texts_of_like_lengths_run_together(fleet: Path) -> None:
+    with serving(fleet, batch_size=3) as engine:
+        lengths, answer = [], engine._answer
+
+        def note(prompts: Any, rows: Any) -> Any:
+            lengths.append(sorted(len(prompt.tokens) for prompt in prompts))
+            return answer(prompts, rows)
+
+        engine._answer = note  # type: ignore[assignment]
+        with held_back(engine) as batches:
+            busy(engine, batches)
+            for count in (2, 12, 2, 12, 2, 12):
+                engine.submit(Request("rises " * count, "news"))
+        assert engine.drain(60)
+    assert lengths[1:] == [[3, 3, 3], [13, 13, 13]]
+
+
+def test_answers_end_with_the_positions_of_a_model(chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As alone, whatever the room of those who share the batch."""
+    llama = tiny_causal.llama
+
+    def short() -> Any:
+        model = llama()
+        model.config.max_position_embeddings = 14
+        return model
+
+    monkeypatch.setattr(tiny_causal, "llama", short)
+    with serving(chats, causal=True) as engine:
+        found = [engine.submit(Request(text, "chat")) for text in QUESTIONS]
+        for each, expected in zip(found, alone(chats / "chat", QUESTIONS, causal=True), strict=True):
+            answer = each.result(60)
+            expect_equal(answer, expected)
+            assert answer.prompt_tokens + answer.completion_tokens <= 14
+        with pytest.raises(NotServed, match="the model reads 14"):
+            engine.submit(Request("please " * 20, "chat"))
 
 
 def test_the_nearest_deadline_runs_first(fleet: Path) -> None:

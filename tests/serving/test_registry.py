@@ -72,6 +72,7 @@ def test_the_names_of_a_folder(folder: Path) -> None:
             with pytest.raises(UnknownModel, match="There is no model"):
                 registry.hold(name)
         assert registry.refused() == {}
+        assert len(registry) == len(TASKS) + 2
 
 
 def test_identity_is_content(folder: Path) -> None:

@@ -138,8 +138,8 @@ class Engine:
             outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
             sums = {name: self._sums[name] for name in _SUMS}
             now = {"queued": float(self._queued()), "running": float(len(self._running))}
-        table, names = self.registry.table, self.registry.models()
-        return {**now, "adapters": len(names) - 1.0, "versions": float(len(table)), **outcomes, **sums}
+        adapters = {"adapters": float(len(self.registry)), "versions": float(len(self.registry.table))}
+        return {**now, **adapters, **outcomes, **sums}
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until all are answered; whether that was within the time."""

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import GenerationMixin
+
 from ia3.config import CONFIG_NAME, TaskType
 from ia3.errors import fit_screen, listed, shorten
 from ia3.inference.loading import DTYPES
@@ -106,7 +108,7 @@ class Registry:
     def __init__(self, model: Any, folder: str | Path, *, base: str, capacity: int = 256) -> None:
         if not Path(folder).is_dir():
             raise ValueError(f"There is no folder {folder}: expected one that holds a folder for each adapter.")
-        if not getattr(model, "can_generate", bool)():
+        if not isinstance(model, GenerationMixin):
             raise ValueError(f"A {type(model).__name__} writes nothing: expected a seq2seq or a causal model.")
         self.folder = Path(os.path.realpath(folder))
         adapters_below(self.folder)
@@ -168,6 +170,10 @@ class Registry:
             served = [self._served(each) for each in [Held(self.base, self._base), *held]]
             alone = [name for name, each in self._aliases.items() if not self._is_current(each, current)]
             return served + [self._served(Held(name, self._aliases[name].version)) for name in alone]
+
+    def __len__(self) -> int:
+        """How many names of adapters there are."""
+        return len(self._names)
 
     def refused(self) -> dict[str, str]:
         """Why the adapters of these names are not served, or still with what they were before."""
