@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import httpx2
@@ -16,6 +17,7 @@ import pytest
 from stand_in import ADMIN_KEY, KEY, NEWS, OTHER_KEY, PROBABILITIES, WRITER, Site, events, site, until
 
 from ia3.serving.metrics import log_in_lines
+from ia3.serving.requests import Answer, Request
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +337,28 @@ class TestClientsThatGo:
         deadline = served.engine.requests[-1].deadline
         assert deadline is not None
         assert deadline - began == pytest.approx(0.2, abs=0.15)
+
+    def test_what_is_being_submitted_is_dropped_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with site() as served:
+            submit, gone = served.engine.submit, threading.Event()
+
+            def slowly(request: Request) -> Future[Answer]:
+                future = submit(request)
+                if len(served.engine.futures) == 2:
+                    gone.wait(10)
+                return future
+
+            monkeypatch.setattr(served.engine, "submit", slowly)
+            body = json.dumps({"model": "writer", "prompt": ["wait"] * 3}).encode()
+            with served.connect() as link:
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+                link.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                until(lambda: len(served.engine.futures) == 2)
+            until(lambda: served.engine.futures[0].cancelled())
+            gone.set()
+            until(lambda: served.engine.futures[1].cancelled())
+            time.sleep(0.05)
+            assert len(served.engine.futures) == 2
 
     def test_a_stream_that_nobody_reads_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ia3.serving.http._TO_READ", 0.2)
