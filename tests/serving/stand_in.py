@@ -38,7 +38,8 @@ PROBABILITIES = {"good": 0.75, "bad": 0.25}
 
 @dataclass
 class StandIn:
-    """Answers at once, but for texts that ask for trouble: `wait` until `released`, `late`, `busy`, `fault`, `drop`."""
+    """Answers at once, but for texts that ask for trouble: `wait` until `released`, `late`, `busy`, `fault`, `drop`,
+    `odd`, `breaks`."""
 
     ready: bool = True
     served: dict[str, Served] = field(default_factory=lambda: {each.name: each for each in (NEWS, WRITER)})
@@ -80,6 +81,8 @@ class StandIn:
             future.set_exception(TooLate("The deadline went by."))
         elif request.text == "fault":
             future.set_exception(RuntimeError(f"a secret: {request.text}"))
+        elif request.text == "odd":
+            future.set_result(Answer("odd", None, None, served.name, served.digest, 5, 2, "stop", 0.1, 0.2))
         elif served.labels:
             future.set_result(Answer("good", "good", PROBABILITIES, served.name, served.digest, 5, 0, "stop", 0.1, 0.2))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -125,6 +126,11 @@ class TestLabels:
             (1, "news"),
             (1, "prod"),
         ]
+
+    def test_an_answer_that_is_no_label(self, served: Site) -> None:
+        """It is told as it is, and takes no others along."""
+        found = served.post("/v1/classify", model="news", input=["odd", "hello"]).json()["data"]
+        assert [(each["label"], each["text"]) for each in found] == [(None, "odd"), ("good", "good")]
 
     @pytest.mark.parametrize(
         ("body", "said"),
@@ -489,7 +495,10 @@ class TestWhatIsSeen:
             assert private not in written
 
     def test_the_description(self, served: Site) -> None:
-        paths = served.get("/openapi.json", None).json()["paths"]
+        described = served.get("/openapi.json", None).json()
+        paths, schemas = described["paths"], described["components"]["schemas"]
+        assert set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described))) <= set(schemas)
+        assert {"Message", "TextPart", "StreamOptions"} <= set(schemas)
         assert {"/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/aliases"} <= set(paths)
         schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert {"model", "prompt"} == set(schema["required"])

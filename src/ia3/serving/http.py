@@ -75,7 +75,8 @@ class _Routes:
         self._changing = asyncio.Lock()
 
     def add_to(self, app: FastAPI) -> None:
-        """Make the application answer them."""
+        """Make the application answer them, and describe them."""
+        shared: dict[str, Any] = {}
         for path, body, route in (
             ("/v1/completions", CompletionBody, self.complete),
             ("/v1/chat/completions", ChatBody, self.chat),
@@ -84,8 +85,9 @@ class _Routes:
             ("/v1/unload_lora_adapter", UnloadBody, self.unload),
             ("/v1/aliases", AliasBody, self.alias),
         ):
-            content = {"application/json": {"schema": body.model_json_schema()}}
-            about = {"requestBody": {"required": True, "content": content}}
+            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            shared |= schema.pop("$defs", {})
+            about = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
             method = "PUT" if body is AliasBody else "POST"
             app.add_api_route(path, route, methods=[method], openapi_extra=about, response_model=None)
         for path, look in (
@@ -98,6 +100,7 @@ class _Routes:
             ("/version", self.version),
         ):
             app.add_api_route(path, look, methods=["GET"], response_model=None)
+        app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(shared)
 
     # Words
 
@@ -178,8 +181,9 @@ class _Routes:
         pairs = [(index, text, model) for index, text in enumerate(texts) for model in models]
         with self._wait(request, [Asked(text, model) for _, text, model in pairs], body.timeout) as waiting:
             answers = await self._answers(waiting)
+        labelled = {each.name for each in self._server.models() if each.labels}
         for (_, _, model), answer in zip(pairs, answers, strict=True):
-            if answer.label is None:
+            if answer.label is None and answer.adapter not in labelled:
                 raise NotServed(f"{model} writes text and has no labels: ask /v1/completions.")
         data = [label_of(index, model, each) for (index, _, model), each in zip(pairs, answers, strict=True)]
         return JSONResponse({"object": "list", "data": data, "usage": usage_of(answers)})

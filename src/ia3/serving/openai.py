@@ -338,7 +338,7 @@ class Written:
 
 
 def label_of(index: int, model: str, answer: Answer) -> dict[str, Any]:
-    """One answer of `/v1/classify`.
+    """One answer of `/v1/classify`. Who may write its label can write something else, which then is no label.
 
     Args:
         index: the text's.
@@ -351,6 +351,7 @@ def label_of(index: int, model: str, answer: Answer) -> dict[str, Any]:
         "adapter": answer.adapter,
         "digest": answer.digest,
         "label": answer.label,
+        "text": answer.text,
         "probabilities": answer.probabilities,
         "queued_ms": round(answer.queued_s * 1e3, 3),
         "ran_ms": round(answer.ran_s * 1e3, 3),
