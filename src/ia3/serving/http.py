@@ -226,10 +226,10 @@ class _Routes:
         body = await self._read(request, AliasBody)
         async with self._changing:
             named = await asyncio.to_thread(self._server.alias, body.alias, body.model)
-        return self._changed("aliased", named)
+        return self._changed("aliased", named, alias=body.alias)
 
-    def _changed(self, how: str, served: Served) -> Response:
-        LOG.info(how, extra={"facts": {"adapter": served.name, "digest": served.digest}})
+    def _changed(self, how: str, served: Served, **more: str) -> Response:
+        LOG.info(how, extra={"facts": {"adapter": served.name, "digest": served.digest, **more}})
         return JSONResponse(card_of(served, self._created))
 
     def _find(self, name: str) -> Served | None:
