@@ -249,7 +249,7 @@ def test_commands_and_flags_exist(script: str) -> None:
 
 
 def needs_more_than_a_folder(words: list[str]) -> bool:
-    return words[0] != "ia3" or words[1] in ("push", "quickstart") or "bigscience/mt0-large" in words
+    return words[0] != "ia3" or words[1] in ("push", "quickstart", "serve") or "bigscience/mt0-large" in words
 
 
 @pytest.mark.parametrize("page", ["first-steps.md", "command-line.md"])

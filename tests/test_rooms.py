@@ -18,6 +18,7 @@ FLOORS = (
     {"ia3"},
     {"ia3.cli"},
     {"ia3.on_ray"},
+    {"ia3.serving"},
     {"ia3.training"},
     {"ia3.inference", "ia3.runs"},
     {"ia3.data"},

@@ -23,6 +23,7 @@ from ia3.cli.predict import predict
 from ia3.cli.push import push
 from ia3.cli.quickstart import quickstart
 from ia3.cli.runs import runs
+from ia3.cli.serve import serve
 from ia3.cli.sweep import sweep
 from ia3.cli.targets import targets
 from ia3.cli.train import train
@@ -64,7 +65,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, sweep, runs, evaluate, predict, inspect, compare, combine, targets, merge, push, quickstart):
+for command in (
+    train,
+    sweep,
+    runs,
+    evaluate,
+    predict,
+    inspect,
+    compare,
+    combine,
+    targets,
+    merge,
+    push,
+    serve,
+    quickstart,
+):
     app.command(cls=LateCommand if command in (train, sweep) else None)(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,23 @@ _IN_A_RUN = "adapter"
 _CAPACITY = 256
 
 
+def adapters_below(folder: Path) -> dict[str, Path]:
+    """All adapters below a folder by their names; a run's goes by the run's name, too.
+
+    Raises:
+        ValueError: the folder is itself an adapter.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is itself an adapter: give the folder above it, which holds one for each name.")
+    known: dict[str, Path] = {}
+    for path in sorted(Path(inside) for inside, _, files in os.walk(folder) if CONFIG_NAME in files):
+        place = path.relative_to(folder)
+        known[place.as_posix()] = path
+        if place.name == _IN_A_RUN and len(place.parts) > 1:
+            known.setdefault(place.parent.as_posix(), path)
+    return known
+
+
 def find_adapters(folder: Path, names: Sequence[str], place_of: Callable[[int], str]) -> dict[str, Path]:
     """Where the adapters of these names are, below a folder; a run's goes by the run's name.
 
@@ -43,14 +61,7 @@ def find_adapters(folder: Path, names: Sequence[str], place_of: Callable[[int], 
     Raises:
         ValueError: an unknown name, or no adapter at all.
     """
-    known: dict[str, Path] = {}
-    if (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} is itself an adapter: give the folder above it, which holds one for each name.")
-    for path in sorted(folder.rglob(CONFIG_NAME)):
-        place = path.parent.relative_to(folder)
-        known[place.as_posix()] = path.parent
-        if place.name == _IN_A_RUN and len(place.parts) > 1:
-            known.setdefault(place.parent.as_posix(), path.parent)
+    known = adapters_below(folder)
     if not known:
         raise ValueError(f"{folder} holds no adapters: expected folders in it, each with an {CONFIG_NAME}.")
     unknown = list(dict.fromkeys(name for name in names if name not in known))

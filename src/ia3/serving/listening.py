@@ -1,0 +1,105 @@
+"""From a socket to an exit code: uvicorn, which drains the engine when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from ia3.serving.requests import Server
+
+# Heads larger than these are refused before anything reads them.
+_LARGEST_HEAD = 32 << 10
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address, at which nobody listens yet.
+
+    Raises:
+        ValueError: the address can't be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{host}, port {port}: {why}. Give another `host` or `port`, or 0 for a free port.") from error
+    return bound
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float = 30.0) -> None:
+    """Answer until SIGTERM or Ctrl-C: then accept nothing more, end what was begun, and return.
+
+    Args:
+        app: what `make_app` made.
+        server: whose requests are waited for, and which is closed.
+        bound: where to listen.
+        drain_s: the most seconds to wait for them.
+    """
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=_LARGEST_HEAD,
+        timeout_graceful_shutdown=int(drain_s) + 1,
+    )
+    try:
+        Listener(config, server, drain_s).run([bound])
+    finally:
+        server.close()
+
+
+class Listener(uvicorn.Server):
+    """uvicorn's, for an engine that is drained.
+
+    Args:
+        config: uvicorn's.
+        engine: whose requests are waited for.
+        drain_s: the most seconds to wait.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Server, drain_s: float) -> None:
+        super().__init__(config)
+        self._engine, self._drain_s = engine, drain_s
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which raises the signal again at the end, so that an orderly stop would look like a kill."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = {each: signal.signal(each, self.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for each, handler in former.items():
+                signal.signal(each, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Connections end their requests while the engine takes no more."""
+        await asyncio.gather(super().shutdown(sockets), asyncio.to_thread(self._engine.drain, self._drain_s))

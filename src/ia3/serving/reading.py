@@ -1,0 +1,97 @@
+"""What a model reads for a request: its text in its task's words, as tokens."""
+
+from __future__ import annotations
+
+import re
+import threading
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+from ia3.config import TaskType
+from ia3.inference.complete import check_positions, cut_prompt, encode, has_template, prompt_text, without_template
+from ia3.inference.predict import most_positions, tokenise_inputs
+from ia3.serving.registry import Version
+from ia3.serving.requests import NotServed, Request
+from ia3.tasks.task import Task, TaskKind
+from ia3.tasks.template import Template
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+class Prompt(NamedTuple):
+    """A request as tokens, and how they are answered. Those of one task share batches.
+
+    Args:
+        tokens: what the model reads.
+        task: what is left of the adapter's task then.
+        longest: the most tokens of the answer.
+    """
+
+    tokens: list[int]
+    task: Task
+    longest: int
+
+
+class Reader:
+    """Makes tokens of requests as training and `Answerer` do. Any thread may call it.
+
+    Args:
+        model: the base model.
+        tokenizer: its tokenizer, of which it has a copy: a tokenizer can't be used by two threads at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, deepcopy(tokenizer)
+        self._lock = threading.Lock()
+
+    def __call__(self, version: Version, request: Request) -> Prompt:
+        """The tokens of a request.
+
+        Raises:
+            NotServed: a request that this version can't answer, and why.
+        """
+        task, text = version.task, version.render(request.text)
+        if not text:
+            raise NotServed("The text is empty: send one.")
+        if request.turns and task.kind is not TaskKind.INSTRUCTIONS:
+            raise NotServed(f"The task of this model is {task.kind}, which reads no earlier messages: send one text.")
+        if _HALF.search(text):
+            raise NotServed("The text holds half a character (a lone surrogate): send whole ones.")
+        if request.max_new_tokens is not None and request.max_new_tokens < 1:
+            raise NotServed(f"The longest answer has {request.max_new_tokens} tokens: expected 1 or more.")
+        try:
+            with self._lock:
+                tokens = self._tokens(task, text, tuple(request.turns))
+        except ValueError as error:
+            raise NotServed(str(error)) from error
+        return self._as_asked(task, tokens, request.max_new_tokens)
+
+    def _tokens(self, task: Task, text: str, turns: tuple[tuple[str, str], ...]) -> list[int]:
+        if task.kind.task_type is TaskType.SEQ_2_SEQ_LM:
+            return tokenise_inputs(self.tokenizer, [text], task.max_length)[0]
+        tokenizer = self.tokenizer if task.kind.has_answers else without_template(self.tokenizer)
+        if turns and not has_template(tokenizer):
+            raise ValueError("This model has no chat template, so it reads no earlier messages: send one text.")
+        (prompt,) = encode(tokenizer, [prompt_text(tokenizer, text, turns, task.system)])
+        if len(prompt) > task.max_length:
+            prompt = cut_prompt(tokenizer, text, turns, task.system, room=task.max_length)
+        check_positions(self.model, len(prompt) + 1)
+        return prompt
+
+    def _as_asked(self, task: Task, tokens: list[int], most: int | None) -> Prompt:
+        """What is left of a task once its text is tokens: the labels, or how long answers may be."""
+        if task.ranks:
+            return Prompt(tokens, _bare_task(TaskKind.LABEL_WORDS, task.labels), 0)
+        longest, positions = task.max_new_tokens or 1, most_positions(self.model)
+        if task.kind.task_type is TaskType.SEQ_2_SEQ_LM:
+            kind = TaskKind.GENERATION
+        else:
+            kind = TaskKind.INSTRUCTIONS
+            # An answer ends with the model's positions, too, so those with the same room share batches.
+            longest = longest if positions is None else min(longest, positions - len(tokens))
+        return Prompt(tokens, _bare_task(kind, longest=longest), min(longest, most or longest))
+
+
+def _bare_task(kind: TaskKind, labels: tuple[str, ...] = (), longest: int | None = None) -> Task:
+    """A task that says nothing of how texts are read, since they were."""
+    return Task(kind=kind, template=Template.of_column("text"), labels=labels, max_length=1, max_new_tokens=longest)

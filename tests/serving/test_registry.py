@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from fleet import BASE, CAUSAL, RANKED, TASKS, bare, save, save_fleet, task_of
+from safetensors.torch import load_file, save_file
+
+import tiny_classifier
+from ia3 import IA3Config, get_peft_model
+from ia3.serving.registry import Registry
+from ia3.serving.requests import Refused, UnknownModel
+from ia3.tasks.task import TaskKind, save_task
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_fleet(tmp_path_factory.mktemp("saved"), TASKS)
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "folder"))
+
+
+@contextmanager
+def registered(folder: Path, **options: int) -> Iterator[Registry]:
+    registry = Registry(bare(), folder, base=BASE, **options)
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
+def digests(registry: Registry) -> dict[str, str | None]:
+    return {served.name: served.digest for served in registry.models()}
+
+
+def rewrite(adapter: Path, factor: float = 2.0) -> None:
+    """Other vectors in the same file, in place."""
+    path = adapter / "adapter_model.safetensors"
+    save_file({key: vector * factor for key, vector in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def look_twice(registry: Registry) -> None:
+    """What changed is read at the second look, when it rests."""
+    registry.refresh()
+    registry.refresh()
+
+
+def test_the_names_of_a_folder(folder: Path) -> None:
+    shutil.copytree(folder / "news", folder / "run" / "adapter")
+    with registered(folder) as registry:
+        served = registry.models()
+        assert [each.name for each in served] == [BASE, *sorted([*TASKS, "run", "run/adapter"])]
+        assert (served[0].digest, served[0].parent, served[0].task_kind) == (None, None, None)
+        news = next(each for each in served if each.name == "news")
+        assert (news.parent, news.task_kind, news.labels) == (BASE, "label-words", RANKED["labels"])
+        assert digests(registry)["run"] == digests(registry)["run/adapter"] == news.digest
+        assert len(registry.table) == len(TASKS)  # the same content has one row
+        for name in ("news", f"{BASE}:news", BASE):
+            registry.release(registry.hold(name).version)
+        for name in ("", "no", "../folder/news", f"{BASE}:", f"other:{BASE}", "news/"):
+            with pytest.raises(UnknownModel, match="There is no model"):
+                registry.hold(name)
+        assert registry.refused() == {}
+        assert len(registry) == len(TASKS) + 2
+
+
+def test_identity_is_content(folder: Path) -> None:
+    with registered(folder) as registry:
+        first = digests(registry)["news"]
+        shutil.copytree(folder / "news", folder / "copy")
+        look_twice(registry)
+        assert digests(registry)["copy"] == first
+        save_task(folder / "copy", task_of(**RANKED | {"pattern": "{text} it is"}))
+        look_twice(registry)
+        assert digests(registry)["copy"] != first  # the same vectors asked another way are another adapter
+        rewrite(folder / "news")
+        look_twice(registry)
+        assert digests(registry)["news"] not in (first, digests(registry)["copy"])
+
+
+def test_a_request_keeps_the_version_that_it_came_for(folder: Path) -> None:
+    with registered(folder) as registry:
+        held = registry.hold("news").version
+        rewrite(folder / "news")
+        registry.refresh()
+        assert registry.hold("news").version is held  # files that changed this moment may be half copied
+        registry.refresh()
+        other = registry.hold("news").version
+        assert other is not held
+        assert {held.row, other.row} <= {*registry.table}
+        registry.release(held)
+        assert held.row in registry.table
+        registry.release(held)
+        assert held.row not in registry.table
+        assert len(registry.table) == len(TASKS)
+
+
+def test_what_goes_and_comes(folder: Path) -> None:
+    with registered(folder) as registry:
+        shutil.move(folder / "news", folder.parent / "away")
+        registry.refresh()
+        assert "news" in digests(registry)  # perhaps it is just being replaced
+        registry.refresh()
+        assert "news" not in digests(registry)
+        assert len(registry.table) == len(TASKS) - 1
+        shutil.move(folder.parent / "away", folder / "news")
+        look_twice(registry)
+        assert "news" in digests(registry)
+
+
+def test_half_a_file_keeps_the_old_one(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder / "news" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    with registered(folder) as registry:
+        before = digests(registry)
+        path.write_bytes(whole[: len(whole) // 2])
+        for _ in range(4):
+            registry.refresh()
+        assert digests(registry) == before
+        assert "truncated or damaged" in registry.refused()["news"]
+        assert len(caplog.records) == 1
+        path.write_bytes(whole)
+        look_twice(registry)
+        assert digests(registry) == before
+        assert registry.refused() == {}
+        assert len(registry.table) == len(TASKS)
+
+
+def test_a_folder_that_changes_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(folder) as registry:
+        register = registry.table.register
+
+        def change(name: str, path: Path) -> str:
+            digest = register(name, path)
+            rewrite(folder / "news")
+            return digest
+
+        rewrite(folder / "news", 3.0)
+        monkeypatch.setattr(registry.table, "register", change)
+        with pytest.raises(Refused, match="changed while it was read"):
+            registry.load("news", "news")
+        monkeypatch.undo()
+        assert len(registry.table) == len(TASKS)
+        assert registry.load("news", "news").digest == digests(registry)["news"]
+
+
+def test_loading_and_unloading_by_name(folder: Path) -> None:
+    with registered(folder) as registry:
+        served = registry.load("fresh/one", "news")
+        assert served.digest == digests(registry)["news"] == digests(registry)["fresh/one"]
+        assert registry.load("fresh/one", str(folder / "sports")).digest == digests(registry)["sports"]
+        registry.unload("fresh/one")
+        registry.unload("news")
+        look_twice(registry)
+        assert "news" not in digests(registry)  # though its folder is there
+        assert len(registry.table) == len(TASKS) - 1
+        registry.load("news", "news")
+        rewrite(folder / "news")
+        before = digests(registry)["news"]
+        look_twice(registry)
+        assert digests(registry)["news"] != before  # what was loaded is watched, too
+        with pytest.raises(UnknownModel, match="no adapter and no alias 'fresh/one'"):
+            registry.unload("fresh/one")
+        with pytest.raises(UnknownModel):
+            registry.unload(BASE)
+
+
+def test_an_alias_means_one_content(folder: Path) -> None:
+    with registered(folder) as registry:
+        first = registry.alias("prod", "news")
+        assert (first.name, first.aliases) == ("news", ("prod",))
+        rewrite(folder / "news")
+        look_twice(registry)
+        held = registry.hold("prod")
+        assert (held.name, held.version.digest) == ("news", first.digest)
+        assert digests(registry)["news"] != first.digest == digests(registry)["prod"]  # nothing is hidden
+        registry.alias("prod", f"{BASE}:news")
+        assert registry.hold("prod").version.digest == digests(registry)["news"]
+        assert "prod" not in digests(registry)
+        assert held.version.row in registry.table  # a request still has it
+        registry.release(held.version)
+        assert held.version.row not in registry.table
+        assert registry.alias("base", BASE).aliases == ("base",)
+        registry.unload("news")
+        assert registry.hold("prod").name == "news"
+        registry.unload("prod")
+        with pytest.raises(UnknownModel):
+            registry.hold("prod")
+        with pytest.raises(UnknownModel):
+            registry.alias("prod", "nobody")
+        with pytest.raises(Refused, match="'sports' is an adapter's own name"):
+            registry.alias("sports", "free")
+        with pytest.raises(Refused, match="'base' is an alias"):
+            registry.load("base", "news")
+
+
+@pytest.mark.parametrize("name", ["", "-x", "/abs", "a b", "a" * 129, "ü", "a\n", "../a", BASE])
+def test_names_that_are_none(folder: Path, name: str) -> None:
+    with registered(folder) as registry:
+        for call in (registry.load, registry.alias):
+            with pytest.raises(Refused, match=r"can't be a name|base's own name"):
+                call(name, "news")
+
+
+@pytest.mark.parametrize(
+    "path", ["..", ".", "", "../outside", "news/../../outside", "nothing", "a\0b", "x" * 5000, "out"]
+)
+def test_paths_that_lead_out(folder: Path, path: str) -> None:
+    outside = Path(shutil.copytree(folder / "news", folder.parent / "outside"))
+    (folder / "out").symlink_to(outside, target_is_directory=True)
+    with registered(folder) as registry:
+        for each in (path, str(outside)):
+            with pytest.raises(Refused, match="is no folder below the folder of adapters") as refused:
+                registry.load("evil", each)
+            assert str(folder) not in refused.value.message
+        assert "out" not in digests(registry)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "ia3_task.json"])
+def test_files_that_lead_out(folder: Path, name: str) -> None:
+    shutil.move(folder / "news" / name, folder.parent / name)
+    (folder / "news" / name).symlink_to(folder.parent / name)
+    inside = folder / "sports" / "elsewhere"
+    shutil.move(folder / "sports" / name, inside)
+    (folder / "sports" / name).symlink_to(inside)
+    with registered(folder) as registry:
+        assert "leads out of the folder" in registry.refused()["news"]
+        assert "sports" in digests(registry)  # a link to what lies in the folder is none that leads out
+
+
+def broken(folder: Path) -> dict[str, str]:
+    """Adapters that can't be served, and what is said of each."""
+    save(folder / "no-task", 0, None)
+    save(folder / "columns", 0, task_of(**RANKED | {"pattern": "{text} of {who}"}))
+    save(folder / "causal", 0, task_of(**CAUSAL["chat"]), causal=True)
+    save(folder / "task", 0, task_of(**RANKED))
+    (folder / "task" / "ia3_task.json").write_text("{")
+    save(folder / "head", 0, None)
+    classes = {"kind": TaskKind.SEQUENCE_CLASSIFICATION, "labels": tiny_classifier.LABELS, "max_length": 8}
+    save_task(folder / "head", task_of(**classes))
+    whole = get_peft_model(bare(), IA3Config(task_type="SEQ_2_SEQ_LM", modules_to_save=["lm_head"]))
+    whole.save_pretrained(folder / "whole")
+    save_task(folder / "whole", task_of(**RANKED))
+    save(folder / "nan", 0, task_of(**RANKED))
+    rewrite(folder / "nan", float("nan"))
+    save(folder / "pickle", 0, task_of(**RANKED))
+    (folder / "pickle" / "adapter_model.safetensors").unlink()
+    (folder / "pickle" / "adapter_model.bin").write_bytes(pickle.dumps({"a": torch.ones(2)}))
+    (folder / "empty").mkdir()
+    (folder / "empty" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    return {
+        "no-task": "no ia3_task.json",
+        "columns": "reads the columns 'text', 'who'",
+        "causal": "which a seq2seq model doesn't answer",
+        "task": "ia3_task.json",
+        "head": "which a seq2seq model doesn't answer",
+        "whole": "modules in full ('lm_head')",
+        "nan": "hold NaN or infinity",
+        "pickle": "no adapter_model.safetensors",
+        "empty": "no adapter_model.safetensors",
+    }
+
+
+def test_adapters_that_cannot_be_served(folder: Path) -> None:
+    expected = broken(folder)
+    with registered(folder) as registry:
+        refused = registry.refused()
+        assert refused.keys() == expected.keys()
+        for name, why in expected.items():
+            assert why in refused[name]
+            assert str(folder) not in refused[name]
+            with pytest.raises(Refused, match="can't be served"):
+                registry.load("another", name)
+        assert digests(registry).keys() == {BASE, *TASKS}
+        assert len(registry.table) == len(TASKS)
+
+
+def test_folders_that_are_none(folder: Path, tiny) -> None:
+    with pytest.raises(ValueError, match="There is no folder"):
+        Registry(bare(), folder / "nothing", base=BASE)
+    model = bare()
+    with pytest.raises(ValueError, match="is itself an adapter"):
+        Registry(model, folder / "news", base=BASE)
+    with pytest.raises(ValueError, match="writes nothing"):
+        Registry(tiny("bert"), folder, base=BASE)
+    Registry(model, folder, base=BASE).close()
+    assert type(model) is type(bare())  # given back
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names are none there")
+def test_a_name_that_no_answer_can_hold(folder: Path) -> None:
+    shutil.copytree(folder / "news", folder / "bad\udcff")
+    with registered(folder) as registry:
+        assert digests(registry).keys() == {BASE, *TASKS}
+
+
+def test_the_folder_is_watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(folder) as registry:
+        looks, enough = [], threading.Event()
+
+        def fail() -> None:
+            looks.append(1)
+            if len(looks) == 3:
+                enough.set()
+            raise OSError("the disk is away")
+
+        monkeypatch.setattr(registry, "refresh", fail)
+        registry.watch(every_s=1e-3)
+        assert enough.wait(60)  # it goes on
+    assert registry._watcher is not None
+    assert not registry._watcher.is_alive()
