@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ia3.config import TaskType
@@ -92,6 +93,7 @@ class Reader:
         return Prompt(tokens, _bare_task(kind, longest=longest), min(longest, most or longest))
 
 
+@lru_cache(maxsize=256)
 def _bare_task(kind: TaskKind, labels: tuple[str, ...] = (), longest: int | None = None) -> Task:
     """A task that says nothing of how texts are read, since they were."""
     return Task(kind=kind, template=Template.of_column("text"), labels=labels, max_length=1, max_new_tokens=longest)

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,6 +40,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _FILES = (CONFIG_NAME, SAFETENSORS_NAME, TASK_NAME)
 # What the base answers where it is asked itself.
 _BASE_LENGTH, _BASE_NEW_TOKENS = 512, 128
+
+# A look at very many adapters takes its time, and is followed by so many times as much without.
+_REST = 20
 
 # Of each of an adapter's files, what changes with its content; None where there is no adapter.
 Signature = tuple[tuple[int, int, int] | None, ...]
@@ -268,7 +272,7 @@ class Registry:
                 self._forget_unnamed()
 
     def watch(self, every_s: float = 1.0) -> None:
-        """Let a thread refresh from time to time, until `close`."""
+        """Let a thread refresh so often, or less where it takes long, until `close`."""
         self._watcher = threading.Thread(target=self._watch, args=(every_s,), name="ia3-adapters", daemon=True)
         self._watcher.start()
 
@@ -281,11 +285,14 @@ class Registry:
             self.table.close()
 
     def _watch(self, every_s: float) -> None:
-        while not self._closed.wait(every_s):
+        took = 0.0
+        while not self._closed.wait(max(every_s, _REST * took)):
+            start = time.monotonic()
             try:
                 self.refresh()
             except Exception:  # whatever it is, it may be gone at the next look
                 _logger.exception("The folder of adapters could not be looked through.")
+            took = time.monotonic() - start
 
     # Inside
 
