@@ -57,6 +57,27 @@ def _seen_scores(scores, bias, bias_row, at_m, at_n, seqlen_q, seqlen_k, scale, 
 
 
 @jit
+def _extent(cu_seqlens, example):
+    """An example's first token, and how many it has."""
+    begin = tl.load(cu_seqlens + example)
+    return begin, tl.load(cu_seqlens + example + 1) - begin
+
+
+@jit
+def _blocks_of_program(max_seqlen, group_examples, groups, partials, BLOCK: tl.constexpr):
+    """Which of its group's blocks a program goes through, of `groups · partials` along the first axis.
+
+    Returns:
+        The group, how many blocks each example has, the first of the program's among all of the group's, and the end.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(max_seqlen, BLOCK)
+    each = tl.cdiv(group_examples * blocks, partials)
+    first = (program // groups) * each
+    return program % groups, blocks, first, tl.minimum(first + each, group_examples * blocks)
+
+
+@jit
 def _exp(x, bits):
     """exp(x) / 2^bits: the power of two is the device's own, and a product and a difference one instruction."""
     return tl.exp2(x * 1.4426950408889634 - bits)
@@ -77,9 +98,8 @@ def attention_forward(
     """
     example, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     group = example // group_examples
-    begin_q, begin_k = tl.load(cu_seqlens_q + example), tl.load(cu_seqlens_k + example)
-    seqlen_q = tl.load(cu_seqlens_q + example + 1) - begin_q
-    seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
+    begin_q, seqlen_q = _extent(cu_seqlens_q, example)
+    begin_k, seqlen_k = _extent(cu_seqlens_k, example)
     start_m = tl.program_id(1) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -140,20 +160,9 @@ def attention_forward(
 
 @jit
 def _load_queries(
-    q,
-    do,
-    lse,
-    q_tokens,
-    begin_q,
-    seqlen_q,
-    offs_m,
-    head,
-    channels,
-    mask_d,
-    q_stride,
-    HEADS: tl.constexpr,
+    q, do, lse, q_tokens, begin_q, seqlen_q, offs_m, head, channels, mask_d, q_stride, HEADS: tl.constexpr,
     DIM: tl.constexpr,
-):
+):  # fmt: skip
     """Some of an example's queries, the gradients of what attention returned for them, and their lse."""
     mask_q = (offs_m < seqlen_q)[:, None] & mask_d[None, :]
     tokens_q = (begin_q + offs_m)[:, None]
@@ -180,12 +189,8 @@ def attention_backward(
         dk, dv: written, as k and v, a token every `dkv_stride` numbers.
         d_l_k, d_l_v: written where WHOLE, `[partials, groups, HEADS · DIM]`, fp32; None without a vector.
     """
+    group, blocks, first, last = _blocks_of_program(max_seqlen_k, group_examples, groups, partials, BLOCK_N)
     program, head = tl.program_id(0), tl.program_id(1)
-    group = program % groups
-    blocks = tl.cdiv(max_seqlen_k, BLOCK_N)
-    each = tl.cdiv(group_examples * blocks, partials)
-    first = (program // groups) * each
-    last = tl.minimum(first + each, group_examples * blocks)
     offs_d = tl.arange(0, BLOCK_D)
     channels = head * DIM + offs_d
     mask_d = offs_d < DIM
@@ -205,9 +210,8 @@ def attention_backward(
     sum_v = tl.zeros([BLOCK_D], tl.float32)
     for block in range(first, last):
         example, start_n = group * group_examples + block // blocks, (block % blocks) * BLOCK_N
-        begin_q, begin_k = tl.load(cu_seqlens_q + example), tl.load(cu_seqlens_k + example)
-        seqlen_q = tl.load(cu_seqlens_q + example + 1) - begin_q
-        seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
+        begin_q, seqlen_q = _extent(cu_seqlens_q, example)
+        begin_k, seqlen_k = _extent(cu_seqlens_k, example)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_k = (offs_n < seqlen_k)[:, None] & mask_d[None, :]
         tokens_k = (begin_k + offs_n).to(tl.int64)[:, None]
@@ -215,20 +219,9 @@ def attention_backward(
         key = tl.load(k + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
         value = tl.load(v + tokens_k * kv_stride + channels[None, :], mask=mask_k, other=0.0)
         first_m = start_n if CAUSAL else 0
+        offs_m = first_m + tl.arange(0, BLOCK_M)
         query, g, own_lse = _load_queries(
-            q,
-            do,
-            lse,
-            q_tokens,
-            begin_q,
-            seqlen_q,
-            first_m + tl.arange(0, BLOCK_M),
-            head,
-            channels,
-            mask_d,
-            q_stride,
-            HEADS,
-            DIM,
+            q, do, lse, q_tokens, begin_q, seqlen_q, offs_m, head, channels, mask_d, q_stride, HEADS, DIM
         )
         d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -308,12 +301,8 @@ def attention_backward_q(
         dq: written, as q, a token every `dq_stride` numbers.
         d_l_k, d_l_v: written, `[partials, groups, HEADS · DIM]`, fp32; None without a vector.
     """
+    group, blocks, first, last = _blocks_of_program(max_seqlen_q, group_examples, groups, partials, BLOCK_M)
     program, head = tl.program_id(0), tl.program_id(1)
-    group = program % groups
-    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
-    each = tl.cdiv(group_examples * blocks, partials)
-    first = (program // groups) * each
-    last = tl.minimum(first + each, group_examples * blocks)
     offs_d = tl.arange(0, BLOCK_D)
     channels = head * DIM + offs_d
     mask_d = offs_d < DIM
@@ -333,9 +322,8 @@ def attention_backward_q(
     sum_v = tl.zeros([BLOCK_D], tl.float32)
     for block in range(first, last):
         example, start_m = group * group_examples + block // blocks, (block % blocks) * BLOCK_M
-        begin_q, begin_k = tl.load(cu_seqlens_q + example), tl.load(cu_seqlens_k + example)
-        seqlen_q = tl.load(cu_seqlens_q + example + 1) - begin_q
-        seqlen_k = tl.load(cu_seqlens_k + example + 1) - begin_k
+        begin_q, seqlen_q = _extent(cu_seqlens_q, example)
+        begin_k, seqlen_k = _extent(cu_seqlens_k, example)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         query, g, own_lse = _load_queries(
             q, do, lse, q_tokens, begin_q, seqlen_q, offs_m, head, channels, mask_d, q_stride, HEADS, DIM

@@ -42,7 +42,13 @@ def keep_mask(drawn, offsets, p):
 @jit
 def dropped(x, seed, offsets, p):
     """Inverted dropout; the same seed and offsets give the same mask."""
-    return tl.where(keep_mask(tl.load(seed), offsets, p), x * (1 / (1 - p)), 0.0)
+    return dropped_by(tl.load(seed), x, offsets, p)
+
+
+@jit
+def dropped_by(drawn, x, offsets, p):
+    """The same with a seed that was read before: in a loop a kernel would read it again after each of its writes."""
+    return tl.where(keep_mask(drawn, offsets, p), x * (1 / (1 - p)), 0.0)
 
 
 class DropoutSeeds:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ia3.fast.ops.backend import ACTIVATIONS, Backend, Vector, scaled
-from ia3.fast.ops.dropout import dropout, dropped, keep_mask
+from ia3.fast.ops.dropout import dropout, dropped, dropped_by
 from ia3.fast.ops.launch import MAX_NUMBERS, cdiv, jit, launch
 from ia3.fast.ops.partials import empty_gradient, partials_and_stride, tokens_of_program
 from ia3.fast.ragged import Ragged
@@ -137,7 +137,7 @@ def _gated_backward(
             linear = tl.load(h + wide + WIDTH, mask=both, other=0.0)
         g = tl.load(grad + narrow, mask=both, other=0.0).to(tl.float32)
         if seed is not None:
-            g = tl.where(keep_mask(drawn, narrow, p), g * (1 / (1 - p)), 0.0)
+            g = dropped_by(drawn, g, narrow, p)
         value, slope = activated_and_slope(gate.to(tl.float32), KIND)
         d_product = g if vector is None else g * factor
         if GATED:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ia3.fast.ops.backend import ACTIVATIONS, Vector
-from ia3.fast.ops.dropout import keep_mask
+from ia3.fast.ops.dropout import dropped_by
 from ia3.fast.ops.gate import activated_and_slope
 from ia3.fast.ops.launch import jit, launch, next_power_of_2
 from ia3.fast.ops.partials import partials_and_stride, tokens_of_program
@@ -113,7 +113,7 @@ def _gated_part(
     if vector is not None:
         value *= factor
     if drawn is not None:
-        value = tl.where(keep_mask(drawn, token * WIDTH + offs, p), value * (1 / (1 - p)), 0.0)
+        value = dropped_by(drawn, value, token * WIDTH + offs, p)
     return value
 
 
@@ -172,7 +172,7 @@ def _slopes_of_part(
         linear = tl.load(h + WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad + offs, mask=mask, other=0.0).to(tl.float32)
     if drawn is not None:
-        g = tl.where(keep_mask(drawn, token * WIDTH + offs, p), g * (1 / (1 - p)), 0.0)
+        g = dropped_by(drawn, g, token * WIDTH + offs, p)
     value, slope = activated_and_slope(gate, KIND)
     d_product = g if factor is None else g * factor
     d_gate = d_product * slope * tl.load(factors + offs, mask=mask, other=0.0)
