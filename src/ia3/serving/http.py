@@ -181,9 +181,11 @@ class _Routes:
         pairs = [(index, text, model) for index, text in enumerate(texts) for model in models]
         with self._wait(request, [Asked(text, model) for _, text, model in pairs], body.timeout) as waiting:
             answers = await self._answers(waiting)
-        labelled = {each.name for each in self._server.models() if each.labels}
-        for (_, _, model), answer in zip(pairs, answers, strict=True):
-            if answer.label is None and answer.adapter not in labelled:
+        bare = [(model, each.adapter) for (_, _, model), each in zip(pairs, answers, strict=True) if each.label is None]
+        # All that is served is gone through only for an answer that may have no labels.
+        labelled = {each.name for each in self._server.models() if each.labels} if bare else set()
+        for model, adapter in bare:
+            if adapter not in labelled:
                 raise NotServed(f"{model} writes text and has no labels: ask /v1/completions.")
         data = [label_of(index, model, each) for (index, _, model), each in zip(pairs, answers, strict=True)]
         return JSONResponse({"object": "list", "data": data, "usage": usage_of(answers)})

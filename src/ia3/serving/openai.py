@@ -19,6 +19,7 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 # Beyond float32 no number is meant; and an integer of a thousand digits is no float.
 Number = Annotated[float, Field(ge=-1e9, le=1e9)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
+Seconds = Annotated[float, Field(gt=0, le=1e6, description="Seconds until nobody waits any more.")]
 _MOST_FIELDS, _MOST_BRACKETS = 100, 100_000
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
@@ -55,7 +56,7 @@ class _Asking(_Body):
     """Fields of all that asks a model. Answers are the likeliest, so that sampling can only be asked for at 0."""
 
     model: Name
-    timeout: Annotated[float, Field(gt=0, le=1e6, description="Seconds until nobody waits any more.")] | None = None
+    timeout: Seconds | None = None
     user: str | None = None
 
 
@@ -144,7 +145,7 @@ class ClassifyBody(_Body):
     model: Name | None = None
     models: Annotated[list[Name], Field(min_length=1, fail_fast=True)] | None = None
     input: str | Texts
-    timeout: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    timeout: Seconds | None = None
     user: str | None = None
 
 
