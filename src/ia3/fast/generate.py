@@ -28,6 +28,7 @@ from ia3.fast.batch import Packed, pack_prompts, packable, round_up
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.guard import Guard, unsupported_modules
 from ia3.fast.layers import expected_sites
+from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.sessions import (
     BUCKET,
     CausalSession,
@@ -354,7 +355,7 @@ class Decoder(Generate):
             and count <= size.examples <= _TOO_MANY * count
             and size.total_tokens >= packed.total_tokens
         ]
-        examples, total = _power_of_two(count), _power_of_two(packed.total_tokens)
+        examples, total = next_power_of_2(count), next_power_of_2(packed.total_tokens)
         if not self.is_seq2seq:  # what is kept of a prompt has room for the longest
             total = max(total, examples * packed.max_seqlen)
         new = Size(examples, total, packed.max_seqlen, mixed, layout)
@@ -466,10 +467,6 @@ def _narrowed(model: Any, layout: Layout, flat: Tensor) -> tuple[Layout, Tensor]
     if bool((flat[:, rest] != 1).any()):
         return layout, flat
     return Layout(tuple(sites)), flat[:, taken]
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 def _places(rows: Rows) -> frozenset[tuple[int, Side]]:
