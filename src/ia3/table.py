@@ -470,7 +470,7 @@ def _refuse_all_but_heads(model: nn.Module, config: IA3Config, tensors: Tensors,
     words = [place for place, _ in embeddings(model)]
     held = [f"{place}.weight" for place in words if f"{place}.weight" in tensors]
     if config.task_type not in _WITH_HEAD:
-        held = [*(config.modules_to_save or ()), *held]
+        held = sorted(config.modules_to_save or held)
     elif config.modules_to_save:
         names = frozenset(config.modules_to_save)
         whole = [place for place, _ in model.named_modules() if matches_name(place, names)]

@@ -293,7 +293,7 @@ class Engine:
                 _logger.exception("A listener to an answer's tokens failed.")
         self._add(answered=1, prompt_tokens=read, completion_tokens=written, queued_s=queued_s)
         said = (found.text, label, found.probabilities, name, version.digest)
-        work.future.set_result(Answer(*said, read, written, found.finish_reason, queued_s, ran_s))
+        work.future.set_result(Answer(*said, read, written, found.finish_reason, queued_s, ran_s, found.vector))
 
     def _fail(self, work: _Work, error: Exception, outcome: str) -> None:
         if work.future.done() or not (work.future.running() or work.future.set_running_or_notify_cancel()):
