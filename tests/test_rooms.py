@@ -38,6 +38,7 @@ FLOORS = (
     {"ia3.placement"},
     {"ia3.hooks", "ia3.swap", "ia3.routed"},
     {"ia3.rows", "ia3.tensors", "ia3.weights"},
+    {"ia3.stacked"},
     {"ia3.sites"},
     {"ia3.architectures", "ia3.peft_defaults"},
     {"ia3.structure"},

@@ -16,6 +16,7 @@ from ia3.placement import drop_idle_hooks, unwrap
 from ia3.quantised import first_quantised
 from ia3.rows import BASE
 from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, logger
+from ia3.stacked import Skeleton
 from ia3.state import Adapter, Attached, attached, carry, carry_nothing, find_attached, get_adapter
 from ia3.structure import is_inside
 from ia3.swap import SavedModule
@@ -434,6 +435,21 @@ def release_sites(model: nn.Module, sites: Iterable[Site]) -> None:
         state.placement.release_site(path)
     state.table = None
     _forget_if_empty(model, state)
+
+
+def hold_heads(model: nn.Module, paths: Iterable[str]) -> dict[str, Skeleton]:
+    """Let modules run the heads of a table's adapters, without any copy of their own; by path."""
+    placement = attached(model).placement
+    skeletons = {path: Skeleton(_copy_for_itself(model.get_submodule(path))) for path in paths}
+    for path in skeletons:
+        placement.hold_head(model, path)
+    return skeletons
+
+
+def release_heads(model: nn.Module, paths: Iterable[str]) -> None:
+    """Take a table's heads off the model."""
+    for path in paths:
+        attached(model).placement.release_head(model, path)
 
 
 def _table_holds(side: Side) -> str:

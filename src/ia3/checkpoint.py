@@ -203,19 +203,20 @@ def _fill_all(model: nn.Module, adapter: Adapter, fitting: Tensors, targets: Ten
             target.copy_(_like(target, fitting[key]))
 
 
-def check_vectors(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site]) -> None:
-    """Refuse tensors that are not these sites' vectors alone, as `set_peft_model_state_dict` does.
+def check_tensors(model: nn.Module, tensors: Tensors, sites: Mapping[str, Site], whole: Tensors) -> None:
+    """Refuse tensors other than these sites' vectors and these of modules, as `set_peft_model_state_dict` does.
 
     Args:
         model: the base, which the errors name.
         tensors: by plain name, see `plain_tensors`.
         sites: by key.
+        whole: by plain name, tensors of the shapes and types that those trained in full have, as on the device "meta".
 
     Raises:
         ValueError: unknown or missing keys, another shape or side.
     """
-    _check_keys(model, tensors, sites, {})
-    mismatched = _mismatches(model, tensors, sites, {})
+    _check_keys(model, tensors, sites, whole)
+    mismatched = _mismatches(model, tensors, sites, whole)
     if mismatched:
         raise _doesnt_fit(mismatched)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from ia3.adapter import site_vectors
+from ia3.checkpoint import is_adapters
 from ia3.hooks import SiteVectors
 from ia3.rows import BASE, Rows, act_here, acting, holding
 from ia3.sites import Layout, Side, Site
+from ia3.stacked import StackedHead, stack_by_shape
 from ia3.state import Attached, attached
 from ia3.structure import is_inside
 from ia3.swap import Swapped
@@ -50,7 +52,7 @@ def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]
         layout, flat = _rows_over(model, state, distinct if packed else each)
         _check_tokens_stay(model, layout)
         if not packed:
-            return make_rows(model, each, layout, flat)
+            return make_rows(model, each, layout, flat, heads=_heads_over(model, state, each))
         if any(len(site.shape) > 2 for site in layout.sites):
             raise ValueError("adapter_names a token can't reach a convolution, which mixes neighbouring tokens.")
         number = {name: index for index, name in enumerate(distinct)}
@@ -73,7 +75,12 @@ def gather_flat(model: nn.Module, names: Sequence[str]) -> tuple[Layout, torch.T
 
 
 def make_rows(
-    model: nn.Module, names: Sequence[str], layout: Layout, flat: torch.Tensor, places: torch.Tensor | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    layout: Layout,
+    flat: torch.Tensor,
+    places: torch.Tensor | None = None,
+    heads: Mapping[nn.Module, StackedHead] | None = None,
 ) -> Rows:
     """Rows of vectors, split by site.
 
@@ -83,15 +90,18 @@ def make_rows(
         layout: the flat rows' sites, whole ones.
         flat: `[rows, D]`.
         places: see `Rows`.
+        heads: see `Rows`.
     """
     placement = attached(model).placement
+    heads = heads or {}
     slices: dict[nn.Module, dict[Side, torch.Tensor]] = {}
     for place in list(placement.places.values()):
         if place.held is not None:
             slices[place.held if isinstance(place.held, SiteVectors) else place.module] = {}
     for site, part in zip(layout.sites, layout.split(flat), strict=True):
         slices[placement.container(site.path)][site.side] = part
-    return Rows(tuple(names), slices, places)
+    slices |= {module: {} for module in heads}
+    return Rows(tuple(names), slices, places, heads)
 
 
 def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> ValueError:
@@ -118,6 +128,10 @@ def _check_mixture(state: Attached, distinct: Sequence[str], packed: bool) -> No
     if not state.enabled or state.originals is not None:
         raise ValueError("The adapters are disabled or merged: enable or unmerge them before a batch that mixes them.")
     saved = {path for adapter in state.adapters.values() for path in adapter.saved}
+    sites = {site.path for name in distinct if name in state.adapters for site in state.adapters[name].layout.sites}
+    if state.table is not None and any(name in state.table for name in distinct):
+        saved |= state.table.skeletons.keys()
+        sites |= {site.path for site in state.table.layout.sites}
     if not saved:
         return
     if packed:
@@ -125,9 +139,6 @@ def _check_mixture(state: Attached, distinct: Sequence[str], packed: bool) -> No
             f"adapter_names a token can't choose between copies of {min(saved)}, which an adapter of this model trains "
             "in full: pass one name an example, one example a row."
         )
-    sites = {site.path for name in distinct if name in state.adapters for site in state.adapters[name].layout.sites}
-    if state.table is not None and any(name in state.table for name in distinct):
-        sites |= {site.path for site in state.table.layout.sites}
     hidden = sorted(site for site in sites if any(is_inside(site, path) for path in saved))
     if hidden and len(distinct) > 1:
         raise ValueError(
@@ -169,6 +180,33 @@ def _rows_over(model: nn.Module, state: Attached, names: Sequence[str]) -> tuple
     table = torch.stack([_table_row(held.get(name, {}), layout, like) for name in distinct])
     number = {name: index for index, name in enumerate(distinct)}
     return layout, table[torch.tensor([number[name] for name in names], device=table.device)]
+
+
+def _heads_over(model: nn.Module, state: Attached, names: Sequence[str]) -> dict[nn.Module, StackedHead]:
+    """The heads of a batch's examples, by the modules that adapters of the table train in full.
+
+    An example of an attached adapter has that adapter's copy, and one of an adapter without such a head the base's.
+    """
+    registered = [name for name in dict.fromkeys(names) if name not in state.adapters and name != BASE]
+    if not registered or state.table is None or not state.table.skeletons:
+        return {}
+    held = state.table.gather_heads(registered)
+    found: dict[nn.Module, StackedHead] = {}
+    for path in dict.fromkeys(path for heads in held.values() for path in heads):
+        module = state.placement.hold_head(model, path)
+        copies = {name: module.modules_to_save[name] for name in names if name in module.modules_to_save}
+        own = {
+            name: held[name][path] if path in held.get(name, {}) else _tensors(copies.get(name, module))
+            for name in dict.fromkeys(names)
+        }
+        stacks = stack_by_shape([own[name] for name in names])
+        found[module] = StackedHead(state.table.skeletons[path], stacks)
+    return found
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's tensors that a file of it has, with their gradients, without those of copies of it."""
+    return {name: each for name, each in module.state_dict(keep_vars=True).items() if not is_adapters(name)}
 
 
 def _table_row(vectors: dict[Site, torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:

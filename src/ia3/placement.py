@@ -137,8 +137,25 @@ class Placement:
             del copies[name]
             self._forget(f"{_copies(path)}.{name}")
             if not len(copies):
-                unwrap(module)
+                if not module._ia3_in_table:
+                    unwrap(module)
                 self._forget(_copies(path))
+
+    def hold_head(self, model: nn.Module, path: str) -> SavedModule:
+        """Let a module run the heads that a table's adapters bring, until `release_head`."""
+        with self.lock:
+            module = SavedModule.wrap(model.get_submodule(path))
+            module._ia3_in_table = True
+            return module
+
+    def release_head(self, model: nn.Module, path: str) -> None:
+        """Let a table's adapters bring no heads any more; without copies the module gets its class back."""
+        with self.lock:
+            module = model.get_submodule(path)
+            assert isinstance(module, SavedModule)
+            module._ia3_in_table = False
+            if not len(module.modules_to_save):
+                unwrap(module)
 
     def _add(self, place: Place, key: str) -> None:
         self.places[key] = place
@@ -302,7 +319,7 @@ def drop_idle_hooks(module: nn.Module) -> None:
 def unwrap(module: nn.Module) -> None:
     """Give a module that was trained in full its class back, without its copies."""
     module._modules.pop(SAVED_COPIES, None)
-    del module._ia3_active_copy
+    del module._ia3_active_copy, module._ia3_in_table
     swap_back(module, SavedModule)
 
 

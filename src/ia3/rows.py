@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ia3.layers import channel_dims, check_numbers
 from ia3.sites import Side
+from ia3.stacked import StackedHead
 
 # The name for no adapter.
 BASE = "__base__"
@@ -39,11 +40,13 @@ class Rows:
         slices: by a site's module, the side and one vector a name, `[names, width]`; every site of the model is
             there, those that no example has a vector for without any.
         places: for rows that pack several examples, which of the names each token uses, `[batch, length]`.
+        heads: modules that adapters of a table train in full.
     """
 
     names: tuple[str, ...]
     slices: Mapping[nn.Module, Mapping[Side, Tensor]]
     places: Tensor | None = None
+    heads: Mapping[nn.Module, StackedHead] = field(default_factory=dict)
 
     def has(self, site: nn.Module, side: Side) -> bool:
         """Whether any example has a vector here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -13,6 +13,7 @@ from ia3.config import IA3Config
 from ia3.errors import listed, shorten
 from ia3.placement import Listener, Placement
 from ia3.sites import Layout
+from ia3.stacked import Skeleton
 
 _KEY = "_ia3"
 
@@ -37,6 +38,10 @@ class Registry(Protocol):
     """The union of the registered adapters' sites, whole ones."""
 
     @property
+    def skeletons(self) -> Mapping[str, Skeleton]:
+        """The modules that any of the registered adapters trains in full, by path."""
+
+    @property
     def lock(self) -> AbstractContextManager[Any]:
         """Held while a batch gathers its rows."""
 
@@ -46,6 +51,9 @@ class Registry(Protocol):
 
     def gather(self, names: Sequence[str]) -> Tensor:
         """The rows of these names, a copy `[len(names), D]`; the lock must be held."""
+
+    def gather_heads(self, names: Sequence[str]) -> dict[str, Mapping[str, Mapping[str, Tensor]]]:
+        """By name what each of these adapters trains in full: tensors by path and name; the lock must be held."""
 
     def leave(self) -> None:
         """Forget all adapters and take the table off the model."""

@@ -81,11 +81,12 @@ class SavedModule(Swapped):
     """A module trained in full: it runs the active adapter's copy of itself instead of itself.
 
     The copies are its children `modules_to_save.<adapter>`, so they move, shard and load with it; its own
-    weights keep their keys and values.
+    weights keep their keys and values. Of the adapters in a table it holds none: a batch brings them.
     """
 
     modules_to_save: nn.ModuleDict
     _ia3_active_copy: str | None
+    _ia3_in_table: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = None if torch.compiler.is_compiling() else running(self)
@@ -111,13 +112,15 @@ class SavedModule(Swapped):
         return self if self._ia3_active_copy is None else self.modules_to_save[self._ia3_active_copy]
 
     def _forward_by_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Each example through its own adapter's copy, or through this module where its adapter has none."""
+        """Each example through its own adapter's head or copy, or through this module where its adapter has none."""
         if not args or not isinstance(args[0], torch.Tensor) or len(args) > 1 or kwargs:
             raise ValueError(
                 f"{type(self).__name__} takes more than one tensor, so a batch can't be split between the adapters' "
                 "copies of it: run the adapters one after the other."
             )
         count = rows.rows_an_example(args[0])
+        if self in rows.heads:
+            return rows.heads[self](args[0].reshape(-1, count, *args[0].shape[1:]), training=self.training)
         output: Any = None
         for name, places in split_by_name(rows.names, count, args[0].device).items():
             copy = name if name in self.modules_to_save else None
@@ -137,6 +140,7 @@ class SavedModule(Swapped):
         wrapped: Any = module
         wrapped.modules_to_save = nn.ModuleDict()
         wrapped._ia3_active_copy = None
+        wrapped._ia3_in_table = False
         assert isinstance(wrapped, SavedModule)
         return wrapped
 

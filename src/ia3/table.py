@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,25 +17,31 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ia3.adapter import device_at, hold_sites, release_sites
-from ia3.checkpoint import check_vectors, embeddings, with_names_of_today
-from ia3.config import CONFIG_NAME, IA3Config
+from ia3.adapter import device_at, hold_heads, hold_sites, release_heads, release_sites
+from ia3.checkpoint import check_tensors, embeddings, is_adapters, with_names_of_today
+from ia3.config import CONFIG_NAME, IA3Config, TaskType
 from ia3.documents import LIMIT, parse_json
 from ia3.errors import listed, naming
 from ia3.factory import become_adapted
 from ia3.files import read_file
-from ia3.heads import check_brought, with_head
-from ia3.loading import warn_of_other_base
+from ia3.heads import with_head
+from ia3.loading import fit_config, warn_of_other_base
 from ia3.mixing import unknown_names
 from ia3.peft_model import PeftModel
 from ia3.rows import BASE
-from ia3.sites import Layout, Site, find_sites
+from ia3.sites import Layout, Site, find_sites, matches_name
+from ia3.stacked import Skeleton
 from ia3.state import Attached, attached, carry, find_attached
+from ia3.structure import is_inside
 from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME, check_finite, plain_tensors
 from ia3.weights import Content, Limits, Tensors, limits_of, read_content, read_pickle
 
 # How many names a printed table shows.
 _FEW = 8
+# The tasks whose heads, trained in full, an adapter may bring.
+_WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+
+_Heads = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,22 +50,41 @@ class _Form:
 
     Args:
         sites: whole ones, in the order of its data.
+        places: where its other tensors are, by plain key: the module's path and the name there.
+        keys: of all its tensors, in the order of its data; those of sites are their keys.
+        classes: how many its head chooses from; None where it has vectors alone.
         plain: all of it is fp32.
         size: the bytes of its data.
     """
 
     sites: tuple[Site, ...]
+    places: Mapping[str, tuple[str, str]]
+    keys: tuple[str, ...]
+    classes: int | None
     plain: bool
     size: int
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The paths of the modules that it holds in full."""
+        return tuple(dict.fromkeys(path for path, _ in self.places.values()))
 
 
 @dataclass(frozen=True, eq=False)
 class _Registered:
-    """An adapter in host memory: its numbers `[D of its form]` in the file's order. Nothing changes it."""
+    """An adapter in host memory. Nothing changes it.
+
+    Args:
+        digest: of its content.
+        form: what it holds.
+        numbers: its vectors, `[D of its form]` in the file's order.
+        heads: the modules that it trains in full, by path their tensors by name.
+    """
 
     digest: str
     form: _Form
     numbers: Tensor
+    heads: _Heads
 
 
 class AdapterTable:
@@ -72,6 +97,10 @@ class AdapterTable:
     gives the memory back. The device holds `capacity` of them over the union of their sites, absent = 1, and the one
     that was used longest ago makes room. They are fp32 there too, as attached vectors are: a site casts them to its
     activation, whose precision differs from layer to layer (autocast, T5's `wo`), so both ways give the same numbers.
+
+    Classifiers' heads, which are trained in full, are rows as well: those of a batch are stacked and run in one call,
+    each example's by its own. Adapters may differ in their number of classes, whatever the model's head has; of an
+    example with fewer than the batch's widest the logits behind its own are minus infinity.
 
     Any number of threads may register, drop and run batches. A batch gathers its own copy of the numbers at its
     beginning, so nothing that happens later changes it.
@@ -103,6 +132,8 @@ class AdapterTable:
         """Held while a batch gathers its rows and while the table changes, never while a file is read or checked."""
         # Held while a file is compared with the model's modules and while these change: registrations wait, no batch.
         self._forming = threading.RLock()
+        self.skeletons: dict[str, Skeleton] = {}
+        """The modules that any of the registered adapters trains in full, by path; it only grows."""
         self._model = model
         self._registered: dict[str, _Registered] = {}
         self._forms: dict[bytes, _Form] = {}
@@ -129,8 +160,8 @@ class AdapterTable:
 
         Raises:
             FileNotFoundError: no such adapter.
-            ValueError: a bad name or that of an attached adapter, modules trained in full, a closed table, or what
-                `PeftModel.from_pretrained` raises. The table is then unchanged.
+            ValueError: a bad name or that of an attached adapter, modules trained in full that are no classifier's
+                head, a closed table, or what `PeftModel.from_pretrained` raises. The table is then unchanged.
         """
         self._check_name(name)
         saved = _read(self._model, Path(path))
@@ -142,12 +173,12 @@ class AdapterTable:
             with self._forming:
                 form = _form_of(self._model, saved)
             self._forms[saved.about] = form
-        numbers = _numbers(form, saved)
+        adapter = _Registered(saved.digest, form, *_numbers(self._model, form, saved))
         with self._forming, self.lock:
             self._check_name(name)
             self._take_place(form)
             former = self._registered.get(name)
-            self._registered[name] = _Registered(saved.digest, form, numbers)
+            self._registered[name] = adapter
             if former is not None:
                 self._leave_slot(former)
         return saved.digest
@@ -162,6 +193,16 @@ class AdapterTable:
             if name not in self._registered:
                 raise unknown_names([name], self._registered)
             self._leave_slot(self._registered.pop(name))
+
+    def classes(self, name: str) -> int | None:
+        """How many classes an adapter's head chooses from; None where it has vectors alone.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self._registered:
+            raise unknown_names([name], self._registered)
+        return self._registered[name].form.classes
 
     def close(self) -> None:
         """Forget all adapters and take the table off the model; one without attached adapters is the bare base again.
@@ -217,8 +258,7 @@ class AdapterTable:
                 f"batches, or make it AdapterTable(model, capacity={len(wanted)})."
             )
         device = device_at(self._model, self.layout.sites[0])
-        if self._gathered is not None:  # no slot is filled, on whichever stream, before the last batch has read it
-            torch.cuda.current_stream(device).wait_event(self._gathered)
+        self._wait(device)
         rows = self._rows_on(device)
         for adapter in wanted.values():
             if adapter in self._slots:
@@ -228,16 +268,53 @@ class AdapterTable:
                 self._fill_slot(rows, adapter)
         numbers = [0 if name == BASE else self._slots[wanted[name]] for name in names]
         gathered = rows.index_select(0, torch.tensor(numbers, device=device))
+        self._note(device, [rows])
+        return gathered
+
+    def gather_heads(self, names: Sequence[str]) -> dict[str, _Heads]:
+        """By name what each of these adapters trains in full, on the model's device; the lock must be held.
+
+        The device holds those of as many adapters as the capacity says.
+
+        Args:
+            names: registered ones, each once.
+        """
+        wanted = {name: self._registered[name] for name in names}
+        device = device_at(self._model, self.layout.sites[0])
+        self._wait(device)
+        for adapter in wanted.values():
+            held = self._heads.pop(adapter, None)
+            if held is None or any(each.device != device for head in held.values() for each in head.values()):
+                held = {
+                    path: {name: tensor.to(device) for name, tensor in head.items()}
+                    for path, head in adapter.heads.items()
+                }
+            self._heads[adapter] = held
+            while len(self._heads) > self.capacity:
+                self._heads.popitem(last=False)
+        found = {name: self._heads[adapter] for name, adapter in wanted.items()}
+        self._note(device, [each for heads in found.values() for head in heads.values() for each in head.values()])
+        return found
+
+    def _wait(self, device: torch.device) -> None:
+        """Let no slot be filled, on whichever stream, before the last batch has read it."""
+        if self._gathered is not None:
+            torch.cuda.current_stream(device).wait_event(self._gathered)
+
+    def _note(self, device: torch.device, read: Iterable[Tensor]) -> None:
+        """Remember until when the current stream reads what is held."""
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
-            rows.record_stream(stream)
+            for tensor in read:
+                tensor.record_stream(stream)
             self._gathered = stream.record_event()
-        return gathered
 
     def leave(self) -> None:
         """Take the table off the model, whose class stays as it is: what `close` and `unload` share."""
         with self._forming, self.lock:
             self._open = False
+            release_heads(self._model, self.skeletons)
+            self.skeletons.clear()
             release_sites(self._model, self.layout.sites)
             self._registered.clear()
             self._forms.clear()
@@ -259,8 +336,20 @@ class AdapterTable:
     # Inside: where it is held
 
     def _take_place(self, form: _Form) -> None:
-        """Give the form's sites their columns and the model its hooks, where they are new."""
+        """Give the form's sites their columns and the model its hooks and heads, where they are new."""
+        heads = [path for path in form.heads if path not in self.skeletons]
         new = [site for site in form.sites if site not in self._starts]
+        hidden = sorted(
+            site.path
+            for site in {*self._starts, *new}
+            if any(is_inside(site.path, path) for path in (*self.skeletons, *heads))
+        )
+        if hidden:
+            raise ValueError(
+                f"One adapter trains {hidden[0]} in full and another has vectors there: they can't share a table."
+            )
+        if heads:
+            self.skeletons.update(hold_heads(self._model, heads))
         if not new:
             return
         hold_sites(self._model, new)
@@ -275,6 +364,7 @@ class AdapterTable:
         """Let the rows on the device go; the next batch makes new ones."""
         self._rows: Tensor | None = None
         self._slots: OrderedDict[_Registered, int] = OrderedDict()  # the one that was used last is last
+        self._heads: OrderedDict[_Registered, _Heads] = OrderedDict()
         self._free: list[int] = []
 
     def _rows_on(self, device: torch.device) -> Tensor:
@@ -294,6 +384,7 @@ class AdapterTable:
         self._slots[adapter] = slot
 
     def _leave_slot(self, adapter: _Registered) -> None:
+        self._heads.pop(adapter, None)
         slot = self._slots.pop(adapter, None)
         if slot is not None:
             self._free.append(slot)
@@ -326,8 +417,10 @@ def read_vectors(model: nn.Module, path: str | Path) -> tuple[str, dict[Site, Te
     """
     saved = _read(model, Path(path))
     form = _form_of(model, saved)
-    vectors = Layout(form.sites).split(_numbers(form, saved))
-    return saved.digest, dict(zip(form.sites, vectors, strict=True))
+    if form.heads:
+        raise _holds_modules(saved.folder, form.heads)
+    numbers, _ = _numbers(model, form, saved)
+    return saved.digest, dict(zip(form.sites, Layout(form.sites).split(numbers), strict=True))
 
 
 @dataclass(frozen=True)
@@ -358,25 +451,74 @@ def _form_of(model: nn.Module, saved: _Saved) -> _Form:
         tensors = saved.content.tensors(saved.limits.tensors)
         dtypes = {tensor.dtype for tensor in tensors.values()}
         tensors = plain_tensors(with_names_of_today(model, tensors))
+        fit_config(model, config, tensors, "default", trainable=False)
         with_head(model, config)
-        _refuse_whole_modules(model, config, tensors, saved.folder)
+        _refuse_all_but_heads(model, config, tensors, saved.folder)
         warn_of_other_base(model, config)
-        check_brought(model, config, tensors, "default")
         found = find_sites(model, config, loading=True)
         # A file has every channel, also of a fused projection.
         sites = {site.key: site.whole for site in found.layout.sites}
-        check_vectors(model, tensors, sites)
-    return _Form(tuple(sites[key] for key in tensors), dtypes == {torch.float32}, len(saved.content.data))
+        places = {f"{path}.{name}": (path, name) for path in found.saved for name in _tensors_at(model, path)}
+        classes = _classes(model, tensors, places) if places else None
+        check_tensors(model, tensors, sites, _whole(model, tensors, places, classes))
+    own = tuple(sites[key] for key in tensors if key in sites)
+    return _Form(own, places, tuple(tensors), classes, dtypes == {torch.float32}, len(saved.content.data))
 
 
-def _refuse_whole_modules(model: nn.Module, config: IA3Config, tensors: Tensors, path: Path) -> None:
-    held = [f"{place}.weight" for place, _ in embeddings(model) if f"{place}.weight" in tensors]
-    whole = config.modules_to_save or held
-    if whole:
-        raise ValueError(
-            f"The adapter in {path} holds modules in full ({listed(sorted(whole))}), not vectors alone: attach "
-            "it as an ordinary adapter, with PeftModel.from_pretrained or load_adapter."
-        )
+def _refuse_all_but_heads(model: nn.Module, config: IA3Config, tensors: Tensors, path: Path) -> None:
+    """Refuse modules trained in full that are no head, which a batch can't hold once an example."""
+    words = [place for place, _ in embeddings(model)]
+    held = [f"{place}.weight" for place in words if f"{place}.weight" in tensors]
+    if config.task_type not in _WITH_HEAD:
+        held = sorted(config.modules_to_save or held)
+    elif config.modules_to_save:
+        names = frozenset(config.modules_to_save)
+        whole = [place for place, _ in model.named_modules() if matches_name(place, names)]
+        held += [place for place in whole if any(part.isdigit() for part in place.split("."))]
+        held += [place for place in whole if any(is_inside(word, place) for word in words)]
+    if held:
+        raise _holds_modules(path, held)
+
+
+def _holds_modules(path: Path, held: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"The adapter in {path} holds modules in full ({listed(sorted({*held}))}), not vectors alone: attach "
+        "it as an ordinary adapter, with PeftModel.from_pretrained or load_adapter."
+    )
+
+
+def _tensors_at(model: nn.Module, path: str) -> Tensors:
+    """The base's tensors of a module, in the order in which a stack of such modules has them."""
+    return {name: each for name, each in model.get_submodule(path).state_dict().items() if not is_adapters(name)}
+
+
+def _classes(model: Any, tensors: Tensors, places: Mapping[str, tuple[str, str]]) -> int:
+    """How many classes a file's head has: the tensors of the base's number of classes may have another, all the same.
+
+    Raises:
+        ValueError: they don't agree.
+    """
+    own: int = model.config.num_labels
+    counts: dict[str, set[int]] = {}
+    for key, (path, name) in places.items():
+        shape = _tensors_at(model, path)[name].shape
+        if key in tensors and shape[:1] == (own,) and tensors[key].shape[1:] == shape[1:] and tensors[key].dim():
+            counts.setdefault(key.rpartition(".")[0], set()).add(len(tensors[key]))
+    others = {count for each in counts.values() if each != {own} for count in each}
+    if len(others) > 1:
+        raise ValueError(f"The parts of its head are for {listed(sorted(others))} classes: expected one number.")
+    return others.pop() if others else own
+
+
+def _whole(model: Any, tensors: Tensors, places: Mapping[str, tuple[str, str]], classes: int | None) -> Tensors:
+    """Tensors without memory, of the shapes that a file's head with so many classes may have."""
+    found: Tensors = {}
+    for key, (path, name) in places.items():
+        like = _tensors_at(model, path)[name]
+        of_classes = key in tensors and classes is not None and tensors[key].shape == (classes, *like.shape[1:])
+        is_head = like.shape[:1] == (model.config.num_labels,) and of_classes
+        found[key] = torch.empty(tensors[key].shape if is_head else like.shape, dtype=like.dtype, device="meta")
+    return found
 
 
 def _state_for_table(model: nn.Module) -> Attached:
@@ -423,17 +565,28 @@ def _config_of(text: bytes, path: Path) -> IA3Config:
     return config
 
 
-def _numbers(form: _Form, saved: _Saved) -> Tensor:
-    """The file's numbers in fp32, `[D]`, finite; plain ones are the very bytes that were read."""
-    if form.plain:
+def _numbers(model: nn.Module, form: _Form, saved: _Saved) -> tuple[Tensor, _Heads]:
+    """A file's vectors in fp32, `[D]`, and its heads, all finite; plain vectors alone are the very bytes read."""
+    tensors: Tensors = {}
+    if form.plain and not form.places:
         numbers = torch.frombuffer(saved.content.data, dtype=torch.float32)
     else:
-        numbers = torch.cat(
-            [tensor.reshape(-1).float() for tensor in saved.content.tensors(saved.limits.tensors).values()]
-        )
+        tensors = dict(zip(form.keys, saved.content.tensors(saved.limits.tensors).values(), strict=True))
+        numbers = torch.cat([tensor.reshape(-1).float() for key, tensor in tensors.items() if key not in form.places])
+    heads: dict[str, dict[str, Tensor]] = {path: {} for path in form.heads}
+    for key, (path, name) in form.places.items():
+        heads[path][name] = _in_full(model.get_submodule(path).state_dict()[name], tensors[key])
     least, most = numbers.aminmax()
     if not torch.isfinite(most - least):
         vectors = Layout(form.sites).split(numbers)
         with naming(saved.folder):
             check_finite({site.key: vector for site, vector in zip(form.sites, vectors, strict=True)})
-    return numbers
+    with naming(saved.folder):
+        check_finite({key: heads[path][name] for key, (path, name) in form.places.items()})
+    return numbers, heads
+
+
+def _in_full(like: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor trained in full in the precision of an attached copy: that of its module, but half ones in fp32."""
+    half = like.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(torch.float32 if half else like.dtype)

@@ -47,7 +47,7 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append((given, more))
         return Engine()
 
-    monkeypatch.setattr(serving, "_start", start)
+    monkeypatch.setattr(serving, "start", start)
     monkeypatch.setattr(listening, "listen", lambda *given, **more: seen.append((given, more)))
     monkeypatch.setattr("ia3.serving.metrics.log_in_lines", lambda: None)
     monkeypatch.delenv("IA3_API_KEYS", raising=False)

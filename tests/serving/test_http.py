@@ -82,6 +82,22 @@ class TestTheOpenAIClient:
         chunks = [*client.completions.create(model="news", prompt="hello", stream=True)]
         assert [chunk.choices[0].text for chunk in chunks] == ["good"]
 
+    def test_embeddings(self, client: openai.OpenAI, served: Site) -> None:
+        for how in ({}, {"encoding_format": "float"}):  # the client asks for base64 by itself
+            answer: Any = client.embeddings.create(model="writer", input=["one", "three"], **how)
+            assert [each.index for each in answer.data] == [0, 1]
+            expected = [pytest.approx([0.6, -0.8, length]) for length in (3, 5)]
+            assert [each.embedding for each in answer.data] == expected
+            assert (answer.model, answer.digest) == ("writer", WRITER.digest)
+            assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (10, 10)
+        assert all(request.embeds for request in served.engine.requests[-4:])
+        with pytest.raises(openai.BadRequestError, match="dimensions is not offered"):
+            client.embeddings.create(model="writer", input="one", dimensions=2)
+        with pytest.raises(openai.BadRequestError, match="input"):
+            client.embeddings.create(model="writer", input=[[1, 2]])
+        with pytest.raises(openai.NotFoundError, match="no model 'nobody'"):
+            client.embeddings.create(model="nobody", input="one")
+
     def test_the_list_of_models(self, client: openai.OpenAI) -> None:
         cards = {each.id: each for each in client.models.list()}
         assert {"tiny", "news", "writer"} <= set(cards)

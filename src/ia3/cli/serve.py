@@ -62,7 +62,7 @@ def serve(
             f"Other machines reach {host}, and anybody could ask: give `api_keys`, or the keys in ${_KEYS}."
         )
     with bind(host, port) as bound:
-        engine = _start(base, adapters, batch_size, gather_ms / 1000, max_queue, trust_remote_code=trust_remote_code)
+        engine = start(base, adapters, batch_size, gather_ms / 1000, max_queue, trust_remote_code=trust_remote_code)
         app = make_app(engine, keys=keys, admin=admin)
         bound.listen()
         shown = f"[{host}]" if ":" in host else host
@@ -71,7 +71,7 @@ def serve(
         listen(app, engine, bound, drain_s=drain_s)
 
 
-def _start(
+def start(
     name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, trust_remote_code: bool
 ) -> Engine:
     """Load the base and its adapters."""
@@ -85,19 +85,32 @@ def _start(
 
         from ia3.serving.engine import Engine, Limits
         from ia3.serving.registry import Registry
+        from ia3.tasks.task import TaskKind
 
         disable_progress_bar()
         base = Base(name, trust_remote_code=trust_remote_code)
-        if not base.kind.writes:
-            raise ValueError(f"{name} is a model for {base.kind}, and those that write are served: seq2seq and causal.")
+        if base.kind is TaskKind.TOKEN_CLASSIFICATION:
+            raise ValueError(
+                f"{name} is a model for {base.kind}, and those for words, and for classes of texts, are served."
+            )
         tokenizer = base.tokenizer
-        model = base.load(base.kind).eval().to(torch.accelerator.current_accelerator() or "cpu")
+        model = (
+            base.load(base.kind, labels=_labels_of(base.config))
+            .eval()
+            .to(torch.accelerator.current_accelerator() or "cpu")
+        )
         status.update(f"Reading the adapters in {folder}")
         own = Path(name).resolve().name if Path(name).exists() else name
         registry = Registry(model, folder, base=own, capacity=max(256, batch_size))
         registry.watch()
         limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
         return Engine(model, tokenizer, registry, limits)
+
+
+def _labels_of(config: Any) -> tuple[str, ...]:
+    """What a base's own head chooses from, which then stays as it is; without such a head any two will do."""
+    labels = tuple((getattr(config, "id2label", None) or {}).values())
+    return labels if len({*labels}) == len(labels) > 1 else ("0", "1")
 
 
 def _tell(engine: Engine, url: str, *, as_json: bool) -> None:

@@ -17,7 +17,8 @@ from ia3.inference.predict import pad_rows
 from ia3.inference.rank import LabelScorer, rankings
 from ia3.mixing import gather_rows
 from ia3.rows import acting
-from ia3.serving.reading import Prompt
+from ia3.serving.encoders import Encoder
+from ia3.serving.reading import CLASSES, VECTORS, Prompt
 from ia3.serving.requests import FinishReason
 from ia3.tasks.losses import choice_log_probabilities
 from ia3.tasks.task import Task
@@ -36,12 +37,14 @@ class Found(NamedTuple):
         probabilities: of each label, where they were ranked.
         tokens: how many were written, the end's included.
         finish_reason: whether the answer came to its end.
+        vector: the text's, where that was asked for.
     """
 
     text: str
     probabilities: dict[str, float] | None = None
     tokens: int = 0
     finish_reason: FinishReason = "stop"
+    vector: Sequence[float] | None = None
 
 
 class Batches:
@@ -58,6 +61,7 @@ class Batches:
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, *, invariant: bool = False) -> None:
         self.model, self.tokenizer, self.batch_size, self.invariant = model, tokenizer, batch_size, invariant
         self._answerers: OrderedDict[Task, Answerer] = OrderedDict()
+        self._encoder = Encoder(model)
 
     def __call__(self, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
         """One answer a prompt, in order.
@@ -69,6 +73,8 @@ class Batches:
         Raises:
             ValueError: labels that the tokenizer can't tell apart.
         """
+        if prompts[0].task in (CLASSES, VECTORS):
+            return self._encode(prompts, rows)
         answerer = self._answerer(prompts[0].task)
         if self.invariant:
             return self._in_fixed_shapes(answerer, prompts, rows)
@@ -77,6 +83,13 @@ class Batches:
             parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
             return [each for part in parts for each in self._rank(answerer.scorer, prompts[part], rows[part])]
         return self._write(answerer, prompts, rows)
+
+    def _encode(self, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
+        texts = [prompt.tokens for prompt in prompts]
+        if prompts[0].task == VECTORS:
+            return [Found("", vector=each) for each in self._encoder.vectors(texts, rows)]
+        found = self._encoder.classes(texts, rows, [prompt.labels for prompt in prompts])
+        return [Found(each.label, each.probabilities) for each in found]
 
     def _answerer(self, task: Task) -> Answerer:
         if task not in self._answerers:

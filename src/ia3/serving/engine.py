@@ -372,7 +372,7 @@ class Engine:
         queued_s, ran_s = work.started - work.arrived, time.monotonic() - work.started
         self._add(answered=1, prompt_tokens=read, completion_tokens=written, queued_s=queued_s)
         said = (found.text, label, found.probabilities, name, version.digest)
-        work.future.set_result(Answer(*said, read, written, found.finish_reason, queued_s, ran_s))
+        work.future.set_result(Answer(*said, read, written, found.finish_reason, queued_s, ran_s, found.vector))
 
     def _tell(self, work: Work, piece: str) -> None:
         if work.told is None or work.request.on_token is None or not piece:

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's for words, `/v1/classify` for labels, vLLM's for loading, and those that say how it goes."""
+"""The routes: OpenAI's for words and vectors, `/v1/classify` for labels, vLLM's for loading, and how it goes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ia3.serving.openai import (
     ChatBody,
     ClassifyBody,
     CompletionBody,
+    EmbeddingsBody,
     LoadBody,
     UnloadBody,
     Written,
@@ -36,6 +37,7 @@ from ia3.serving.openai import (
     read_body,
     texts_of,
     usage_of,
+    vector_of,
 )
 from ia3.serving.requests import Answer, NotServed, Served, Server, ServingError, UnknownModel
 from ia3.serving.requests import Request as Asked
@@ -81,6 +83,7 @@ class _Routes:
             ("/v1/completions", CompletionBody, self.complete),
             ("/v1/chat/completions", ChatBody, self.chat),
             ("/v1/classify", ClassifyBody, self.classify),
+            ("/v1/embeddings", EmbeddingsBody, self.embed),
             ("/v1/load_lora_adapter", LoadBody, self.load),
             ("/v1/unload_lora_adapter", UnloadBody, self.unload),
             ("/v1/aliases", AliasBody, self.alias),
@@ -189,6 +192,27 @@ class _Routes:
                 raise NotServed(f"{model} writes text and has no labels: ask /v1/completions.")
         data = [label_of(index, model, each) for (index, _, model), each in zip(pairs, answers, strict=True)]
         return JSONResponse({"object": "list", "data": data, "usage": usage_of(answers)})
+
+    # Vectors
+
+    async def embed(self, request: Request) -> Response:
+        """Give each text's vector."""
+        body = await self._read(request, EmbeddingsBody)
+        body.check_offered()
+        texts = texts_of(body.input, "input", self._limits)
+        asked = [Asked(text, body.model, embeds=True) for text in texts]
+        with self._wait(request, asked, body.timeout) as waiting:
+            answers = await self._answers(waiting)
+        read = sum(each.prompt_tokens for each in answers)
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [vector_of(index, each, body.encoding_format) for index, each in enumerate(answers)],
+                "model": body.model,
+                "digest": answers[0].digest,
+                "usage": {"prompt_tokens": read, "total_tokens": read},
+            }
+        )
 
     # What is served
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 import time
 import uuid
 from collections.abc import Sequence
@@ -147,6 +149,24 @@ class ClassifyBody(_Body):
     input: str | Texts
     timeout: Seconds | None = None
     user: str | None = None
+
+
+class EmbeddingsBody(_Asking):
+    """`POST /v1/embeddings`."""
+
+    input: str | Texts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    def check_offered(self) -> None:
+        """Refuse what would change the answer in vain.
+
+        Raises:
+            BadRequestError: a number of dimensions.
+        """
+        if self.dimensions is not None:
+            said = "dimensions is not offered: a vector has as many numbers as the encoder is wide. Leave it out."
+            raise BadRequestError(said, param="dimensions")
 
 
 class LoadBody(_Body):
@@ -357,3 +377,12 @@ def label_of(index: int, model: str, answer: Answer) -> dict[str, Any]:
         "queued_ms": round(answer.queued_s * 1e3, 3),
         "ran_ms": round(answer.ran_s * 1e3, 3),
     }
+
+
+def vector_of(index: int, answer: Answer, encoding: str) -> dict[str, Any]:
+    """One vector of `/v1/embeddings`: numbers, or the base64 of their bytes as little-endian float32."""
+    assert answer.vector is not None
+    numbers = list(answer.vector)
+    packed = struct.pack(f"<{len(numbers)}f", *numbers)
+    embedding = base64.b64encode(packed).decode() if encoding == "base64" else numbers
+    return {"object": "embedding", "index": index, "embedding": embedding}

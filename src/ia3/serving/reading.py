@@ -9,8 +9,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ia3.config import TaskType
+from ia3.inference.classify import tokenise_texts
 from ia3.inference.complete import check_positions, cut_prompt, encode, has_template, prompt_text, without_template
 from ia3.inference.predict import most_positions, tokenise_inputs
+from ia3.serving.encoders import Encoder
 from ia3.serving.registry import Version
 from ia3.serving.requests import NotServed, Request
 from ia3.tasks.task import Task, TaskKind
@@ -26,13 +28,15 @@ class Prompt(NamedTuple):
         tokens: what the model reads.
         task: what is left of the adapter's task then.
         longest: the most tokens of the answer.
-        room: the most tokens of any input of the adapter's task.
+        room: the most tokens of any input of the adapter's task, where that is written for.
+        labels: what a head chooses from.
     """
 
     tokens: list[int]
     task: Task
     longest: int
-    room: int
+    room: int = 0
+    labels: tuple[str, ...] = ()
 
 
 class Reader:
@@ -45,6 +49,7 @@ class Reader:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, deepcopy(tokenizer)
+        self._no_vectors = Encoder(model).unsupported_reason
         self._lock = threading.Lock()
 
     def __call__(self, version: Version, request: Request) -> Prompt:
@@ -54,6 +59,7 @@ class Reader:
             NotServed: a request that this version can't answer, and why.
         """
         task, text = version.task, version.render(request.text)
+        self._expect_answerable(version, request)
         if not text:
             raise NotServed("The text is empty: send one.")
         if request.turns and task.kind is not TaskKind.INSTRUCTIONS:
@@ -67,9 +73,24 @@ class Reader:
                 tokens = self._tokens(task, text, tuple(request.turns))
         except ValueError as error:
             raise NotServed(str(error)) from error
+        if request.embeds:
+            return Prompt(tokens, VECTORS, 0)
         return self._as_asked(task, tokens, request.max_new_tokens)
 
+    def _expect_answerable(self, version: Version, request: Request) -> None:
+        """Refuse what this kind of model doesn't answer."""
+        if request.embeds:
+            if self._no_vectors is not None:
+                raise NotServed(f"This server's model gives no embeddings, since {self._no_vectors}.")
+        elif version.digest is None and not version.task.kind.writes:
+            raise NotServed(
+                "The base is an encoder, which answers nothing by itself: ask one of its adapters, which /v1/models "
+                "lists, or ask /v1/embeddings for the text's vector."
+            )
+
     def _tokens(self, task: Task, text: str, turns: tuple[tuple[str, str], ...]) -> list[int]:
+        if not task.kind.writes:
+            return tokenise_texts([text], self.model, self.tokenizer, task.max_length)[0]
         if task.kind.task_type is TaskType.SEQ_2_SEQ_LM:
             return tokenise_inputs(self.tokenizer, [text], task.max_length)[0]
         tokenizer = self.tokenizer if task.kind.has_answers else without_template(self.tokenizer)
@@ -84,7 +105,9 @@ class Reader:
     def _as_asked(self, task: Task, tokens: list[int], most: int | None) -> Prompt:
         """What is left of a task once its text is tokens: the labels, or how long answers may be."""
         if task.ranks:
-            return Prompt(tokens, _bare_task(TaskKind.LABEL_WORDS, task.labels), 0, task.max_length)
+            return Prompt(tokens, _bare_task(TaskKind.LABEL_WORDS, task.labels), 0)
+        if not task.kind.writes:
+            return Prompt(tokens, CLASSES, 0, labels=task.labels)
         longest, positions = task.max_new_tokens or 1, most_positions(self.model)
         if task.kind.task_type is TaskType.SEQ_2_SEQ_LM:
             kind = TaskKind.GENERATION
@@ -99,3 +122,8 @@ class Reader:
 def _bare_task(kind: TaskKind, labels: tuple[str, ...] = (), longest: int | None = None) -> Task:
     """A task that says nothing of how texts are read, since they were."""
     return Task(kind=kind, template=Template.of_column("text"), labels=labels, max_length=1, max_new_tokens=longest)
+
+
+# All that heads choose shares batches, whatever their labels are, and so do texts whose vectors are asked for.
+CLASSES = _bare_task(TaskKind.SEQUENCE_CLASSIFICATION, ("any",))
+VECTORS = _bare_task(TaskKind.SEQUENCE_CLASSIFICATION)

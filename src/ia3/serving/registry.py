@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ia3.config import CONFIG_NAME, TaskType
 from ia3.errors import fit_screen, listed, shorten
 from ia3.inference.loading import DTYPES
 from ia3.inference.many import adapters_below
+from ia3.inference.predict import most_positions
 from ia3.rows import BASE
 from ia3.runs.sums import expect_adapter_unchanged
 from ia3.serving.requests import Refused, Served, UnknownModel
@@ -37,6 +39,11 @@ from ia3.tensors import SAFETENSORS_NAME
 _logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_KINDS: dict[Any, str] = {
+    TaskType.SEQ_2_SEQ_LM: "a seq2seq model",
+    TaskType.CAUSAL_LM: "a causal model",
+    TaskType.SEQ_CLS: "an encoder with heads for classes of texts",
+}
 _FILES = (CONFIG_NAME, SAFETENSORS_NAME, TASK_NAME)
 # What the base answers where it is asked itself.
 _BASE_LENGTH, _BASE_NEW_TOKENS = 512, 128
@@ -105,15 +112,14 @@ class Registry:
         capacity: the most adapters that one batch may use.
 
     Raises:
-        ValueError: no such folder, one that is itself an adapter, a model that writes nothing, or what `AdapterTable`
+        ValueError: no such folder, one that is itself an adapter, a model that answers nothing, or what `AdapterTable`
             raises. An adapter that can't be served is no error: `refused` says why.
     """
 
     def __init__(self, model: Any, folder: str | Path, *, base: str, capacity: int = 256) -> None:
         if not Path(folder).is_dir():
             raise ValueError(f"There is no folder {folder}: expected one that holds a folder for each adapter.")
-        if not isinstance(model, GenerationMixin):
-            raise ValueError(f"A {type(model).__name__} writes nothing: expected a seq2seq or a causal model.")
+        self._kind = _kind_of(model)
         self.folder = Path(os.path.realpath(folder))
         adapters_below(self.folder)
         self.model, self.base = model, base
@@ -357,6 +363,7 @@ class Registry:
             assert task is not None
             row = f"version {next(self._numbers)}"
             content = self.table.register(row, path)
+            self._expect_labels(row, task)
         digest = hashlib.sha256(f"{content} {json.dumps(asdict(task), sort_keys=True)}".encode()).hexdigest()
         with self._lock:
             version = self._versions.get(digest)
@@ -409,16 +416,22 @@ class Registry:
         """Refuse a task that this model can't answer; else what its template calls the text."""
         if task is None:
             raise ValueError(f"it has no {TASK_NAME}, which says how it is asked: write one with `save_task`.")
-        seq2seq = self.model.config.is_encoder_decoder
-        if task.kind.task_type is not (TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM):
-            kind = "a seq2seq" if seq2seq else "a causal"
-            raise ValueError(f"its task is {task.kind}, which {kind} model doesn't answer.")
+        if task.kind.task_type is not self._kind:
+            raise ValueError(f"its task is {task.kind}, which {_KINDS[self._kind]} doesn't answer.")
         if task.precision is not None and DTYPES[task.precision] is not self.model.dtype:
             _logger.warning("An adapter was trained on a base in %s; this one is %s.", task.precision, self.model.dtype)
         required, fields = task.template.required, task.template.fields
         if len(required) > 1 or (not required and len(fields) > 1):
             raise ValueError(f"its template reads the columns {listed(fields)}, and a request has one text.")
         return (required or fields)[0]
+
+    def _expect_labels(self, row: str, task: Task) -> None:
+        """Refuse a head that chooses from other classes than its task says; it leaves the table again."""
+        count = self.table.classes(row) or self.model.config.num_labels
+        if task.kind.writes or count == len(task.labels):
+            return
+        self.table.drop(row)
+        raise ValueError(f"its head chooses from {count} classes, and its task has {len(task.labels)} labels.")
 
 
 def _signature(path: Path) -> Signature | None:
@@ -433,8 +446,27 @@ def _signature(path: Path) -> Signature | None:
     return None if found[0] is None else tuple(found)
 
 
+def _kind_of(model: Any) -> TaskType:
+    """What tasks a model answers.
+
+    Raises:
+        ValueError: none.
+    """
+    if isinstance(model, GenerationMixin):
+        return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    if type(model).__name__ not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        raise ValueError(
+            f"A {type(model).__name__} answers nothing: expected a seq2seq or a causal model, or one with a head for "
+            "classes of texts."
+        )
+    return TaskType.SEQ_CLS
+
+
 def _task_of_base(model: Any) -> Task:
-    """The base writes, as a chat where its tokenizer has a template for one."""
-    kind = TaskKind.GENERATION if model.config.is_encoder_decoder else TaskKind.INSTRUCTIONS
+    """The base writes, as a chat where its tokenizer has a template for one; an encoder's chooses from nothing."""
     template = Template.of_column("text")
+    if not isinstance(model, GenerationMixin):
+        length = min(_BASE_LENGTH, most_positions(model) or _BASE_LENGTH)
+        return Task(kind=TaskKind.SEQUENCE_CLASSIFICATION, template=template, max_length=length)
+    kind = TaskKind.GENERATION if model.config.is_encoder_decoder else TaskKind.INSTRUCTIONS
     return Task(kind=kind, template=template, max_length=_BASE_LENGTH, max_new_tokens=_BASE_NEW_TOKENS)

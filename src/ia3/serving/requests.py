@@ -22,6 +22,7 @@ class Request:
         deadline: the moment on `time.monotonic()` after which nobody waits for the answer; None for never.
         on_token: called from the engine's thread with pieces of the answer as they are written. They join to its text.
         turns: the earlier messages as (role, content), for tasks of conversations.
+        embeds: whether the text's vector is asked for, instead of what the task answers.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Request:
     deadline: float | None = None
     on_token: Callable[[str], None] | None = None
     turns: Sequence[tuple[str, str]] = ()
+    embeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Answer:
         finish_reason: `"length"` where the answer was as long as it may be.
         queued_s: seconds from its coming to the start of its batch.
         ran_s: seconds that its batch took.
+        vector: the text's, of the length 1, where that was asked for.
     """
 
     text: str
@@ -59,6 +62,7 @@ class Answer:
     finish_reason: FinishReason
     queued_s: float
     ran_s: float
+    vector: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
