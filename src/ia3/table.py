@@ -216,6 +216,11 @@ class AdapterTable:
         else:
             self._model.unload()  # type: ignore[operator]
 
+    @property
+    def resident(self) -> int:
+        """How many adapters' numbers the device holds."""
+        return len(self._slots)
+
     def __contains__(self, name: object) -> bool:
         return name in self._registered
 

@@ -588,6 +588,13 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("SweepStep._update", Instead("self.counts.add_(learning)", "self.counts.add_(1)"),
                "a run without examples ages"),
     ],
+    ("serving/test_counting.py",): [
+        Mutant("Metrics.submit", Skip("add_done_callback"), "nobody knows how long answers take"),
+        Mutant("Recent._now", Never("_steps"), "who was busy yesterday is busy today"),
+    ],
+    ("serving/test_page.py",): [
+        Mutant("_sending", Instead("_HEADERS", "{}"), "what a page shows could run in it"),
+    ],
     ("serving/test_http.py", "serving/test_request_limits.py", "serving/test_listening.py"): [
         Mutant("Keys.find", Instead("hmac.compare_digest(digest, given)", "True"), "any key is one"),
         Mutant("Door._enter", Never("isprintable"), "a line break behind a path passes the administrator's door"),

@@ -34,6 +34,12 @@ KEY, OTHER_KEY, ADMIN_KEY = "a-key-of-a-client", "the-key-of-another", "administ
 NEWS = Served("news", "d" * 64, "tiny", ("prod",), "label-words", ("good", "bad"))
 WRITER = Served("writer", "e" * 64, "tiny", (), "generation")
 PROBABILITIES = {"good": 0.75, "bad": 0.25}
+OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
+FIGURES = (
+    *("queued", "running", "adapters", "versions", "resident"),
+    *("batches", "ran_s", "queued_s", "prompt_tokens", "completion_tokens"),
+    *(f"requests_{outcome}" for outcome in OUTCOMES),
+)
 
 
 @dataclass
@@ -87,7 +93,9 @@ class StandIn:
         elif request.text == "odd":
             future.set_result(Answer("odd", None, None, served.name, served.digest, 5, 2, "stop", 0.1, 0.2))
         elif served.labels:
-            future.set_result(Answer("good", "good", PROBABILITIES, served.name, served.digest, 5, 0, "stop", 0.1, 0.2))
+            first, *others = served.labels
+            shares = {first: 0.75, **dict.fromkeys(others, 0.25 / max(1, len(others)))}
+            future.set_result(Answer(first, first, shares, served.name, served.digest, 5, 0, "stop", 0.1, 0.2))
         else:
             text = f"{request.text}!"
             for piece in (text[:1], text[1:3]) if request.on_token else ():
@@ -122,7 +130,8 @@ class StandIn:
         return self.served[found.name]
 
     def stats(self) -> dict[str, float]:
-        return {"queued": 2.0, "batches": 9.0}
+        """Each with another number."""
+        return {name: float(number) for number, name in enumerate(FIGURES, 2)}
 
     def drain(self, timeout_s: float) -> bool:
         self.ready = False

@@ -18,10 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ia3.serving.limits import Keys, RequestLimits
 from ia3.serving.metrics import LOG, Metrics
 from ia3.serving.openai import BadRequestError, error_of
+from ia3.serving.page import PATHS
 from ia3.serving.requests import Dropped, NotServed, Overloaded, Refused, ServingError, TooLate, UnknownModel
 from ia3.serving.waiting import ClientGoneError
 
-OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/version"})
+OPEN = PATHS | {"/health", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/version"}
 """What needs no key: nothing there is anybody's."""
 ADMIN = frozenset({"/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """What needs the administrator's."""

@@ -137,7 +137,8 @@ class Engine:
             outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
             sums = {name: self._sums[name] for name in _SUMS}
             now = {"queued": float(len(self._waiting)), "running": float(len(self._running()))}
-        adapters = {"adapters": float(len(self.registry)), "versions": float(len(self.registry.table))}
+        table = self.registry.table
+        adapters = {"adapters": len(self.registry), "versions": len(table), "resident": table.resident}
         return {**now, **adapters, **outcomes, **sums}
 
     def drain(self, timeout_s: float) -> bool:

@@ -39,11 +39,15 @@ from ia3.serving.openai import (
     usage_of,
     vector_of,
 )
+from ia3.serving.page import add_page
+from ia3.serving.recent import SECONDS
 from ia3.serving.requests import Answer, NotServed, Served, Server, ServingError, UnknownModel
 from ia3.serving.requests import Request as Asked
 from ia3.serving.waiting import ClientGoneError, Waiting
 
 _LARGE = 64 << 10
+# Adapters that are told by how much they answer.
+_BUSIEST = 100
 # Seconds that a client has to read the last of a stream.
 _TO_READ = 10
 
@@ -65,6 +69,7 @@ def make_app(
         app.add_exception_handler(kind, as_response)
     app.add_middleware(Door, keys=keys or Keys(), admin=admin or Keys(), limits=limits, metrics=metrics)
     _Routes(server, limits, metrics).add_to(app)
+    add_page(app)
     return app
 
 
@@ -96,6 +101,7 @@ class _Routes:
         for path, look in (
             ("/v1/models", self.models),
             ("/v1/models/{name:path}", self.model),
+            ("/v1/activity", self.activity),
             ("/health", self.ready),
             ("/health/ready", self.ready),
             ("/health/live", self.live),
@@ -128,7 +134,7 @@ class _Routes:
         written = Written(body.model, chat=isinstance(body, ChatBody))
         if not body.stream:
             with self._wait(request, asked, body.timeout) as waiting:
-                answers = await self._answers(waiting)
+                answers = await waiting.answers()
             return JSONResponse(written.whole(answers))
         waiting = self._wait(request, [replace(each, on_token=_pieces) for each in asked], body.timeout)
         try:
@@ -158,7 +164,6 @@ class _Routes:
                 yield written.piece(index, found)
                 continue
             answers[index] = found
-            self._metrics.answered(found)
             yield written.piece(index, found.text.removeprefix(sent[index]), found)
         if usage:
             yield written.usage([answers[index] for index in range(count)])
@@ -183,7 +188,7 @@ class _Routes:
             )
         pairs = [(index, text, model) for index, text in enumerate(texts) for model in models]
         with self._wait(request, [Asked(text, model) for _, text, model in pairs], body.timeout) as waiting:
-            answers = await self._answers(waiting)
+            answers = await waiting.answers()
         bare = [(model, each.adapter) for (_, _, model), each in zip(pairs, answers, strict=True) if each.label is None]
         # All that is served is gone through only for an answer that may have no labels.
         labelled = {each.name for each in self._server.models() if each.labels} if bare else set()
@@ -268,6 +273,15 @@ class _Routes:
         ready = self._server.ready
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
+    async def activity(self) -> Response:
+        """What happens now, and which adapters answered most in the last minutes."""
+        stats = self._server.stats()
+        now = {name: int(stats[name]) for name in ("queued", "running", "adapters", "resident")}
+        busiest = self._metrics.recent.counts().most_common(_BUSIEST)
+        data = [{"adapter": adapter, "answers": count} for adapter, count in busiest]
+        about = {"object": "activity", "ready": self._server.ready, "seconds": SECONDS}
+        return JSONResponse({**about, **now, "data": data})
+
     async def live(self) -> Response:
         """That this process answers."""
         return JSONResponse({"status": "live"})
@@ -292,13 +306,8 @@ class _Routes:
         """Submit what is asked, with the moment from which on nobody waits."""
         seconds = min(timeout or self._limits.answer_s, self._limits.answer_s)
         until = time.monotonic() + seconds
-        return Waiting(self._server, [replace(each, deadline=until) for each in asked], request.receive, seconds)
-
-    async def _answers(self, waiting: Waiting) -> list[Answer]:
-        answers = await waiting.answers()
-        for each in answers:
-            self._metrics.answered(each)
-        return answers
+        timed = [replace(each, deadline=until) for each in asked]
+        return Waiting(self._metrics.submit, timed, request.receive, seconds)
 
 
 def _pieces(_: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,41 +15,48 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ia3.serving.requests import Answer, Server
+from ia3.serving.recent import Recent
+from ia3.serving.requests import Answer, Request, Server
 
 LOG = logging.getLogger("ia3.serving")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-# The engine's figures that go up and down; all others only grow.
-_OF_NOW = ("queued", "running", "adapters", "versions")
+# The engine's figures: what kind each is, and what it is called, as vLLM calls it where it has the same.
+_FIGURES: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
+    "queued": (GaugeMetricFamily, "ia3_num_requests_waiting", "Texts that wait."),
+    "running": (GaugeMetricFamily, "ia3_num_requests_running", "Texts that are being answered."),
+    "adapters": (GaugeMetricFamily, "ia3_adapters", "Names of adapters that are served."),
+    "versions": (GaugeMetricFamily, "ia3_adapter_versions", "Contents of adapters in memory."),
+    "resident": (GaugeMetricFamily, "ia3_adapters_resident", "Contents of adapters on the device."),
+    "batches": (CounterMetricFamily, "ia3_batches", "Batches that were run."),
+    "ran_s": (CounterMetricFamily, "ia3_batch_seconds", "Seconds that they took."),
+    "requests_answered": (CounterMetricFamily, "ia3_request_success", "Texts that were answered."),
+    "prompt_tokens": (CounterMetricFamily, "ia3_prompt_tokens", "Tokens that were read."),
+    "completion_tokens": (CounterMetricFamily, "ia3_generation_tokens", "Tokens that were written."),
+}
+_FAILURES = ("failed", "too_late", "cancelled", "overloaded", "dropped")
 
 
 class Metrics:
-    """Counters of one server. Their labels are routes and numbers of HTTP alone.
+    """What is counted of one server. Labels are routes, numbers of HTTP and reasons alone.
 
     Args:
-        server: whose own figures are shown beside them.
+        server: who answers, and whose own figures are shown beside them.
     """
 
     def __init__(self, server: Server) -> None:
-        self._registry = CollectorRegistry()
+        self._server, self._registry = server, CollectorRegistry()
+        self.recent = Recent()
         own: Any = {"registry": self._registry}
-        routes = ("route", "status")
-        self._requests = Counter("ia3_http_requests", "Requests that have ended.", routes, **own)
+        timed: Any = {"buckets": _SECONDS, **own}
+        self._requests = Counter("ia3_http_requests", "Requests that have ended.", ("route", "status"), **own)
         self._seconds = Histogram(
-            "ia3_http_request_seconds",
-            "From a request's head to the end of its answer.",
-            ("route",),
-            **own,
-            buckets=_SECONDS,
+            "ia3_http_request_duration_seconds", "From a request's head to the end of its answer.", ("route",), **timed
         )
         self.running = Gauge("ia3_http_requests_running", "Requests under way.", **own)
-        self._answers = Counter("ia3_answers", "Answers given, one a text and model.", **own)
-        self._read = Counter("ia3_prompt_tokens", "Tokens read.", **own)
-        self._written = Counter("ia3_generation_tokens", "Tokens written.", **own)
         self._queued = Histogram(
-            "ia3_request_queue_seconds", "From a text's coming to the start of its batch.", **own, buckets=_SECONDS
+            "ia3_request_queue_time_seconds", "From a text's coming to the start of its batch.", **timed
         )
-        self._ran = Histogram("ia3_request_run_seconds", "What a text's batch took.", **own, buckets=_SECONDS)
+        self._ran = Histogram("ia3_request_inference_time_seconds", "What a text's batch took.", **timed)
         self._registry.register(_Figures(server))
 
     def count(self, route: str, status: int, seconds: float) -> None:
@@ -56,17 +64,23 @@ class Metrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def answered(self, answer: Answer) -> None:
-        """A text has its answer."""
-        self._answers.inc()
-        self._read.inc(answer.prompt_tokens)
-        self._written.inc(answer.completion_tokens)
-        self._queued.observe(answer.queued_s)
-        self._ran.observe(answer.ran_s)
+    def submit(self, request: Request) -> Future[Answer]:
+        """Let the server take a text in, as `Server.submit`; its answer is counted, whoever is there to read it."""
+        future = self._server.submit(request)
+        future.add_done_callback(self._answered)
+        return future
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return generate_latest(self._registry)
+
+    def _answered(self, future: Future[Answer]) -> None:
+        if future.cancelled() or future.exception() is not None:  # the engine counts these, by reason
+            return
+        answer = future.result()
+        self._queued.observe(answer.queued_s)
+        self._ran.observe(answer.ran_s)
+        self.recent.add(answer.adapter)
 
 
 class _Figures(Collector):
@@ -76,9 +90,13 @@ class _Figures(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in sorted(self._server.stats().items()):
-            kind = GaugeMetricFamily if name in _OF_NOW else CounterMetricFamily
-            yield kind(f"ia3_engine_{name}", "The engine's figure of this name.", value=value)
+        stats = self._server.stats()
+        for figure, (kind, name, about) in _FIGURES.items():
+            yield kind(name, about, value=stats[figure])
+        failures = CounterMetricFamily("ia3_request_failures", "Texts that got no answer.", labels=["reason"])
+        for reason in _FAILURES:
+            failures.add_metric([reason], stats[f"requests_{reason}"])
+        yield failures
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

@@ -333,7 +333,13 @@ class Written:
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """All of it; the fingerprint is the digest of who answered."""
         choices = [
-            {"index": index, **self._said(each.text, "message"), "finish_reason": each.finish_reason, "logprobs": None}
+            {
+                "index": index,
+                **self._said(each.text, "message"),
+                "finish_reason": each.finish_reason,
+                "logprobs": None,
+                **_times_of(each),
+            }
             for index, each in enumerate(answers)
         ]
         kind = "chat.completion" if self._chat else "text_completion"
@@ -342,9 +348,10 @@ class Written:
 
     def piece(self, index: int, text: str, answer: Answer | None = None) -> dict[str, Any]:
         """The next words of a choice; with its answer the last ones."""
-        reason = None if answer is None else answer.finish_reason
-        choice = {"index": index, **self._said(text, "delta"), "finish_reason": reason, "logprobs": None}
-        return self._chunk([choice], None if answer is None else answer.digest)
+        choice = {"index": index, **self._said(text, "delta"), "finish_reason": None, "logprobs": None}
+        if answer is None:
+            return self._chunk([choice], None)
+        return self._chunk([choice | {"finish_reason": answer.finish_reason, **_times_of(answer)}], answer.digest)
 
     def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The chunk behind the last one."""
@@ -374,8 +381,7 @@ def label_of(index: int, model: str, answer: Answer) -> dict[str, Any]:
         "label": answer.label,
         "text": answer.text,
         "probabilities": answer.probabilities,
-        "queued_ms": round(answer.queued_s * 1e3, 3),
-        "ran_ms": round(answer.ran_s * 1e3, 3),
+        **_times_of(answer),
     }
 
 
@@ -386,3 +392,8 @@ def vector_of(index: int, answer: Answer, encoding: str) -> dict[str, Any]:
     packed = struct.pack(f"<{len(numbers)}f", *numbers)
     embedding = base64.b64encode(packed).decode() if encoding == "base64" else numbers
     return {"object": "embedding", "index": index, "embedding": embedding}
+
+
+def _times_of(answer: Answer) -> dict[str, float]:
+    """How long a text waited and ran: beside what OpenAI's answers have."""
+    return {"queued_ms": round(answer.queued_s * 1e3, 3), "ran_ms": round(answer.ran_s * 1e3, 3)}

@@ -180,7 +180,13 @@ class Server(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """Figures by name, no tenant among them: what waits, what runs, what was done and how long it took."""
+        """Figures by name, no tenant among them.
+
+        Now: `queued` and `running` requests, names of `adapters`, their contents in memory (`versions`) and on the
+        device (`resident`). Since the start: requests by outcome (`requests_answered`, `_failed`, `_too_late`,
+        `_cancelled`, `_overloaded`, `_dropped`), `batches`, `ran_s`, the seconds that they took, `prompt_tokens` and
+        `completion_tokens`.
+        """
         ...
 
     def drain(self, timeout_s: float) -> bool:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ia3.serving.requests import Answer, Dropped, Request, Server, TooLate
+from ia3.serving.requests import Answer, Dropped, Request, TooLate
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -25,14 +25,20 @@ class Waiting:
     the end of the time.
 
     Args:
-        server: who answers.
+        submit: what takes a request in, as `Server.submit`.
         requests: what is asked.
         receive: the connection's, from which the whole body was read.
         seconds: until nobody waits any more.
     """
 
-    def __init__(self, server: Server, requests: Sequence[Request], receive: Receive, seconds: float) -> None:
-        self._server, self._requests, self._dropped = server, requests, False
+    def __init__(
+        self,
+        submit: Callable[[Request], Future[Answer]],
+        requests: Sequence[Request],
+        receive: Receive,
+        seconds: float,
+    ) -> None:
+        self._take, self._requests, self._dropped = submit, requests, False
         self.seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, str | Future[Answer] | Exception]] = asyncio.Queue()
@@ -90,7 +96,7 @@ class Waiting:
             tell = self._teller(index)
             sent = request if request.on_token is None else replace(request, on_token=tell)
             try:
-                self._futures.append(self._server.submit(sent))
+                self._futures.append(self._take(sent))
             except Exception as error:
                 tell(error)
                 return
