@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ia3.config import IA3Config
 from ia3.errors import listed, shorten
 from ia3.placement import Listener, Placement
-from ia3.sites import Layout
+from ia3.sites import Layout, Site
 
 _KEY = "_ia3"
 
@@ -35,6 +35,8 @@ class Registry(Protocol):
 
     layout: Layout
     """The union of the registered adapters' sites, whole ones."""
+    capacity: int
+    """The most adapters that one batch may use."""
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -43,6 +45,9 @@ class Registry(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
     def __iter__(self) -> Iterator[str]: ...
+
+    def sites_of(self, name: str) -> tuple[Site, ...]:
+        """Where a registered adapter has vectors; the lock must be held."""
 
     def gather(self, names: Sequence[str]) -> Tensor:
         """The rows of these names, a copy `[len(names), D]`; the lock must be held."""
