@@ -42,7 +42,7 @@ FLOORS = (
     {"ia3.sites"},
     {"ia3.architectures", "ia3.peft_defaults"},
     {"ia3.structure"},
-    {"ia3.experts"},
+    {"ia3.experts", "ia3.towers"},
     {"ia3.config"},
     {
         "ia3.cache",

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlavaConfig
 
 from ia3 import IA3Config, find_sites
-from ia3.structure import find_blocks, made_by, tower_names
+from ia3.structure import find_blocks, made_by
+from ia3.towers import tower_names
 
 WIDE, NARROW = 24, 8
 

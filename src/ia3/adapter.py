@@ -11,6 +11,7 @@ from torch import nn
 
 from ia3.config import IA3Config
 from ia3.hooks import SiteVectors
+from ia3.layers import is_inside
 from ia3.listening import unwatch, watch
 from ia3.placement import drop_idle_hooks, unwrap
 from ia3.quantised import first_quantised
@@ -18,7 +19,6 @@ from ia3.rows import BASE
 from ia3.sites import SAVED_COPIES, VECTORS, Layout, Side, Site, find_sites, logger
 from ia3.stacked import Skeleton
 from ia3.state import Adapter, Attached, attached, carry, carry_nothing, find_attached, get_adapter
-from ia3.structure import is_inside
 from ia3.swap import SavedModule
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -223,8 +223,9 @@ class IA3Config(PeftConfig):
             what PEFT reads; its own IA3 has no such field.
         layers_pattern: names of the lists of layers that `layers_to_transform` counts, such as `"decoder.block"`,
             where a path has several numbers or a model several lists; any by default.
-        towers: sub-models that the default is for, named as in the model's configuration (`"vision"`, `"audio"`), or
-            `"all"`; the language model alone by default. Attaching turns it into names of modules.
+        towers: sub-models that the default is for, named as in the model's configuration (`"vision"`, `"audio"`), an
+            encoder-decoder's `"decoder"` or `"encoder"`, or `"all"`; the language model alone by default. Attaching
+            turns it into names of modules or a pattern, which is what PEFT reads.
 
     Raises:
         ValueError: `layers_to_transform` with a regular expression, `layers_pattern` without it, a list of feed-forward

@@ -17,8 +17,8 @@ from torch import nn
 
 from ia3.checkpoint import embeddings, saved_vocabulary
 from ia3.config import IA3Config, TaskType
+from ia3.layers import is_inside
 from ia3.sites import SAVED_COPIES, VECTORS, logger, matches_name, matching
-from ia3.structure import is_inside
 from ia3.tensors import plain_tensors
 
 # Tasks with a head, and the names that PEFT's file of such a task holds in full, whatever its configuration says.

@@ -190,6 +190,11 @@ def paths_around(path: str) -> Iterator[str]:
     yield from (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
 
 
+def is_inside(path: str, parent: str) -> bool:
+    """Whether a module is another or in it."""
+    return path == parent or path.startswith(f"{parent}.")
+
+
 def _runs_without_gradients(cls: type[nn.Module]) -> bool:
     """Whether a class's forward is decorated by `torch.no_grad` or `torch.inference_mode`."""
     forward: Any = cls.forward

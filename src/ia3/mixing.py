@@ -18,11 +18,11 @@ from torch import nn
 from ia3.adapter import site_vectors
 from ia3.checkpoint import is_adapters
 from ia3.hooks import SiteVectors
-from ia3.rows import BASE, Rows, act_here, acting, holding
+from ia3.layers import is_inside
+from ia3.rows import BASE, Flat, Rows, act_here, acting, holding
 from ia3.sites import Layout, Side, Site
 from ia3.stacked import StackedHead, stack_by_shape
-from ia3.state import Attached, attached
-from ia3.structure import is_inside
+from ia3.state import Attached, attached, find_attached
 from ia3.swap import Swapped
 
 # How many known names an error lists in full.
@@ -52,7 +52,8 @@ def gather_rows(model: nn.Module, names: Sequence[str] | Sequence[Sequence[str]]
         layout, flat = _rows_over(model, state, distinct if packed else each)
         _check_tokens_stay(model, layout)
         if not packed:
-            return make_rows(model, each, layout, flat, heads=_heads_over(model, state, each))
+            heads, own = _heads_over(model, state, each), tuple(_own_sites(state, name) for name in each)
+            return make_rows(model, each, layout, flat, heads=heads, own=own)
         if any(len(site.shape) > 2 for site in layout.sites):
             raise ValueError("adapter_names a token can't reach a convolution, which mixes neighbouring tokens.")
         number = {name: index for index, name in enumerate(distinct)}
@@ -74,6 +75,31 @@ def gather_flat(model: nn.Module, names: Sequence[str]) -> tuple[Layout, torch.T
         return _rows_over(model, state, names)
 
 
+def acting_flat(model: nn.Module) -> tuple[Layout, torch.Tensor] | None:
+    """The vectors of the adapter that acts, `[1, D]`; no sites where none does, None where several do."""
+    state = find_attached(model)
+    acting = () if state is None else state.acting
+    if state is None or not acting:
+        return Layout(()), torch.ones(1, 0, device=next(model.parameters()).device)
+    if len(acting) > 1:
+        return None
+    adapter = state.adapters[acting[0]]
+    return adapter.layout, adapter.layout.flatten([vector for _, vector in site_vectors(model, adapter)])[None]
+
+
+def own_sites(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[Site, ...]]:
+    """Where each of these adapters has vectors, attached or in the table; nowhere for others."""
+    state = attached(model)
+    with state.table.lock if state.table is not None else nullcontext():
+        return {name: _own_sites(state, name) for name in names}
+
+
+def _own_sites(state: Attached, name: str) -> tuple[Site, ...]:
+    if name in state.adapters:
+        return state.adapters[name].layout.sites
+    return () if state.table is None or name not in state.table else state.table.sites_of(name)
+
+
 def make_rows(
     model: nn.Module,
     names: Sequence[str],
@@ -81,6 +107,7 @@ def make_rows(
     flat: torch.Tensor,
     places: torch.Tensor | None = None,
     heads: Mapping[nn.Module, StackedHead] | None = None,
+    own: tuple[tuple[Site, ...], ...] | None = None,
 ) -> Rows:
     """Rows of vectors, split by site.
 
@@ -91,6 +118,7 @@ def make_rows(
         flat: `[rows, D]`.
         places: see `Rows`.
         heads: see `Rows`.
+        own: see `Flat`; None where the flat rows aren't asked for.
     """
     placement = attached(model).placement
     heads = heads or {}
@@ -101,7 +129,7 @@ def make_rows(
     for site, part in zip(layout.sites, layout.split(flat), strict=True):
         slices[placement.container(site.path)][site.side] = part
     slices |= {module: {} for module in heads}
-    return Rows(tuple(names), slices, places, heads)
+    return Rows(tuple(names), slices, places, heads, None if own is None else Flat(layout, flat, own))
 
 
 def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> ValueError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ia3.layers import channel_dims, check_numbers
-from ia3.sites import Side
+from ia3.sites import Layout, Side, Site
 from ia3.stacked import StackedHead
 
 # The name for no adapter.
@@ -32,6 +32,21 @@ _call = _Call()
 
 
 @dataclass(frozen=True)
+class Flat:
+    """Rows of vectors before they are split by site.
+
+    Args:
+        layout: their sites, whole ones.
+        vectors: `[names, D]`.
+        own: the sites at which each name has vectors; at the others there are ones.
+    """
+
+    layout: Layout
+    vectors: Tensor
+    own: tuple[tuple[Site, ...], ...]
+
+
+@dataclass(frozen=True)
 class Rows:
     """The vectors of a batch whose examples use different adapters.
 
@@ -41,12 +56,21 @@ class Rows:
             there, those that no example has a vector for without any.
         places: for rows that pack several examples, which of the names each token uses, `[batch, length]`.
         heads: modules that adapters of a table train in full.
+        flat: the same vectors, for what computes without the modules; None where nobody can.
     """
 
     names: tuple[str, ...]
     slices: Mapping[nn.Module, Mapping[Side, Tensor]]
     places: Tensor | None = None
     heads: Mapping[nn.Module, StackedHead] = field(default_factory=dict)
+    flat: Flat | None = None
+
+    def chosen(self, rows: Sequence[int]) -> Rows:
+        """Those of some examples, one row an example."""
+        slices = {
+            site: {side: vectors[list(rows)] for side, vectors in sides.items()} for site, sides in self.slices.items()
+        }
+        return Rows(tuple(self.names[row] for row in rows), slices)
 
     def has(self, site: nn.Module, side: Side) -> bool:
         """Whether any example has a vector here."""
@@ -139,6 +163,11 @@ def running(site: nn.Module) -> Rows | None:
 def act_here() -> bool:
     """Whether any rows act in this thread."""
     return _call.rows is not None
+
+
+def acting_here() -> Rows | None:
+    """The rows that act in this thread, of whichever model."""
+    return _call.rows
 
 
 @contextmanager

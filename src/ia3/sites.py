@@ -19,10 +19,10 @@ from torch.nn.modules.conv import _ConvNd
 from ia3.config import IA3Config, chosen_layers, in_layers
 from ia3.errors import NoMatchingPeftModuleError, shorten
 from ia3.experts import Experts, acts_in_front, find_experts, name_modules, unsupported_reason
-from ia3.layers import is_conv1d, paths_around, refusal, why_nothing_learns
+from ia3.layers import is_conv1d, is_inside, paths_around, refusal, why_nothing_learns
 from ia3.patterns import fully_matching
 from ia3.peft_defaults import difference, gate_side
-from ia3.structure import Block, Intervals, find_blocks, is_inside, layer_widths
+from ia3.structure import Block, Intervals, find_blocks, layer_widths
 
 logger = logging.getLogger("ia3")
 

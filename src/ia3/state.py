@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ia3.config import IA3Config
 from ia3.errors import listed, shorten
 from ia3.placement import Listener, Placement
-from ia3.sites import Layout
+from ia3.sites import Layout, Site
 from ia3.stacked import Skeleton
 
 _KEY = "_ia3"
@@ -36,6 +36,8 @@ class Registry(Protocol):
 
     layout: Layout
     """The union of the registered adapters' sites, whole ones."""
+    capacity: int
+    """The most adapters that one batch may use."""
 
     @property
     def skeletons(self) -> Mapping[str, Skeleton]:
@@ -48,6 +50,9 @@ class Registry(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
     def __iter__(self) -> Iterator[str]: ...
+
+    def sites_of(self, name: str) -> tuple[Site, ...]:
+        """Where a registered adapter has vectors; the lock must be held."""
 
     def gather(self, names: Sequence[str]) -> Tensor:
         """The rows of these names, a copy `[len(names), D]`; the lock must be held."""

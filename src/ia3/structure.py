@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ia3.experts import acts_in_front, find_experts
-from ia3.layers import is_conv1d, paths_around
+from ia3.layers import is_conv1d, is_inside, paths_around
+from ia3.towers import chosen_towers
 
 Intervals = tuple[tuple[int, int], ...]
 """Half-open channel ranges `(start, stop)` of a fused projection."""
@@ -151,7 +152,7 @@ def find_blocks(model: nn.Module, towers: Sequence[str] | None = None) -> list[B
     Raises:
         ValueError: no such tower.
     """
-    within = _chosen_towers(model, towers)
+    within = chosen_towers(model, towers)
     modules = {
         path: module
         for path, module in model.named_modules()
@@ -184,69 +185,6 @@ def layer_widths(module: Any) -> tuple[int | None, int] | None:
     return None if experts is None else (experts.count * experts.width, experts.hidden)
 
 
-# Towers
-
-
-def tower_names(model: nn.Module) -> dict[str, list[str]]:
-    """The sub-models with a configuration of their own: names as in the model's configuration, to their paths."""
-    named = {id(part): name.removesuffix("_config") for name, part in _parts_of(model)}
-    found: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        name = named.get(id(_config(module)))
-        if path and name is not None:
-            found.setdefault(name, []).append(path)
-    return {name: [path for path in paths if not _inside(path, paths)] for name, paths in found.items()}
-
-
-def _parts_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """The sub-configurations of a configuration, nested ones too."""
-    parts = [("", _config(model))]
-    while parts:
-        _, config = parts.pop()
-        for name in getattr(type(config), "sub_configs", None) or vars(config or object).get("sub_configs", ()):
-            part = getattr(config, name, None)
-            if hasattr(part, "model_type"):
-                yield name, part
-                parts.append((name, part))
-
-
-def _chosen_towers(model: nn.Module, towers: Sequence[str] | None) -> Any:
-    if towers is not None and "all" in towers:
-        return lambda path: True
-    named = tower_names(model)
-    if towers is not None:
-        unknown = sorted({*towers} - {*named})
-        if unknown:
-            raise ValueError(f"towers: {unknown} are none of this model's, {sorted(named)} or 'all'.")
-        chosen = [path for name in towers for path in named[name]]
-        return lambda path: any(is_inside(path, root) for root in chosen)
-    config: Any = _config(model)
-    texts = _text_configs(config)
-    roots = [path for path, module in model.named_modules() if path and any(_config(module) is one for one in texts)]
-    if roots and not any(one is config for one in texts):
-        return lambda path: any(is_inside(path, root) for root in roots)
-    others = [path for paths in named.values() for path in paths if path not in roots]
-    if not others or not hasattr(config, "vocab_size"):
-        return lambda path: True
-    return lambda path: not any(is_inside(path, other) for other in others)
-
-
-def _config(module: Any) -> Any:
-    """The configuration of a model or a model in it; parts of one may hold it too, but have no prefix."""
-    return getattr(module, "config", None) if hasattr(module, "base_model_prefix") else None
-
-
-def _text_configs(config: Any) -> list[Any]:
-    """That of the language model; of an encoder and a decoder with one each, both that know a vocabulary."""
-    if not hasattr(config, "get_text_config"):
-        return []
-    found = [config.get_text_config()]
-    if getattr(config, "is_encoder_decoder", False) and found[0] is not config:
-        encoder = getattr(config, "encoder", None) or config.get_text_config(encoder=True)
-        found += [encoder] if hasattr(encoder, "vocab_size") and encoder is not config else []
-    return found
-
-
 # Paths
 
 
@@ -255,15 +193,6 @@ def _above(path: str) -> Iterator[str]:
     yield from paths_around(path)
     if path:
         yield ""
-
-
-def is_inside(path: str, parent: str) -> bool:
-    """Whether a module is another or in it."""
-    return path == parent or path.startswith(f"{parent}.")
-
-
-def _inside(path: str, roots: Iterable[str]) -> bool:
-    return any(path.startswith(f"{root}.") for root in roots)
 
 
 def _is_item(path: str) -> bool:

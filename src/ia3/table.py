@@ -247,6 +247,10 @@ class AdapterTable:
 
     # For the model
 
+    def sites_of(self, name: str) -> tuple[Site, ...]:
+        """Where a registered adapter has vectors; the lock must be held."""
+        return self._registered[name].form.sites
+
     def gather(self, names: Sequence[str]) -> Tensor:
         """The rows of these names, a copy `[len(names), D]` in fp32 on the model's device; the lock must be held.
 

@@ -26,6 +26,7 @@ from ia3.fast.compare import in_less_memory, telling_examples
 from ia3.fast.graphed import GraphedLoss
 from ia3.fast.scores import ChoiceScores
 from ia3.fast.sweep import FusedLosses, MixedLosses, SweepStep
+from ia3.mixing import acting_flat
 from ia3.state import get_adapter
 
 
@@ -199,9 +200,14 @@ def test_scores_of_choices_are_compared(tiny, randomise, monkeypatch) -> None:
     model, choices = adapted(tiny, randomise, "t5 gated"), torch.tensor([[5, 1, -100], [7, 9, 1]])
     batch = {name: batch_of()[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        assert ChoiceScores(model, choices).difference(**batch) is None
-        other_attention(monkeypatch, model)
-        assert "differs" in (ChoiceScores(model, choices).difference(**batch) or "")
+        layout, flat = acting_flat(model)  # type: ignore[misc]
+        for vectors, readers in ((flat, None), (flat.expand(5, -1), None), (flat.expand(8, -1), [1, 2, 1, 3, 1])):
+            with monkeypatch.context() as patch:
+                scores = ChoiceScores(model, choices, layout)
+                assert scores.difference(**batch, flat=vectors, readers=readers) is None
+                other_attention(patch, model)
+                scores = ChoiceScores(model, choices, layout)
+                assert "differs" in (scores.difference(**batch, flat=vectors, readers=readers) or "")
 
 
 def test_an_attention_that_is_not_causal_any_more(tiny, randomise) -> None:

@@ -20,6 +20,7 @@ from ia3.fast import scores
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
 from ia3.fast.step import _make_capturable, _settings, sum_gradients
+from ia3.mixing import acting_flat
 from ia3.state import attached
 
 STEPS = 20
@@ -392,7 +393,8 @@ def test_weights_laid_out_while_predicting_can_be_trained_through(tiny, randomis
     batch = batch_of()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        scores.ChoiceScores(model, torch.tensor([[5, 1], [6, 1]]))(**inputs)
+        layout, flat = acting_flat(model)  # type: ignore[misc]
+        scores.ChoiceScores(model, torch.tensor([[5, 1], [6, 1]]), layout)(**inputs, flat=flat)
     models_own(model, **batch).loss.backward()
 
 

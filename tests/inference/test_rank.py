@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +11,12 @@ import torch
 
 import builders
 import tiny_seq2seq
-from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings
-from ia3.tasks.losses import pad_choices
+from ia3 import AdapterTable, IA3Config, get_peft_model
+from ia3.fast.fused import FusedLoss
+from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings, tokenise_labels
+from ia3.mixing import gather_rows
+from ia3.rows import BASE, acting
+from ia3.tasks.losses import choice_log_probabilities, choice_scores, pad_choices
 from replayed import recording
 
 TOKENIZER = tiny_seq2seq.tokenizer()
@@ -105,7 +112,7 @@ def without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_a_reason")
 @pytest.mark.parametrize("reason", [None, "only the model's own forward"], ids=["by hand", "forward"])
 def test_recorded_scores_are_the_same(model: Any, monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
-    monkeypatch.setattr("ia3.fast.scores.unsupported_reason", lambda model: reason)
+    monkeypatch.setattr("ia3.fast.scores.unsupported_reason", lambda model, layout: reason)
     plain = score_labels(model, TOKENIZER, TEXTS, LABELS, batch_size=3)
     with recording() as recorded:
         scorer = LabelScorer(model, TOKENIZER, LABELS, batch_size=3)
@@ -131,6 +138,85 @@ def test_a_scorer_follows_the_model(model: Any) -> None:
             plain = scorer(TEXTS)
         torch.testing.assert_close(scorer(TEXTS), adapted)
     assert (adapted - plain).abs().max() > 0.01
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Any:
+    """A base with a table of adapters: all of these of an encoder and a decoder, these of the decoder alone."""
+    model = tiny_seq2seq.base().double().eval()
+    for name, towers in {"a": None, "b": None, "c": "decoder", "d": "decoder", "e": "decoder"}.items():
+        config = IA3Config(task_type="SEQ_2_SEQ_LM", towers=towers)
+        model = get_peft_model(model, config)
+        builders.randomise(model, spread=2.0, seed=ord(name))
+        model.save_pretrained(tmp_path / name)
+        model = model.unload()
+    table = AdapterTable(model, capacity=8)
+    for name in "abcde":
+        table.register(name, tmp_path / name)
+    return model
+
+
+def each_alone(model: Any, texts: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+    """By the model's own forward, one text under one adapter at a time."""
+    tokens = pad_choices(tokenise_labels(LABELS, TOKENIZER))
+    found = []
+    for text, name in zip(texts, names, strict=True):
+        inputs = TOKENIZER(text, return_tensors="pt")
+        with torch.no_grad(), acting(gather_rows(model, [name])):
+            own = choice_log_probabilities(
+                model, tokens[None], input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            )
+        found.append(choice_scores(own, tokens[None]))
+    return torch.cat(found)
+
+
+WAYS = pytest.mark.parametrize("reason", [None, "only the model's own forward"], ids=["by the block", "by the model"])
+
+
+@WAYS
+@pytest.mark.parametrize("batch_size", [3, 32])
+def test_a_mixed_batch_is_scored_as_each_text_alone(many: Any, monkeypatch: Any, reason: Any, batch_size: int) -> None:
+    monkeypatch.setattr("ia3.fast.scores.unsupported_reason", lambda model, layout: reason)
+    names = ["a", "c", BASE, "b", "d", "a", "e"]
+    scorer = LabelScorer(many, TOKENIZER, LABELS, batch_size=batch_size)
+    found = scorer(TEXTS, adapter_names=names)
+    torch.testing.assert_close(found, each_alone(many, TEXTS, names), rtol=0, atol=1e-10)
+    assert (scorer.fused is None, scorer.difference) == (reason is not None, None)
+
+
+@WAYS
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_text_under_many_adapters_is_encoded_once(many: Any, monkeypatch: Any, reason: Any, recorded: bool) -> None:
+    """For those that encode it alike: the base and the decoder's; each of the others encodes for itself."""
+    monkeypatch.setattr("ia3.fast.scores.unsupported_reason", lambda model, layout: reason)
+    texts = [TEXTS[0]] * 7 + [TEXTS[1]] * 4
+    names = ["c", "d", "a", BASE, "e", "c", "a", BASE, "c", "d", "e"]
+    expected = each_alone(many, texts, names)
+    counts = inputs_read(many, monkeypatch)
+    with recording() if recorded and reason is None else nullcontext():
+        scorer = LabelScorer(many, TOKENIZER, LABELS, batch_size=3)
+        for _ in range(2):
+            beats: list[int] = []
+            counts.clear()
+            torch.testing.assert_close(scorer(texts, beats.append, names), expected, rtol=0, atol=1e-10)
+            assert beats == [4, 7]  # as many as the table has room for
+    if not recorded:
+        assert counts == [1, 2]
+    assert (scorer.fused is None, scorer.difference) == (reason is not None, None)
+
+
+def inputs_read(model: Any, monkeypatch: Any) -> list[int]:
+    """How many inputs each run of the encoder reads, by whichever way."""
+    counts: list[int] = []
+    read = FusedLoss.read_source
+
+    def reading(self: Any, run: Any, packed: Any, source: Any) -> Any:
+        counts.append(source.examples)
+        return read(self, run, packed, source)
+
+    monkeypatch.setattr(FusedLoss, "read_source", reading)
+    model.get_encoder().register_forward_hook(lambda module, args, output: counts.append(len(output.last_hidden_state)))
+    return counts
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -27,6 +27,9 @@ def targets(
         str | None, typer.Option(help="Those of them whose input is multiplied, not the output.")
     ] = None,
     exclude_modules: Annotated[str | None, typer.Option(help="Modules to leave alone.")] = None,
+    towers: Annotated[
+        str | None, typer.Option(help="Sub-models that the family's modules are for, such as decoder, with commas.")
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Compare with what one forward of a tiny twin does; exit code 1 if it differs."),
@@ -43,6 +46,7 @@ def targets(
             target_modules=module_names(target_modules),
             feedforward_modules=module_names(feedforward_modules),
             exclude_modules=module_names(exclude_modules),
+            towers=module_names(towers),
         )
         base = _without_weights(model, trust_remote_code)
         found = find_sites(base, config)

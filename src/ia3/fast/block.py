@@ -18,7 +18,7 @@ from torch import Tensor
 from ia3.fast.feed import feed_forward
 from ia3.fast.layers import Blocks, CrossLayer, FeedLayer, Layer, ParallelLayer, SelfLayer, VectorPart, Weights
 from ia3.fast.ops.attention import causal_attention, cross_attention, self_attention
-from ia3.fast.ops.backend import Backend, Vector
+from ia3.fast.ops.backend import Backend, Vector, scaled
 from ia3.fast.ops.dropout import DropoutSeeds, dropout
 from ia3.fast.ops.norm import Norm, add_norm, add_norm_rounded
 from ia3.fast.ops.rotary import rotary_heads
@@ -31,8 +31,8 @@ class Inputs:
     """What the layers of a stack see.
 
     Args:
-        tokens: whose tokens see each other.
-        readers: whose tokens see the same encoder's output, and have the same vectors.
+        tokens: whose tokens see each other, and have the same vectors.
+        readers: whose tokens see the same encoder's output; of one group where these have vectors of their own.
         kv: keys and values of all attentions across, `[source tokens, layers · 2 · inner]`.
         source: whose they are.
         shared: see `ops.attention.cross_attention`.
@@ -110,7 +110,7 @@ class Run:
         elif isinstance(layer, CrossLayer):
             h = self._attend_across(layer, normed, inputs)
         else:
-            h = self.feed(layer, normed, inputs.readers)
+            h = self.feed(layer, normed, inputs.tokens)
         # All that tells a post-norm block from a pre-norm one.
         return normed if self.post_norm else x, h
 
@@ -157,11 +157,15 @@ class Run:
     def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:
         assert inputs.kv is not None
         assert inputs.source is not None
-        return self.out(layer, cross_attention(
-            layer.project(x), inputs.readers, inputs.kv, inputs.source, layer.index, inputs.shared, self.at(layer.k),
-            self.at(layer.v), layer.heads, scale=layer.scale, p=self.attention, seed=self._attention_seed(),
-            backend=self.backend,
-        ))  # fmt: skip
+        q, l_k, l_v = layer.project(x), self.at(layer.k), self.at(layer.v)
+        # Readers with vectors of their own: attention has none for a part of its queries.
+        apart = inputs.readers.groups != inputs.tokens.groups
+        attended = cross_attention(
+            scaled(q, l_k, inputs.tokens) if apart else q, inputs.readers, inputs.kv, inputs.source, layer.index,
+            inputs.shared, None if apart else l_k, None if apart else l_v, layer.heads, scale=layer.scale,
+            p=self.attention, seed=self._attention_seed(), backend=self.backend,
+        )  # fmt: skip
+        return self.out(layer, scaled(attended, l_v, inputs.tokens) if apart else attended)
 
     def feed(self, layer: FeedLayer, x: Tensor, ragged: Ragged) -> Tensor:
         return self._normed_out(layer, feed_forward(
@@ -172,7 +176,7 @@ class Run:
     def _beside(self, layer: ParallelLayer, x: Tensor, normed: Tensor, inputs: Inputs) -> Tensor:
         attended = self.attend(layer.attention, normed, inputs.tokens)
         own = layer.feed_forward.norm
-        fed = self.feed(layer.feed_forward, normed if own is None else self._norm(own, x), inputs.readers)
+        fed = self.feed(layer.feed_forward, normed if own is None else self._norm(own, x), inputs.tokens)
         p = self.drops * layer.attention.residual
         return dropout(attended, p) + dropout(fed, self.drops * layer.feed_forward.residual)
 

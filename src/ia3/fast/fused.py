@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -113,6 +114,21 @@ def _other_numbers(model: Any, architecture: Architecture) -> str | None:
             if isinstance(rate, float) and rate not in rates:
                 return f"dropout of {path} is {rate}, and the configuration says {' or '.join(map(str, sorted(rates)))}"
     return None
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Answers that read one input together, those of an input next to each other, in the inputs' order.
+
+    Args:
+        before: how many answers the inputs before read, `[inputs + 1]`, int32.
+        answers: all of them; what is more than `before` says fills up.
+        most: no input has more.
+    """
+
+    before: Tensor
+    answers: int
+    most: int
 
 
 class FusedLoss:
@@ -232,23 +248,35 @@ class FusedLoss:
 
         return own_loss(answered(self.model, self.architecture.front, encode), packed.tensors)[None]
 
-    def log_probabilities(self, packed: Packed, choices: Tensor, table: Tensor) -> Tensor:
-        """The log-probability of each token of each choice after each input, `[examples, choices, length]`.
+    def log_probabilities(
+        self, packed: Packed, choices: Tensor, table: Tensor, readers: Readers | None = None
+    ) -> Tensor:
+        """The log-probability of each token of each choice after each input, `[answers, choices, length]`.
 
-        The encoder runs once an example, and its keys and values serve all choices, whose tokens are more queries.
+        The encoder runs once an input, and its keys and values serve all that reads it, whose tokens are more queries:
+        the choices of an answer, and several answers with vectors of their own in the decoder.
 
         Args:
-            packed: a seq2seq model's inputs; its labels only say how many examples there are.
+            packed: a seq2seq model's inputs; its labels only say how many there are.
             choices: `[choices, length]`, -100 after a choice's end.
-            table: as in the loss.
+            table: a row of vectors for all answers or for each; those that read one input have the same in the encoder.
+            readers: None for one answer an input.
         """
         count, length = choices.shape
-        source, run = packed.ragged(len(table)), self.run(self._split(table))
-        alone = Ragged.even(source.examples * count, length, source.groups, choices.device)
-        together = Ragged.even(source.examples, count * length, source.groups, choices.device)
-        kv, labels = self.read_source(run, packed, source), choices.repeat(source.examples, 1)
-        logits = self._write(run, self.decoder_inputs(labels), Inputs(alone, together, kv, source))
-        return -token_losses(logits, labels, run.backend).view(source.examples, count, length)
+        if readers is None:
+            of_inputs, answers = table, packed.examples
+            together = Ragged.even(answers, count * length, len(table), choices.device)
+        else:
+            answers, size = readers.answers, count * length
+            first = readers.before[:-1].clamp(max=answers - 1)
+            of_inputs = table if len(table) == 1 else table.index_select(0, first)
+            together = Ragged(readers.before * size, readers.most * size, answers * size)
+        source, reading = packed.ragged(len(of_inputs)), self.run(self._split(of_inputs))
+        kv, labels = self.read_source(reading, packed, source), choices.repeat(answers, 1)
+        writing = reading if of_inputs is table else self.run(self._split(table))
+        alone = Ragged.even(answers * count, length, len(table), choices.device)
+        logits = self._write(writing, self.decoder_inputs(labels), Inputs(alone, together, kv, source))
+        return -token_losses(logits, labels, writing.backend).view(answers, count, length)
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What a decoder reads for labels `[rows, length]`, the same."""

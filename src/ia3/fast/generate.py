@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from ia3.adapter import site_vectors
 from ia3.architectures import architecture_of, has_learned_positions
 from ia3.experts import computes_in_a_loop
 from ia3.fast import fused
@@ -40,11 +39,10 @@ from ia3.fast.sessions import (
     round_up_to,
     start_of,
 )
-from ia3.mixing import gather_flat, gather_rows
+from ia3.mixing import acting_flat, gather_flat, gather_rows
 from ia3.quantised import first_quantised
 from ia3.rows import BASE, Rows, act_here, acting
 from ia3.sites import Layout, Side, Site
-from ia3.state import find_attached
 from ia3.swap import SavedModule, Swapped
 
 # Sizes of batches that are kept ready; each has the keys and values of its whole length.
@@ -329,17 +327,12 @@ class Decoder(Generate):
 
     def _flat(self, adapter_names: Sequence[str] | None) -> tuple[Layout, Tensor] | None:
         """The vectors of each example, or those of the adapter that acts, where the block can have them."""
-        state = find_attached(self.model)
         if adapter_names is not None:
             layout, flat = _narrowed(self.model, *gather_flat(self.model, adapter_names))
-        elif state is None or not state.active or not state.enabled or state.originals is not None:
-            layout, flat = Layout(()), torch.ones(1, 0, device=self.model.device)
-        elif len(state.active) > 1:
-            return None
+        elif (acting := acting_flat(self.model)) is not None:
+            layout, flat = acting
         else:
-            adapter = state.adapters[state.active[0]]
-            layout = adapter.layout
-            flat = layout.flatten([vector for _, vector in site_vectors(self.model, adapter)])[None]
+            return None
         if layout not in self.reasons:
             self.reasons[layout] = _block_unsupported_reason(self.model, layout.sites)
         return (layout, flat) if self.reasons[layout] is None else None

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.graphed import GraphedLoss
-from ia3.fast.guard import NOT_ALONE, unsupported_modules
+from ia3.fast.compare import Numbers, difference, telling_examples
+from ia3.fast.fused import FusedLoss, Readers
+from ia3.fast.graphed import moved_by
+from ia3.fast.guard import Guard, own_forward, unsupported_modules
+from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.ragged import IGNORE_INDEX
-from ia3.state import sole_active_adapter
+from ia3.mixing import make_rows
+from ia3.rows import acting
+from ia3.sites import Layout
 
 
-def unsupported_reason(model: Any) -> str | None:
-    """Why choices can't be scored by the fused forward; None where they can."""
-    adapter = sole_active_adapter(model)
-    if adapter is None:
-        return NOT_ALONE
-    return fused.seq2seq_unsupported_reason(model, adapter.layout.sites) or unsupported_modules(model)
+def unsupported_reason(model: Any, layout: Layout) -> str | None:
+    """Why choices can't be scored by the fused forward under vectors at these sites; None where they can."""
+    return fused.seq2seq_unsupported_reason(model, layout.sites) or unsupported_modules(model)
 
 
 class ChoiceScores:
@@ -31,48 +38,119 @@ class ChoiceScores:
     Args:
         model: one for which `unsupported_reason` has nothing to say; its weights are fused.
         choices: tokens `[choices, length]`, -100 after a choice's end.
+        layout: the sites at which there may be vectors.
 
     What is found is right as long as `guard.is_valid()` and where `difference` has nothing to say.
     """
 
-    def __init__(self, model: Any, choices: Tensor) -> None:
-        self.model, self.choices = model, choices.to(model.device)
-        self.loss = GraphedLoss(model)
-        self.guard = self.loss.guard
-        compute = partial(_log_probabilities, self.loss, self.choices)
-        self.computation = GraphedCallable(compute, self.loss.device, warm_up=compute)
+    def __init__(self, model: Any, choices: Tensor, layout: Layout) -> None:
+        self.model, self.choices, self.layout = model, choices.to(model.device), layout
+        self.losses = FusedLoss(model, layout)
+        self.guard = Guard(model, self.losses.folded)
+        # Vectors stay in one place for all batches of a size, so that a graph reads whichever are there.
+        self.tables: dict[int, Tensor] = {}
+        compute = partial(_log_probabilities, self.losses, self.choices, self.tables)
+        self.computation = GraphedCallable(compute, model.device, repeatable=True)
+        self.lock = threading.Lock()
+        self.compared: set[tuple[bool, bool, bool]] = set()
 
-    def difference(self, input_ids: Tensor, attention_mask: Tensor) -> str | None:
-        """In what the loss of the first choice is not the model's own, for a kind of batch that comes for the first
-        time; None if in nothing.
-
-        Args:
-            input_ids: `[rows, source]`, best on the CPU.
-            attention_mask: the same.
-        """
-        labels = self.choices[:1].cpu().expand(len(input_ids), -1)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return self.loss.difference(batch, self.loss.pack(batch))
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[rows, choices, length]` in fp32 at least; the random state stays as it was.
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, flat: Tensor, readers: Sequence[int] | None = None
+    ) -> Tensor:
+        """`[answers, choices, length]` in fp32 at least; the random state stays as it was.
 
         Args:
-            input_ids: `[rows, source]`, best on the CPU.
+            input_ids: `[inputs, source]`, best on the CPU.
             attention_mask: the same.
+            flat: the vectors of all answers or of each, `[1 or answers, D]`; those of one input's answers are the
+                same in the encoder.
+            readers: how many answers read each input, one after the other; None for one each.
         """
+        packed, answers = self._packed(input_ids, attention_mask), sum(readers or [1] * len(input_ids))
+        tensors = dict(packed.tensors)
+        filled, most = answers, max(readers or [1])
+        if self.computation.captures:
+            packed = self.losses.round_up(packed, next_power_of_2(len(input_ids)))
+            filled, most, tensors = next_power_of_2(answers), next_power_of_2(most), dict(packed.tensors)
+        if readers is not None:
+            before = [*accumulate(readers, initial=0)]
+            before += [answers] * (packed.examples - len(readers))
+            tensors["before"] = torch.tensor(before, dtype=torch.int32)
+        device = self.model.device
+        # Kernels may be given seeds, which are drawn although nothing is dropped.
+        with self.lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            groups = self._hold(flat, filled)
+            found: Tensor = self.computation(groups, filled, most, *packed.fixed, **tensors)
+            return found[:answers].clone()
+
+    def _packed(self, input_ids: Tensor, attention_mask: Tensor) -> Packed:
         nothing = torch.full((len(input_ids), 1), IGNORE_INDEX)
-        packed = self.loss.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
-        # Kernels are given seeds, which are drawn although nothing is dropped.
-        device = self.loss.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            (found,) = self.loss.run(self.computation, packed)
-        return found[: len(input_ids)]
+        return self.losses.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
+
+    @torch.no_grad()
+    def _hold(self, flat: Tensor, answers: int) -> int:
+        """Put vectors where they are read; how many there is room for."""
+        groups = 1 if len(flat) == 1 else answers
+        if groups not in self.tables or self.tables[groups].dtype != flat.dtype:
+            with torch.inference_mode(False):
+                self.tables[groups] = torch.ones(groups, self.layout.size, dtype=flat.dtype, device=self.model.device)
+        self.tables[groups][: len(flat)].copy_(flat)
+        return groups
+
+    # Comparing
+
+    def difference(
+        self, input_ids: Tensor, attention_mask: Tensor, flat: Tensor, readers: Sequence[int] | None = None
+    ) -> str | None:
+        """In what the first choice's log-probabilities are not the model's own, for a kind of batch that comes for the
+        first time; None if in nothing.
+
+        Args:
+            input_ids, attention_mask, flat, readers: as in a call.
+        """
+        kind = (len(flat) > 1, readers is not None, self._packed(input_ids, attention_mask).uniform)
+        if kind in self.compared:
+            return None
+        counts = [*(readers or [1] * len(input_ids))]
+        chosen = telling_examples(attention_mask.sum(1), torch.tensor(counts) > 0)
+        before = [*accumulate(counts, initial=0)]
+        few = [min(counts[one], 2) for one in chosen]
+        answers = [before[one] + place for one, count in zip(chosen, few, strict=True) for place in range(count)]
+        some = {"input_ids": input_ids[chosen], "attention_mask": attention_mask[chosen]}
+        vectors = flat if len(flat) == 1 else flat[answers]
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            reason = difference(
+                self.model,
+                lambda: _numbers(self(**some, flat=vectors, readers=None if readers is None else few)[:, 0]),
+                partial(self._own_numbers, some, few, vectors),
+                dtype=self.model.dtype,
+            )
+        self.compared.add(kind)
+        return reason
+
+    def _own_numbers(self, inputs: Mapping[str, Tensor], readers: Sequence[int], flat: Tensor, moved: float) -> Numbers:
+        """By the model's own forward, each answer with an input of its own."""
+        counts, device = torch.tensor(readers), self.model.device
+        batch = {name: tensor.repeat_interleave(counts, 0).to(device) for name, tensor in inputs.items()}
+        labels = self.choices[:1].repeat(len(batch["input_ids"]), 1)
+        vectors = moved_by(flat.detach(), moved).detach().expand(len(labels), -1)
+        names = [f"answer {number}" for number in range(len(labels))]
+        rows = acting(make_rows(self.model, names, self.layout, vectors)) if self.layout.sites else nullcontext()
+        with rows:
+            logits = own_forward(type(self.model))(self.model, **batch, labels=labels, return_dict=True).logits
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+        return _numbers(-functional.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORE_INDEX))
+
+
+def _numbers(log_probabilities: Tensor) -> Numbers:
+    """Their mean, and all of them, where a training's comparison has a gradient."""
+    return log_probabilities.mean(), log_probabilities.flatten()
 
 
 @torch.no_grad()
 def _log_probabilities(
-    loss: GraphedLoss, choices: Tensor, training: bool, *fixed: Any, **tensors: Tensor
-) -> tuple[Tensor]:
-    flat = loss.layout.flatten(loss.vectors)
-    return (loss.losses.log_probabilities(Packed(tensors, *fixed), choices, flat[None]),)
+    losses: FusedLoss, choices: Tensor, tables: Mapping[int, Tensor], groups: int, answers: int, most: int, *fixed: Any,
+    before: Tensor | None = None, **tensors: Tensor,
+) -> Tensor:  # fmt: skip
+    readers = None if before is None else Readers(before, answers, most)
+    return losses.log_probabilities(Packed(tensors, *fixed), choices, tables[groups], readers)

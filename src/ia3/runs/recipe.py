@@ -88,6 +88,9 @@ class Recipe(TrainSettings):
     """The modules to adapt: their names, or a pattern."""
     feedforward_modules: Annotated[list[str] | str | None, Flag("Base model and adapter", unset="the family's")] = None
     """Those of them whose input is multiplied, not the output."""
+    towers: Annotated[list[str] | str | None, Flag("Base model and adapter", unset="the language model")] = None
+    """Which part of the model is adapted: of an encoder-decoder `decoder` alone, so that one text is read once for many
+    adapters; or sub-models as the model's configuration names them."""
     output: Annotated[Path | None, Flag(None, unset="a new one in runs/")] = None
     """The folder for what is made."""
     # None leaves these to the data: runs/defaults.py.

@@ -81,7 +81,14 @@ def tfew_losses(logits: Tensor, choices: Tensor, correct: Tensor) -> TFewLosses:
     )
 
 
-def choice_logits(model: Any, choices: Tensor, *, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def choice_logits(
+    model: Any,
+    choices: Tensor,
+    *,
+    attention_mask: Tensor,
+    input_ids: Tensor | None = None,
+    encoded: Tensor | None = None,
+) -> Tensor:
     """Run the encoder once an example, and the decoder on all choices of all examples in one batch.
 
     Where the decoder knows positions by their distance alone, as T5's does, an example's choices stand one after the
@@ -91,8 +98,9 @@ def choice_logits(model: Any, choices: Tensor, *, input_ids: Tensor, attention_m
     Args:
         model: a seq2seq model of transformers, with or without an adapter.
         choices: tokens `[examples, choices, length]`, padded with -100.
-        input_ids: `[examples, input length]`.
         attention_mask: `[examples, input length]`, or what is added to the scores, `[examples, 1, 1, input length]`.
+        input_ids: `[examples, input length]`.
+        encoded: what the encoder makes of them, `[examples, input length, width]`, in their place.
 
     Returns:
         Logits `[examples, choices, length, vocabulary]`.
@@ -105,7 +113,8 @@ def choice_logits(model: Any, choices: Tensor, *, input_ids: Tensor, attention_m
             f"{type(model).__name__} is no encoder-decoder model, so its encoder can't be run once for all "
             "choices: pass a seq2seq model, such as a T5 or a BART."
         )
-    encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    if encoded is None:
+        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     if hides_choices(model):
         shifted = model.prepare_decoder_input_ids_from_labels(choices.flatten(0, 1)).view(len(choices), -1)
         given = {"decoder_input_ids": shifted, "decoder_attention_mask": _side_by_side(choices, model.dtype)}
@@ -133,10 +142,9 @@ def _side_by_side(choices: Tensor, dtype: torch.dtype) -> Tensor:
     return additive_mask(seen[None, None], dtype)
 
 
-def choice_log_probabilities(model: Any, choices: Tensor, *, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def choice_log_probabilities(model: Any, choices: Tensor, **inputs: Tensor) -> Tensor:
     """The log-probability of each token of each choice, `[examples, choices, length]`; see `choice_logits`."""
-    logits = choice_logits(model, choices, input_ids=input_ids, attention_mask=attention_mask)
-    return token_log_probabilities(logits, choices)
+    return token_log_probabilities(choice_logits(model, choices, **inputs), choices)
 
 
 def token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def prepare(
             task_type=kind.task_type,
             target_modules=common.target_modules,
             feedforward_modules=common.feedforward_modules,
+            towers=common.towers,
             modules_to_save=None if kind.writes else head_modules(loaded),
         )
         model = get_peft_model(loaded, config)
