@@ -291,6 +291,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Registry._may_be_named", Instead("name not in self._unloaded", "True"),
                "what was unloaded comes back by itself"),
         Mutant("Registry._look", Instead("seen == place.seen", "True"), "half an adapter is read with half of another"),
+        Mutant("_named_below", Instead("path.name == BEST_FOLDER", "False"), "a run is served twice"),
         Mutant("Registry._read", Instead("json.dumps(asdict(task), sort_keys=True)", "''"),
                "the same vectors asked another way are the same adapter"),
         Mutant("Registry._read", Never("_signature"), "files that changed while they were read are served"),
