@@ -596,6 +596,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_Call.send", Instead("self._has_body", "False"), "of a body that was refused the rest is awaited"),
         Mutant("read_within", Never("len"), "a body is as large as memory"),
         Mutant("check_characters", Never("characters"), "a text has any length"),
+        Mutant("schema_of", Never("required"), "the description refuses what is taken"),
         Mutant("Waiting.drop", Instead("future.cancel()", "None"), "a client that went is answered"),
         Mutant("_Lines.format", Instead("type(error).__name__", "str(error)"), "the log holds texts"),
         Mutant("Listener.shutdown", Instead("asyncio.to_thread(self._engine.drain, self._drain_s)", "asyncio.sleep(0)"),
