@@ -66,14 +66,21 @@ mutants: install
 	$(BIN)/python tests/mutants/run.py
 
 # Not part of `test`, which runs a sample: every hostile input at every door (an hour or more on one core); trainings,
-# sweeps and predictions killed at their file events, full disks, flipped bits.
-attack: install
+# sweeps and predictions killed at their file events, full disks, flipped bits; and what schemathesis makes of the
+# server's description.
+FUZZ := build/schemathesis
+attack: install $(FUZZ)/.installed
 	$(BIN)/python tests/attack/harness.py $(ATTACK)
+	PYTHONPATH=$(CURDIR)/$(FUZZ):$(CURDIR)/src:$(CURDIR)/tests $(BIN)/python tests/attack/openapi.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py train
 	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py train --full-disk --few 30
 	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py sweep --few 60
 	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/recovery.py flips
 	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/predictions.py
+
+$(FUZZ)/.installed: tests/attack/requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(FUZZ) -r tests/attack/requirements.lock
+	touch $@
 
 benchmarks:
 	@$(PYTHON) benchmarks/catalogue.py

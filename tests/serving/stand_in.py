@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -121,8 +121,7 @@ class StandIn:
         return self.served[name]
 
     def unload(self, name: str) -> None:
-        self._find(name)
-        del self.served[name]
+        del self.served[self._find(name).name]
 
     def alias(self, alias: str, name: str) -> Served:
         found = self._find(name)
@@ -149,7 +148,7 @@ class StandIn:
 class Site:
     """A running server: its engine, its address, and clients of it."""
 
-    engine: StandIn
+    engine: Any
     url: str
     listener: Listener
     thread: threading.Thread
@@ -181,10 +180,12 @@ class Site:
 
 
 @contextmanager
-def site(*, keys: bool = True, drain_s: float = 5.0, **limits: Any) -> Iterator[Site]:
-    """A server on a free port of this machine."""
-    engine = StandIn()
-    own: Any = {"keys": Keys([KEY, OTHER_KEY]), "admin": Keys([ADMIN_KEY])} if keys else {}
+def site(
+    engine: Any = None, *, keys: Sequence[str] = (KEY, OTHER_KEY), drain_s: float = 5.0, **limits: Any
+) -> Iterator[Site]:
+    """A server on a free port of this machine, for a stand-in or the engine that is given, which it closes."""
+    engine = engine or StandIn()
+    own: Any = {"keys": Keys(keys), "admin": Keys([ADMIN_KEY])} if keys else {}
     app = make_app(engine, limits=RequestLimits(**limits), **own)
     bound = bind("127.0.0.1", 0)
     config = uvicorn.Config(
@@ -199,7 +200,8 @@ def site(*, keys: bool = True, drain_s: float = 5.0, **limits: Any) -> Iterator[
     try:
         yield running
     finally:
-        engine.released.set()
+        if isinstance(engine, StandIn):
+            engine.released.set()
         listener.should_exit = True
         thread.join(20)
         engine.close()

@@ -15,10 +15,12 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import TypeAdapter
 from stand_in import ADMIN_KEY, KEY, NEWS, OTHER_KEY, PROBABILITIES, WRITER, Site, events, site, until
 
 from ia3.serving.metrics import log_in_lines
 from ia3.serving.requests import Answer, Request
+from ia3.serving.shapes import answers_of
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,8 @@ class TestErrors:
             ("logit_bias", {"5": 1}),
             ("n", 2),
             ("echo", True),
+            ("echo", 0),
+            ("n", True),
             ("best_of", 3),
             ("tools", []),
             ("prompt", 7),
@@ -297,7 +301,7 @@ class TestKeys:
         assert served.engine.served == before
 
     def test_nobody_administers_without_a_key_for_it(self) -> None:
-        with site(keys=False) as served:
+        with site(keys=()) as served:
             for end in ("", "%0A"):
                 response = served.post(f"/v1/unload_lora_adapter{end}", None, lora_name="news")
                 assert response.status_code in (403, 404)
@@ -506,6 +510,39 @@ class TestWhatIsSeen:
         assert (fault["error"], fault["id"]) == ("RuntimeError", requests[1]["id"])
         for private in ("private", KEY, ADMIN_KEY, "secret"):
             assert private not in written
+
+    @pytest.mark.parametrize(
+        ("method", "path", "body"),
+        [
+            ("POST", "/v1/completions", {"model": "writer", "prompt": ["hello", "there"]}),
+            ("POST", "/v1/chat/completions", {"model": "writer", "messages": [{"role": "user", "content": "hello"}]}),
+            ("POST", "/v1/classify", {"models": ["news"], "input": "hello"}),
+            ("POST", "/v1/load_lora_adapter", {"lora_name": "fresh", "lora_path": "fresh"}),
+            ("POST", "/v1/unload_lora_adapter", {"lora_name": "news"}),
+            ("PUT", "/v1/aliases", {"alias": "best", "model": "writer"}),
+            ("GET", "/v1/models", None),
+            ("GET", "/v1/models/{name:path}", None),
+            ("GET", "/health", None),
+            ("GET", "/health/live", None),
+            ("GET", "/version", None),
+        ],
+    )
+    def test_answers_are_as_described(self, method: str, path: str, body: Any) -> None:
+        """Field by field, and an error's, too."""
+        whole, error = (TypeAdapter(answers_of(path)[status]["model"]) for status in (200, "4XX"))
+        key = ADMIN_KEY if "adapter" in path or "alias" in path else KEY
+        with site() as served, served.client(key) as client:
+            for kind, at in ((whole, path.replace("{name:path}", "writer")), (error, f"{path}/no")):
+                said = client.request(method, at, json=body).json()
+                assert kind.validate_python(said) == said  # which leaves out what it doesn't know
+
+    def test_what_may_be_left_out_may_be_null(self, served: Site) -> None:
+        described = served.get("/openapi.json", None).json()["paths"]["/v1/completions"]["post"]["requestBody"]
+        fields = described["content"]["application/json"]["schema"]["properties"]
+        may = {name for name, field in fields.items() if {"type": "null"} in field.get("anyOf", ())}
+        assert may == fields.keys() - {"model", "prompt"}
+        body = dict.fromkeys(may) | {"model": "writer", "prompt": "hello"}
+        assert served.post("/v1/completions", **body).status_code == 200
 
     def test_the_description(self, served: Site) -> None:
         described = served.get("/openapi.json", None).json()

@@ -57,22 +57,37 @@ def look_twice(registry: Registry) -> None:
 
 
 def test_the_names_of_a_folder(folder: Path) -> None:
-    shutil.copytree(folder / "news", folder / "run" / "adapter")
     with registered(folder) as registry:
         served = registry.models()
-        assert [each.name for each in served] == [BASE, *sorted([*TASKS, "run", "run/adapter"])]
+        assert [each.name for each in served] == [BASE, *sorted(TASKS)]
         assert (served[0].digest, served[0].parent, served[0].task_kind) == (None, None, None)
         news = next(each for each in served if each.name == "news")
         assert (news.parent, news.task_kind, news.labels) == (BASE, "label-words", RANKED["labels"])
-        assert digests(registry)["run"] == digests(registry)["run/adapter"] == news.digest
-        assert len(registry.table) == len(TASKS)  # the same content has one row
+        assert len(registry.table) == len(TASKS)
         for name in ("news", f"{BASE}:news", BASE):
             registry.release(registry.hold(name).version)
         for name in ("", "no", "../folder/news", f"{BASE}:", f"other:{BASE}", "news/"):
             with pytest.raises(UnknownModel, match="There is no model"):
                 registry.hold(name)
         assert registry.refused() == {}
-        assert len(registry) == len(TASKS) + 2
+        assert len(registry) == len(TASKS)
+
+
+def test_a_run_has_one_name(folder: Path) -> None:
+    for each in ("run/adapter", "run/best", "begun/best", "found/best", "found/rate-1/adapter", "adapter"):
+        shutil.copytree(folder / "news", folder / each)
+    for each in ("run", "begun", "found/rate-1"):
+        (folder / each / "recipe.yaml").write_text("")
+    with registered(folder) as registry:
+        names = {*TASKS, "run", "found/best", "found/rate-1", "adapter"}
+        assert digests(registry).keys() == {BASE, *names}
+        assert len(registry.table) == len(TASKS)  # the same content has one row
+        registry.unload("run")
+        look_twice(registry)
+        assert digests(registry).keys() == {BASE, *names} - {"run"}
+        registry.load("run", "run")
+        registry.load("best", "run/best")
+        assert digests(registry)["run"] == digests(registry)["best"] == digests(registry)["news"]
 
 
 def test_identity_is_content(folder: Path) -> None:

@@ -35,6 +35,7 @@ from ia3.serving.openai import (
     label_of,
     new_tokens_of,
     read_body,
+    schema_of,
     texts_of,
     usage_of,
     vector_of,
@@ -43,6 +44,7 @@ from ia3.serving.page import add_page
 from ia3.serving.recent import SECONDS
 from ia3.serving.requests import Answer, NotServed, Served, Server, ServingError, UnknownModel
 from ia3.serving.requests import Request as Asked
+from ia3.serving.shapes import answers_of
 from ia3.serving.waiting import ClientGoneError, Waiting
 
 _LARGE = 64 << 10
@@ -93,11 +95,12 @@ class _Routes:
             ("/v1/unload_lora_adapter", UnloadBody, self.unload),
             ("/v1/aliases", AliasBody, self.alias),
         ):
-            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema = schema_of(body)
             shared |= schema.pop("$defs", {})
             about = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
             method = "PUT" if body is AliasBody else "POST"
-            app.add_api_route(path, route, methods=[method], openapi_extra=about, response_model=None)
+            more: Any = {"openapi_extra": about, "responses": answers_of(path), "response_model": None}
+            app.add_api_route(path, route, methods=[method], **more)
         for path, look in (
             ("/v1/models", self.models),
             ("/v1/models/{name:path}", self.model),
@@ -108,7 +111,9 @@ class _Routes:
             ("/metrics", self.metrics),
             ("/version", self.version),
         ):
-            app.add_api_route(path, look, methods=["GET"], response_model=None)
+            more = {"responses": answers_of(path), "response_model": None}
+            kind = PlainTextResponse if path == "/metrics" else JSONResponse
+            app.add_api_route(path, look, methods=["GET"], response_class=kind, **more)
         app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(shared)
 
     # Words

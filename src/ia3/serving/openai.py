@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ia3.documents import parse_json
 from ia3.errors import shorten
@@ -24,6 +24,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Seconds = Annotated[float, Field(gt=0, le=1e6, description="Seconds until nobody waits any more.")]
 _MOST_FIELDS, _MOST_BRACKETS = 100, 100_000
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+One = Annotated[int, Field(ge=1, le=1)]
 
 
 class BadRequestError(Exception):
@@ -50,6 +51,11 @@ class BadRequestError(Exception):
         self.message, self.param, self.status, self.code, self.headers = message, param, status, code, headers
 
 
+def _given(field: str, kind: str) -> dict[str, JsonValue]:
+    """What a body's schema says where a field is there, and no null."""
+    return {"required": [field], "properties": {field: {"type": kind}}}
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
@@ -71,7 +77,7 @@ class _Writing(_Asking):
     temperature: Number = 0.0
     top_p: Number | None = None  # of the likeliest token alone nothing is cut off
     seed: int | None = None
-    n: Literal[1] = 1
+    n: One = 1
     presence_penalty: Number = 0.0
     frequency_penalty: Number = 0.0
     stop: str | Texts | None = None
@@ -90,9 +96,10 @@ class _Writing(_Asking):
                     "penalties. Send 0, or leave it out.",
                     param=name,
                 )
-        for name in ("stop", "logit_bias"):
-            if getattr(self, name):
-                raise BadRequestError(f"{name} is not offered: an answer ends by itself. Leave it out.", param=name)
+        for name in ("stop", "logit_bias", "echo"):
+            if getattr(self, name, None):
+                said = f"{name} is not offered: an answer is what is written, to its own end. Leave it out."
+                raise BadRequestError(said, param=name)
 
 
 class StreamOptions(_Body):
@@ -106,8 +113,8 @@ class CompletionBody(_Writing):
     """`POST /v1/completions`."""
 
     prompt: str | Texts
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    best_of: One = 1
+    echo: bool = False
 
 
 class TextPart(_Body):
@@ -143,6 +150,8 @@ class ChatBody(_Writing):
 
 class ClassifyBody(_Body):
     """`POST /v1/classify`: every text by every model."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("model", "string"), _given("models", "array")]})
 
     model: Name | None = None
     models: Annotated[list[Name], Field(min_length=1, fail_fast=True)] | None = None
@@ -222,6 +231,15 @@ def read_body(content: bytes, kind: type[BodyT]) -> BodyT:
         where = ".".join(str(part) for part in first["loc"] if not _is_of_a_union(part))
         said = f"{shorten(where)}: {first['msg']}. The fields are {', '.join(kind.model_fields)}."
         raise BadRequestError(said, param=where[:100] or None) from None
+
+
+def schema_of(kind: type[_Body]) -> dict[str, Any]:
+    """The JSON schema of a body, in which any field that may be left out may be null."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    return schema
 
 
 def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ia3.inference.loading import DTYPES
 from ia3.inference.many import adapters_below
 from ia3.inference.predict import most_positions
 from ia3.rows import BASE
+from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, RECIPE_NAME
 from ia3.runs.sums import expect_adapter_unchanged
 from ia3.serving.requests import Refused, Served, UnknownModel
 from ia3.table import AdapterTable
@@ -270,7 +271,7 @@ class Registry:
             ValueError: the folder is itself an adapter now.
         """
         with self._reading:
-            found = {name: path for name, path in adapters_below(self.folder).items() if self._may_be_named(name)}
+            found = {name: path for name, path in _named_below(self.folder).items() if self._may_be_named(name)}
             names = {**self._names, **found, **self._loaded}
             there = {path for path in dict.fromkeys(names.values()) if self._look(path, at_once=at_once)}
             with self._lock:
@@ -397,6 +398,8 @@ class Registry:
         """
         try:
             found = Path(os.path.realpath(self.folder / path))
+            if not (found / CONFIG_NAME).is_file() and (found / ADAPTER_FOLDER).is_dir():  # a run's folder
+                found = Path(os.path.realpath(found / ADAPTER_FOLDER))
             is_there = self.folder in found.parents and found.is_dir()
         except (OSError, ValueError):  # too long, or a zero in it
             is_there = False
@@ -432,6 +435,17 @@ class Registry:
             return
         self.table.drop(row)
         raise ValueError(f"its head chooses from {count} classes, and its task has {len(task.labels)} labels.")
+
+
+def _named_below(folder: Path) -> dict[str, Path]:
+    """The adapters below a folder, each by one name: a run's by the run's, and the best of its steps by none."""
+    found = adapters_below(folder)
+    return {
+        name: path
+        for name, path in found.items()
+        if found.get(name.rpartition("/")[0]) != path
+        and not (path.name == BEST_FOLDER and (path.parent / RECIPE_NAME).is_file())
+    }
 
 
 def _signature(path: Path) -> Signature | None:
