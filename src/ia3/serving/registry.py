@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -54,6 +54,28 @@ _REST = 20
 
 # Of each of an adapter's files, what changes with its content; None where there is no adapter.
 Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class Contents(Protocol):
+    """Where the contents of adapters are put, each under a name of its own; an `AdapterTable` is one."""
+
+    capacity: int
+
+    def register(self, name: str, path: str | Path) -> str:
+        """Read an adapter that fits the base, and hold it; its digest."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Hold it no more. It returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(eq=False)
@@ -104,27 +126,30 @@ class _Place:
 
 
 class Registry:
-    """The adapters below a folder, by name, in an `AdapterTable`. Any thread may call any method.
+    """The adapters below a folder, by name, and their contents in a table. Any thread may call any method.
 
     Args:
         model: the base model, bare. It carries the table until `close`.
         folder: what holds the folders of adapters; nothing outside of it is read.
         base: the name under which the base itself is asked, and which may stand before an adapter's: `base:adapter`.
-        capacity: the most adapters that one batch may use.
+        table: where contents are put, closed with the registry; an `AdapterTable` of the model where left out.
+        capacity: the most adapters that one batch may use of that one.
 
     Raises:
         ValueError: no such folder, one that is itself an adapter, a model that answers nothing, or what `AdapterTable`
             raises. An adapter that can't be served is no error: `refused` says why.
     """
 
-    def __init__(self, model: Any, folder: str | Path, *, base: str, capacity: int = 256) -> None:
+    def __init__(
+        self, model: Any, folder: str | Path, *, base: str, table: Contents | None = None, capacity: int = 256
+    ) -> None:
         if not Path(folder).is_dir():
             raise ValueError(f"There is no folder {folder}: expected one that holds a folder for each adapter.")
         self._kind = _kind_of(model)
         self.folder = Path(os.path.realpath(folder))
         adapters_below(self.folder)
         self.model, self.base = model, base
-        self.table = AdapterTable(model, capacity=capacity)
+        self.table: Contents = AdapterTable(model, capacity=capacity) if table is None else table
         self._base = Version(BASE, None, _task_of_base(model), "text", holders=1)
         # Held while files are read, so one at a time; and while names change, which takes no time.
         self._reading, self._lock = threading.RLock(), threading.RLock()
