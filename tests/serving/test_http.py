@@ -358,11 +358,12 @@ class TestClientsThatGo:
         response = served.post("/v1/completions", model="writer", prompt="wait", timeout=0.2)
         assert response.status_code == 504
         assert "within 0.2 seconds" in error_of(response)["message"]
-        assert time.monotonic() - began < 5
+        ended = time.monotonic()
+        assert ended - began < 5
         assert served.engine.futures[-1].cancelled()
         deadline = served.engine.requests[-1].deadline
         assert deadline is not None
-        assert deadline - began == pytest.approx(0.2, abs=0.15)
+        assert began + 0.2 <= deadline <= ended
 
     def test_what_is_being_submitted_is_dropped_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with site() as served:

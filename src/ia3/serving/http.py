@@ -206,13 +206,13 @@ class _Routes:
     # Vectors
 
     async def embed(self, request: Request) -> Response:
-        """Give each text's vector."""
+        """Give the vector of each text."""
         body = await self._read(request, EmbeddingsBody)
         body.check_offered()
         texts = texts_of(body.input, "input", self._limits)
         asked = [Asked(text, body.model, embeds=True) for text in texts]
         with self._wait(request, asked, body.timeout) as waiting:
-            answers = await self._answers(waiting)
+            answers = await waiting.answers()
         read = sum(each.prompt_tokens for each in answers)
         return JSONResponse(
             {
