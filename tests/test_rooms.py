@@ -23,7 +23,7 @@ FLOORS = (
     {"ia3.inference", "ia3.runs"},
     {"ia3.data"},
     {"ia3.tasks"},
-    {"ia3.auto", "ia3.bridge", "ia3.bundled", "ia3.convert", "ia3.dora", "ia3.gguf", "ia3.table"},
+    {"ia3.auto", "ia3.bridge", "ia3.bundled", "ia3.convert", "ia3.dora", "ia3.gguf", "ia3.registered", "ia3.table"},
     {"ia3.twin"},
     {"ia3.dataflow", "ia3.twin_batch"},
     {"ia3.recording"},

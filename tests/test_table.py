@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import ia3.registered
 import ia3.table
 from ia3 import AdapterTable, IA3Config, PeftModel, get_peft_model, rows
 
@@ -206,7 +207,7 @@ def test_a_thousand(tiny, saved, tmp_path):
     table = AdapterTable(model, capacity=8)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ia3.table, "find_sites", lambda *a, **k: calls.append(a) or ia3.find_sites(*a, **k))
+        patch.setattr(ia3.registered, "find_sites", lambda *a, **k: calls.append(a) or ia3.find_sites(*a, **k))
         for number in range(1000):
             folder = tmp_path / "same"
             folder.mkdir(exist_ok=True)

@@ -281,7 +281,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("AdapterTable._fill_slot", Instead("self._slots.popitem(last=False)", "self._slots.popitem(last=True)"),
                "an adapter of the same batch makes room for another"),
         Mutant("AdapterTable.drop", Skip("_leave_slot"), "dropping an adapter frees nothing on the device"),
-        Mutant("_numbers", Never("isfinite"), "an adapter with NaN is registered"),
+        Mutant("numbers_of", Never("isfinite"), "an adapter with NaN is registered"),
         Mutant("_refuse_whole_modules", Never("whole"), "a registered adapter's head is dropped in silence"),
         Mutant("AdapterTable._check_name", Never("adapters"), "a registered adapter hides behind an attached one"),
     ],
