@@ -591,7 +591,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("serving/test_counting.py",): [
         Mutant("Metrics.submit", Skip("add_done_callback"), "nobody knows how long answers take"),
-        Mutant("Recent._now", Never("_steps"), "who was busy yesterday is busy today"),
+        Mutant("Recent._now", Instead("SECONDS // _STEP", "10**9"), "who was busy yesterday is busy today"),
     ],
     ("serving/test_page.py",): [
         Mutant("_sending", Instead("_HEADERS", "{}"), "what a page shows could run in it"),
