@@ -91,9 +91,7 @@ class ContinuousEngine:
         ValueError: nothing would end an answer.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, registry: Registry, writer: Writer, limits: Limits = Limits()
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, registry: Registry, writer: Writer, limits: Limits) -> None:
         self.registry, self.limits = registry, limits
         self._writer, self._tokenizer = writer, tokenizer
         self._read, self._ends = Reader(model, tokenizer), end_tokens(model, tokenizer)

@@ -74,10 +74,11 @@ def plan(base: Base, batch_size: int) -> Any:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ia3_vllm
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.model_loader.utils import get_model_cls
     from vllm.model_executor.models import supports_lora
+
+    import ia3_vllm
 
     ia3_vllm.register()
     dtype = getattr(base.config, "dtype", None)
@@ -128,8 +129,8 @@ def start(base: Base, folder: Path, config: Any, *, name: str, limits: Limits) -
 class VLLM:
     """vLLM's engine on a thread and loop of its own, a `Writer` with a LoRA slot for each content of an adapter.
 
-    Contents are told apart by the sha256 of their files, of which vLLM gets copies: what it read once it may read again,
-    whatever happened to the adapter's folder.
+    Contents are told apart by the sha256 of their files, of which vLLM gets copies: what it read once it may read
+    again, whatever happened to the adapter's folder.
 
     Args:
         model: the base model, which may be without memory; adapters are checked against it.
@@ -167,9 +168,10 @@ class VLLM:
         Raises:
             FileNotFoundError, ValueError: as `AdapterTable.register`; or vectors where vLLM's layers have no place.
         """
+        from vllm.lora.request import LoRARequest
+
         from ia3_vllm.content import number_of
         from ia3_vllm.engine import names_of
-        from vllm.lora.request import LoRARequest
 
         digest, _ = read_vectors(self._model, path)
         with self._lock:
