@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ia3.cli.flags import AsJson, TrustRemoteCode, print_json
-from ia3.errors import listed
+from ia3.errors import fit_screen, listed
 from ia3.runs.screen import Screen
 from ia3.runs.tables import NONE, Column, print_table
 
 if TYPE_CHECKING:
+    from ia3.inference.loading import Base
+    from ia3.serving.continuous import ContinuousEngine
     from ia3.serving.engine import Engine
     from ia3.serving.requests import Served
+
+    AnyEngine = Engine | ContinuousEngine
 
 _NEEDS = ("fastapi", "prometheus_client", "uvicorn")
 _KEYS, _ADMIN_KEY = "IA3_API_KEYS", "IA3_ADMIN_KEY"
@@ -63,6 +67,7 @@ def serve(
         )
     with bind(host, port) as bound:
         engine = start(base, adapters, batch_size, gather_ms / 1000, max_queue, trust_remote_code=trust_remote_code)
+        engine.registry.watch()
         app = make_app(engine, keys=keys, admin=admin)
         bound.listen()
         shown = f"[{host}]" if ":" in host else host
@@ -73,7 +78,7 @@ def serve(
 
 def start(
     name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, trust_remote_code: bool
-) -> Engine:
+) -> AnyEngine:
     """Load the base and its adapters."""
     from ia3.inference.loading import Base
 
@@ -83,6 +88,7 @@ def start(
         import torch
         from transformers.utils.logging import disable_progress_bar
 
+        from ia3.serving import on_vllm
         from ia3.serving.engine import Engine, Limits
         from ia3.serving.registry import Registry
         from ia3.tasks.task import TaskKind
@@ -93,6 +99,11 @@ def start(
             raise ValueError(
                 f"{name} is a model for {base.kind}, and those for words, and for classes of texts, are served."
             )
+        own = Path(name).resolve().name if Path(name).exists() else name
+        limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
+        if on_vllm.is_wanted(base) and (plan := _plan_of_vllm(base, batch_size)) is not None:
+            status.update(f"Starting vLLM with {name}")
+            return on_vllm.start(base, folder, plan, name=own, limits=limits)
         tokenizer = base.tokenizer
         model = (
             base.load(base.kind, labels=_labels_of(base.config))
@@ -100,10 +111,7 @@ def start(
             .to(torch.accelerator.current_accelerator() or "cpu")
         )
         status.update(f"Reading the adapters in {folder}")
-        own = Path(name).resolve().name if Path(name).exists() else name
         registry = Registry(model, folder, base=own, capacity=max(256, batch_size))
-        registry.watch()
-        limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
         return Engine(model, tokenizer, registry, limits)
 
 
@@ -113,7 +121,19 @@ def _labels_of(config: Any) -> tuple[str, ...]:
     return labels if len({*labels}) == len(labels) > 1 else ("0", "1")
 
 
-def _tell(engine: Engine, url: str, *, as_json: bool) -> None:
+def _plan_of_vllm(base: Base, batch_size: int) -> Any | None:
+    """What vLLM is to run; None, and the reason is said, where it can't."""
+    from ia3.serving import on_vllm
+
+    try:
+        return on_vllm.plan(base, batch_size)
+    except (ValueError, RuntimeError) as error:
+        said = f"{base.name} is served without vLLM. {fit_screen(str(error))}"
+        Screen(stderr=True).print(said, highlight=False)
+        return None
+
+
+def _tell(engine: AnyEngine, url: str, *, as_json: bool) -> None:
     """What is served, where, and what isn't and why."""
     base, *adapters = engine.models()
     refused = engine.registry.refused()

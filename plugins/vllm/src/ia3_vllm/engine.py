@@ -39,6 +39,9 @@ class Names:
     @contextmanager
     def loading(self, request: Any) -> Iterator[Any]:
         """While the engine loads the request that is given; afterwards the name means what it now contains."""
+        if self._is_copy(request):  # whose caller names contents himself
+            yield request
+            return
         folder = get_adapter_absolute_path(request.lora_path)
         told = request
         if is_ours(folder):

@@ -1,0 +1,320 @@
+"""The engine over one that batches by itself, token by token, as vLLM does: requests go there as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from ia3.inference.complete import end_tokens
+from ia3.serving.engine import Limits
+from ia3.serving.reading import Prompt, Reader
+from ia3.serving.registry import Contents, Held, Registry
+from ia3.serving.requests import Answer, Dropped, NotServed, Overloaded, Request, Served, TooLate
+
+_logger = logging.getLogger(__name__)
+
+# Answers by which it is said how fast requests are answered.
+_RECENT = 128
+
+
+class Tokens(NamedTuple):
+    """The next tokens of an answer.
+
+    Args:
+        tokens: those since the last ones; an end token is the answer's last.
+        started: the moment on `time.monotonic()` at which the prompt's turn came.
+    """
+
+    tokens: Sequence[int]
+    started: float
+
+
+class Writer(Contents, Protocol):
+    """What writes answers, of many requests at once, and holds the adapters' contents; on a loop of its own."""
+
+    loop: asyncio.AbstractEventLoop
+    longest: int
+    """The most tokens of a prompt and its answer."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether anything is written."""
+        ...
+
+    def write(self, prompt: Sequence[int], row: str, ends: Sequence[int], most: int) -> AsyncIterator[Tokens]:
+        """Answer a prompt greedily, in the loop; leaving the iterator early gives the work up.
+
+        Args:
+            prompt: what the model reads.
+            row: the name under which the adapter's content was registered, or `BASE`.
+            ends: the tokens that end an answer.
+            most: the most tokens of it.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class _Work:
+    """A request on its way."""
+
+    request: Request
+    held: Held
+    prompt: Prompt
+    arrived: float
+    deadline: float
+    future: Future[Answer] = field(default_factory=Future)
+    task: asyncio.Task[None] | None = None
+    started: float | None = None
+
+
+class ContinuousEngine:
+    """Answers requests for the adapters of a registry by a writer; the `Server` that HTTP sees.
+
+    Each request is a task on the writer's loop. It ends with the answer, the deadline, or the client's going, and its
+    version is held until the writer has let go of it.
+
+    Args:
+        model: the base model, which may be without memory: prompts are read by its configuration.
+        tokenizer: its tokenizer.
+        registry: the adapters, whose table is the writer; closed with the engine.
+        writer: who writes.
+        limits: how many requests may wait, and for how long; batches are the writer's own.
+
+    Raises:
+        ValueError: nothing would end an answer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, registry: Registry, writer: Writer, limits: Limits) -> None:
+        self.registry, self.limits = registry, limits
+        self._writer, self._tokenizer = writer, tokenizer
+        self._read, self._ends = Reader(model, tokenizer), end_tokens(model, tokenizer)
+        self._works: set[_Work] = set()
+        self._sums = dict.fromkeys((*_OUTCOMES, *_SUMS), 0.0)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        # Told of all that changes of these; held for moments only.
+        self._changed = threading.Condition()
+        self._is_open = True
+
+    # What HTTP sees
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._is_open and self._writer.alive
+
+    def submit(self, request: Request) -> Future[Answer]:
+        """Take a request in; see `Server.submit`."""
+        now = time.monotonic()
+        self._expect_room()
+        deadline = now + self.limits.deadline_s if request.deadline is None else request.deadline
+        if deadline <= now:
+            self._add(too_late=1)
+            raise _too_late()
+        held = self.registry.hold(request.model)
+        try:
+            prompt = self._within(self._read(held.version, request))
+            work = _Work(request, held, prompt, now, deadline)
+            with self._changed:
+                self._expect_room()
+                self._works.add(work)
+                self._writer.loop.call_soon_threadsafe(self._begin, work)
+        except BaseException:
+            self.registry.release(held.version)
+            raise
+        return work.future
+
+    def models(self) -> list[Served]:
+        """All that can be asked, the base first."""
+        return self.registry.models()
+
+    def load(self, name: str, path: str) -> Served:
+        """See `Registry.load`."""
+        return self.registry.load(name, path)
+
+    def unload(self, name: str) -> None:
+        """See `Registry.unload`."""
+        self.registry.unload(name)
+
+    def alias(self, alias: str, name: str) -> Served:
+        """See `Registry.alias`."""
+        return self.registry.alias(alias, name)
+
+    def stats(self) -> dict[str, float]:
+        """Figures by name, since the start: requests by outcome, tokens, seconds; and what waits and runs now."""
+        with self._changed:
+            outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
+            sums = {name: self._sums[name] for name in _SUMS}
+            queued = self._queued()
+            now = {"queued": float(queued), "running": float(len(self._works) - queued)}
+        adapters = {"adapters": float(len(self.registry)), "versions": float(len(self.registry.table))}
+        return {**now, **adapters, **outcomes, **sums}
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait until all are answered; whether that was within the time."""
+        with self._changed:
+            self._is_open = False
+            return self._changed.wait_for(lambda: not self._works, timeout_s)
+
+    def close(self) -> None:
+        """Stop: what waits is `Dropped`, what runs is answered."""
+        with self._changed:
+            self._is_open = False
+            self._writer.loop.call_soon_threadsafe(self._drop_waiting)
+            self._changed.wait_for(lambda: not self._works)
+        self.registry.close()
+
+    # What is asked
+
+    def _expect_room(self) -> None:
+        with self._changed:
+            if not self.ready:
+                raise _stopped()
+            queued = self._queued()
+            if queued < self.limits.most_waiting:
+                return
+            self._sums["overloaded"] += 1
+            recent = self._recent
+            seconds = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else 1.0
+        raise Overloaded(f"{queued:,} requests wait, and no more may: try again later.", queued * seconds)
+
+    def _queued(self) -> int:
+        """How many have no token yet."""
+        return sum(work.started is None for work in self._works)
+
+    def _within(self, prompt: Prompt) -> Prompt:
+        """A prompt whose answer ends where the writer's room does."""
+        room = self._writer.longest - len(prompt.tokens)
+        if room < 1:
+            raise NotServed(
+                f"The text has {len(prompt.tokens):,} tokens and this server has room for {self._writer.longest:,} "
+                "with the answer: send less."
+            )
+        return prompt._replace(longest=min(prompt.longest, room))
+
+    # On the writer's loop
+
+    def _begin(self, work: _Work) -> None:
+        work.task = self._writer.loop.create_task(self._run(work))
+        work.task.add_done_callback(lambda _: self._leave(work))
+        # Left pending until it is answered, so that who goes can always cancel it.
+        work.future.add_done_callback(lambda future: self._give_up(work) if future.cancelled() else None)
+
+    def _give_up(self, work: _Work) -> None:
+        assert work.task is not None
+        self._writer.loop.call_soon_threadsafe(work.task.cancel)
+
+    def _drop_waiting(self) -> None:
+        for work in [work for work in self._works if work.started is None]:
+            assert work.task is not None
+            work.task.cancel()
+
+    async def _run(self, work: _Work) -> None:
+        try:
+            async with asyncio.timeout(work.deadline - time.monotonic()):
+                written = await self._write(work)
+            self._give(work, written)
+        except TimeoutError:
+            self._fail(work, _too_late(), "too_late")
+        except Dropped as error:
+            self._fail(work, error, "dropped")
+        except Exception as error:
+            _logger.exception("A request failed.")
+            self._fail(work, NotServed(str(error)) if isinstance(error, ValueError) else error, "failed")
+
+    def _leave(self, work: _Work) -> None:
+        """A request's task is done, whichever way; perhaps cancelled before it began."""
+        self._fail(work, _stopped(), "dropped")
+        if work.future.cancelled():
+            self._add(cancelled=1)
+        self.registry.release(work.held.version)
+        with self._changed:
+            self._works.discard(work)
+            self._changed.notify_all()
+
+    async def _write(self, work: _Work) -> list[int]:
+        """The answer's tokens, of which the listener hears."""
+        written: list[int] = []
+        sent = ""
+        prompt, row = work.prompt, work.held.version.row
+        async for more in self._writer.write(prompt.tokens, row, self._ends, prompt.longest):
+            work.started = more.started
+            written += more.tokens
+            if work.request.on_token is not None:
+                whole = self._text(written)
+                # A character may not be whole, and blanks at the end aren't of the answer.
+                sure = whole.rstrip("\ufffd").rstrip()
+                if sure.startswith(sent) and len(sure) > len(sent):
+                    self._tell(work.request, sure[len(sent) :])
+                    sent = sure
+        rest = self._text(written).removeprefix(sent)
+        if work.request.on_token is not None and rest:
+            self._tell(work.request, rest)
+        return written
+
+    def _text(self, written: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(self._up_to_end(written), skip_special_tokens=True)
+        return text.strip()
+
+    def _up_to_end(self, written: Sequence[int]) -> Sequence[int]:
+        return written[:-1] if written and written[-1] in self._ends else written
+
+    def _tell(self, request: Request, piece: str) -> None:
+        assert request.on_token is not None
+        try:
+            request.on_token(piece)
+        except Exception:  # the client's side; its answer is whole all the same
+            _logger.exception("A listener to an answer's tokens failed.")
+
+    def _give(self, work: _Work, written: Sequence[int]) -> None:
+        name, version = work.held
+        assert work.started is not None
+        now, text = time.monotonic(), self._text(written)
+        ended = len(self._up_to_end(written)) < len(written)
+        queued_s, read = work.started - work.arrived, len(work.prompt.tokens)
+        if not work.future.set_running_or_notify_cancel():
+            return
+        self._add(answered=1, prompt_tokens=read, completion_tokens=len(written), queued_s=queued_s)
+        self._recent.append(now)
+        work.future.set_result(
+            Answer(
+                text,
+                text if text in version.task.labels else None,
+                None,
+                name,
+                version.digest,
+                read,
+                len(written),
+                "stop" if ended else "length",
+                queued_s,
+                now - work.started,
+            )
+        )
+
+    def _fail(self, work: _Work, error: Exception, outcome: str) -> None:
+        if not work.future.done() and work.future.set_running_or_notify_cancel():
+            self._add(**{outcome: 1})
+            work.future.set_exception(error)
+
+    def _add(self, **more: float) -> None:
+        with self._changed:
+            for name, value in more.items():
+                self._sums[name] += value
+
+
+_OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
+_SUMS = ("queued_s", "prompt_tokens", "completion_tokens")
+
+
+def _too_late() -> TooLate:
+    return TooLate("The deadline went by before the answer: allow more time, or send less at once.")
+
+
+def _stopped() -> Dropped:
+    return Dropped("The server stops and takes no more requests: try another, or later.")
