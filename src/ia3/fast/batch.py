@@ -232,7 +232,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
     tensors["cu_seqlens"] = torch.cat([packed["cu_seqlens"], packed["cu_seqlens"][-1:].expand(more)])
     if "positions" in tensors:
         tensors["positions"] = functional.pad(packed["positions"], (0, missing))
-    longest = _rounded_length(packed.max_seqlen)
+    longest = rounded_length(packed.max_seqlen)
     if "label_at" not in tensors:
         width = -packed["labels"].shape[1] % 4
         tensors["labels"] = functional.pad(packed["labels"], (0, width, 0, more), value=IGNORE_INDEX)
@@ -248,7 +248,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
 def _round_up_padded(packed: Packed, filler: int) -> Packed:
     """An encoder's batch: padded further, and more padding tokens."""
     examples, length = packed["input_ids"].shape
-    wider = _rounded_length(length) - length
+    wider = rounded_length(length) - length
     fillers = {"input_ids": filler, "labels": IGNORE_INDEX}
     tensors = {
         name: functional.pad(tensor, (0, wider), value=fillers.get(name, 0))
@@ -261,11 +261,12 @@ def _round_up_padded(packed: Packed, filler: int) -> Packed:
     tensors["slot_of"] = functional.pad(packed["slot_of"].view(examples, length), (0, wider)).flatten()
     missing = _rounded(packed.total_tokens) - packed.total_tokens
     tensors["token_at"] = functional.pad(tensors["token_at"], (0, missing))
-    uniform = packed.uniform and not missing and packed.max_seqlen == _rounded_length(packed.max_seqlen)
-    return Packed(tensors, _rounded_length(packed.max_seqlen), uniform)
+    uniform = packed.uniform and not missing and packed.max_seqlen == rounded_length(packed.max_seqlen)
+    return Packed(tensors, rounded_length(packed.max_seqlen), uniform)
 
 
-def _rounded_length(longest: int) -> int:
+def rounded_length(longest: int) -> int:
+    """The length, one of few, that so many tokens are rounded up to."""
     return next((length for length in (16, 64, 128, 256) if longest <= length), -(-longest // 64) * 64)
 
 

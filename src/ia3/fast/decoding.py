@@ -81,7 +81,8 @@ class Decoding:
         ragged = packed.ragged(self.room.groups)
         if self.reads_source:
             assert self.kv is not None
-            self.read_source(packed, ragged, vectors, self.kv)
+            found = self.loss.read_source(self.loss.run(vectors), packed, ragged)
+            self.multiply_source(found, ragged, vectors, self.kv)
             self.place.zero_()
             return self.step(torch.full_like(self.place, start), vectors)
         run = _Prompt(self.loss, vectors, self.caches)
@@ -113,26 +114,21 @@ class Decoding:
         place.add_(1)
         return self.loss.logits(y)
 
-    def read_source(
-        self, packed: Packed, source: Ragged, vectors: Sequence[Tensor], kv: Tensor | None = None
-    ) -> Tensor:
-        """Compute the keys and values of all attentions across, multiplied, `[at least tokens, layers · 2 · inner]`.
+    def multiply_source(self, found: Tensor, source: Ragged, vectors: Sequence[Tensor], kv: Tensor) -> None:
+        """Write the keys and values of all attentions across, multiplied, `[at least tokens, layers · 2 · inner]`.
 
         Args:
-            packed: what the encoder reads.
+            found: what `FusedLoss.read_source` gives, or what was copied of it.
             source: whose it is.
             vectors: as in `read`.
-            kv: written; None for a new tensor.
+            kv: where; it may be `found` itself.
         """
         run = self.loss.run(vectors)
-        found = self.loss.read_source(run, packed, source)
-        kv = found if kv is None else kv
         layers = [layer for layer in self.loss.weights.stacks[-1].layers if isinstance(layer, CrossLayer)]
         width = found.shape[1] // len(layers)
         for layer in layers:
             own = slice(layer.index * width, (layer.index + 1) * width)
             append(found[:, own], run.at(layer.k), run.at(layer.v), source, kv[:, own], run.backend)
-        return kv
 
 
 def head_width(layer: SelfLayer) -> int:

@@ -7,7 +7,8 @@ in the slots, and an admission only writes the slots that it fills.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ia3.architectures import architecture_of, has_learned_positions
-from ia3.fast.batch import Packed, pack_prompts, round_up
+from ia3.fast.batch import Packed, pack_prompts, round_up, rounded_length
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.decoding import Decoding, Room
 from ia3.fast.fused import FusedLoss, seq2seq_unsupported_reason
@@ -29,13 +30,16 @@ from ia3.fast.ragged import Ragged
 from ia3.fast.sessions import BUCKET, GenerationPlan, Watch, over, round_up_to
 from ia3.sites import Layout
 
+# Where every computation has one shape, so many texts are read at once.
+_READ = 8
+
 
 class Slots:
     """Greedy generations side by side, each with an adapter, a length and an end of its own.
 
     The tokens of a slot are those of `compile_generate` for its request alone, whoever is in the other slots; in half
-    precision as far as rounding goes, which depends on how many are computed at once. One thread at a time may use
-    them.
+    precision as far as rounding goes, which depends on how many are computed at once, unless they are `invariant`. One
+    thread at a time may use them.
 
     Args:
         model: a T5 or another encoder-decoder that `compile_generate` can capture, in evaluation mode on its device.
@@ -43,6 +47,9 @@ class Slots:
         max_source: no input has more tokens; the keys and values of so many are kept for each slot.
         max_new_tokens: no request gets more.
         layout: the sites that an adapter may have vectors at, such as an `AdapterTable`'s.
+        invariant: whether the shape of all that is computed depends on a request's own length alone, so that its tokens
+            are the same to the last bit of each number whoever comes with it. Every step then computes all slots, and
+            inputs are read by eight of about the same length, filled up.
         settings: other arguments of `generate` that are the same for all requests.
 
     Attributes:
@@ -60,8 +67,9 @@ class Slots:
     """
 
     def __init__(
-        self, model: Any, slots: int, max_source: int, max_new_tokens: int, layout: Layout, **settings: Any
-    ) -> None:
+        self, model: Any, slots: int, max_source: int, max_new_tokens: int, layout: Layout, *,
+        invariant: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         settings = {"do_sample": False, "num_beams": 1, **settings, "max_new_tokens": max_new_tokens}
         _check_sizes(slots=slots, max_source=max_source, max_new_tokens=max_new_tokens)
         reason = seq2seq_unsupported_reason(model, layout.sites) or unsupported_reason(model, **settings)
@@ -69,6 +77,7 @@ class Slots:
         if reason is not None:
             raise ValueError(f"No slots for this model: {reason}. Use compile_generate, which takes whole batches.")
         self.model, self.count, self.max_source, self.layout = model, slots, max_source, layout
+        self.invariant, self.read_by = invariant, _columns_within(model, layout)
         self.plan, device = GenerationPlan.of(model, settings), model.device
         self.fused = FusedLoss(model, layout)
         self.guard, self.backend = Guard(model, self.fused.folded), self.fused.backend
@@ -87,7 +96,8 @@ class Slots:
         self.stepping = GraphedCallable(self._write, device)
         self.watch, self.steps = Watch(device), 0
         self.lengths: dict[int, int] = {}
-        self.since, self.known = [0] * slots, [0] * slots  # the last step before an admission; tokens that were seen
+        self.since = [0] * slots  # the last step before an admission
+        self.written: list[list[int]] = [[] for _ in range(slots)]  # what was seen of each
         with torch.inference_mode():
             compile_kernels(lambda: self._write(*self.most), device)
 
@@ -106,6 +116,8 @@ class Slots:
         max_new: Sequence[int] | None = None, min_new: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """Read inputs and give each a slot, whose first token the next step writes. What it held before is forgotten.
+
+        Inputs with the same tokens, and the same vectors in the encoder, are encoded once.
 
         Args:
             slots: free ones.
@@ -126,11 +138,13 @@ class Slots:
         if not slots:
             return
         index = torch.tensor(slots, device=self.flat.device)
-        self.flat.index_copy_(0, index, over(self.layout, layout, flat.to(self.flat)))
-        fixed, tensors = self._packed(slots, rows, most, least)
-        self.reading(*fixed, **tensors)
+        own = over(self.layout, layout, flat.to(self.flat))
+        self.flat.index_copy_(0, index, own)
+        for part in self._parts(rows, self._texts(rows, own)):
+            fixed, tensors = self._packed(part, slots, rows, most, least)
+            self.reading(*fixed, **tensors)
         for slot, row in zip(slots, rows, strict=True):
-            self.lengths[slot], self.since[slot], self.known[slot] = len(row), self.steps, 0
+            self.lengths[slot], self.since[slot], self.written[slot] = len(row), self.steps, []
 
     @torch.inference_mode()
     def step(self) -> list[int]:
@@ -145,10 +159,11 @@ class Slots:
         if seen is None:
             return []
         # Of an earlier step the slots that were filled after it say nothing.
-        number, (counts, ended) = self.steps - len(self.watch.pending), seen.tolist()
+        number, (counts, ended, tokens) = self.steps - len(self.watch.pending), seen.tolist()
         old = [slot for slot in sorted(self.lengths) if self.since[slot] < number]
         for slot in old:
-            self.known[slot] = counts[slot]
+            if counts[slot] > len(self.written[slot]):
+                self.written[slot].append(tokens[slot])
         over_now = [slot for slot in old if ended[slot]]
         for slot in over_now:
             del self.lengths[slot]
@@ -161,8 +176,7 @@ class Slots:
             ValueError: no such slot.
         """
         self._check_slots([slot])
-        found: list[int] = self.answers.tokens[slot, : self.known[slot]].tolist()
-        return found
+        return list(self.written[slot])
 
     @torch.inference_mode()
     def stop(self, slots: Sequence[int]) -> None:
@@ -179,19 +193,28 @@ class Slots:
     # What is recorded
 
     def _read(
-        self, max_seqlen: int, uniform: bool, *, slots: Tensor, places: Tensor, limits: Tensor, **tensors: Tensor
-    ) -> None:
-        """Encode packed inputs into slots.
+        self, max_seqlen: int, uniform: bool, *, slots: Tensor, places: Tensor, limits: Tensor,
+        readers: Tensor | None = None, copied: Tensor | None = None, edges: Tensor | None = None, **tensors: Tensor,
+    ) -> None:  # fmt: skip
+        """Encode packed texts into slots.
 
         Args:
             max_seqlen, uniform, tensors: see `Packed`.
             slots: whose the inputs are, `[inputs]`.
-            places: of each token among the keys and values of all slots, `[total_tokens]`.
+            places: of each input's tokens among the keys and values of all slots, `[tokens]`.
             limits: the most and the fewest new tokens, `[2, inputs]`.
+            readers: where some inputs share a text, a slot whose vectors each text is encoded with, `[texts]`.
+            copied: alike, the text's token that each input's token is, `[tokens]`.
+            edges: alike, where each input's tokens are among these, `[inputs + 1]`, int32.
         """
         packed, answers, decoding = Packed(tensors, max_seqlen, uniform), self.answers, self.decoding
-        vectors = self.layout.split(self.flat.index_select(0, slots)[None])
-        kv = decoding.read_source(packed, packed.ragged(len(slots)), vectors)
+        own = self._vectors_of(slots)
+        by = own if readers is None else self._vectors_of(readers)
+        source = packed.ragged(packed.examples)
+        kv = self.fused.read_source(self.fused.run(by), packed, source)
+        if copied is not None and edges is not None:
+            kv, source = kv.index_select(0, copied), Ragged(edges, max_seqlen, len(copied), len(slots))
+        decoding.multiply_source(kv, source, own, kv)
         assert decoding.kv is not None
         if self.backend == "torch":  # which multiplies what it doesn't see by zero, and infinity stays no number
             decoding.kv.view(self.count + 1, self.max_source, -1).index_fill_(0, slots, 0)
@@ -199,7 +222,7 @@ class Slots:
                 cache.index_fill_(1, slots, 0)
         decoding.kv.index_copy_(0, places, kv)
         decoding.place.index_fill_(0, slots, 0)
-        lengths = packed["cu_seqlens"][1:] - packed["cu_seqlens"][:-1]
+        lengths = source.cu_seqlens[1:] - source.cu_seqlens[:-1]
         self.end.index_copy_(0, slots, self.first.index_select(0, slots) + lengths)
         answers.token.index_fill_(0, slots, self.plan.start)
         answers.count.index_fill_(0, slots, 0)
@@ -207,8 +230,11 @@ class Slots:
         answers.min_tokens.index_copy_(0, slots, limits[1])
         answers.ended.index_copy_(0, slots, lengths == 0)  # of what fills up
 
+    def _vectors_of(self, slots: Tensor) -> tuple[Tensor, ...]:
+        return self.layout.split(self.flat.index_select(0, slots)[None])
+
     def _write(self, slots: int, positions: int, source: int) -> Tensor:
-        """One more token for the first slots; how many each has and whether it has ended, `[2, slots]`.
+        """One more token for the first slots; how many each has, whether it has ended, and the token, `[3, slots]`.
 
         Args:
             slots: so many.
@@ -229,44 +255,91 @@ class Slots:
         # Slots that have ended have nothing to read until they are lent again.
         place.mul_(~answers.ended)
         end.copy_(torch.where(answers.ended, first, end))
-        return torch.stack([answers.count, answers.ended.long()])
+        return torch.stack([answers.count, answers.ended.long(), answers.token.flatten()])
 
     # What goes there
 
     def _reach(self) -> tuple[int, int, int]:
         """What the next step looks at: where nothing is recorded, no more than is live."""
-        if self.stepping.captures:
+        if self.stepping.captures or self.invariant:
             return self.most
-        written = max(self.known[slot] for slot in self.lengths) + 1
+        written = max(len(self.written[slot]) for slot in self.lengths) + 1
         return max(self.lengths) + 1, round_up_to(written, BUCKET), max(self.lengths.values())
 
+    def _texts(self, rows: Sequence[Sequence[int]], flat: Tensor) -> list[list[int]]:
+        """The inputs that are one text to the encoder, whose tokens and vectors there are the same."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            alike.setdefault(tuple(row), []).append(index)
+        texts = []
+        for rest in alike.values():
+            while len(rest) > 1 and len(self.read_by):
+                vectors = flat[rest].index_select(1, self.read_by)
+                same = (vectors == vectors[0]).all(1).tolist()
+                same[0] = True  # though it may hold what is no number
+                texts.append([index for index, is_same in zip(rest, same, strict=True) if is_same])
+                rest = [index for index, is_same in zip(rest, same, strict=True) if not is_same]
+            if rest:
+                texts.append(rest)
+        return texts
+
+    def _parts(self, rows: Sequence[Sequence[int]], texts: list[list[int]]) -> Iterator[list[list[int]]]:
+        """The texts that are read at once."""
+        if not self.invariant:
+            yield texts
+            return
+        by_length: dict[int, list[list[int]]] = {}
+        for text in texts:
+            by_length.setdefault(rounded_length(len(rows[text[0]])), []).append(text)
+        for some in by_length.values():
+            yield from (some[start : start + _READ] for start in range(0, len(some), _READ))
+
     def _packed(
-        self, slots: Sequence[int], rows: Sequence[Sequence[int]], most: Sequence[int], least: Sequence[int]
-    ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-        """The arguments of `_read`; where it is recorded, filled up to one of few shapes."""
+        self, texts: Sequence[Sequence[int]], slots: Sequence[int], rows: Sequence[Sequence[int]],
+        most: Sequence[int], least: Sequence[int],
+    ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:  # fmt: skip
+        """The arguments of `_read` for some of the texts; where it is recorded, filled up to one of few shapes."""
+        own, inputs = [rows[text[0]] for text in texts], [index for text in texts for index in text]
         ids, mask = (
             pad_sequence([torch.tensor(row) for row in each], batch_first=True)
-            for each in (rows, [[1] * len(row) for row in rows])
+            for each in (own, [[1] * len(row) for row in own])
         )
         packed = pack_prompts(ids, mask, positions=has_learned_positions(self.fused.architecture))
-        real, filled = packed.total_tokens, len(rows)
+        fills = self.reading.captures or self.invariant
+        if fills:
+            packed = self._filled(packed)
         tensors = dict(packed.tensors)
-        if self.reading.captures:
-            filled = next_power_of_2(len(rows))
-            packed = round_up(packed, filled, self.plan.pad)
-            more = next_power_of_2(packed.total_tokens) - packed.total_tokens
-            tensors = dict(packed.tensors)
-            for name in {"tokens", "positions"} & set(tensors):
-                tensors[name] = functional.pad(tensors[name], (0, more))
-        spare = [self.count] * (filled - len(rows))
-        tensors["slots"] = torch.tensor([*slots, *spare])
-        tensors["limits"] = functional.pad(torch.tensor([most, least]), (0, len(spare)))
-        tensors["places"] = torch.full((len(tensors["tokens"]),), self.count * self.max_source)
-        begins = [slot * self.max_source for slot in slots]
-        tensors["places"][:real] = torch.cat(
-            [torch.arange(begin, begin + len(row)) for begin, row in zip(begins, rows, strict=True)]
-        )
+        tokens, filled = packed.total_tokens, packed.examples
+        if len(texts) < len(inputs):
+            begins = [0, *accumulate(len(row) for row in own)]
+            copied = [begin + at for begin, text in zip(begins, texts, strict=False) for _ in text
+                      for at in range(len(rows[text[0]]))]  # fmt: skip
+            edges = [0, *accumulate(len(rows[index]) for index in inputs)]
+            tokens, filled = (next_power_of_2(n) if fills else n for n in (len(copied), len(inputs)))
+            readers = [slots[text[0]] for text in texts]
+            tensors["readers"] = torch.tensor(readers + [self.count] * (packed.examples - len(texts)))
+            tensors["copied"] = torch.tensor(copied + [0] * (tokens - len(copied)))
+            tensors["edges"] = torch.tensor(edges + edges[-1:] * (filled - len(inputs)), dtype=torch.int32)
+        spare = filled - len(inputs)
+        tensors["slots"] = torch.tensor([slots[index] for index in inputs] + [self.count] * spare)
+        limits = [[of[index] for index in inputs] for of in (most, least)]
+        tensors["limits"] = functional.pad(torch.tensor(limits), (0, spare))
+        places = [slots[index] * self.max_source + at for index in inputs for at in range(len(rows[index]))]
+        # What fills up is written where no slot is.
+        tensors["places"] = torch.tensor(places + [self.count * self.max_source] * (tokens - len(places)))
         return packed.fixed, tensors
+
+    def _filled(self, packed: Packed) -> Packed:
+        """Texts filled up to one of few shapes; an invariant one depends on their rounded length alone."""
+        packed = round_up(packed, _READ if self.invariant else next_power_of_2(packed.examples), self.plan.pad)
+        total = next_power_of_2(packed.total_tokens)
+        if self.invariant:
+            total = _READ * packed.max_seqlen
+            total = round_up_to(total, max(1, next_power_of_2(total) // 16))  # no less than it is rounded up to
+        tensors = dict(packed.tensors)
+        for name in {"tokens", "positions"} & set(tensors):
+            tensors[name] = functional.pad(tensors[name], (0, total - packed.total_tokens))
+        return Packed(tensors, packed.max_seqlen, packed.uniform)
 
     # What is refused
 
@@ -304,6 +377,15 @@ class Slots:
         unknown = [slot for slot in slots if not 0 <= slot < self.count]
         if unknown:
             raise ValueError(f"There is no slot {unknown[0]}: these are 0 to {self.count - 1}.")
+
+
+def _columns_within(model: Any, layout: Layout) -> Tensor:
+    """Which numbers of flat vectors act in the encoder."""
+    architecture = architecture_of(model)
+    assert architecture is not None
+    front = f"{architecture.stacks[0].blocks}."
+    inside = [torch.full((site.width,), site.path.startswith(front)) for site in layout.sites]
+    return torch.cat(inside or [torch.zeros(0, dtype=torch.bool)]).nonzero().flatten().to(model.device)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -1,4 +1,8 @@
-"""The engine: requests wait, one thread that owns the model gathers them into batches, each gets its own answer."""
+"""The engine: requests wait, and one thread that owns the model answers them.
+
+Labels are ranked, and a causal model writes, in whole batches; an encoder-decoder writes side by side in slots, which
+others may join at any step. A batch and the steps take turns, each for as long as the other took.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,22 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ia3.serving.batches import Batches, Found
-from ia3.serving.reading import Prompt, Reader
-from ia3.serving.registry import Held, Registry
+from ia3.serving.queue import Queue, Work
+from ia3.serving.reading import Reader
+from ia3.serving.registry import Registry
 from ia3.serving.requests import Answer, Dropped, NotServed, Overloaded, Request, Served, TooLate
-from ia3.tasks.task import Task
+from ia3.serving.writing import Place, Size, Writing
 
 _logger = logging.getLogger(__name__)
 
-# Batches by which it is said how fast requests are answered.
-_RECENT = 32
+# Batches and steps by which it is said how fast requests are answered.
+_RECENT = 256
 
 
 @dataclass(frozen=True)
@@ -29,35 +34,26 @@ class Limits:
     """How requests become batches, and how many may wait.
 
     Args:
-        batch_size: the most requests of a batch, at most the registry's capacity.
+        batch_size: the most requests of a batch, and in slots of one size; at most the registry's capacity.
         gather_s: how long the first request of a batch waits for others, in seconds.
         most_waiting: how many requests may wait.
         deadline_s: after how many seconds nobody waits for an answer, where a request doesn't say.
+        batch_invariant: whether an answer is the same to the last bit whatever else is asked at the same time. All is
+            then computed in fixed shapes, filled up, which takes longer.
     """
 
     batch_size: int = 32
     gather_s: float = 0.003
     most_waiting: int = 1024
     deadline_s: float = 60.0
-
-
-@dataclass(eq=False)
-class _Work:
-    """A request on its way."""
-
-    request: Request
-    held: Held
-    prompt: Prompt
-    arrived: float
-    deadline: float
-    future: Future[Answer] = field(default_factory=Future)
+    batch_invariant: bool = False
 
 
 class Engine:
     """Answers requests for the adapters of a registry, in batches that mix them; the `Server` that HTTP sees.
 
-    What waits is taken by its deadline, the nearest first, together with requests of the same task and about the same
-    length, under whichever adapters.
+    What waits is taken by its deadline, the nearest first, together with others that are answered the same way, those
+    of about the same length in a batch, under whichever adapters.
 
     Args:
         model: the base model. From now on this engine's thread alone runs it.
@@ -77,9 +73,11 @@ class Engine:
             )
         self.registry, self.limits = registry, limits
         self._read = Reader(model, tokenizer)
-        self._answer = Batches(model, tokenizer, limits.batch_size)
-        self._waiting: dict[Task, list[_Work]] = {}
-        self._running: Sequence[_Work] = ()
+        self._answer = Batches(model, tokenizer, limits.batch_size, invariant=limits.batch_invariant)
+        self._writing = Writing(model, tokenizer, limits.batch_size, invariant=limits.batch_invariant)
+        self._waiting = Queue()
+        self._batch: Sequence[Work] = ()
+        self._written: dict[Place, Work] = {}
         self._sums = dict.fromkeys((*_OUTCOMES, *_SUMS), 0.0)
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
         # Told of all that changes of these; held for moments only, never while the model runs.
@@ -105,11 +103,12 @@ class Engine:
             raise _too_late()
         held = self.registry.hold(request.model)
         try:
-            work = _Work(request, held, self._read(held.version, request), now, deadline)
+            prompt = self._read(held.version, request)
+            told = None if request.on_token is None else ""
+            work = Work(request, held, prompt, now, deadline, self._writing.place_of(prompt), told)
             with self._changed:
                 self._expect_room()
-                self._waiting.setdefault(work.prompt.task, []).append(work)
-                self._changed.notify_all()
+                self._wait(work)
         except BaseException:
             self.registry.release(held.version)
             raise
@@ -137,7 +136,7 @@ class Engine:
         with self._changed:
             outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
             sums = {name: self._sums[name] for name in _SUMS}
-            now = {"queued": float(self._queued()), "running": float(len(self._running))}
+            now = {"queued": float(len(self._waiting)), "running": float(len(self._running()))}
         adapters = {"adapters": float(len(self.registry)), "versions": float(len(self.registry.table))}
         return {**now, **adapters, **outcomes, **sums}
 
@@ -146,7 +145,7 @@ class Engine:
         with self._changed:
             self._is_open = False
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._waiting and not self._running, timeout_s)
+            return self._changed.wait_for(lambda: not self._waiting and not self._running(), timeout_s)
 
     def close(self) -> None:
         """Stop: what waits is `Dropped`, what runs is answered."""
@@ -162,144 +161,240 @@ class Engine:
         with self._changed:
             if not self.ready:
                 raise _stopped()
-            queued = self._queued()
+            queued = len(self._waiting)
             if queued < self.limits.most_waiting:
                 return
             self._sums["overloaded"] += 1
             count, seconds = (sum(each) for each in zip(*self._recent, strict=True)) if self._recent else (1, 1.0)
-        raise Overloaded(f"{queued:,} requests wait, and no more may: try again later.", queued * seconds / count)
+        message = f"{queued:,} requests wait, and no more may: try again later."
+        raise Overloaded(message, queued * seconds / max(count, 1))
 
-    def _queued(self) -> int:
-        return sum(map(len, self._waiting.values()))
+    def _running(self) -> list[Work]:
+        return [*self._batch, *self._written.values()]
 
-    def _leave(self, work: _Work) -> None:
+    def _wait(self, work: Work) -> None:
+        with self._changed:
+            self._waiting.add(work)
+            self._changed.notify_all()
+
+    def _leave(self, work: Work) -> None:
         """A request is done, whichever way: it waits no more, and its version may go."""
         with self._changed:
             if work.future.cancelled():
                 self._sums["cancelled"] += 1
-            company = self._waiting.get(work.prompt.task, [])
-            if work in company:
-                self._take([work])
+            self._waiting.remove(work)
+            self._changed.notify_all()
         self.registry.release(work.held.version)
-
-    def _take(self, some: Sequence[_Work]) -> None:
-        """Let requests of one task wait no more."""
-        task = some[0].prompt.task
-        taken = set(some)
-        rest = [work for work in self._waiting[task] if work not in taken]
-        if rest:
-            self._waiting[task] = rest
-        else:
-            del self._waiting[task]
-        self._changed.notify_all()
-
-    def _take_late(self, now: float) -> list[_Work]:
-        """The requests whose deadline went by."""
-        late = []
-        for company in [*self._waiting.values()]:
-            some = [work for work in company if work.deadline <= now]
-            if some:
-                self._take(some)
-            late += some
-        return late
 
     # The thread
 
     def _work(self) -> None:
         try:
-            while (batch := self._next()) is not None:
-                self._run(batch)
+            while (taken := self._next()) is not None:
+                started = time.monotonic()
+                if taken:
+                    self._begin(taken)
+                self._write_on(time.monotonic() - started)
         finally:  # told to stop, or by an error in this file: nobody is left to wait for ever
             with self._changed:
                 self._is_open = False
-                left = [*self._running, *self._take_late(math.inf)]
-                self._running = ()
+                left = [*self._running(), *self._waiting.take_late(math.inf)]
+                self._batch, self._written = (), {}
                 self._changed.notify_all()
             for work in left:
                 self._fail(work, _stopped(), "dropped")
 
-    def _next(self) -> list[_Work] | None:
-        """The next batch, which runs from now on; None where there will be none."""
-        while True:
-            with self._changed:
-                self._running = ()
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting or self._ends)
-                if self._ends:
-                    return None
-                late = self._take_late(time.monotonic())
-                self._running = late or self._gather()
-            for work in late:
-                self._fail(work, _too_late(), "too_late")
-            if not late and (batch := [work for work in self._running if work.future.set_running_or_notify_cancel()]):
-                return batch
+    def _next(self) -> list[Work] | None:
+        """Who is taken up next, nobody where what is written goes on meanwhile; None where there will be nobody."""
+        with self._changed:
+            self._batch = ()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting or self._written or self._ends)
+            if self._ends and not self._written:
+                return None
+            late = self._waiting.take_late(time.monotonic())
+            self._batch = late or self._gather()
+        for work in late:
+            self._fail(work, _too_late(), "too_late")
+        return [] if late else list(self._batch)
 
-    def _gather(self) -> list[_Work]:
-        """Wait a moment for company of the most urgent request, and take them."""
-        while self._waiting and not self._ends:
-            urgent = min((work for company in self._waiting.values() for work in company), key=_deadline)
-            company = self._waiting[urgent.prompt.task]
+    def _gather(self) -> list[Work]:
+        """Wait a moment for company of the most urgent request, and take them; nobody where something is written."""
+        while not self._ends and (urgent := self._waiting.most_urgent(self._room)) is not None:
+            most = self._room(urgent.company)
             rest = urgent.arrived + self.limits.gather_s - time.monotonic()
-            if rest > 0 and len(company) < self.limits.batch_size and self._is_open:
+            if rest > 0 and self._waiting.beside(urgent) < most and self._is_open:
+                if self._written:
+                    return []
                 self._changed.wait(rest)
                 continue
-            length = len(urgent.prompt.tokens)
-            nearest = sorted(company, key=lambda work: (work is not urgent, abs(len(work.prompt.tokens) - length)))
-            batch = nearest[: self.limits.batch_size]
-            self._take(batch)
-            return batch
+            return self._waiting.take_nearest(urgent, most)
         return []
 
-    def _run(self, batch: Sequence[_Work]) -> None:
+    def _room(self, company: Hashable) -> int:
+        return self._writing.room(company) if isinstance(company, Size) else self.limits.batch_size
+
+    def _begin(self, taken: Sequence[Work]) -> None:
+        """Answer a batch, or begin to write in slots."""
+        if isinstance(taken[0].company, Size):
+            self._admit(taken[0].company, [work for work in taken if not work.future.cancelled()])
+        elif batch := _running_from_now(taken):
+            self._run(batch)
+
+    # Whole batches
+
+    def _run(self, batch: Sequence[Work]) -> None:
         started = time.monotonic()
+        for work in batch:
+            work.started = work.started or started
         try:
             found = self._answer([work.prompt for work in batch], [work.held.version.row for work in batch])
         except Exception as error:  # whatever it is, it is that of these requests alone
             _logger.exception("A batch of %d failed.", len(batch))
             failure = error
         else:
-            self._give_all(batch, found, started)
+            self._note(len(batch), time.monotonic() - started, batches=1)
+            for work, each in zip(batch, found, strict=True):
+                self._give(work, each)
             return
         self._retry(batch, failure)
 
-    def _give_all(self, batch: Sequence[_Work], found: Sequence[Found], started: float) -> None:
-        ran_s = time.monotonic() - started
-        with self._changed:
-            self._recent.append((len(batch), ran_s))
-        self._add(batches=1, ran_s=ran_s)
-        for work, each in zip(batch, found, strict=True):
-            self._give(work, each, started - work.arrived, ran_s)
-
-    def _retry(self, batch: Sequence[_Work], error: Exception) -> None:
+    def _retry(self, batch: Sequence[Work], error: Exception) -> None:
         """Each request of a batch that failed is tried alone, so that a bad one doesn't take its neighbours."""
         if len(batch) == 1:
             failure = NotServed(str(error)) if isinstance(error, ValueError) else error
             self._fail(batch[0], failure, "failed")
             return
-        for work in batch:
+        self._run_alone(batch)
+
+    def _run_alone(self, works: Sequence[Work]) -> None:
+        for work in works:
             if work.deadline <= time.monotonic():
                 self._fail(work, _too_late(), "too_late")
             else:
                 self._run([work])
 
-    def _give(self, work: _Work, found: Found, queued_s: float, ran_s: float) -> None:
+    # Slots
+
+    def _admit(self, size: Size, works: Sequence[Work]) -> None:
+        started, places = time.monotonic(), list[Place | None]()
+        try:
+            if not self._writing.make_ready(size):
+                for work in works:
+                    self._wait(work)
+                return
+            if works:
+                rows = [work.held.version.row for work in works]
+                places = self._writing.admit(size, [work.prompt for work in works], rows)
+        except Exception as error:
+            self._leave_slots(size, works, error)
+            return
+        self._note(0, time.monotonic() - started, batches=1)
+        with self._changed:
+            for work, place in zip(works, places, strict=True):
+                work.started = started
+                if place is not None:
+                    self._written[place] = work
+                else:  # slots can't have its vectors
+                    work.company = work.prompt.task
+                    self._wait(work)
+
+    def _write_on(self, seconds: float) -> None:
+        """Go on with what is written for so long, at least by a token."""
+        started = time.monotonic()
+        while self._written:
+            self._stop_writing()
+            for size in self._writing.sizes:
+                self._step(size)
+            if time.monotonic() - started >= seconds:
+                return
+
+    def _step(self, size: Size) -> None:
+        started = time.monotonic()
+        try:
+            ended = self._writing.step(size)
+            pieces = [
+                (work, self._writing.more(place))
+                for place, work in self._written.items()
+                if place.size == size and work.told is not None
+            ]
+        except Exception as error:
+            self._leave_slots(size, (), error)
+            return
+        self._note(len(ended), time.monotonic() - started)
+        for work, piece in pieces:
+            self._tell(work, piece)
+        for place, found in ended:
+            work = self._written[place]
+            if _running_from_now([work]):
+                self._give(work, found)
+            self._forget([place])
+
+    def _stop_writing(self) -> None:
+        """For those who are gone, or too late."""
+        now = time.monotonic()
+        over = [place for place, work in self._written.items() if work.future.cancelled() or work.deadline <= now]
+        if over:
+            self._writing.stop(over)
+            for place in over:
+                self._fail(self._written[place], _too_late(), "too_late")
+            self._forget(over)
+
+    def _leave_slots(self, size: Size, coming: Sequence[Work], error: Exception) -> None:
+        """Slots of a size failed: who is in them, or would be, is answered alone."""
+        _logger.error("Slots of %d tokens failed.", size.source, exc_info=error)
+        self._writing.forget(size)
+        places = [place for place in self._written if place.size == size]
+        works = _running_from_now([*(self._written[place] for place in places), *coming])
+        with self._changed:
+            self._batch = works
+            self._forget(places)
+        self._run_alone(works)
+
+    def _forget(self, places: Sequence[Place]) -> None:
+        with self._changed:
+            for place in places:
+                del self._written[place]
+            self._changed.notify_all()
+
+    # Answers
+
+    def _give(self, work: Work, found: Found) -> None:
         name, version = work.held
         label = found.text if found.text in version.task.labels else None
         read, written = len(work.prompt.tokens), found.tokens
-        if work.request.on_token is not None:
-            try:
-                work.request.on_token(found.text)
-            except Exception:  # the client's side; its answer is whole all the same
-                _logger.exception("A listener to an answer's tokens failed.")
+        told = work.told or ""
+        if not found.text.startswith(told):
+            began = "The answer was begun, failed, and began otherwise when it was tried again: ask again."
+            self._fail(work, RuntimeError(began), "failed")
+            return
+        self._tell(work, found.text.removeprefix(told))
+        queued_s, ran_s = work.started - work.arrived, time.monotonic() - work.started
         self._add(answered=1, prompt_tokens=read, completion_tokens=written, queued_s=queued_s)
         said = (found.text, label, found.probabilities, name, version.digest)
         work.future.set_result(Answer(*said, read, written, found.finish_reason, queued_s, ran_s))
 
-    def _fail(self, work: _Work, error: Exception, outcome: str) -> None:
+    def _tell(self, work: Work, piece: str) -> None:
+        if work.told is None or work.request.on_token is None or not piece:
+            return
+        try:
+            work.request.on_token(piece)
+            work.told += piece
+        except Exception:  # the client's side; its answer is whole all the same
+            _logger.exception("A listener to an answer's tokens failed.")
+            work.told = None
+
+    def _fail(self, work: Work, error: Exception, outcome: str) -> None:
         if work.future.done() or not (work.future.running() or work.future.set_running_or_notify_cancel()):
             return
         self._add(**{outcome: 1})
         work.future.set_exception(error)
+
+    def _note(self, answered: int, seconds: float, **more: float) -> None:
+        """How long something ran, and how many were answered by it."""
+        with self._changed:
+            self._recent.append((answered, seconds))
+        self._add(ran_s=seconds, **more)
 
     def _add(self, **more: float) -> None:
         with self._changed:
@@ -311,8 +406,9 @@ _OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropp
 _SUMS = ("batches", "queued_s", "ran_s", "prompt_tokens", "completion_tokens")
 
 
-def _deadline(work: _Work) -> float:
-    return work.deadline
+def _running_from_now(works: Sequence[Work]) -> list[Work]:
+    """Those that are not cancelled, and can't be from now on."""
+    return [work for work in works if work.future.set_running_or_notify_cancel()]
 
 
 def _too_late() -> TooLate:

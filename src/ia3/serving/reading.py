@@ -26,11 +26,13 @@ class Prompt(NamedTuple):
         tokens: what the model reads.
         task: what is left of the adapter's task then.
         longest: the most tokens of the answer.
+        room: the most tokens of any input of the adapter's task.
     """
 
     tokens: list[int]
     task: Task
     longest: int
+    room: int
 
 
 class Reader:
@@ -82,7 +84,7 @@ class Reader:
     def _as_asked(self, task: Task, tokens: list[int], most: int | None) -> Prompt:
         """What is left of a task once its text is tokens: the labels, or how long answers may be."""
         if task.ranks:
-            return Prompt(tokens, _bare_task(TaskKind.LABEL_WORDS, task.labels), 0)
+            return Prompt(tokens, _bare_task(TaskKind.LABEL_WORDS, task.labels), 0, task.max_length)
         longest, positions = task.max_new_tokens or 1, most_positions(self.model)
         if task.kind.task_type is TaskType.SEQ_2_SEQ_LM:
             kind = TaskKind.GENERATION
@@ -90,7 +92,7 @@ class Reader:
             kind = TaskKind.INSTRUCTIONS
             # An answer ends with the model's positions, too, so those with the same room share batches.
             longest = longest if positions is None else min(longest, positions - len(tokens))
-        return Prompt(tokens, _bare_task(kind, longest=longest), min(longest, most or longest))
+        return Prompt(tokens, _bare_task(kind, longest=longest), min(longest, most or longest), task.max_length)
 
 
 @lru_cache(maxsize=256)

@@ -139,7 +139,7 @@ class Server(Protocol):
         """Take a request in.
 
         Returns:
-            Its answer, or one of the errors of this module. `cancel()` drops work that waits.
+            Its answer, or one of the errors of this module. `cancel()` drops work that waits or is being written.
 
         Raises:
             ServingError: what is known at once: `UnknownModel`, `NotServed`, `Overloaded`, `TooLate`, `Dropped`.
