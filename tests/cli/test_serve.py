@@ -48,7 +48,7 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return Engine()
 
     monkeypatch.setattr(serving, "start", start)
-    monkeypatch.setattr(listening, "listen", lambda *given, **more: seen.append((given, more)))
+    monkeypatch.setattr(listening, "listen", lambda *given, **more: seen.append((given, more)) or True)
     monkeypatch.setattr("ia3.serving.metrics.log_in_lines", lambda: None)
     monkeypatch.delenv("IA3_API_KEYS", raising=False)
     monkeypatch.delenv("IA3_ADMIN_KEY", raising=False)

@@ -306,21 +306,6 @@ def test_a_bad_request_does_not_take_its_neighbours(fleet: Path) -> None:
         assert engine.ready
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_ends_leaves_nobody_waiting(fleet: Path) -> None:
-    with serving(fleet) as engine:
-
-        def end(prompts: Any, rows: Any) -> Any:
-            raise SystemExit
-
-        engine._answer = end  # type: ignore[assignment]
-        some = [engine.submit(Request(TEXTS[0], name)) for name in ("news", "free")]
-        for each in some:
-            with pytest.raises(Dropped):
-                each.result(60)
-        assert not engine.ready
-
-
 @pytest.mark.parametrize(
     ("request_", "error", "said"),
     [

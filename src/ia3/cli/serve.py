@@ -73,7 +73,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         _tell(engine, f"http://{shown}:{bound.getsockname()[1]}", as_json=as_json)
         log_in_lines()
-        listen(app, engine, bound, drain_s=drain_s)
+        if not listen(app, engine, bound, drain_s=drain_s):
+            raise typer.Exit(1)
 
 
 def start(

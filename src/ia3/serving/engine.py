@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ia3.serving.batches import Batches, Found
 from ia3.serving.queue import Queue, Work
 from ia3.serving.reading import Reader
@@ -71,7 +73,7 @@ class Engine:
                 f"batch_size is {limits.batch_size}: expected a number from 1 to the registry's capacity of "
                 f"{registry.table.capacity}, since each request of a batch may have another adapter."
             )
-        self.registry, self.limits = registry, limits
+        self.registry, self.limits, self._device = registry, limits, model.device
         self._read = Reader(model, tokenizer)
         self._answer = Batches(model, tokenizer, limits.batch_size, invariant=limits.batch_invariant)
         self._writing = Writing(model, tokenizer, limits.batch_size, invariant=limits.batch_invariant)
@@ -196,6 +198,8 @@ class Engine:
                 if taken:
                     self._begin(taken)
                 self._write_on(time.monotonic() - started)
+        except BaseException:
+            _logger.critical("The engine has failed, and answers nothing more.", exc_info=True)
         finally:  # told to stop, or by an error in this file: nobody is left to wait for ever
             with self._changed:
                 self._is_open = False
@@ -242,6 +246,15 @@ class Engine:
         elif batch := _running_from_now(taken):
             self._run(batch)
 
+    def _expect_device(self, error: Exception) -> None:
+        """Try nothing again where nothing is computed any more, as after some errors of CUDA: the thread ends.
+
+        Raises:
+            Exception: the error, if so.
+        """
+        if not _computes(self._device):
+            raise error
+
     # Whole batches
 
     def _run(self, batch: Sequence[Work]) -> None:
@@ -262,6 +275,7 @@ class Engine:
 
     def _retry(self, batch: Sequence[Work], error: Exception) -> None:
         """Each request of a batch that failed is tried alone, so that a bad one doesn't take its neighbours."""
+        self._expect_device(error)
         if len(batch) == 1:
             failure = NotServed(str(error)) if isinstance(error, ValueError) else error
             self._fail(batch[0], failure, "failed")
@@ -343,6 +357,7 @@ class Engine:
 
     def _leave_slots(self, size: Size, coming: Sequence[Work], error: Exception) -> None:
         """Slots of a size failed: who is in them, or would be, is answered alone."""
+        self._expect_device(error)
         _logger.error("Slots of %d tokens failed.", size.source, exc_info=error)
         self._writing.forget(size)
         places = [place for place in self._written if place.size == size]
@@ -410,6 +425,13 @@ _SUMS = ("batches", "queued_s", "ran_s", "prompt_tokens", "completion_tokens")
 def _running_from_now(works: Sequence[Work]) -> list[Work]:
     """Those that are not cancelled, and can't be from now on."""
     return [work for work in works if work.future.set_running_or_notify_cancel()]
+
+
+def _computes(device: torch.device) -> bool:
+    try:
+        return bool(torch.ones(1, device=device).sum() == 1)
+    except Exception:
+        return False
 
 
 def _too_late() -> TooLate:

@@ -7,6 +7,7 @@ import ipaddress
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,8 @@ from ia3.serving.requests import Server
 
 # Heads larger than these are refused before anything reads them.
 _LARGEST_HEAD = 32 << 10
+# Seconds in which an engine that has failed is seen to have, before the process ends for it.
+_FAILED_S = 3.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -48,14 +51,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float = 30.0) -> None:
-    """Answer until SIGTERM or Ctrl-C: then accept nothing more, end what was begun, and return.
+def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float = 30.0) -> bool:
+    """Answer until SIGTERM or Ctrl-C, or until the engine has failed: then accept nothing more, and end what was begun.
 
     Args:
         app: what `make_app` made.
         server: whose requests are waited for, and which is closed.
         bound: where to listen.
         drain_s: the most seconds to wait for them.
+
+    Returns:
+        Whether it was told to stop.
     """
     config = uvicorn.Config(
         app,
@@ -68,10 +74,12 @@ def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float
         h11_max_incomplete_event_size=_LARGEST_HEAD,
         timeout_graceful_shutdown=int(drain_s) + 1,
     )
+    listener = Listener(config, server, drain_s)
     try:
-        Listener(config, server, drain_s).run([bound])
+        listener.run([bound])
     finally:
         server.close()
+    return not listener.is_over
 
 
 class Listener(uvicorn.Server):
@@ -86,6 +94,18 @@ class Listener(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Server, drain_s: float) -> None:
         super().__init__(config)
         self._engine, self._drain_s = engine, drain_s
+        self._was_ready = time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the engine has failed: it takes no more requests, though nobody told it to stop."""
+        return time.monotonic() - self._was_ready > _FAILED_S and not self.should_exit
+
+    async def on_tick(self, counter: int) -> bool:
+        """As uvicorn's, several times a second. Who starts processes again sees one that has ended."""
+        if self._engine.ready:
+            self._was_ready = time.monotonic()
+        return await super().on_tick(counter) or self.is_over
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
