@@ -39,6 +39,9 @@ def serve(
     gather_ms: Annotated[
         float, typer.Option(min=0, max=10_000, help="Milliseconds that a text waits for company.")
     ] = 3.0,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same answer to the last bit, whoever asks at the same time.")
+    ] = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait; more are told to come again.")] = 1024,
     api_keys: Annotated[
         Path | None, typer.Option(help="A file with the clients' keys, one a line.", show_default=f"${_KEYS}")
@@ -66,7 +69,8 @@ def serve(
             f"Other machines reach {host}, and anybody could ask: give `api_keys`, or the keys in ${_KEYS}."
         )
     with bind(host, port) as bound:
-        engine = start(base, adapters, batch_size, gather_ms / 1000, max_queue, trust_remote_code=trust_remote_code)
+        how = {"batch_invariant": batch_invariant, "trust_remote_code": trust_remote_code}
+        engine = start(base, adapters, batch_size, gather_ms / 1000, max_queue, **how)
         engine.registry.watch()
         app = make_app(engine, keys=keys, admin=admin)
         bound.listen()
@@ -78,8 +82,9 @@ def serve(
 
 
 def start(
-    name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, trust_remote_code: bool
-) -> AnyEngine:
+    name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, batch_invariant: bool,
+    trust_remote_code: bool,
+) -> AnyEngine:  # fmt: skip
     """Load the base and its adapters."""
     from ia3.inference.loading import Base
 
@@ -101,8 +106,10 @@ def start(
                 f"{name} is a model for {base.kind}, and those for words, and for classes of texts, are served."
             )
         own = Path(name).resolve().name if Path(name).exists() else name
-        limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
-        if on_vllm.is_wanted(base) and (plan := _plan_of_vllm(base, batch_size)) is not None:
+        limits = Limits(
+            batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting, batch_invariant=batch_invariant
+        )
+        if not batch_invariant and on_vllm.is_wanted(base) and (plan := _plan_of_vllm(base, batch_size)) is not None:
             status.update(f"Starting vLLM with {name}")
             return on_vllm.start(base, folder, plan, name=own, limits=limits)
         tokenizer = base.tokenizer
