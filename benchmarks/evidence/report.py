@@ -1,0 +1,295 @@
+"""The table, the pictures and the summary of what the results' file holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from evidence.bases import DATA_OF
+from evidence.data import FOLDS, RAFT, RAFT_TASKS, plan_of
+from evidence.intervals import Bits, bootstrap, difference, interval, mean_accuracy
+from evidence.methods import FROZEN, FULL, IA3, LORA, METHODS_OF, WORDS
+from evidence.results import (
+    Record,
+    accuracy_by_task,
+    best_rate,
+    mean,
+    rate_of_task,
+    read,
+    unpack_bits,
+    validation_scores,
+)
+
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+
+
+@dataclass
+class Row:
+    """A method on a base and a data set.
+
+    Args:
+        rates: the chosen one, or those of RAFT's tasks.
+        accuracy, low, high: over all seeds and rows.
+        seeds: how many; RAFT's folds.
+        against: by method, how much more accurate this one is, and the interval of that.
+        by_rate: the first seed's test accuracy at each rate; RAFT's mean over tasks.
+    """
+
+    base: str
+    data: str
+    method: str
+    rates: list[float]
+    accuracy: float
+    low: float
+    high: float
+    seeds: int
+    trained: int
+    against: dict[str, tuple[float, float, float]]
+    by_rate: dict[float, float]
+    speed: Record
+
+
+def write(results: Path, folder: Path) -> None:
+    """Print the table; write evidence.json and two pictures."""
+    records = read(results)
+    rows = [row for base, names in DATA_OF.items() for data in names for row in cell(records, base, data)]
+    swept = [*sweeps(records)]
+    show(rows, swept)
+    summary = {
+        "machines": distinct(record["machine"] for record in records),
+        "rows": [asdict(row) for row in rows],
+        "runs": sum(record["kind"] == "run" for record in records),
+        "run_seconds": round(sum(record.get("seconds", 0.0) for record in records if record["kind"] == "run")),
+        "sweeps": swept,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evidence.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if rows:
+        pictures(rows, folder)
+
+
+def cell(records: list[Record], base: str, data: str) -> list[Row]:
+    """Every method that has been run on a base and a data set, beside the others."""
+    own = [record for record in records if record["kind"] == "run" and record["base"] == base]
+    own = [record for record in own if record["steps"] == plan_of(base, data).steps]
+    found = {}
+    for method in METHODS_OF[base]:
+        runs = [record for record in own if record["method"] == method]
+        judged = raft(runs) if data == RAFT else ordinary([record for record in runs if record["data"] == data])
+        if judged is not None:
+            found[method] = judged
+    speeds = {each["method"]: each for each in records if each["kind"] == "speed" and each["base"] == base}
+    return [
+        Row(
+            base=base,
+            data=data,
+            method=method,
+            rates=judged.rates,
+            accuracy=mean_accuracy(judged.groups),
+            low=interval(bootstrap(judged.groups))[0],
+            high=interval(bootstrap(judged.groups))[1],
+            seeds=judged.seeds,
+            trained=judged.trained,
+            against={
+                other: difference(judged.groups, found[other].groups)
+                for other in (IA3, LORA, FULL)
+                if other in found and other != method and found[other].shapes == judged.shapes
+            },
+            by_rate=judged.by_rate,
+            speed={name: value for name, value in speeds.get(method, {}).items() if name.endswith(("_ms", "_bytes"))},
+        )
+        for method, judged in found.items()
+    ]
+
+
+@dataclass
+class Judged:
+    """The runs that a method is judged by: which rows were right, `[seeds, rows]` of each test set."""
+
+    groups: list[Bits]
+    rates: list[float]
+    seeds: int
+    trained: int
+    by_rate: dict[float, float]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [group.shape for group in self.groups]
+
+
+def ordinary(runs: list[Record]) -> Judged | None:
+    """By the rate that validation chose; of several versions of the data, the last."""
+    runs = [record for record in runs if record["digest"] == runs[-1]["digest"]]
+    if not runs:
+        return None
+    first = [record for record in runs if record["seed"] == 0]
+    rate = 0.0 if runs[0]["method"] == FROZEN else best_rate(validation_scores(first))
+    return at_rate(runs, rate)
+
+
+def at_rate(runs: list[Record], rate: float) -> Judged:
+    final = sorted((record for record in runs if record["rate"] == rate), key=lambda record: record["seed"])
+    by_rate = {record["rate"]: record["test_accuracy"] for record in runs if record["seed"] == 0}
+    bits = np.array([unpack_bits(record["test_correct"], record["test_rows"]) for record in final])
+    return Judged([bits], [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())))
+
+
+def raft(runs: list[Record]) -> Judged | None:
+    """By each task's rate, of those that all folds of all tasks were run with; the mean over tasks."""
+    names = [f"{RAFT}/{task}" for task in RAFT_TASKS]
+    runs = [record for record in runs if record["data"] in names]
+    complete = [
+        record for record in runs if sum(other["rate"] == record["rate"] for other in runs) == FOLDS * len(names)
+    ]
+    if not complete:
+        return None
+    by_task = accuracy_by_task(complete)
+    groups, rates = [], []
+    for name in names:
+        rate = rate_of_task(by_task, name)
+        folds = [record for record in complete if (record["data"], record["rate"]) == (name, rate)]
+        folds = sorted(folds, key=lambda record: record["seed"])
+        groups.append(np.array([[right for f in folds for right in unpack_bits(f["test_correct"], f["test_rows"])]]))
+        rates.append(rate)
+    by_rate = {rate: mean([*tasks.values()]) for rate, tasks in sorted(by_task.items())}
+    return Judged(groups, rates, FOLDS, complete[0]["trained"], by_rate)
+
+
+def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
+    """What `ia3.sweep` chose, and how much is lost by that beside the rate that the runs' own validation chose."""
+    for swept in (record for record in records if record["kind"] == "sweep"):
+        same = ("base", "data", "digest", "method", "steps")
+        runs = [
+            record
+            for record in records
+            if record["kind"] == "run" and all(record[name] == swept[name] for name in same)
+        ]
+        if not any(record["rate"] == swept["chosen"] for record in runs):
+            continue
+        grid, chosen = ordinary(runs), at_rate(runs, swept["chosen"])
+        assert grid is not None
+        yield {
+            "base": swept["base"],
+            "data": swept["data"],
+            "steps": swept["steps"],
+            "seconds": swept["seconds"],
+            "sweep_rate": swept["chosen"],
+            "grid_rate": grid.rates[0],
+            "sweep_accuracy": mean_accuracy(chosen.groups),
+            "grid_accuracy": mean_accuracy(grid.groups),
+            "difference": difference(chosen.groups, grid.groups) if chosen.shapes == grid.shapes else None,
+        }
+
+
+def show(rows: list[Row], swept: list[dict[str, Any]]) -> None:
+    console = Console(width=150)
+    for base, data in distinct((row.base, row.data) for row in rows):
+        table = Table(title=f"{base}, {data}", title_justify="left")
+        for name in ("method", "rate", "accuracy, 95 %", "beside LoRA", "beside all weights", "trained"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for name in ("MB stored", "ms a step", "GB at most"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            if (row.base, row.data) == (base, data):
+                table.add_row(*cells_of(row))
+        console.print(table)
+    for each in swept:
+        lost = each["difference"]
+        console.print(
+            f"{each['base']}, {each['data']}: ia3.sweep chose {each['sweep_rate']:g} in {each['seconds']:.0f} s, the "
+            f"runs {each['grid_rate']:g}; test {each['sweep_accuracy']:.2%} and {each['grid_accuracy']:.2%}"
+            + (f", difference {points(lost)}" if lost else ""),
+            highlight=False,
+        )
+
+
+def cells_of(row: Row) -> list[str]:
+    rates = f"{min(row.rates):g}" if len({*row.rates}) == 1 else f"{min(row.rates):g} to {max(row.rates):g}"
+    speed = row.speed
+    stored, memory = (speed.get(name) for name in ("stored_bytes", "peak_bytes"))
+    step = speed.get("captured_ms", speed.get("eager_ms"))
+    return [
+        WORDS[row.method],
+        "" if row.method == FROZEN else rates,
+        f"{row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}] × {row.seeds}",
+        *(points(row.against[other]) if other in row.against else "" for other in (LORA, FULL)),
+        f"{row.trained:,}",
+        "" if stored is None else f"{stored / 1e6:,.2f}",
+        "" if step is None else f"{step:.2f}",
+        "" if memory is None else f"{memory / 1e9:.2f}",
+    ]
+
+
+def points(found: tuple[float, float, float]) -> str:
+    """A difference in percentage points."""
+    here, low, high = (100 * number for number in found)
+    return f"{here:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def pictures(rows: list[Row], folder: Path) -> None:
+    cells = distinct((row.base, row.data) for row in rows)
+    colours = dict(zip(WORDS, matplotlib.colormaps["tab10"].colors, strict=False))
+
+    def draw(name: str, panel: Any) -> None:
+        with matplotlib.rc_context(STYLE):
+            down = -(-len(cells) // 3)
+            figure = Figure(figsize=(15, 3.6 * down + 0.6), dpi=110, layout="constrained")
+            FigureCanvasAgg(figure)
+            panels = figure.subplots(down, 3, squeeze=False).flatten()
+            for axes in panels[len(cells) :]:
+                axes.remove()
+            for axes, (base, data) in zip(panels, cells, strict=False):
+                panel(axes, [row for row in rows if (row.base, row.data) == (base, data)])
+                axes.set_title(f"{base}, {data}", loc="left")
+                axes.set_ylabel("test accuracy, %")
+            labelled = {
+                text: handle
+                for axes in panels[: len(cells)]
+                for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+            }
+            figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=5, frameon=False)
+            figure.savefig(folder / f"{name}.png")
+
+    def by_size(axes: Axes, own: list[Row]) -> None:
+        for row in own:
+            if row.method == FROZEN:
+                axes.axhline(100 * row.accuracy, color="grey", linestyle=":", label=WORDS[FROZEN])
+                continue
+            spread = [[100 * (row.accuracy - row.low)], [100 * (row.high - row.accuracy)]]
+            look = {"color": colours[row.method], "label": WORDS[row.method], "fmt": "o", "capsize": 3}
+            axes.errorbar([row.trained], [100 * row.accuracy], yerr=spread, **look)
+        axes.set_xscale("log")
+        axes.set_xlabel("numbers trained")
+
+    def by_rate(axes: Axes, own: list[Row]) -> None:
+        for row in (row for row in own if row.method != FROZEN):
+            accuracies = [100 * each for each in row.by_rate.values()]
+            look = {"color": colours[row.method], "label": WORDS[row.method], "marker": "."}
+            axes.plot([*row.by_rate], accuracies, **look)
+            if len({*row.rates}) == 1:
+                axes.plot(row.rates[0], 100 * row.by_rate[row.rates[0]], "o", color=colours[row.method])
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate (large dot: chosen)")
+
+    draw("evidence_size", by_size)
+    draw("evidence_rate", by_rate)
+
+
+def distinct(things: Iterable[Any]) -> list[Any]:
+    """Each once, in their order."""
+    found: list[Any] = []
+    for thing in things:
+        if thing not in found:
+            found.append(thing)
+    return found

@@ -1,0 +1,121 @@
+"""(IA)³ beside LoRA, biases, a head alone and all weights, each at its own best rate, on three bases.
+
+    IA3_DATA=… python benchmarks/evidence_table.py [--small] [--bases minilm] [--data banking77] [--methods ia3 lora]
+    IA3_DATA=… python benchmarks/evidence_table.py --parts speed sweep
+    python benchmarks/evidence_table.py --report
+
+Bases are all-MiniLM-L6-v2 (22 million numbers, a new head on the mean of its tokens), `bundled:flan-t5-small-titler`
+(77) and SmolLM2-135M-Instruct (135), the latter two answering by the likeliest label. Every method is trained by the
+same loop (`evidence/loop.py`) in the same order. A method walks over one grid of rates from its customary one until the
+best on the validation set, by one seed, has two neighbours on either side; that rate is then run with five seeds and
+judged on a fixed test set. RAFT's fifty rows a task are five folds, and a task's rate is the best on the other tasks.
+Intervals are bootstrap over seeds and test rows. What was sub-sampled stands in `evidence/data.py` and in each result.
+
+Each run is a line of the results' file, and what is there is not run again: stop it, or give it `--seconds`, and go on
+by the same command. `--processes` units run side by side on one GPU; `speed` wants one. `sweep` asks which rate
+`ia3.sweep` picks. The data folder holds the data sets as `evidence/data.py` reads them.
+
+A machine that nothing can be downloaded to is sent the parts that `--pack FOLDER` writes, one by one; there
+`--unpack PART FOLDER` gives, with the last, `FOLDER/site` for PYTHONPATH and `FOLDER/data`.
+
+Needs: one GPU, --small a CPU; peft, the three wheels, gguf, accelerate and five data sets; 20 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import bench
+from evidence import carry, report
+from evidence.bases import BASES
+from evidence.data import PLANS
+from evidence.methods import WORDS
+from evidence.units import Settings, Unit, units, work
+
+RESULTS = bench.RESULTS / "evidence.jsonl"
+PARTS = ("runs", "speed", "sweep")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["runs"])
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=[*BASES])
+    parser.add_argument("--data", nargs="+", choices=PLANS, default=[*PLANS])
+    parser.add_argument("--methods", nargs="+", choices=WORDS, default=[*WORDS])
+    parser.add_argument("--data-folder", type=Path, default=os.environ.get("IA3_DATA"), help="by default $IA3_DATA")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no run begins")
+    parser.add_argument("--processes", type=int, default=1, help="units side by side")
+    parser.add_argument("--eager", action="store_true", help="capture no step")
+    parser.add_argument("--small", action="store_true", help="a few steps, two rates, one seed, to try everything")
+    parser.add_argument("--list", action="store_true", help="the units that would be worked on")
+    parser.add_argument("--report", action="store_true", help="table, pictures and summary of what there is")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="write what another machine needs, in parts")
+    parser.add_argument("--unpack", type=Path, nargs=2, metavar=("PART", "FOLDER"), help="take up a part there")
+    arguments = parser.parse_args()
+    if arguments.unpack:
+        return carry.unpack(*arguments.unpack)
+    if arguments.report:
+        return report.write(arguments.results, bench.RESULTS)
+    if arguments.data_folder is None:
+        parser.error("where are the data sets? --data-folder, or IA3_DATA")
+    if arguments.pack:
+        return carry.pack(arguments.pack, arguments.data_folder)
+    chosen = units(arguments.parts, arguments.bases, arguments.data, arguments.methods)
+    if arguments.list:
+        return print(*chosen, sep="\n")
+    settings = Settings(
+        folder=arguments.data_folder,
+        results=arguments.results,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        captured=not arguments.eager,
+        small=arguments.small,
+        until=time.time() + arguments.seconds,
+        processes=arguments.processes,
+    )
+    bench.say_machine()
+    failures = run(chosen, settings)
+    return parser.exit(1, f"{failures} units failed\n") if failures else None
+
+
+def run(chosen: list[Unit], settings: Settings) -> int:
+    """Work on all units; how many failed."""
+    started, failures = time.perf_counter(), 0
+    attempt_one = partial(attempt, settings=settings)
+    with multiprocessing.get_context("spawn").Pool(settings.processes) if settings.processes > 1 else _alone() as pool:
+        for number, (line, failed) in enumerate(pool.imap_unordered(attempt_one, chosen), 1):
+            failures += failed
+            print(f"[{number}/{len(chosen)}, {time.perf_counter() - started:.0f} s] {line}", flush=True)
+    return failures
+
+
+def attempt(unit: Unit, settings: Settings) -> tuple[str, bool]:
+    """A unit that fails is said and leaves the others alone."""
+    try:
+        return work(unit, settings), False
+    except Exception:
+        return f"{unit}: FAILED\n{traceback.format_exc()}", True
+
+
+class _alone:  # noqa: N801
+    """This process, as if it were a pool."""
+
+    def __enter__(self) -> _alone:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    imap_unordered = staticmethod(map)
+
+
+if __name__ == "__main__":
+    main()
