@@ -18,9 +18,10 @@ from transformers import BertConfig, BertForMaskedLM
 import tiny_classifier
 from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.cli.serve import start
+from ia3.fast.encoding import FusedEncoder
 from ia3.inference.classify import classify, load_classifier
 from ia3.inference.loading import load_adapter
-from ia3.serving.encoders import Encoder
+from ia3.serving.encoders import no_vectors_reason
 from ia3.serving.engine import Engine
 from ia3.serving.http import make_app
 from ia3.serving.requests import NotServed, Request
@@ -84,6 +85,7 @@ def test_each_text_is_answered_as_predict_answers_it(encoder: tuple[str, Path], 
     futures = [engine.submit(Request(text, name)) for name, text in asked]
     found = dict(zip(asked, (future.result(60) for future in futures), strict=True))
     assert engine.stats()["batches"] < len(asked) / 4  # they share batches, whatever their labels are
+    assert engine._answer._encoder.reason is None  # by fused blocks
     answered = set()
     for name, labels in LABELS.items():
         model, tokenizer = load_adapter(encoder[1] / name)
@@ -98,6 +100,28 @@ def test_each_text_is_answered_as_predict_answers_it(encoder: tuple[str, Path], 
             assert answer.probabilities == pytest.approx(each.probabilities, abs=1e-6)
             assert [*(answer.probabilities or ())] == [*labels]
     assert len(answered) > len(LABELS)  # else they tell nothing
+
+
+def test_the_models_own_forward_where_fused_blocks_are_others(
+    encoder: tuple[str, Path], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the share rises"
+    expected = {name: ask(engine, name, text).probabilities for name in LABELS}
+    monkeypatch.setattr(FusedEncoder, "difference", lambda *given: "its numbers are others")
+    monkeypatch.setattr(FusedEncoder, "__call__", None)
+    with started(*encoder) as other:
+        for name in LABELS:
+            assert ask(other, name, text).probabilities == pytest.approx(expected[name], abs=1e-6)
+        assert other._answer._encoder.reason == "its numbers are others"
+
+
+def test_another_model_is_compared_anew(encoder: tuple[str, Path]) -> None:
+    with started(*encoder) as engine:
+        first = ask(engine, "five", "the share rises").probabilities
+        with torch.no_grad():
+            engine.registry.model.bert.encoder.layer[0].output.dense.weight.mul_(2)
+        changed = ask(engine, "five", "the share rises").probabilities
+        assert changed != pytest.approx(first, abs=1e-3)
 
 
 def test_the_base_answers_nothing(engine: Engine) -> None:
@@ -146,8 +170,8 @@ def test_a_causal_model_gives_no_vectors(tmp_path: Path, tiny: Any) -> None:
     said = "gives no embeddings, since a causal model's tokens don't see"
     with serving(folder, causal=True) as engine, pytest.raises(NotServed, match=said):
         engine.submit(Request("one", "chat", embeds=True))
-    assert Encoder(tiny("llama", task="SEQ_CLS")).unsupported_reason == "its tokens don't see what comes after them"
-    assert Encoder(tiny("bert")).unsupported_reason is None
+    assert no_vectors_reason(tiny("llama", task="SEQ_CLS")) == "its tokens don't see what comes after them"
+    assert no_vectors_reason(tiny("bert")) is None
 
 
 def test_what_an_encoder_does_not_answer(encoder: tuple[str, Path], tmp_path: Path) -> None:

@@ -248,6 +248,17 @@ class FusedLoss:
 
         return own_loss(answered(self.model, self.architecture.front, encode), packed.tensors)[None]
 
+    def encoded(self, x: Tensor, ragged: Ragged, table: Tensor) -> Tensor:
+        """What an encoder's blocks make of its embeddings, both `[tokens, width]`.
+
+        Args:
+            x: what the model's own embeddings give the blocks.
+            ragged: where the examples are.
+            table: as in the loss.
+        """
+        (blocks,) = self.weights.stacks
+        return self.run(self._split(table)).through(blocks, x, Inputs(ragged, ragged))
+
     def log_probabilities(
         self, packed: Packed, choices: Tensor, table: Tensor, readers: Readers | None = None
     ) -> Tensor:

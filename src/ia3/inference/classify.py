@@ -209,25 +209,12 @@ def batched_logits(
     """
     model.eval()
     for indices in sorted_batches([len(row) for row in rows], batch_size):
-        yield indices, head_logits(model, [rows[i] for i in indices])
+        batch = pad_rows([rows[i] for i in indices], padding_token(model))
+        with torch.inference_mode():
+            logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        yield indices, logits.cpu().double()
         if beat is not None:
             beat(len(indices))
-
-
-def head_logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """What the head answers to one batch.
-
-    Args:
-        model: in evaluation mode.
-        rows: token ids.
-
-    Returns:
-        Logits `[rows, classes]` or `[rows, length, classes]` on the CPU in float64.
-    """
-    batch = pad_rows(rows, padding_token(model))
-    with torch.inference_mode():
-        logits: Tensor = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
-    return logits.cpu().double()
 
 
 def padding_token(model: Any) -> int:

@@ -12,7 +12,7 @@ from ia3.config import TaskType
 from ia3.inference.classify import tokenise_texts
 from ia3.inference.complete import check_positions, cut_prompt, encode, has_template, prompt_text, without_template
 from ia3.inference.predict import most_positions, tokenise_inputs
-from ia3.serving.encoders import Encoder
+from ia3.serving.encoders import no_vectors_reason
 from ia3.serving.registry import Version
 from ia3.serving.requests import NotServed, Request
 from ia3.tasks.task import Task, TaskKind
@@ -49,7 +49,7 @@ class Reader:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, deepcopy(tokenizer)
-        self._no_vectors = Encoder(model).unsupported_reason
+        self._no_vectors = no_vectors_reason(model)
         self._lock = threading.Lock()
 
     def __call__(self, version: Version, request: Request) -> Prompt:
