@@ -48,6 +48,12 @@ def test_chosen_modules(folder: Path) -> None:
     assert len(json.loads(pattern.stdout)["sites"]) == 2
 
 
+def test_the_decoder_alone(folder: Path) -> None:
+    shown = json.loads(succeed("targets", folder, "--towers", "decoder", "--json").stdout)
+    assert len(shown["sites"]) == 10
+    assert {each["path"].partition(".")[0] for each in shown["sites"]} == {"decoder"}
+
+
 def test_a_fused_projection_says_how_much_is_trained(tmp_path: Path) -> None:
     AutoConfig.for_model("gpt2", n_embd=16, n_layer=2, n_head=4, vocab_size=11).save_pretrained(tmp_path)
     shown = succeed("targets", tmp_path).stdout

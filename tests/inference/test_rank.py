@@ -16,6 +16,7 @@ from ia3.fast.fused import FusedLoss
 from ia3.inference.rank import LabelScorer, _under_masks, likeliest, rank, rankings, tokenise_labels
 from ia3.mixing import gather_rows
 from ia3.rows import BASE, acting
+from ia3.state import attached
 from ia3.tasks.losses import choice_log_probabilities, choice_scores, pad_choices
 from replayed import recording
 
@@ -203,6 +204,34 @@ def test_one_text_under_many_adapters_is_encoded_once(many: Any, monkeypatch: An
     if not recorded:
         assert counts == [1, 2]
     assert (scorer.fused is None, scorer.difference) == (reason is not None, None)
+
+
+def test_a_scorer_follows_a_table_that_grows(many: Any, tmp_path: Path) -> None:
+    """By sites of the encoder, which the first adapters don't have, and by another content under a name."""
+    table = attached(many).table
+    assert isinstance(table, AdapterTable)
+    table.close()
+    table = AdapterTable(many)
+    table.register("c", tmp_path / "c")
+    scorer, names = LabelScorer(many, TOKENIZER, LABELS), ["c", BASE] * 3 + ["c"]
+    torch.testing.assert_close(scorer(TEXTS, adapter_names=names), each_alone(many, TEXTS, names), rtol=0, atol=1e-10)
+    table.register("a", tmp_path / "a")
+    for content in ("d", "b"):
+        table.register("c", tmp_path / content)
+        names = ["c", "a", BASE, "c", "a", "c", "c"]
+        found = scorer([TEXTS[0]] * 7, adapter_names=names)
+        torch.testing.assert_close(found, each_alone(many, [TEXTS[0]] * 7, names), rtol=0, atol=1e-10)
+    assert scorer.fused is not None
+    assert scorer.difference is None
+
+
+def test_more_adapters_than_a_table_has_room_for(many: Any) -> None:
+    table = attached(many).table
+    assert table is not None
+    table.capacity = 3
+    names = ["c", "d", "e", "a", "b", BASE]
+    found = LabelScorer(many, TOKENIZER, LABELS, batch_size=2)([TEXTS[0]] * 6, adapter_names=names)
+    torch.testing.assert_close(found, each_alone(many, [TEXTS[0]] * 6, names), rtol=0, atol=1e-10)
 
 
 def inputs_read(model: Any, monkeypatch: Any) -> list[int]:

@@ -98,9 +98,12 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("difference", Never("narrowed"), "that PEFT scales fused queries isn't said"),
         Mutant("_keys_and_values", Instead("rest in alike", "True"), "relative positions' projections are keys"),
         Mutant("_is_alone", Instead("len(beside) == 1", "True"), "layers of different modules make a feed-forward"),
-        Mutant("_chosen_towers", Instead("any(is_inside(path, root) for root in roots)", "True"),
+        Mutant("chosen_towers", Instead("any(is_inside(path, root) for root in roots)", "True"),
                "every tower is adapted by default"),
         Mutant("_apart", Instead("each.path in held", "False"), "keys that are mixed with others are scaled in part"),
+    ],
+    ("test_towers.py",): [
+        Mutant("chosen_towers", Instead("_halves(model) | named", "named"), "an encoder-decoder has no decoder"),
     ],
     ("test_merging.py",): [
         Mutant(
@@ -358,7 +361,15 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Batches._in_fixed_shapes", Instead("some[:1] * (most - len(some))", "[]"),
                "probabilities depend on who shares the batch"),
     ],
+    ("fast/test_scores.py",): [
+        Mutant("FusedLoss.log_probabilities", Instead("readers.before[:-1]", "readers.before[1:]"),
+               "a text is encoded under the vectors of the next one's answers"),
+        Mutant("Run._attend_across", Instead("scaled(attended, l_v, inputs.tokens) if apart else attended", "attended"),
+               "values have no vectors where several answers read one text"),
+    ],
     ("inference/test_rank.py", "inference/test_predict.py", "inference/test_answering.py"): [
+        Mutant("LabelScorer._encodes_as", Instead("self.sites_that_write[own]", "True"),
+               "a text is encoded once for adapters with vectors in the encoder, too"),
         Mutant("likeliest", Instead("range(len(row))", "reversed(range(len(row)))"),
                "of equally likely labels not the first is answered"),
         Mutant("sorted_batches", Instead("-lengths[index]", "lengths[index]"),

@@ -66,7 +66,9 @@ class ChoiceScores:
                 same in the encoder.
             readers: how many answers read each input, one after the other; None for one each.
         """
-        packed, answers = self._packed(input_ids, attention_mask), sum(readers or [1] * len(input_ids))
+        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX)
+        packed = self.losses.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
+        answers = sum(readers or [1] * len(input_ids))
         tensors = dict(packed.tensors)
         filled, most = answers, max(readers or [1])
         if self.computation.captures:
@@ -83,17 +85,14 @@ class ChoiceScores:
             found: Tensor = self.computation(groups, filled, most, *packed.fixed, **tensors)
             return found[:answers].clone()
 
-    def _packed(self, input_ids: Tensor, attention_mask: Tensor) -> Packed:
-        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX)
-        return self.losses.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
-
     @torch.no_grad()
     def _hold(self, flat: Tensor, answers: int) -> int:
         """Put vectors where they are read; how many there is room for."""
         groups = 1 if len(flat) == 1 else answers
-        if groups not in self.tables or self.tables[groups].dtype != flat.dtype:
+        if groups not in self.tables:
+            like = {"dtype": torch.promote_types(self.model.dtype, torch.float32), "device": self.model.device}
             with torch.inference_mode(False):
-                self.tables[groups] = torch.ones(groups, self.layout.size, dtype=flat.dtype, device=self.model.device)
+                self.tables[groups] = torch.ones(groups, self.layout.size, **like)
         self.tables[groups][: len(flat)].copy_(flat)
         return groups
 
@@ -108,7 +107,7 @@ class ChoiceScores:
         Args:
             input_ids, attention_mask, flat, readers: as in a call.
         """
-        kind = (len(flat) > 1, readers is not None, self._packed(input_ids, attention_mask).uniform)
+        kind = (len(flat) > 1, readers is not None, bool(attention_mask.all()))
         if kind in self.compared:
             return None
         counts = [*(readers or [1] * len(input_ids))]
