@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_seq2seq
 from fleet import bare
 
+import tiny_seq2seq
 from ia3.cli import serve
 from ia3.inference.loading import Base
 from ia3.serving import on_vllm
