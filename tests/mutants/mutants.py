@@ -367,6 +367,15 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Run._attend_across", Instead("scaled(attended, l_v, inputs.tokens) if apart else attended", "attended"),
                "values have no vectors where several answers read one text"),
     ],
+    ("serving/test_continuous.py", "serving/test_on_vllm.py"): [
+        Mutant("ContinuousEngine._leave", Skip("release"), "versions that were written under once never go"),
+        Mutant("ContinuousEngine._leave", Skip("_fail"), "who is dropped before the first step waits for ever"),
+        Mutant("ContinuousEngine._within", Instead("min(prompt.longest, room)", "prompt.longest"),
+               "an answer goes on behind the writer's room"),
+        Mutant("ContinuousEngine._give_up", Skip("call_soon_threadsafe"), "a client that went is written to"),
+        Mutant("ContinuousEngine._give", Instead("work.started - work.arrived", "0.0"), "nobody ever waited"),
+        Mutant("is_wanted", Never("is_gguf"), "vLLM gets a file that it can't read"),
+    ],
     ("inference/test_rank.py", "inference/test_predict.py", "inference/test_answering.py"): [
         Mutant("LabelScorer._encodes_as", Instead("self.sites_that_write[own]", "True"),
                "a text is encoded once for adapters with vectors in the encoder, too"),

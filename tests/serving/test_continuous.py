@@ -63,6 +63,7 @@ def test_each_answer_is_that_of_the_adapter_alone(chats: Path) -> None:
             assert (answer.text, answer.label, answer.probabilities) == (expected.label, None, None)
             assert answer.adapter == name
             assert answer.queued_s >= 0 < answer.ran_s
+    assert max(answer.queued_s for answer in found.values()) > 0
     assert said.prompt_tokens > found["chat", QUESTIONS[0]].prompt_tokens
     assert len({answer.text for answer in found.values()}) > 3
 

@@ -148,7 +148,7 @@ class VLLM:
         self._uses: Counter[str] = Counter()
         self._lock = threading.Lock()
         try:
-            self._llm = self._wait_for(self._start(config))
+            self._llm: Any = self._wait_for(self._start(config))
         except BaseException:
             self._end_loop()
             raise
@@ -158,7 +158,7 @@ class VLLM:
     @property
     def alive(self) -> bool:
         """Whether vLLM runs."""
-        return not self._llm.errored
+        return self._llm is not None and not self._llm.errored
 
     # What is held
 
@@ -206,7 +206,10 @@ class VLLM:
 
     def close(self) -> None:
         """End vLLM. No request may be under way."""
+        # Else it would take the end of vLLM's process for a failure.
+        self.loop.call_soon_threadsafe(self._llm.output_handler.cancel)
         self._llm.shutdown(timeout=_TO_DRAIN_S)
+        self._llm = None
         self._end_loop()
         self._adapters.clear()
 
