@@ -10,7 +10,7 @@ any step; `slots, invariant` are the same with `--batch-invariant`. `labels` are
 `equal` where all probabilities are the same to the last bit. `tokens_per_s` counts new tokens in company,
 `texts_per_s` texts; what is recorded or compiled was so before. `--tiny` tries the script on a CPU, in bf16 too.
 
-Needs: one GPU, --tiny a CPU; five minutes.
+Needs: one GPU, --tiny a CPU; nothing more; some minutes.
 """
 
 from __future__ import annotations

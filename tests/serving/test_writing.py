@@ -218,6 +218,7 @@ def test_other_sites_come_and_nobody_is_lost(fleet: Path, tmp_path: Path) -> Non
             make(size)
 
         engine._writing._make = note  # type: ignore[method-assign]
+        engine._answer = None  # type: ignore[assignment]  # nobody needs a whole batch
         for future in (first, second):
             assert future.result(60).completion_tokens == 30
         answers = [future.result(60) for future in given[0]]
@@ -226,6 +227,23 @@ def test_other_sites_come_and_nobody_is_lost(fleet: Path, tmp_path: Path) -> Non
         assert len(made) == 2
     with never_ending(tmp_path) as engine:
         assert [ask(engine, "whole", text).text for text in TEXTS[:3]] == [answer.text for answer in answers]
+
+
+def test_a_model_that_changes_under_an_answer(fleet: Path) -> None:
+    """Who is written goes on; who comes then waits for slots of what the model is now."""
+    with never_ending(fleet, batch_size=2) as engine:
+        model = engine._writing.model
+
+        def change() -> Any:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            return engine.submit(Request(TEXTS[1], "long"))
+
+        given = at_step(engine, 5, change)
+        engine._answer = None  # type: ignore[assignment]  # nobody needs a whole batch
+        assert engine.submit(Request(TEXTS[0], "long")).result(20).completion_tokens == 30
+        assert given[0].result(20).completion_tokens == 30
+        (held,) = engine._writing._held.values()
+        assert held.slots.is_valid()
 
 
 @pytest.mark.parametrize("odd", [["q"], ["wi_1"]], ids=str)
