@@ -495,6 +495,8 @@ class TestWhatIsSeen:
                 served.post("/v1/completions", model="writer", prompt="a private text")
                 served.post("/v1/completions", model="writer", prompt="fault")
                 served.get("/health", None)
+                served.get("/v1/activity")
+                served.get("/v1/activity", None)
                 served.post("/v1/load_lora_adapter", ADMIN_KEY)
         finally:
             logger.handlers[:], logger.level, logger.propagate = former
@@ -504,9 +506,10 @@ class TestWhatIsSeen:
         assert [(each["route"], each["status"]) for each in requests] == [
             ("/v1/completions", 200),
             ("/v1/completions", 500),
+            ("none", 401),
             ("/v1/load_lora_adapter", 400),
         ]
-        assert [each["key"] for each in requests] == [1, 1, "admin"]
+        assert [each["key"] for each in requests] == [1, 1, None, "admin"]
         fault = next(each for each in lines if each["event"] == "fault")
         assert (fault["error"], fault["id"]) == ("RuntimeError", requests[1]["id"])
         for private in ("private", KEY, ADMIN_KEY, "secret"):

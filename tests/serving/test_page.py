@@ -111,8 +111,8 @@ class Sight:
         self.page.get_by_role("button", name="Ask").click()
 
     def later(self) -> None:
-        """After the time in which it looks again."""
-        self.page.clock.fast_forward(11_000)
+        """After the time in which it asks for everything again."""
+        self.page.clock.fast_forward(31_000)
 
     def fits(self) -> bool:
         """Whether nothing stands out of the window's width."""
@@ -279,6 +279,11 @@ def test_the_list_follows_what_is_served(sight: Sight) -> None:
     expect(sight.page.locator("#chosen button")).to_have_text(["writer"])
     expect(sight.page.locator("#hint")).to_have_text("Not served any more: news.")
     expect(sight.box("writer")).to_be_checked()
+    engine.served["late"] = replace(NEWS, name="late", aliases=())
+    stats = engine.stats() | {"adapters": 3.0}
+    engine.stats = lambda: stats  # type: ignore[method-assign]
+    sight.page.clock.fast_forward(6_000)  # where their number has changed it doesn't wait
+    expect(sight.page.locator("#list .name")).to_have_text(["tiny", "writer", "sport", "late"])
 
 
 class TestErrors:

@@ -54,9 +54,9 @@ class Metrics:
         )
         self.running = Gauge("ia3_http_requests_running", "Requests under way.", **own)
         self._queued = Histogram(
-            "ia3_request_queue_time_seconds", "From a text's coming to the start of its batch.", **timed
+            "ia3_request_queue_time_seconds", "From a text's coming until it is taken up.", **timed
         )
-        self._ran = Histogram("ia3_request_inference_time_seconds", "What a text's batch took.", **timed)
+        self._ran = Histogram("ia3_request_inference_time_seconds", "From then on until its answer.", **timed)
         self._registry.register(_Figures(server))
 
     def count(self, route: str, status: int, seconds: float) -> None:

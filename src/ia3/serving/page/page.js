@@ -7,6 +7,7 @@ const AT_ONCE = 4; // requests under way, of the six that a browser allows a ser
 const FEW_LABELS = 5; // of an answer; the others unfold
 const FEW_BUSY = 8;
 const EVERY_MS = 5000;
+const LIST_EVERY_MS = 30000; // unless the number of adapters has changed
 const REST = 50; // a list that took its time is asked for again after so many times as much
 const WRITING = new Set([null, "generation", "instructions", "language-modelling"]); // kinds of tasks without labels
 const KEY = "ia3-key";
@@ -19,6 +20,7 @@ const state = {
   chosen: new Set(),
   asking: null, // what stops the question under way
   again: 0, // when the list is asked for next
+  adapters: null, // how many there were
 };
 
 const number = new Intl.NumberFormat("en");
@@ -127,11 +129,13 @@ at["forget-key"].addEventListener("click", () => {
 
 async function refresh() {
   try {
-    showActivity(await (await call("v1/activity")).json());
-    if (Date.now() >= state.again) {
+    const activity = await (await call("v1/activity")).json();
+    showActivity(activity);
+    if (Date.now() >= state.again || activity.adapters !== state.adapters) {
       const began = Date.now();
       takeCards((await (await call("v1/models")).json()).data);
-      state.again = Date.now() + REST * (Date.now() - began);
+      state.adapters = activity.adapters;
+      state.again = Date.now() + Math.max(LIST_EVERY_MS, REST * (Date.now() - began));
     }
     at.notice.hidden = true;
   } catch (error) {
@@ -346,6 +350,7 @@ async function ask(text, names) {
   at.stop.hidden = true;
   for (const row of rows.values()) if (row.waits) row.fail("Stopped.");
   at.summary.textContent = summaryOf([...rows.values()], performance.now() - began);
+  if ([...rows.values()].some((row) => !row.answered)) state.again = 0; // it may be served no more
   refresh();
 }
 
