@@ -36,7 +36,8 @@ from ia3.inference.loading import Base
 from ia3.inference.rank import LabelScorer, rankings
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
-from serving_load import Asked, Client, closed, multiply, percentiles
+from serving_clients import Asked, Client, closed, percentiles
+from serving_fleet import multiply
 
 BASE = "bundled:flan-t5-small-titler"
 TEMPLATE = Template("{text} Is this good news?")

@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ from ia3.serving.registry import Registry
 from ia3.serving.requests import Request
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
-from serving_load import Asked, Client, closed, multiply, opened, percentiles, texts, words_tokenizer
+from serving_clients import Asked, Client, opened, percentiles
+from serving_fleet import multiply, texts, words_tokenizer
 
 LABELS = ("good", "bad", "neutral")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +183,7 @@ class Bench:
                 found = list(pool.map(lambda some: ask_from_outside(url, some, share), parts))
                 return sum(each["per_s"] for each in found), [second for each in found for second in each["taken"]]
 
-            few = min(count, 64 if self.tiny else 4000)
+            few = min(count, 32 if self.tiny else 4000)
             self.pairs(part, "over HTTP", few, names, lambda asked: rate(asked)[0], ways)
             reached, taken = rate(self.draw(names, few, 9))
             self.report({"part": part, "how": "over HTTP, all at once", **percentiles(taken)})
@@ -232,7 +233,7 @@ class Bench:
         """Tokens a second of PEFT's model: an adapter switched on, its group written, and so on."""
         import peft
 
-        names = ["a", "b", "c", "d"]
+        names = ["one", "two", "three", "four"]
         model = peft.get_peft_model(model, peft.IA3Config(task_type="SEQ_2_SEQ_LM"), adapter_name=names[0])
         for name in names[1:]:
             model.add_adapter(name, peft.IA3Config(task_type="SEQ_2_SEQ_LM"))
@@ -323,37 +324,10 @@ def listening(engine: Engine) -> Iterator[str]:
 def ask_from_outside(url: str, asked: Sequence[Asked], load: float | None) -> dict[str, Any]:
     """Let a process of its own ask; its rate, and the seconds of each."""
     about = json.dumps({"url": url, "asked": asked, "load": load})
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, "--ask"]
+    own = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", "from serving_clients import ask; ask()"]
     done = subprocess.run(command, input=about, stdout=subprocess.PIPE, text=True, env=own, check=True)
     return json.loads(done.stdout)
-
-
-def ask() -> None:
-    """What that process does."""
-    about = json.load(sys.stdin)
-    asked = [Asked(*each) for each in about["asked"]]
-    clients = 16 if about["load"] is None else 64
-    links = [Client(about["url"]) for _ in range(clients)]
-    if about["load"] is None:
-        seconds, taken = closed(links, asked)
-        print(json.dumps({"per_s": len(asked) / seconds, "taken": taken}))
-        return
-    free, lock = list(links), threading.Lock()
-
-    def one(each: Asked) -> Any:
-        with lock:
-            link = free.pop()
-        try:
-            return link(each)
-        finally:
-            with lock:
-                free.append(link)
-
-    with ThreadPoolExecutor(clients) as pool:
-        submit: Callable[[Asked], Future[Any]] = lambda each: pool.submit(one, each)  # noqa: E731
-        taken = opened(submit, asked, about["load"])
-    print(json.dumps({"per_s": about["load"], "taken": taken}))
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -371,11 +345,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--seconds", type=float, help="of one measurement; 20, --tiny 2")
     parser.add_argument("--output", type=Path, default=RESULTS / "serve_gpu.json")
-    parser.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.ask:
-        ask()
-        return
     where = machine()
     rows: list[dict[str, Any]] = []
 

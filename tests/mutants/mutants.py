@@ -326,6 +326,9 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Registry.release", Instead("not version.holders", "True"), "a running request loses its adapter"),
         Mutant("Registry._expect_answerable", Never("task_type"), "an adapter's task is one that its base can't do"),
     ],
+    ("serving/test_connections.py",): [
+        Mutant("Door._enter", Never("header"), "a proxy's one request is two"),
+    ],
     ("serving/test_failures.py",): [
         Mutant("Engine._expect_device", Never("_computes"), "a device that is gone is tried for each request again"),
         Mutant("Listener.on_tick", Instead("self.is_over", "False"), "a server that can't answer stays for ever"),

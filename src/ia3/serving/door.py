@@ -109,6 +109,9 @@ class Door:
         path, scope = call.scope["path"], call.scope
         if not path.isprintable():  # a route's pattern fits with a line break behind it, and ADMIN doesn't hold that
             raise HTTPException(404)
+        if call.header(b"content-length") is not None and call.header(b"transfer-encoding") is not None:
+            # A proxy that goes by the one and a server that goes by the other see two different requests in it.
+            raise BadRequestError("There are both Content-Length and Transfer-Encoding: send one of them.")
         if path in OPEN:
             await self._app(scope, call.receive, call.send)
             return

@@ -1,31 +1,18 @@
-"""What the benchmarks of `ia3 serve` share: folders of adapters, words, and clients that ask and take the time."""
+"""Clients that ask `ia3 serve` and take the time. Nothing large is imported, since these are processes of their own."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import random
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-
-import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
-
-from ia3.tasks.task import Task, save_task
-
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-WORDS = [f"w{number}" for number in range(200)]
 
 
 class Asked(NamedTuple):
@@ -38,46 +25,6 @@ class Asked(NamedTuple):
     @property
     def body(self) -> bytes:
         return json.dumps({"model": self.model, ("input" if "classify" in self.path else "prompt"): self.text}).encode()
-
-
-def words_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer whose every word is a token."""
-    names = ["<pad>", "</s>", "<unk>", *WORDS, "good", "bad", "neutral"]
-    inner = Tokenizer(WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))
-    inner.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    if folder is not None:
-        tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def texts(count: int, shortest: int, longest: int, seed: int = 0) -> list[str]:
-    """Texts of random words."""
-    chance = random.Random(seed)
-    return [" ".join(chance.choices(WORDS, k=chance.randint(shortest, longest))) for _ in range(count)]
-
-
-def multiply(first: Path, folder: Path, tasks: Sequence[Task], spread: float = 0.1) -> list[str]:
-    """As many adapters as tasks like a first one, each with contents of its own; their names.
-
-    Args:
-        first: the folder of a saved adapter.
-        folder: where folders are made.
-        tasks: what each answers.
-        spread: how far vectors lie around 1; modules trained in full have normal numbers.
-    """
-    chance = torch.Generator().manual_seed(0)
-    shapes = {name: tensor.shape for name, tensor in load_file(first / TENSORS).items()}
-    names = [f"adapter-{number:04d}" for number in range(len(tasks))]
-    for name, task in zip(names, tasks, strict=True):
-        place = folder / name
-        place.mkdir(parents=True)
-        os.link(first / CONFIG, place / CONFIG)
-        drawn = {key: torch.randn(shape, generator=chance) for key, shape in shapes.items()}
-        tensors = {key: 1 + spread * x if "ia3_l" in key else 0.3 * x for key, x in drawn.items()}
-        save_file(tensors, place / TENSORS, metadata={"format": "pt"})
-        save_task(place, task)
-    return names
 
 
 class Client:
@@ -144,3 +91,30 @@ def percentiles(taken: Sequence[float]) -> dict[str, float]:
     """The median and the 95th percentile, in milliseconds."""
     cuts = statistics.quantiles(taken, n=20, method="inclusive")
     return {"p50_ms": round(1e3 * cuts[9], 2), "p95_ms": round(1e3 * cuts[18], 2)}
+
+
+def ask() -> None:
+    """Ask what standard input says, all at once or at a rate; print the rate, and the seconds of each."""
+    about = json.load(sys.stdin)
+    asked = [Asked(*each) for each in about["asked"]]
+    clients = 16 if about["load"] is None else 64
+    links = [Client(about["url"]) for _ in range(clients)]
+    if about["load"] is None:
+        seconds, taken = closed(links, asked)
+        print(json.dumps({"per_s": len(asked) / seconds, "taken": taken}))
+        return
+    free, lock = list(links), threading.Lock()
+
+    def one(each: Asked) -> Any:
+        with lock:
+            link = free.pop()
+        try:
+            return link(each)
+        finally:
+            with lock:
+                free.append(link)
+
+    with ThreadPoolExecutor(clients) as pool:
+        submit: Callable[[Asked], Future[Any]] = lambda each: pool.submit(one, each)  # noqa: E731
+        taken = opened(submit, asked, about["load"])
+    print(json.dumps({"per_s": about["load"], "taken": taken}))
