@@ -11,9 +11,11 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,8 +44,6 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 _HELD = 256  # adapters in the host memory of vLLM's workers; more are read again when they are asked for
-# Ctrl-C in a terminal reaches vLLM's process, too, which then ends what it was given before; this server says when.
-_TO_DRAIN_S = 3600
 
 
 def is_wanted(base: Base) -> bool:
@@ -94,7 +94,6 @@ def plan(base: Base, batch_size: int) -> Any:
         max_loras=batch_size,
         max_cpu_loras=max(_HELD, batch_size),
         max_lora_rank=1,  # vLLM has matrices for each slot, which nobody uses here
-        shutdown_timeout=_TO_DRAIN_S,
     ).create_engine_config()
     kind = get_model_cls(config.model_config)
     if not supports_lora(kind):
@@ -208,7 +207,7 @@ class VLLM:
         """End vLLM. No request may be under way."""
         # Else it would take the end of vLLM's process for a failure.
         self.loop.call_soon_threadsafe(self._llm.output_handler.cancel)
-        self._llm.shutdown(timeout=_TO_DRAIN_S)
+        self._llm.shutdown()
         self._llm = None
         self._end_loop()
         self._adapters.clear()
@@ -243,15 +242,22 @@ class VLLM:
         number = str(next(self._numbers))
         try:
             async for more in self._llm.generate({"prompt_token_ids": prompt}, how, number, lora_request=adapter):
-                yield Tokens(more.outputs[0].token_ids, more.metrics.scheduled_ts)
+                (answer,) = more.outputs
+                if answer.finish_reason not in (None, "stop", "length"):  # given up, with what was written so far
+                    raise _ended()
+                yield Tokens(answer.token_ids, more.metrics.scheduled_ts)
         except EngineDeadError as error:
-            raise Dropped("The server can't answer any more: try another, or later.") from error
+            raise _ended() from error
 
     # The loop
 
     async def _start(self, config: Any) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        # vLLM's processes have it from the thread that starts them. Ctrl-C in a terminal reaches these, too, and would
+        # end them under requests that the server still answers; it tells them itself when all is done.
+        resource_tracker.ensure_running()  # whose start, with the first process, would undo it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         return AsyncLLM.from_vllm_config(config)
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -261,3 +267,7 @@ class VLLM:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+
+def _ended() -> Dropped:
+    return Dropped("The server can't answer any more: try another, or later.")

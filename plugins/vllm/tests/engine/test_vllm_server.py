@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -153,6 +154,25 @@ def test_more_than_may_wait(server: Any) -> None:
         ask()
     assert len(taken) >= 20
     assert len({each.result(120).text for each in taken}) == 1
+
+
+def test_ctrl_c_in_a_terminal_does_not_end_vllm(server: Any, expected: dict[Any, Any]) -> None:
+    running = server.submit(Request(TEXTS[1], "chat"))
+    for child in psutil.Process().children(recursive=True):
+        child.send_signal(signal.SIGINT)
+    assert running.result(60).text == expected[running.result().digest, TEXTS[1]].text
+    assert server.submit(Request(TEXTS[0], "chat")).result(60).text
+    assert server.ready
+
+
+def test_an_answer_that_vllm_gives_up_is_none(server: Any) -> None:
+    llm, on_token = server._writer._llm, threading.Event()
+    running = server.submit(Request(TEXTS[0], "long", on_token=lambda piece: on_token.set()))
+    assert on_token.wait(60)
+    (number,) = llm.output_processor.request_states
+    server._writer._wait_for(llm.abort(number, internal=True))
+    with pytest.raises(Dropped):
+        running.result(60)
 
 
 def test_a_model_that_vllm_has_no_adapters_for(tmp_path: Path) -> None:
