@@ -75,29 +75,12 @@ def _start(
     name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, trust_remote_code: bool
 ) -> Engine:
     """Load the base and its adapters."""
-    from ia3.inference.loading import Base
-
-    if not folder.is_dir():  # before the base is loaded
-        raise FileNotFoundError(f"There is no folder {folder}: `adapters` is one that holds a folder for each adapter.")
     with Screen(stderr=True).status(f"Loading {name}") as status:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
+        from ia3.serving.engine import Limits
+        from ia3.serving.starting import start
 
-        from ia3.serving.engine import Engine, Limits
-        from ia3.serving.registry import Registry
-
-        disable_progress_bar()
-        base = Base(name, trust_remote_code=trust_remote_code)
-        if not base.kind.writes:
-            raise ValueError(f"{name} is a model for {base.kind}, and those that write are served: seq2seq and causal.")
-        tokenizer = base.tokenizer
-        model = base.load(base.kind).eval().to(torch.accelerator.current_accelerator() or "cpu")
-        status.update(f"Reading the adapters in {folder}")
-        own = Path(name).resolve().name if Path(name).exists() else name
-        registry = Registry(model, folder, base=own, capacity=max(256, batch_size))
-        registry.watch()
         limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
-        return Engine(model, tokenizer, registry, limits)
+        return start(name, folder, limits, trust_remote_code=trust_remote_code, tell=status.update)
 
 
 def _tell(engine: Engine, url: str, *, as_json: bool) -> None:
