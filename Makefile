@@ -39,11 +39,11 @@ $(VLLM)/.installed: plugins/vllm/requirements.lock plugins/vllm/pyproject.toml p
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable . --editable plugins/vllm
 	touch $@
 
-# Not part of `test`: Ray, a quarter of a gigabyte, beside what .venv has; a cluster of two workers on this machine.
+# Not part of `test`: Ray, a third of a gigabyte, beside what .venv has; a cluster of two workers on this machine.
 RAY := build/ray
 test-ray: install $(RAY)/.installed
 	PYTHONPATH=$(CURDIR)/$(RAY):$(CURDIR)/src:$(CURDIR)/tests RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q tests/cluster/on_cluster.py
+		$(BIN)/python -m pytest -q tests/cluster/on_cluster.py tests/serving/test_on_ray.py
 
 $(RAY)/.installed: tests/cluster/requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(RAY) -r tests/cluster/requirements.lock

@@ -15,8 +15,8 @@ import httpx2
 import pytest
 from running import call, message, succeed
 
-from ia3.cli import serve as serving
 from ia3.serving import listening
+from ia3.serving.engine import Limits
 from ia3.serving.requests import Served
 
 NEWS = Served("news", "d" * 64, "tiny", ("prod",), "label-words", ("good", "bad"))
@@ -47,7 +47,7 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append((given, more))
         return Engine()
 
-    monkeypatch.setattr(serving, "start", start)
+    monkeypatch.setattr("ia3.serving.starting.start", start)
     monkeypatch.setattr(listening, "listen", lambda *given, **more: seen.append((given, more)) or True)
     monkeypatch.setattr("ia3.serving.metrics.log_in_lines", lambda: None)
     monkeypatch.delenv("IA3_API_KEYS", raising=False)
@@ -63,8 +63,9 @@ def test_what_is_served_is_shown(listened: list[Any], tmp_path: Path) -> None:
     assert "/ serves the base tiny and its adapters, 1 so far." in shown.output
     assert "broken is not served" in shown.stderr
     (given, how), (_, more) = listened
-    assert given == ("tiny", tmp_path, 8, 0.005, 1024)
-    assert how == {"batch_invariant": False, "trust_remote_code": False}
+    assert given == ("tiny", tmp_path, Limits(batch_size=8, gather_s=0.005))
+    assert how.pop("tell")
+    assert how == {"trust_remote_code": False}
     assert more == {"drain_s": 30.0}
 
 

@@ -665,6 +665,9 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ("serving/test_page.py",): [
         Mutant("_sending", Instead("_HEADERS", "{}"), "what a page shows could run in it"),
     ],
+    ("cli/test_serve.py",): [
+        Mutant("start", Never("is_dir"), "a folder that isn't there is missed when the base was loaded"),
+    ],
     ("serving/test_http.py", "serving/test_request_limits.py", "serving/test_listening.py"): [
         Mutant("Keys.find", Instead("hmac.compare_digest(digest, given)", "True"), "any key is one"),
         Mutant("Door._enter", Never("isprintable"), "a line break behind a path passes the administrator's door"),

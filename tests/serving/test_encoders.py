@@ -17,14 +17,14 @@ from transformers import BertConfig, BertForMaskedLM
 
 import tiny_classifier
 from ia3 import IA3Config, PeftModel, get_peft_model
-from ia3.cli.serve import start
 from ia3.fast.encoding import FusedEncoder
 from ia3.inference.classify import classify, load_classifier
 from ia3.inference.loading import load_adapter
 from ia3.serving.encoders import no_vectors_reason
-from ia3.serving.engine import Engine
+from ia3.serving.engine import Engine, Limits
 from ia3.serving.http import make_app
 from ia3.serving.requests import NotServed, Request
+from ia3.serving.starting import start
 from ia3.tasks.task import TaskKind, load_task, save_task
 
 BASE = "base"
@@ -65,7 +65,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 @contextmanager
 def started(base: str, folder: Path) -> Iterator[Engine]:
-    engine = start(base, folder, 8, 0.05, 1024, trust_remote_code=False)
+    engine = start(base, folder, Limits(batch_size=8, gather_s=0.05))
     try:
         yield engine
     finally:

@@ -10,9 +10,9 @@ import pytest
 from fleet import bare
 
 import tiny_seq2seq
-from ia3.cli import serve
 from ia3.inference.loading import Base
 from ia3.serving import on_vllm
+from ia3.serving.starting import plan_of_vllm
 
 INSTALLED = {"vllm", "ia3_vllm"}
 
@@ -50,11 +50,12 @@ def test_no_other_base_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_why_a_base_is_served_without_vllm_is_said(
-    causal: Base, error: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    causal: Base, error: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(base: Base, batch_size: int) -> None:
         raise error("it has no adapters")
 
+    monkeypatch.setattr(on_vllm, "is_wanted", lambda base: True)
     monkeypatch.setattr(on_vllm, "plan", refuse)
-    assert serve._plan_of_vllm(causal, 4) is None
-    assert "is served without vLLM. it has no adapters" in " ".join(capsys.readouterr().err.split())
+    assert plan_of_vllm(causal, 4) is None
+    assert "is served without vLLM. it has no adapters" in caplog.text

@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ia3.cli.flags import AsJson, TrustRemoteCode, print_json
-from ia3.errors import fit_screen, listed
+from ia3.errors import listed
 from ia3.runs.screen import Screen
 from ia3.runs.tables import NONE, Column, print_table
 
 if TYPE_CHECKING:
-    from ia3.inference.loading import Base
-    from ia3.serving.continuous import ContinuousEngine
-    from ia3.serving.engine import Engine
     from ia3.serving.requests import Served
-
-    AnyEngine = Engine | ContinuousEngine
+    from ia3.serving.starting import AnyEngine
 
 _NEEDS = ("fastapi", "prometheus_client", "uvicorn")
 _KEYS, _ADMIN_KEY = "IA3_API_KEYS", "IA3_ADMIN_KEY"
@@ -69,9 +65,17 @@ def serve(
             f"Other machines reach {host}, and anybody could ask: give `api_keys`, or the keys in ${_KEYS}."
         )
     with bind(host, port) as bound:
-        how = {"batch_invariant": batch_invariant, "trust_remote_code": trust_remote_code}
-        engine = start(base, adapters, batch_size, gather_ms / 1000, max_queue, **how)
-        engine.registry.watch()
+        with Screen(stderr=True).status(f"Loading {base}") as status:
+            from ia3.serving.engine import Limits
+            from ia3.serving.starting import start
+
+            limits = Limits(
+                batch_size=batch_size,
+                gather_s=gather_ms / 1000,
+                most_waiting=max_queue,
+                batch_invariant=batch_invariant,
+            )
+            engine = start(base, adapters, limits, trust_remote_code=trust_remote_code, tell=status.update)
         app = make_app(engine, keys=keys, admin=admin)
         bound.listen()
         shown = f"[{host}]" if ":" in host else host
@@ -79,66 +83,6 @@ def serve(
         log_in_lines()
         if not listen(app, engine, bound, drain_s=drain_s):
             raise typer.Exit(1)
-
-
-def start(
-    name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, batch_invariant: bool,
-    trust_remote_code: bool,
-) -> AnyEngine:  # fmt: skip
-    """Load the base and its adapters."""
-    from ia3.inference.loading import Base
-
-    if not folder.is_dir():  # before the base is loaded
-        raise FileNotFoundError(f"There is no folder {folder}: `adapters` is one that holds a folder for each adapter.")
-    with Screen(stderr=True).status(f"Loading {name}") as status:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        from ia3.serving import on_vllm
-        from ia3.serving.engine import Engine, Limits
-        from ia3.serving.registry import Registry
-        from ia3.tasks.task import TaskKind
-
-        disable_progress_bar()
-        base = Base(name, trust_remote_code=trust_remote_code)
-        if base.kind is TaskKind.TOKEN_CLASSIFICATION:
-            raise ValueError(
-                f"{name} is a model for {base.kind}, and those for words, and for classes of texts, are served."
-            )
-        own = Path(name).resolve().name if Path(name).exists() else name
-        limits = Limits(
-            batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting, batch_invariant=batch_invariant
-        )
-        if not batch_invariant and on_vllm.is_wanted(base) and (plan := _plan_of_vllm(base, batch_size)) is not None:
-            status.update(f"Starting vLLM with {name}")
-            return on_vllm.start(base, folder, plan, name=own, limits=limits)
-        tokenizer = base.tokenizer
-        model = (
-            base.load(base.kind, labels=_labels_of(base.config))
-            .eval()
-            .to(torch.accelerator.current_accelerator() or "cpu")
-        )
-        status.update(f"Reading the adapters in {folder}")
-        registry = Registry(model, folder, base=own, capacity=max(256, batch_size))
-        return Engine(model, tokenizer, registry, limits)
-
-
-def _labels_of(config: Any) -> tuple[str, ...]:
-    """What a base's own head chooses from, which then stays as it is; without such a head any two will do."""
-    labels = tuple((getattr(config, "id2label", None) or {}).values())
-    return labels if len({*labels}) == len(labels) > 1 else ("0", "1")
-
-
-def _plan_of_vllm(base: Base, batch_size: int) -> Any | None:
-    """What vLLM is to run; None, and the reason is said, where it can't."""
-    from ia3.serving import on_vllm
-
-    try:
-        return on_vllm.plan(base, batch_size)
-    except (ValueError, RuntimeError) as error:
-        said = f"{base.name} is served without vLLM. {fit_screen(str(error))}"
-        Screen(stderr=True).print(said, highlight=False)
-        return None
 
 
 def _tell(engine: AnyEngine, url: str, *, as_json: bool) -> None:

@@ -135,7 +135,11 @@ class Door:
         needed = path in ADMIN
         keys = self._admin if needed else self._keys
         if needed and not keys:
-            raise BadRequestError("This server has no administrator: start it with --admin-key-file.", status=403)
+            raise BadRequestError(
+                "Nobody may change what is served over HTTP here: change the folder of adapters, or start `ia3 serve` "
+                "with --admin-key-file.",
+                status=403,
+            )
         place = keys.find(authorization)
         if keys and place is None:
             which = "the administrator's key" if needed else "an API key"

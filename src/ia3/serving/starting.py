@@ -1,0 +1,92 @@
+"""From the name of a base and a folder of adapters to an engine that answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from ia3.errors import fit_screen
+from ia3.inference.loading import Base
+from ia3.serving import on_vllm
+from ia3.serving.continuous import ContinuousEngine
+from ia3.serving.engine import Engine, Limits
+from ia3.serving.registry import Registry
+from ia3.tasks.task import TaskKind
+
+_logger = logging.getLogger(__name__)
+
+_CAPACITY = 256
+
+AnyEngine = Engine | ContinuousEngine
+
+
+def start(
+    name: str,
+    adapters: Path,
+    limits: Limits,
+    *,
+    trust_remote_code: bool = False,
+    tell: Callable[[str], object] = lambda doing: None,
+) -> AnyEngine:
+    """Load a base onto this machine's accelerator and watch a folder of adapters for it.
+
+    Args:
+        name: a folder, a hub repository, or a bundled model.
+        adapters: the folder with a folder for each adapter.
+        limits: how requests become batches.
+        trust_remote_code: run code that comes with the base.
+        tell: hears what is being done.
+
+    Returns:
+        vLLM's, for a causal base where it is installed with its plugin; else our own.
+
+    Raises:
+        FileNotFoundError: there is no such folder or base.
+        ValueError: a base whose answers are not served, or what `Registry` and `Engine` raise.
+    """
+    if not adapters.is_dir():  # before the base is loaded
+        raise FileNotFoundError(
+            f"There is no folder {adapters}: `adapters` is one that holds a folder for each adapter."
+        )
+    tell(f"Loading {name}")
+    disable_progress_bar()
+    base = Base(name, trust_remote_code=trust_remote_code)
+    if base.kind is TaskKind.TOKEN_CLASSIFICATION:
+        raise ValueError(
+            f"{name} is a model for {base.kind}, and those for words, and for classes of texts, are served."
+        )
+    own = Path(name).resolve().name if Path(name).exists() else name
+    plan = None if limits.batch_invariant else plan_of_vllm(base, limits.batch_size)
+    if plan is not None:
+        tell(f"Starting vLLM with {name}")
+        engine: AnyEngine = on_vllm.start(base, adapters, plan, name=own, limits=limits)
+    else:
+        tokenizer, model = base.tokenizer, base.load(base.kind, labels=_labels_of(base.config)).eval()
+        model.to(torch.accelerator.current_accelerator() or "cpu")
+        tell(f"Reading the adapters in {adapters}")
+        registry = Registry(model, adapters, base=own, capacity=max(_CAPACITY, limits.batch_size))
+        engine = Engine(model, tokenizer, registry, limits)
+    engine.registry.watch()
+    return engine
+
+
+def plan_of_vllm(base: Base, batch_size: int) -> Any | None:
+    """What vLLM is to run; None where it isn't there, or can't, of which the reason is logged."""
+    if not on_vllm.is_wanted(base):
+        return None
+    try:
+        return on_vllm.plan(base, batch_size)
+    except (ValueError, RuntimeError) as error:
+        _logger.warning("%s is served without vLLM. %s", base.name, fit_screen(str(error)))
+        return None
+
+
+def _labels_of(config: Any) -> tuple[str, ...]:
+    """What a base's own head chooses from, which then stays as it is; without such a head any two will do."""
+    labels = tuple((getattr(config, "id2label", None) or {}).values())
+    return labels if len({*labels}) == len(labels) > 1 else ("0", "1")
