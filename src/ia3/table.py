@@ -25,7 +25,7 @@ from ia3.rows import BASE
 from ia3.sites import Layout, Site
 from ia3.stacked import Skeleton
 from ia3.state import Attached, attached, carry, find_attached
-from ia3.structure import is_inside
+from ia3.layers import is_inside
 
 # How many names a printed table shows.
 _FEW = 8

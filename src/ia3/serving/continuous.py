@@ -153,8 +153,7 @@ class ContinuousEngine:
             sums = {name: self._sums[name] for name in _SUMS}
             queued = self._queued()
             now = {"queued": float(queued), "running": float(len(self._works) - queued)}
-        adapters = {"adapters": float(len(self.registry)), "versions": float(len(self.registry.table))}
-        return {**now, **adapters, **outcomes, **sums}
+        return {**now, **self.registry.stats(), **outcomes, **sums}
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until all are answered; whether that was within the time."""

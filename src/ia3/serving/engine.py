@@ -139,9 +139,7 @@ class Engine:
             outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
             sums = {name: self._sums[name] for name in _SUMS}
             now = {"queued": float(len(self._waiting)), "running": float(len(self._running()))}
-        table = self.registry.table
-        adapters = {"adapters": len(self.registry), "versions": len(table), "resident": table.resident}
-        return {**now, **adapters, **outcomes, **sums}
+        return {**now, **self.registry.stats(), **outcomes, **sums}
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until all are answered; whether that was within the time."""

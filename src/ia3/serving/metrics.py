@@ -92,7 +92,8 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._server.stats()
         for figure, (kind, name, about) in _FIGURES.items():
-            yield kind(name, about, value=stats[figure])
+            if figure in stats:
+                yield kind(name, about, value=stats[figure])
         failures = CounterMetricFamily("ia3_request_failures", "Texts that got no answer.", labels=["reason"])
         for reason in _FAILURES:
             failures.add_metric([reason], stats[f"requests_{reason}"])

@@ -161,6 +161,11 @@ class VLLM:
 
     # What is held
 
+    @property
+    def resident(self) -> int:
+        """How many contents are in slots: as many as there are, until these are full."""
+        return min(len(self._uses), self.capacity)
+
     def register(self, name: str, path: str | Path) -> str:
         """Read an adapter that fits the base and that vLLM can multiply by, and hold it; its digest.
 

@@ -61,6 +61,11 @@ class Contents(Protocol):
 
     capacity: int
 
+    @property
+    def resident(self) -> int:
+        """How many contents the device holds."""
+        ...
+
     def register(self, name: str, path: str | Path) -> str:
         """Read an adapter that fits the base, and hold it; its digest."""
         ...
@@ -210,6 +215,10 @@ class Registry:
     def __len__(self) -> int:
         """How many names of adapters there are."""
         return len(self._names)
+
+    def stats(self) -> dict[str, float]:
+        """How many names of adapters there are, contents of these in memory, and on the device."""
+        return {"adapters": len(self._names), "versions": len(self.table), "resident": self.table.resident}
 
     def refused(self) -> dict[str, str]:
         """Why the adapters of these names are not served, or still with what they were before."""
@@ -455,8 +464,11 @@ class Registry:
 
     def _expect_labels(self, row: str, task: Task) -> None:
         """Refuse a head that chooses from other classes than its task says; it leaves the table again."""
+        if task.kind.writes:
+            return
+        assert isinstance(self.table, AdapterTable)
         count = self.table.classes(row) or self.model.config.num_labels
-        if task.kind.writes or count == len(task.labels):
+        if count == len(task.labels):
             return
         self.table.drop(row)
         raise ValueError(f"its head chooses from {count} classes, and its task has {len(task.labels)} labels.")

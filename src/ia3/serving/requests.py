@@ -184,8 +184,8 @@ class Server(Protocol):
 
         Now: `queued` and `running` requests, names of `adapters`, their contents in memory (`versions`) and on the
         device (`resident`). Since the start: requests by outcome (`requests_answered`, `_failed`, `_too_late`,
-        `_cancelled`, `_overloaded`, `_dropped`), `batches`, `ran_s`, the seconds that they took, `prompt_tokens` and
-        `completion_tokens`.
+        `_cancelled`, `_overloaded`, `_dropped`), `prompt_tokens` and `completion_tokens`; where requests share whole
+        batches, `batches` and `ran_s`, the seconds that these took.
         """
         ...
 
