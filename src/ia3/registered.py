@@ -17,9 +17,9 @@ from ia3.documents import LIMIT, parse_json
 from ia3.errors import listed, naming
 from ia3.files import read_file
 from ia3.heads import with_head
+from ia3.layers import is_inside
 from ia3.loading import fit_config, warn_of_other_base
 from ia3.sites import Layout, Site, find_sites, matches_name
-from ia3.layers import is_inside
 from ia3.tensors import PICKLE_NAME, SAFETENSORS_NAME, check_finite, plain_tensors
 from ia3.weights import Content, Limits, Tensors, limits_of, read_content, read_pickle
 

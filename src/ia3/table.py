@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ia3.adapter import device_at, hold_heads, hold_sites, release_heads, release_sites
 from ia3.factory import become_adapted
+from ia3.layers import is_inside
 from ia3.mixing import unknown_names
 from ia3.peft_model import PeftModel
 from ia3.registered import Form, Heads, form_of, holds_modules, numbers_of, read_folder
@@ -25,7 +26,6 @@ from ia3.rows import BASE
 from ia3.sites import Layout, Site
 from ia3.stacked import Skeleton
 from ia3.state import Attached, attached, carry, find_attached
-from ia3.layers import is_inside
 
 # How many names a printed table shows.
 _FEW = 8

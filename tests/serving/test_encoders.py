@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +65,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 @contextmanager
-def started(base: str, folder: Path) -> Iterator[Engine]:
-    engine = start(base, folder, Limits(batch_size=8, gather_s=0.05))
+def started(base: str, folder: Path, **how: Any) -> Iterator[Engine]:
+    engine = start(base, folder, Limits(batch_size=8, gather_s=0.05, **how))
     try:
         yield engine
     finally:
@@ -113,6 +114,24 @@ def test_the_models_own_forward_where_fused_blocks_are_others(
         for name in LABELS:
             assert ask(other, name, text).probabilities == pytest.approx(expected[name], abs=1e-6)
         assert other._answer._encoder.reason == "its numbers are others"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_same_to_the_last_bit_in_any_company(encoder: tuple[str, Path], same: bool) -> None:
+    asked = [(text, name, embeds) for text in tiny_classifier.TEXTS for name in LABELS for embeds in (False, True)]
+    draw = random.Random(0)
+    with started(*encoder, batch_invariant=same) as engine:
+
+        def answers(some: list[tuple[str, str, bool]]) -> list[Any]:
+            futures = [engine.submit(Request(text, name, embeds=embeds)) for text, name, embeds in some]
+            found = [future.result(60) for future in futures]
+            return [(each.probabilities, each.vector) for each in found]
+
+        alone = [answers([each])[0] for each in asked]
+        together = answers(asked)
+        mixed = draw.sample(range(len(asked)), len(asked))
+        others = dict(zip(mixed, answers([asked[index] for index in mixed]), strict=True))
+    assert (together == alone and all(others[index] == each for index, each in enumerate(alone))) == same
 
 
 def test_another_model_is_compared_anew(encoder: tuple[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from ia3.fast.batch import rounded_length
 from ia3.fast.generate import Generate
 from ia3.inference.answering import Answerer
 from ia3.inference.complete import end_tokens
-from ia3.inference.predict import pad_rows
+from ia3.inference.predict import most_positions, pad_rows
 from ia3.inference.rank import LabelScorer, rankings
 from ia3.mixing import gather_rows
 from ia3.rows import acting
@@ -62,6 +63,7 @@ class Batches:
         self.model, self.tokenizer, self.batch_size, self.invariant = model, tokenizer, batch_size, invariant
         self._answerers: OrderedDict[Task, Answerer] = OrderedDict()
         self._encoder = Encoder(model)
+        self._positions = most_positions(model)
 
     def __call__(self, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
         """One answer a prompt, in order.
@@ -73,22 +75,22 @@ class Batches:
         Raises:
             ValueError: labels that the tokenizer can't tell apart.
         """
+        if self.invariant:
+            return self._in_fixed_shapes(prompts, rows)
         if prompts[0].task in (CLASSES, VECTORS):
             return self._encode(prompts, rows)
         answerer = self._answerer(prompts[0].task)
-        if self.invariant:
-            return self._in_fixed_shapes(answerer, prompts, rows)
         if answerer.scorer is not None:
             size = answerer.scorer.batch_size  # smaller with many labels
             parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
             return [each for part in parts for each in self._rank(answerer.scorer, prompts[part], rows[part])]
         return self._write(answerer, prompts, rows)
 
-    def _encode(self, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
+    def _encode(self, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None = None) -> list[Found]:
         texts = [prompt.tokens for prompt in prompts]
         if prompts[0].task == VECTORS:
-            return [Found("", vector=each) for each in self._encoder.vectors(texts, rows)]
-        found = self._encoder.classes(texts, rows, [prompt.labels for prompt in prompts])
+            return [Found("", vector=each) for each in self._encoder.vectors(texts, rows, length)]
+        found = self._encoder.classes(texts, rows, [prompt.labels for prompt in prompts], length)
         return [Found(each.label, each.probabilities) for each in found]
 
     def _answerer(self, task: Task) -> Answerer:
@@ -129,27 +131,40 @@ class Batches:
 
     # Whatever else is in the batch
 
-    def _in_fixed_shapes(self, answerer: Answerer, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
-        by_length: dict[int, list[int]] = {}
+    def _in_fixed_shapes(self, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
+        alike: dict[tuple[int, bool, int], list[int]] = {}
         for index, prompt in enumerate(prompts):
-            # One more, so that each row has padding: a batch without any has other kernels.
-            by_length.setdefault(rounded_length(len(prompt.tokens) + 1), []).append(index)
-        most = _ROWS if answerer.scorer is None else min(_ROWS, answerer.scorer.batch_size)
+            own = len(prompt.tokens)
+            # One more, so that each row has padding: a batch without any has other kernels, and those that fill all of
+            # the model's positions are such batches.
+            length = min(rounded_length(own + 1), self._positions or sys.maxsize)
+            # Heads of one shape are run together.
+            alike.setdefault((length, own == length, len(prompt.labels)), []).append(index)
         found: dict[int, Found] = {}
-        for length, indices in by_length.items():
-            for start in range(0, len(indices), most):
-                some = indices[start : start + most]
-                filled = some + some[:1] * (most - len(some))
-                own, names = [prompts[index] for index in filled], [rows[index] for index in filled]
-                if answerer.scorer is not None:
-                    answers = self._rank_padded(answerer.scorer, own, names, length)
-                else:
-                    assert answerer.generate is not None
-                    # Where steps are recorded, a batch's shape is that of a session of earlier batches.
-                    generate = getattr(answerer.generate, "own", answerer.generate)
-                    answers = self._written(answerer, generate, own, names, length)
+        for (length, *_), indices in alike.items():
+            size = self._rows_of(prompts[0].task)
+            for start in range(0, len(indices), size):
+                some = indices[start : start + size]
+                filled = some + some[:1] * (size - len(some))
+                answers = self._run_padded([prompts[each] for each in filled], [rows[each] for each in filled], length)
                 found |= zip(some, answers, strict=False)
         return [found[index] for index in range(len(prompts))]
+
+    def _rows_of(self, task: Task) -> int:
+        """How many rows a batch of a fixed shape has; fewer with many labels."""
+        scorer = None if task in (CLASSES, VECTORS) else self._answerer(task).scorer
+        return _ROWS if scorer is None else min(_ROWS, scorer.batch_size)
+
+    def _run_padded(self, prompts: Sequence[Prompt], rows: Sequence[str], length: int) -> list[Found]:
+        if prompts[0].task in (CLASSES, VECTORS):
+            return self._encode(prompts, rows, length)
+        answerer = self._answerer(prompts[0].task)
+        if answerer.scorer is not None:
+            return self._rank_padded(answerer.scorer, prompts, rows, length)
+        assert answerer.generate is not None
+        # Where steps are recorded, a batch's shape is that of a session of earlier batches.
+        generate = getattr(answerer.generate, "own", answerer.generate)
+        return self._written(answerer, generate, prompts, rows, length)
 
     @torch.inference_mode()
     def _rank_padded(

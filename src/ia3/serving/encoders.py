@@ -40,42 +40,48 @@ class Encoder:
         self._layout: Layout | None = None
         self._fused: FusedEncoder | None = None
 
-    def classes(self, texts: Sequence[Sequence[int]], rows: Sequence[str], labels: Sequence[Any]) -> list[Ranking]:
+    def classes(
+        self, texts: Sequence[Sequence[int]], rows: Sequence[str], labels: Sequence[Any], length: int | None = None
+    ) -> list[Ranking]:
         """The classes of texts, as `ia3.inference.classify.classify` finds them.
 
         Args:
             texts: tokens.
             rows: the table's name for the adapter of each.
             labels: what each one's head chooses from.
+            length: pad to so many tokens, and take the model's own forward.
         """
-        logits = self._answer(texts, rows, head=True).cpu().double()
+        logits = self._answer(texts, rows, length, head=True).cpu().double()
         # Behind its own classes a row may be filled up to those of another.
         return [rankings(own, row[None, : len(own)])[0] for own, row in zip(labels, logits, strict=True)]
 
-    def vectors(self, texts: Sequence[Sequence[int]], rows: Sequence[str]) -> list[list[float]]:
+    def vectors(
+        self, texts: Sequence[Sequence[int]], rows: Sequence[str], length: int | None = None
+    ) -> list[list[float]]:
         """The mean of the last hidden states of each text's tokens, special ones included, of the length 1 in fp32.
 
         Args:
             texts: tokens.
             rows: the table's name for the adapter of each.
+            length: pad to so many tokens, and take the model's own forward.
         """
-        hidden = self._answer(texts, rows, head=False).float()
+        hidden = self._answer(texts, rows, length, head=False).float()
         lengths = torch.tensor([len(text) for text in texts], device=hidden.device)
         seen = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         found: list[list[float]] = normalize((hidden * seen[..., None]).sum(1), dim=-1).tolist()  # the mean's direction
         return found
 
     @torch.inference_mode()
-    def _answer(self, texts: Sequence[Sequence[int]], rows: Sequence[str], *, head: bool) -> Tensor:
+    def _answer(self, texts: Sequence[Sequence[int]], rows: Sequence[str], length: int | None, *, head: bool) -> Tensor:
         """Logits `[texts, classes]`, or hidden states `[texts, length or more, width]`."""
         # Texts of one token fill a batch up to one of few sizes, each of which is captured.
         more = (1 << (len(texts) - 1).bit_length()) - len(texts)
         names = [*rows, *[BASE] * more]
-        batch = pad_rows([*texts, *[texts[0][:1]] * more], _padding(self.model))
+        batch = pad_rows([*texts, *[texts[0][:1]] * more], _padding(self.model), length)
         acts = gather_rows(self.model, names)
         layout, flat = gather_flat(self.model, names)
         with acting(acts):
-            fused = self._fused_for(layout, batch, flat, acts)
+            fused = self._fused_for(layout, batch, flat, acts) if length is None else None
             found = self._own(batch, head=head) if fused is None else fused(batch, flat, head=head)
         answer: Tensor = found.logits if head else found.last_hidden_state
         return answer[: len(texts)]
