@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ia3 import AdapterTable, IA3Config, PeftModel, get_peft_model
+from ia3.mixing import gather_rows
+from ia3.rows import acting
 from tiny_heads import SHAPES, load_base, save_base
 
 SHAPES["modernbert"] = {**SHAPES["bert"], "global_attn_every_n_layers": 2, "local_attention": 8}
@@ -136,8 +138,13 @@ def test_attached_ones_share_a_batch_and_get_gradients(tmp_path: Path) -> None:
     assert any("classifier" in name for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(held[name].grad, gradient, rtol=1e-4, atol=1e-5)
+    names = ["three", "three"]
+    begun = gather_rows(model.eval(), names)
+    expected = model(**batch, adapter_names=names).logits
     model.delete_adapter("default")
-    expect_as_alone(base, folder, head, model.eval(), ["three", "three"])
+    with acting(begun):  # a batch that began before
+        assert torch.equal(model(**batch).logits, expected)
+    expect_as_alone(base, folder, head, model, names)
 
 
 @torch.no_grad()
