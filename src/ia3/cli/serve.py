@@ -67,7 +67,6 @@ def serve(
         )
     with bind(host, port) as bound:
         engine = _start(base, adapters, batch_size, gather_ms / 1000, max_queue, trust_remote_code=trust_remote_code)
-        engine.registry.watch()
         app = make_app(engine, keys=keys, admin=admin)
         bound.listen()
         shown = f"[{host}]" if ":" in host else host
@@ -100,11 +99,14 @@ def _start(
         limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
         if on_vllm.is_wanted(base) and (plan := _plan_of_vllm(base, batch_size)) is not None:
             status.update(f"Starting vLLM with {name}")
-            return on_vllm.start(base, folder, plan, name=own, limits=limits)
+            engine = on_vllm.start(base, folder, plan, name=own, limits=limits)
+            engine.registry.watch()
+            return engine
         tokenizer = base.tokenizer
         model = base.load(base.kind).eval().to(torch.accelerator.current_accelerator() or "cpu")
         status.update(f"Reading the adapters in {folder}")
         registry = Registry(model, folder, base=own, capacity=max(256, batch_size))
+        registry.watch()
         return Engine(model, tokenizer, registry, limits)
 
 
