@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ia3.inference.complete import end_tokens
 from ia3.serving.engine import Limits
+from ia3.serving.pieces import Pieces
 from ia3.serving.reading import Prompt, Reader
 from ia3.serving.registry import Contents, Held, Registry
 from ia3.serving.requests import Answer, Dropped, NotServed, Overloaded, Request, Served, TooLate
@@ -240,21 +241,15 @@ class ContinuousEngine:
     async def _write(self, work: _Work) -> list[int]:
         """The answer's tokens, of which the listener hears."""
         written: list[int] = []
-        sent = ""
+        pieces, told = Pieces(self._tokenizer), work.request.on_token is not None
         prompt, row = work.prompt, work.held.version.row
         async for more in self._writer.write(prompt.tokens, row, self._ends, prompt.longest):
             work.started = more.started
             written += more.tokens
-            if work.request.on_token is not None:
-                whole = self._text(written)
-                # A character may not be whole, and blanks at the end aren't of the answer.
-                sure = whole.rstrip("\ufffd").rstrip()
-                if sure.startswith(sent) and len(sure) > len(sent):
-                    self._tell(work.request, sure[len(sent) :])
-                    sent = sure
-        rest = self._text(written).removeprefix(sent)
-        if work.request.on_token is not None and rest:
-            self._tell(work.request, rest)
+            if told:
+                self._tell(work.request, pieces.more(self._up_to_end(written)))
+        if told:
+            self._tell(work.request, self._text(written).removeprefix(pieces.told))
         return written
 
     def _text(self, written: Sequence[int]) -> str:
@@ -265,9 +260,9 @@ class ContinuousEngine:
         return written[:-1] if written and written[-1] in self._ends else written
 
     def _tell(self, request: Request, piece: str) -> None:
-        assert request.on_token is not None
         try:
-            request.on_token(piece)
+            if piece and request.on_token is not None:
+                request.on_token(piece)
         except Exception:  # the client's side; its answer is whole all the same
             _logger.exception("A listener to an answer's tokens failed.")
 
