@@ -62,8 +62,9 @@ def test_what_is_served_is_shown(listened: list[Any], tmp_path: Path) -> None:
     assert "good, bad" in shown.output
     assert "/ serves the base tiny and its adapters, 1 so far." in shown.output
     assert "broken is not served" in shown.stderr
-    (given, _), (_, more) = listened
+    (given, how), (_, more) = listened
     assert given == ("tiny", tmp_path, 8, 0.005, 1024)
+    assert how == {"batch_invariant": False, "trust_remote_code": False}
     assert more == {"drain_s": 30.0}
 
 
@@ -122,7 +123,7 @@ def test_from_the_folder_to_an_answer(adapter: Path, base: Path, data: Path, tmp
     (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{}")
     (tmp_path / "keys").write_text(f"{KEY}\n")
     command = [sys.executable, "-m", "ia3", "serve", str(base), "--adapters", str(tmp_path / "adapters")]
-    more = ["--port", "0", "--api-keys", str(tmp_path / "keys"), "--json"]
+    more = ["--port", "0", "--api-keys", str(tmp_path / "keys"), "--batch-invariant", "--json"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, *more], **pipes) as process:
         assert process.stdout is not None

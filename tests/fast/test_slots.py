@@ -6,7 +6,7 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -372,3 +372,85 @@ def test_a_table_of_adapters(tiny: Any, tmp_path: Any) -> None:
         slots.step()
     assert [slots.tokens(0), slots.tokens(1)] == [alone(base, first), alone(base, second)]
     assert slots.tokens(0) != slots.tokens(1)
+
+
+def with_decoders_own(model: Any) -> Any:
+    """Two more adapters, whose vectors act in the decoder alone."""
+    for name in ("c", "d"):
+        keys_and_values = r".*decoder\.block.*\.(k|v)"
+        model.add_adapter(
+            name,
+            IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=keys_and_values, feedforward_modules=[]),
+        )
+    builders.randomise(model, spread=1.0)
+    return model
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_text_is_encoded_once_for_those_who_see_it_alike(recorded: bool, invariant: bool) -> None:
+    model = with_decoders_own(mixed("flan-t5"))
+    layout, _ = gather_flat(model, [*NAMES, "c", "d"])
+    text, other = [20, 21, 22, 23, 24], [30] * 11
+    coming = [
+        Request(row, name, NEW, 3)
+        for row, name in [(text, "c"), (text, "d"), (text, "a"), (other, "c"), (text, BASE), (text, "b"), (text, "a")]
+    ]
+    with recording() if recorded else nullcontext():
+        slots, encoded = Slots(model, 9, SOURCE, NEW, layout, invariant=invariant, **SETTINGS), 0
+        read = slots.fused.read_source
+
+        def count(run: Any, packed: Any, source: Any) -> torch.Tensor:
+            nonlocal encoded
+            encoded += int((packed["cu_seqlens"].diff() > 0).sum()) if not recorded else 0
+            return read(run, packed, source)
+
+        slots.fused.read_source = count  # type: ignore[method-assign]
+        for turn in range(3 if recorded else 1):
+            let_in(slots, list(range(turn, turn + len(coming))), coming)
+            while slots.lengths:
+                slots.step()
+            for slot, request in enumerate(coming, turn):
+                assert slots.tokens(slot) == alone(model, request)
+    assert len({tuple(slots.tokens(slot)) for slot in range(2, 9)}) > 4
+    # The base, c and d see the text alike, and so do both of a.
+    assert recorded or encoded == 4
+
+
+def logits_of(slots: Slots, coming: Sequence[Request], seed: int) -> list[torch.Tensor]:
+    """Of each request those behind each of its tokens, in an order and a company of the seed's."""
+    draw, order, inside = random.Random(seed), list(range(len(coming))), dict[int, int]()
+    found: list[list[torch.Tensor]] = [[] for _ in coming]
+    last: list[torch.Tensor] = []
+    compute = slots.decoding.logits_behind
+
+    def note(*given: Any) -> torch.Tensor:
+        last[:] = [compute(*given)]
+        return last[0]
+
+    slots.decoding.logits_behind = note  # type: ignore[method-assign]
+    draw.shuffle(order)
+    while order or inside:
+        free = draw.sample(slots.free, draw.randint(0, len(slots.free)))[: len(order)]
+        let_in(slots, free, [coming[index] for index in order[: len(free)]])
+        inside |= zip(free, order, strict=False)
+        order = order[len(free) :]
+        ended = slots.step()
+        for slot, index in inside.items():
+            found[index].append(last[0][slot].clone())
+        for slot in ended:
+            del inside[slot]
+    return [torch.stack(each) for each in found]
+
+
+@pytest.mark.parametrize("form", ["flan-t5", "bart"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_invariant_slots_compute_the_same_numbers_in_any_company(form: str, dtype: torch.dtype) -> None:
+    model, coming = mixed(form, dtype), requests(24, seed=8)
+    equal = []
+    for invariant in (True, False):
+        first, *others = (logits_of(made(model, 5, invariant=invariant), coming, seed) for seed in range(3))
+        pairs = [pair for other in others for pair in zip(first, other, strict=True)]
+        equal.append([torch.equal(*pair) for pair in pairs])
+    assert all(equal[0])
+    assert not all(equal[1])

@@ -75,9 +75,11 @@ def save_fleet(folder: Path, tasks: dict[str, dict[str, Any]], *, causal: bool =
 
 
 @contextmanager
-def serving(folder: Path, *, causal: bool = False, **limits: Any) -> Iterator[Engine]:
+def serving(
+    folder: Path, *, causal: bool = False, dtype: torch.dtype = torch.float32, **limits: Any
+) -> Iterator[Engine]:
     """An engine over the adapters of a folder, whose folder is looked at by `refresh` alone."""
-    model = bare(causal=causal)
+    model = bare(causal=causal).to(dtype)
     registry = Registry(model, folder, base=BASE)
     engine = Engine(model, tokenizer_of(causal=causal), registry, Limits(**limits))
     try:

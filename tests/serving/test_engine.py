@@ -108,15 +108,21 @@ def test_the_base_answers_by_its_own_name(fleet: Path, chats: Path, tmp_path: Pa
             assert found[0].result().digest is None
 
 
-def test_an_answer_may_be_cut(fleet: Path) -> None:
-    with serving(fleet) as engine:
-        whole = [ask(engine, "free", text) for text in TEXTS]
-        cut = [ask(engine, "free", text, max_new_tokens=2) for text in TEXTS]
-        label = ask(engine, "news", TEXTS[0], max_new_tokens=1)
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_answer_may_be_cut(fleet: Path, chats: Path, causal: bool) -> None:
+    texts, name = (QUESTIONS, "chat") if causal else (TEXTS, "free")
+    with serving(chats if causal else fleet, causal=causal) as engine:
+        whole = [ask(engine, name, text) for text in texts]
+        cut = [ask(engine, name, text, max_new_tokens=2) for text in texts]
     for one, other in zip(whole, cut, strict=True):
         assert other.completion_tokens == min(2, one.completion_tokens)
         assert one.text.startswith(other.text)
         assert (other.finish_reason == "length") == (one.completion_tokens > 2 or one.finish_reason == "length")
+
+
+def test_a_label_is_given_whole(fleet: Path) -> None:
+    with serving(fleet) as engine:
+        label = ask(engine, "news", TEXTS[0], max_new_tokens=1)
     assert (label.finish_reason, label.completion_tokens) == ("stop", 0)
 
 

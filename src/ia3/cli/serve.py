@@ -35,6 +35,9 @@ def serve(
     gather_ms: Annotated[
         float, typer.Option(min=0, max=10_000, help="Milliseconds that a text waits for company.")
     ] = 3.0,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same answer to the last bit, whoever asks at the same time.")
+    ] = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait; more are told to come again.")] = 1024,
     api_keys: Annotated[
         Path | None, typer.Option(help="A file with the clients' keys, one a line.", show_default=f"${_KEYS}")
@@ -62,7 +65,8 @@ def serve(
             f"Other machines reach {host}, and anybody could ask: give `api_keys`, or the keys in ${_KEYS}."
         )
     with bind(host, port) as bound:
-        engine = _start(base, adapters, batch_size, gather_ms / 1000, max_queue, trust_remote_code=trust_remote_code)
+        how = {"batch_invariant": batch_invariant, "trust_remote_code": trust_remote_code}
+        engine = _start(base, adapters, batch_size, gather_ms / 1000, max_queue, **how)
         app = make_app(engine, keys=keys, admin=admin)
         bound.listen()
         shown = f"[{host}]" if ":" in host else host
@@ -73,8 +77,9 @@ def serve(
 
 
 def _start(
-    name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, trust_remote_code: bool
-) -> Engine:
+    name: str, folder: Path, batch_size: int, gather_s: float, most_waiting: int, *, batch_invariant: bool,
+    trust_remote_code: bool,
+) -> Engine:  # fmt: skip
     """Load the base and its adapters."""
     from ia3.inference.loading import Base
 
@@ -97,7 +102,9 @@ def _start(
         own = Path(name).resolve().name if Path(name).exists() else name
         registry = Registry(model, folder, base=own, capacity=max(256, batch_size))
         registry.watch()
-        limits = Limits(batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting)
+        limits = Limits(
+            batch_size=batch_size, gather_s=gather_s, most_waiting=most_waiting, batch_invariant=batch_invariant
+        )
         return Engine(model, tokenizer, registry, limits)
 
 

@@ -29,6 +29,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.told = tokenizer, ""
+        self._special = frozenset(tokenizer.all_special_ids)
 
     def more(self, tokens: Sequence[int]) -> str:
         """What can be told since the last time.
@@ -44,7 +45,7 @@ class Pieces:
     def _settled(self, tokens: Sequence[int]) -> str:
         end = len(tokens)
         # Bytes in a row are one thing to a tokenizer, which knows what they are only at their end.
-        while end and _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(tokens[end - 1]))):
+        while end and self._may_go_on(tokens[end - 1]):
             end -= 1
         text: str = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
         text = text.strip().rstrip(_HALF).rstrip()
@@ -53,3 +54,9 @@ class Pieces:
             if blank is not None:
                 text = text[: max(0, len(text) - _CLEANED) + blank.start()].rstrip()
         return text
+
+    def _may_go_on(self, token: int) -> bool:
+        """Whether a row of bytes is not at its end behind this token: special ones leave no trace."""
+        if token in self._special:
+            return True
+        return _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))) is not None

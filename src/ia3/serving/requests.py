@@ -45,8 +45,8 @@ class Answer:
         prompt_tokens: how many tokens the model read.
         completion_tokens: how many it wrote; 0 where labels were ranked.
         finish_reason: `"length"` where the answer was as long as it may be.
-        queued_s: seconds from its coming to the start of its batch.
-        ran_s: seconds that its batch took.
+        queued_s: seconds from its coming until it was taken up, in a batch or a place in slots.
+        ran_s: seconds from then on.
     """
 
     text: str
