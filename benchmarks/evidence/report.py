@@ -22,11 +22,11 @@ from evidence.intervals import Bits, bootstrap, difference, interval, mean_accur
 from evidence.methods import FROZEN, FULL, IA3, LORA, METHODS_OF, WORDS
 from evidence.results import (
     Record,
+    Results,
     accuracy_by_task,
     best_rate,
     mean,
     rate_of_task,
-    read,
     unpack_bits,
     validation_scores,
 )
@@ -62,7 +62,7 @@ class Row:
 
 def write(results: Path, folder: Path) -> None:
     """Print the table; write evidence.json and two pictures."""
-    records = read(results)
+    records = [*Results(results).records.values()]  # of a run that two processes made, one
     rows = [row for base, names in DATA_OF.items() for data in names for row in cell(records, base, data)]
     swept = [*sweeps(records)]
     show(rows, swept)
