@@ -227,11 +227,11 @@ def test_differences_are_paired() -> None:
     better = right.copy()
     better[:, 0] = True
     right[:, 0] = False
-    here, low, high = intervals.difference([better], [right])
+    here, low, high = intervals.Answered([better]).beside(intervals.Answered([right]))
     assert here == pytest.approx(0.02)
     assert 0 <= low < high < 0.1
     with pytest.raises(ValueError, match="different test sets or seeds"):
-        intervals.difference([right], [right[:1]])
+        intervals.Answered([right]).beside(intervals.Answered([right[:1]]))
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
