@@ -15,8 +15,7 @@ Each run is a line of the results' file, and what is there is not run again: sto
 by the same command. `--processes` units run side by side on one GPU; `speed` wants one. `sweep` asks which rate
 `ia3.sweep` picks. The data folder holds the data sets as `evidence/data.py` reads them.
 
-A machine that nothing can be downloaded to is sent the parts that `--pack FOLDER` writes, one by one; there
-`--unpack PART FOLDER` gives, with the last, `FOLDER/site` for PYTHONPATH and `FOLDER/data`.
+`evidence_carry.py` brings all of that to a machine that nothing can be downloaded to.
 
 Needs: one GPU, --small a CPU; peft, the three wheels, gguf, accelerate and five data sets; 20 minutes.
 """
@@ -28,13 +27,14 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import bench
-from evidence import carry, report
+from evidence import report
 from evidence.bases import BASES
 from evidence.data import PLANS
 from evidence.methods import WORDS
@@ -58,17 +58,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few steps, two rates, one seed, to try everything")
     parser.add_argument("--list", action="store_true", help="the units that would be worked on")
     parser.add_argument("--report", action="store_true", help="table, pictures and summary of what there is")
-    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="write what another machine needs, in parts")
-    parser.add_argument("--unpack", type=Path, nargs=2, metavar=("PART", "FOLDER"), help="take up a part there")
     arguments = parser.parse_args()
-    if arguments.unpack:
-        return carry.unpack(*arguments.unpack)
     if arguments.report:
         return report.write(arguments.results, bench.RESULTS)
     if arguments.data_folder is None:
         parser.error("where are the data sets? --data-folder, or IA3_DATA")
-    if arguments.pack:
-        return carry.pack(arguments.pack, arguments.data_folder)
     chosen = units(arguments.parts, arguments.bases, arguments.data, arguments.methods)
     if arguments.list:
         return print(*chosen, sep="\n")
@@ -89,12 +83,22 @@ def main() -> None:
 def run(chosen: list[Unit], settings: Settings) -> int:
     """Work on all units; how many failed."""
     started, failures = time.perf_counter(), 0
-    attempt_one = partial(attempt, settings=settings)
-    with multiprocessing.get_context("spawn").Pool(settings.processes) if settings.processes > 1 else _alone() as pool:
-        for number, (line, failed) in enumerate(pool.imap_unordered(attempt_one, chosen), 1):
-            failures += failed
-            print(f"[{number}/{len(chosen)}, {time.perf_counter() - started:.0f} s] {line}", flush=True)
+    for number, (line, failed) in enumerate(finished(chosen, settings), 1):
+        failures += failed
+        print(f"[{number}/{len(chosen)}, {time.perf_counter() - started:.0f} s] {line}", flush=True)
     return failures
+
+
+def finished(chosen: list[Unit], settings: Settings) -> Iterator[tuple[str, bool]]:
+    """Each unit's line and whether it failed, when it is done."""
+    one = partial(attempt, settings=settings)
+    if settings.processes == 1:
+        yield from map(one, chosen)
+        return
+    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
+        yield from pool.imap_unordered(one, chosen)
+        pool.close()
+        pool.join()
 
 
 def attempt(unit: Unit, settings: Settings) -> tuple[str, bool]:
@@ -103,18 +107,6 @@ def attempt(unit: Unit, settings: Settings) -> tuple[str, bool]:
         return work(unit, settings), False
     except Exception:
         return f"{unit}: FAILED\n{traceback.format_exc()}", True
-
-
-class _alone:  # noqa: N801
-    """This process, as if it were a pool."""
-
-    def __enter__(self) -> _alone:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    imap_unordered = staticmethod(map)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from evidence import carry, data, intervals, loop, methods, report, results, units
+import evidence_carry as carry
+from evidence import data, intervals, loop, methods, report, results, units
 from evidence.bases import Base, MeanClassifier, MiniLM, SmolLM2, Titler
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, Plan, Row
 
 LABELS = ("no", "yes")
 ROWS = tuple(Row("ab" * (1 + n % 5), LABELS[n % 2]) for n in range(24))
 TINY = data.Data("tiny", LABELS, "", ROWS[:16], ROWS[16:20], ROWS[20:])
-PLAN = Plan(test=4, validation=4, train=16, steps=6, batch_size=4, max_length=16)
+PLAN = Plan(test=4, validation=4, train=16, steps=3, batch_size=4, max_length=16)
 
 
 class Letters:
@@ -226,11 +227,11 @@ def test_differences_are_paired() -> None:
     better = right.copy()
     better[:, 0] = True
     right[:, 0] = False
-    here, low, high = intervals.difference([better], [right])
+    here, low, high = intervals.Answered([better]).beside(intervals.Answered([right]))
     assert here == pytest.approx(0.02)
     assert 0 <= low < high < 0.1
     with pytest.raises(ValueError, match="different test sets or seeds"):
-        intervals.difference([right], [right[:1]])
+        intervals.Answered([right]).beside(intervals.Answered([right[:1]]))
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The parts of `evidence_table.py`: data, bases, methods, runs, the choice of rates, intervals, report, carrying."""
+"""The parts of `evidence_table.py`: data, bases, methods, the loop, units of work, results, intervals, report."""

@@ -70,9 +70,10 @@ class Base(ABC):
         """Each text's."""
 
     def choices(self, labels: Sequence[str]) -> Tensor:
-        """The labels' tokens `[labels, length]`, padded with -100, each with its end."""
+        """The labels' tokens `[labels, length]`, each with its end, padded with -100 to one of few lengths."""
         ends = self.tokenizer.eos_token_id
-        return pad_choices([[*self.tokenizer(label, add_special_tokens=False)["input_ids"], ends] for label in labels])
+        found = pad_choices([[*self.tokenizer(label, add_special_tokens=False)["input_ids"], ends] for label in labels])
+        return nn.functional.pad(found, (0, -found.shape[1] % 4), value=IGNORED)
 
     @abstractmethod
     def logits(self, model: Any, ids: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
@@ -177,7 +178,12 @@ class Titler(Base):
         return found
 
     def logits(self, model: Any, ids: Tensor, mask: Tensor, choices: Tensor) -> Tensor:
-        return choice_logits(model, choices, input_ids=ids, attention_mask=mask)
+        if choices.shape[1] > 1:
+            return choice_logits(model, choices, input_ids=ids, attention_mask=mask)
+        answers = model.prepare_decoder_input_ids_from_labels(choices[:, 0])
+        output = model(input_ids=ids, attention_mask=mask, decoder_input_ids=answers, use_cache=False)
+        logits: Tensor = output.logits[:, None]
+        return logits
 
 
 class SmolLM2(Base):

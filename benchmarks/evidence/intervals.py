@@ -7,6 +7,8 @@ with replacement, each seed with all of the drawn rows, so that a text that ever
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,9 +30,9 @@ def bootstrap(groups: Sequence[Bits], draws: int = DRAWS) -> Bits:
     found = np.zeros(draws)
     for group in groups:
         seeds, rows = group.shape
-        of_seeds, of_rows = (chance.multinomial(count, np.full(count, 1 / count), draws) for count in (seeds, rows))
-        # How often each answer was drawn is the product of its seed's and its row's number.
-        found += ((of_seeds @ group) * of_rows).sum(1) / (seeds * rows * len(groups))
+        of_seeds = chance.multinomial(seeds, np.full(seeds, 1 / seeds), draws)
+        means = of_seeds @ group / seeds
+        found += np.take_along_axis(means, chance.integers(rows, size=(draws, rows)), 1).mean(1) / len(groups)
     return found
 
 
@@ -40,17 +42,30 @@ def interval(drawn: Bits) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_accuracy(groups: Sequence[Bits]) -> float:
-    return float(np.mean([group.mean() for group in groups]))
+@dataclass
+class Answered:
+    """Which rows were right, `[seeds, rows]` of each test set, whose accuracies are averaged."""
 
+    groups: list[Bits]
 
-def difference(groups: Sequence[Bits], others: Sequence[Bits]) -> tuple[float, float, float]:
-    """How much more accurate the first is than the others on the same seeds and rows, and the interval of that.
+    @property
+    def accuracy(self) -> float:
+        return float(np.mean([group.mean() for group in self.groups]))
 
-    Raises:
-        ValueError: they answered other rows.
-    """
-    if [group.shape for group in groups] != [other.shape for other in others]:
-        raise ValueError("The runs are of different test sets or seeds, so they have no paired difference.")
-    low, high = interval(bootstrap(groups) - bootstrap(others))
-    return mean_accuracy(groups) - mean_accuracy(others), low, high
+    @cached_property
+    def drawn(self) -> Bits:
+        return bootstrap(self.groups)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [group.shape for group in self.groups]
+
+    def beside(self, other: Answered) -> tuple[float, float, float]:
+        """How much more accurate it is than another on the same seeds and rows, and the interval of that.
+
+        Raises:
+            ValueError: the other answered other rows.
+        """
+        if self.shapes != other.shapes:
+            raise ValueError("The runs are of different test sets or seeds, so they have no paired difference.")
+        return (self.accuracy - other.accuracy, *interval(self.drawn - other.drawn))

@@ -99,6 +99,8 @@ class Trainer:
             )
         self.loss = torch.zeros((), device=device)
         self._steps: dict[tuple[int, ...], CapturedStep] = {}
+        # One for all of its graphs: what a step leaves behind is not in it, so that the next may have the memory.
+        self.pool = torch.cuda.graph_pool_handle() if self.captured else None
 
     def run(self, encoded: Encoded, rate: float, seed: int, steps: int | None = None) -> Outcome:
         """Train from the beginning and answer the held-out rows.
@@ -208,11 +210,11 @@ class CapturedStep:
                 trainer.compute(*self.given)
         torch.cuda.current_stream().wait_stream(stream)
         assert trainer.optimizer is not None
-        trainer.optimizer.zero_grad()  # the gradients are then the graph's own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            trainer.compute(*self.given)
         trainer.optimizer.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=trainer.pool):
+            trainer.compute(*self.given)
+        trainer.optimizer.zero_grad()  # the gradients are in the pool
 
     def __call__(self, *tensors: Tensor) -> None:
         for own, given in zip(self.given, tensors, strict=True):

@@ -18,15 +18,15 @@ from rich.table import Table
 
 from evidence.bases import DATA_OF
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, plan_of
-from evidence.intervals import Bits, bootstrap, difference, interval, mean_accuracy
+from evidence.intervals import Answered, interval
 from evidence.methods import FROZEN, FULL, IA3, LORA, METHODS_OF, WORDS
 from evidence.results import (
     Record,
+    Results,
     accuracy_by_task,
     best_rate,
     mean,
     rate_of_task,
-    read,
     unpack_bits,
     validation_scores,
 )
@@ -62,7 +62,7 @@ class Row:
 
 def write(results: Path, folder: Path) -> None:
     """Print the table; write evidence.json and two pictures."""
-    records = read(results)
+    records = [*Results(results).records.values()]  # of a run that two processes made, one
     rows = [row for base, names in DATA_OF.items() for data in names for row in cell(records, base, data)]
     swept = [*sweeps(records)]
     show(rows, swept)
@@ -96,15 +96,15 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
             data=data,
             method=method,
             rates=judged.rates,
-            accuracy=mean_accuracy(judged.groups),
-            low=interval(bootstrap(judged.groups))[0],
-            high=interval(bootstrap(judged.groups))[1],
+            accuracy=judged.answers.accuracy,
+            low=interval(judged.answers.drawn)[0],
+            high=interval(judged.answers.drawn)[1],
             seeds=judged.seeds,
             trained=judged.trained,
             against={
-                other: difference(judged.groups, found[other].groups)
+                other: judged.answers.beside(found[other].answers)
                 for other in (IA3, LORA, FULL)
-                if other in found and other != method and found[other].shapes == judged.shapes
+                if other in found and other != method and found[other].answers.shapes == judged.answers.shapes
             },
             by_rate=judged.by_rate,
             speed={name: value for name, value in speeds.get(method, {}).items() if name.endswith(("_ms", "_bytes"))},
@@ -115,17 +115,13 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
 
 @dataclass
 class Judged:
-    """The runs that a method is judged by: which rows were right, `[seeds, rows]` of each test set."""
+    """The runs that a method is judged by."""
 
-    groups: list[Bits]
+    answers: Answered
     rates: list[float]
     seeds: int
     trained: int
     by_rate: dict[float, float]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [group.shape for group in self.groups]
 
 
 def ordinary(runs: list[Record]) -> Judged | None:
@@ -142,7 +138,7 @@ def at_rate(runs: list[Record], rate: float) -> Judged:
     final = sorted((record for record in runs if record["rate"] == rate), key=lambda record: record["seed"])
     by_rate = {record["rate"]: record["test_accuracy"] for record in runs if record["seed"] == 0}
     bits = np.array([unpack_bits(record["test_correct"], record["test_rows"]) for record in final])
-    return Judged([bits], [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())))
+    return Judged(Answered([bits]), [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())))
 
 
 def raft(runs: list[Record]) -> Judged | None:
@@ -163,7 +159,7 @@ def raft(runs: list[Record]) -> Judged | None:
         groups.append(np.array([[right for f in folds for right in unpack_bits(f["test_correct"], f["test_rows"])]]))
         rates.append(rate)
     by_rate = {rate: mean([*tasks.values()]) for rate, tasks in sorted(by_task.items())}
-    return Judged(groups, rates, FOLDS, complete[0]["trained"], by_rate)
+    return Judged(Answered(groups), rates, FOLDS, complete[0]["trained"], by_rate)
 
 
 def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
@@ -186,9 +182,9 @@ def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
             "seconds": swept["seconds"],
             "sweep_rate": swept["chosen"],
             "grid_rate": grid.rates[0],
-            "sweep_accuracy": mean_accuracy(chosen.groups),
-            "grid_accuracy": mean_accuracy(grid.groups),
-            "difference": difference(chosen.groups, grid.groups) if chosen.shapes == grid.shapes else None,
+            "sweep_accuracy": chosen.answers.accuracy,
+            "grid_accuracy": grid.answers.accuracy,
+            "difference": chosen.answers.beside(grid.answers) if chosen.answers.shapes == grid.answers.shapes else None,
         }
 
 

@@ -32,7 +32,6 @@ from evidence.results import (
     mean,
     pack_bits,
     rate_of_task,
-    unpack_bits,
     validation_scores,
     walk,
 )
@@ -88,7 +87,7 @@ class Unit:
 
 
 def units(parts: list[str], bases: list[str], data: list[str], methods: list[str]) -> list[Unit]:
-    """All that are asked for, the longest first."""
+    """All that are asked for, in the order of the bases; RAFT, whose runs are many, at the end."""
     asked = [
         *(Unit("runs", *each) for each in _cells(bases, data, methods) if "runs" in parts),
         *(Unit("speed", base, DATA_OF[base][0], m) for base in bases for m in METHODS_OF[base] if "speed" in parts),
@@ -97,8 +96,7 @@ def units(parts: list[str], bases: list[str], data: list[str], methods: list[str
     asked = [unit for unit in asked if unit.method in methods]
     asked = [unit for unit in asked if unit.part == "runs" or unit.method != FROZEN]
     asked = [unit for unit in asked if unit.part != "sweep" or (unit.base != "minilm" and unit.data != RAFT)]
-    weights = {"smollm2": 3, "titler": 2, "minilm": 1}
-    return sorted(asked, key=lambda unit: (unit.data != RAFT, -weights[unit.base]))
+    return sorted(asked, key=lambda unit: unit.data == RAFT)
 
 
 def _cells(bases: list[str], data: list[str], methods: list[str]) -> Iterator[tuple[str, str, str]]:
@@ -111,7 +109,7 @@ def _cells(bases: list[str], data: list[str], methods: list[str]) -> Iterator[tu
 
 def work(unit: Unit, settings: Settings) -> str:
     """Do what is missing of a unit; gives a line about it."""
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")  # TF32, on a GPU
     started, worker = time.perf_counter(), Worker(unit, settings)
     try:
         found = {"runs": worker.runs, "speed": worker.speed, "sweep": worker.sweep}[unit.part]()
@@ -394,7 +392,3 @@ def _few(encoded: Encoded) -> Any:
         lengths=encoded.test.lengths[:16],
         correct=encoded.test.correct[:16],
     )
-
-
-def correct_of(record: Record) -> list[bool]:
-    return unpack_bits(record["test_correct"], record["test_rows"])
