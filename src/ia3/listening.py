@@ -27,7 +27,7 @@ def watch(model: nn.Module) -> None:
     _MODELS[_placement(model).token] = model
     if keep_in_place not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(keep_in_place)
-        model.register_forward_hook(stop_listening, always_call=True)
+        model.register_forward_hook(stop_listening, always_call=True, with_kwargs=True)
 
 
 def unwatch(model: nn.Module) -> None:
@@ -133,7 +133,7 @@ def _forget_interrupted(model: nn.Module) -> None:
         listener.end()
 
 
-def stop_listening(model: nn.Module, args: Any, output: Any) -> None:
+def stop_listening(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the root: what nothing read is an error in training, and otherwise said.
 
     Raises:
@@ -154,6 +154,9 @@ def stop_listening(model: nn.Module, args: Any, output: Any) -> None:
     state.heard |= {(name, listener.training) for name in state.active}
     if unread:
         logger.warning(_unread(model, unread))
+    if kwargs.get("encoder_outputs") is not None:  # the encoder was called before
+        encoder = {*model.get_encoder().modules()}  # type: ignore[operator]
+        uncalled = [path for path in uncalled if model.get_submodule(path) not in encoder]
     if uncalled and listener.training:
         logger.warning(
             "%d adapted modules were not called in the first training step (such as %s), nor was anything around "

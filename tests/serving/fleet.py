@@ -54,9 +54,10 @@ def tokenizer_of(*, causal: bool = False) -> Any:
     return tiny_causal.tokenizer() if causal else tiny_seq2seq.tokenizer()
 
 
-def save(folder: Path, seed: int, task: Task | None, *, causal: bool = False) -> Path:
+def save(folder: Path, seed: int, task: Task | None, *, causal: bool = False, **where: Any) -> Path:
     """An adapter of random vectors with its task."""
-    model = get_peft_model(bare(causal=causal), IA3Config(task_type="CAUSAL_LM" if causal else "SEQ_2_SEQ_LM"))
+    config = IA3Config(task_type="CAUSAL_LM" if causal else "SEQ_2_SEQ_LM", **where)
+    model = get_peft_model(bare(causal=causal), config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, vector in model.named_parameters():

@@ -9,7 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import BASE, CAUSAL, QUESTIONS, TASKS, TEXTS, alone, ask, bare, save_fleet, serving, tokenizer_of
+from fleet import (
+    BASE,
+    CAUSAL,
+    QUESTIONS,
+    RANKED,
+    TASKS,
+    TEXTS,
+    alone,
+    ask,
+    bare,
+    save,
+    save_fleet,
+    serving,
+    task_of,
+    tokenizer_of,
+)  # fmt: skip
 
 import tiny_causal
 from ia3.inference.complete import complete
@@ -182,6 +197,23 @@ def test_texts_of_like_lengths_run_together(fleet: Path) -> None:
                 engine.submit(Request("rises " * count, "news"))
         assert engine.drain(60)
     assert lengths[1:] == [[3, 3, 3], [13, 13, 13]]
+
+
+def test_labels_of_one_text_share_a_batch_under_all_who_read_it_alike(fleet: Path, tmp_path: Path) -> None:
+    names = [f"decoder {index}" for index in range(5)]
+    for seed, name in enumerate(names):
+        save(tmp_path / name, seed, task_of(**RANKED), towers="decoder")
+    save(tmp_path / "news", 9, task_of(**RANKED))
+    asked = [(TEXTS[1], name) for name in names]
+    asked[2:2] = [(TEXTS[1], "news"), (TEXTS[1], "news"), (TEXTS[2], names[0])]
+    with serving(tmp_path, batch_size=2, gather_s=0) as engine:
+        with held_back(engine) as batches:
+            busy(engine, batches)
+            futures = [engine.submit(Request(text, name)) for text, name in asked]
+        answers = [future.result(60) for future in futures]
+    assert sorted(map(len, batches[1:])) == [2, 6]  # that text, and one other or one whose encoder has vectors
+    for (text, name), answer in zip(asked, answers, strict=True):
+        assert answer.label == alone(tmp_path / name, [text])[0].label
 
 
 def test_answers_end_with_the_positions_of_a_model(chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ class LabelScorer:
     def _encodes_as(self, name: str, own: tuple[Site, ...]) -> str:
         """The name of an adapter that encodes as this one does: the base's, where only the decoder has vectors."""
         if own not in self.sites_that_write:
-            self.sites_that_write[own] = _decodes_alone(self.model, own)
+            self.sites_that_write[own] = decode_alone(self.model, own)
         return BASE if self.sites_that_write[own] else name
 
     def _mixed(self, rows: Sequence[list[int]], adapter_names: Sequence[str] | None, indices: list[int]) -> Tensor:
@@ -337,7 +337,7 @@ class Shared:
         return [ordered[place] for place in self.places]
 
 
-def _decodes_alone(model: Any, sites: Sequence[Site]) -> bool:
+def decode_alone(model: Any, sites: Sequence[Site]) -> bool:
     """Whether vectors at these sites act in the decoder alone."""
     of_encoder = {id(module) for module in model.get_encoder().modules()}
     of_decoder = {id(module) for module in model.get_decoder().modules()} - of_encoder

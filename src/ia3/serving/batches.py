@@ -81,7 +81,7 @@ class Batches:
             return self._encode(prompts, rows)
         answerer = self._answerer(prompts[0].task)
         if answerer.scorer is not None:
-            size = answerer.scorer.batch_size  # smaller with many labels
+            size = answerer.scorer.most_answers  # with many labels few
             parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
             return [each for part in parts for each in self._rank(answerer.scorer, prompts[part], rows[part])]
         return self._write(answerer, prompts, rows)

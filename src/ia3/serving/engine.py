@@ -107,7 +107,8 @@ class Engine:
         try:
             prompt = self._read(held.version, request)
             told = None if request.on_token is None else ""
-            work = Work(request, held, prompt, now, deadline, self._writing.place_of(prompt), told)
+            reads = None if held.version.encodes or not prompt.task.ranks else tuple(prompt.tokens)
+            work = Work(request, held, prompt, now, deadline, self._writing.place_of(prompt), reads, told)
             with self._changed:
                 self._expect_room()
                 self._wait(work)
@@ -231,7 +232,9 @@ class Engine:
                     return []
                 self._changed.wait(rest)
                 continue
-            return self._waiting.take_nearest(urgent, most)
+            # Labels of one text under adapters that read it alike cost little more than those of one.
+            all_in_all = most if isinstance(urgent.company, Size) else self.registry.table.capacity
+            return self._waiting.take_nearest(urgent, most, all_in_all)
         return []
 
     def _room(self, company: Hashable) -> int:

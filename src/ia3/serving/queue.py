@@ -17,6 +17,7 @@ class Work:
 
     Args:
         company: with whom it is answered: a size of slots, or a task in whole batches.
+        reads: what is the same for works that read one text once, together; None for a text of its own.
         told: what its listener was told of the answer; None where nobody listens.
         started: when it was taken up.
     """
@@ -27,6 +28,7 @@ class Work:
     arrived: float
     deadline: float
     company: Hashable
+    reads: Hashable
     told: str | None
     started: float = 0.0
     future: Future[Answer] = field(default_factory=Future)
@@ -69,13 +71,27 @@ class Queue:
         some = (work for company, works in self._waiting.items() if room(company) for work in works)
         return min(some, key=_deadline, default=None)
 
-    def take_nearest(self, urgent: Work, most: int) -> list[Work]:
-        """Take a work, and those of its company that are about as long."""
-        length = len(urgent.prompt.tokens)
-        company = self._waiting[urgent.company]
-        nearest = sorted(company, key=lambda work: (work is not urgent, abs(len(work.prompt.tokens) - length)))
-        self._take(nearest[:most])
-        return nearest[:most]
+    def take_nearest(self, urgent: Work, texts: int, most: int) -> list[Work]:
+        """Take a work, those that read its text, and of its company those that are about as long.
+
+        Args:
+            urgent: the work.
+            texts: how many different texts.
+            most: how many works.
+        """
+        length, read, found = len(urgent.prompt.tokens), set[Hashable](), list[Work]()
+
+        def distance(work: Work) -> tuple[bool, bool, int]:
+            shares = work.reads is not None and work.reads == urgent.reads
+            return work is not urgent, not shares, abs(len(work.prompt.tokens) - length)
+
+        for work in sorted(self._waiting[urgent.company], key=distance)[:most]:
+            read.add(work if work.reads is None else work.reads)
+            if len(read) > texts:
+                break
+            found.append(work)
+        self._take(found)
+        return found
 
     def _take(self, some: Sequence[Work]) -> None:
         company, taken = some[0].company, set(some)

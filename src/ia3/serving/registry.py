@@ -28,10 +28,13 @@ from ia3.errors import fit_screen, listed, shorten
 from ia3.inference.loading import DTYPES
 from ia3.inference.many import adapters_below
 from ia3.inference.predict import most_positions
+from ia3.inference.rank import decode_alone
+from ia3.mixing import own_sites
 from ia3.rows import BASE
 from ia3.runs.run import ADAPTER_FOLDER, BEST_FOLDER, RECIPE_NAME
 from ia3.runs.sums import expect_adapter_unchanged
 from ia3.serving.requests import Refused, Served, UnknownModel
+from ia3.sites import Site
 from ia3.table import AdapterTable
 from ia3.tasks.task import TASK_NAME, Task, TaskKind, load_task
 from ia3.tasks.template import Template
@@ -92,6 +95,7 @@ class Version:
         digest: the sha256 of its vectors and task; None for the base.
         task: what it answers, and how.
         column: what the task's template calls a request's text.
+        encodes: whether its vectors act where texts are encoded, and not in a decoder alone.
         holders: how many names, aliases and requests need it.
     """
 
@@ -99,6 +103,7 @@ class Version:
     digest: str | None
     task: Task
     column: str
+    encodes: bool = True
     holders: int = 0
 
     def render(self, text: str) -> str:
@@ -164,6 +169,7 @@ class Registry:
         self._aliases: dict[str, Held] = {}
         self._loaded: dict[str, Path] = {}
         self._unloaded: set[str] = set()
+        self._encoding: dict[tuple[Site, ...], bool] = {}
         self._numbers = itertools.count(1)
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -405,7 +411,7 @@ class Registry:
             if version is not None:
                 self.table.drop(row)
             else:
-                version = self._versions[digest] = Version(row, digest, task, column)
+                version = self._versions[digest] = Version(row, digest, task, column, self._encodes(row))
             version.holders += 1
         if _signature(path) != seen:
             self.release(version)
@@ -461,6 +467,15 @@ class Registry:
         if len(required) > 1 or (not required and len(fields) > 1):
             raise ValueError(f"its template reads the columns {listed(fields)}, and a request has one text.")
         return (required or fields)[0]
+
+    def _encodes(self, row: str) -> bool:
+        """Whether an adapter's vectors act where texts are encoded: in all but an encoder-decoder's decoder."""
+        if self._kind is not TaskType.SEQ_2_SEQ_LM:
+            return True
+        sites = own_sites(self.model, [row])[row]
+        if sites not in self._encoding:
+            self._encoding[sites] = not decode_alone(self.model, sites)
+        return self._encoding[sites]
 
     def _expect_labels(self, row: str, task: Task) -> None:
         """Refuse a head that chooses from other classes than its task says; it leaves the table again."""
