@@ -42,7 +42,8 @@ from transformers import BertConfig, BertForSequenceClassification
 import train_step
 from bench import RESULTS, machine
 from ia3 import IA3Config, get_peft_model
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Request
 from ia3.tasks.task import Task, TaskKind

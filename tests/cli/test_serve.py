@@ -16,7 +16,7 @@ import pytest
 from running import call, message, succeed
 
 from ia3.serving import listening
-from ia3.serving.engine import Limits
+from ia3.serving.intake import Limits
 from ia3.serving.requests import Served
 
 NEWS = Served("news", "d" * 64, "tiny", ("prod",), "label-words", ("good", "bad"))

@@ -338,7 +338,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "nobody is told that it is too late"),
         Mutant("Engine._leave", Skip("remove"), "who went still has a place in the queue"),
         Mutant("Engine._leave", Skip("release"), "versions that were asked once never go"),
-        Mutant("Engine._expect_room", Instead("queued < self.limits.most_waiting", "True"), "the queue has no end"),
+        Mutant("Intake._expect_room", Instead("queued < self.limits.most_waiting", "True"), "the queue has no end"),
         Mutant("Queue.take_nearest", Instead("abs(len(work.prompt.tokens) - length)", "0"),
                "short texts are filled up to long ones"),
         Mutant("Queue.most_urgent", Instead("_deadline", "lambda work: work.arrived"),

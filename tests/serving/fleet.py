@@ -14,7 +14,8 @@ import tiny_seq2seq
 from ia3 import IA3Config, PeftModel, get_peft_model
 from ia3.inference.answering import Answer as Alone
 from ia3.inference.answering import Answerer
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Request
 from ia3.tasks.examples import Example

@@ -14,7 +14,7 @@ import torch
 from fleet import BASE, bare, tokenizer_of
 
 from ia3.serving.continuous import ContinuousEngine, Tokens
-from ia3.serving.engine import Limits
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.table import AdapterTable
 

@@ -22,8 +22,9 @@ from ia3.fast.encoding import FusedEncoder
 from ia3.inference.classify import classify, load_classifier
 from ia3.inference.loading import load_adapter
 from ia3.serving.encoders import no_vectors_reason
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
 from ia3.serving.http import make_app
+from ia3.serving.intake import Limits
 from ia3.serving.requests import NotServed, Request
 from ia3.serving.starting import start
 from ia3.tasks.task import TaskKind, load_task, save_task

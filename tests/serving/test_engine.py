@@ -29,7 +29,8 @@ from fleet import (
 import tiny_causal
 from ia3.inference.complete import complete
 from ia3.inference.predict import predict
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Dropped, NotServed, Overloaded, Request, Server, ServingError, TooLate, UnknownModel
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from fleet import BASE, RANKED, TEXTS, alone, bare, save_fleet, tokenizer_of
 
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Refused, Request, UnknownModel
 from ia3.tasks.task import TaskKind

@@ -66,7 +66,7 @@ def serve(
         )
     with bind(host, port) as bound:
         with Screen(stderr=True).status(f"Loading {base}") as status:
-            from ia3.serving.engine import Limits
+            from ia3.serving.intake import Limits
             from ia3.serving.starting import start
 
             limits = Limits(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -13,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from ia3.inference.complete import end_tokens
-from ia3.serving.engine import Limits
+from ia3.serving.intake import Intake, Limits, stopped, too_late
 from ia3.serving.pieces import Pieces
 from ia3.serving.reading import Prompt, Reader
 from ia3.serving.registry import Contents, Held, Registry
-from ia3.serving.requests import Answer, Dropped, NotServed, Overloaded, Request, Served, TooLate
+from ia3.serving.requests import Answer, Dropped, FinishReason, NotServed, Request
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class _Work:
     started: float | None = None
 
 
-class ContinuousEngine:
+class ContinuousEngine(Intake):
     """Answers requests for the adapters of a registry by a writer; the `Server` that HTTP sees.
 
     Each request is a task on the writer's loop. It ends with the answer, the deadline, or the client's going, and its
@@ -93,15 +92,11 @@ class ContinuousEngine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, registry: Registry, writer: Writer, limits: Limits) -> None:
-        self.registry, self.limits = registry, limits
+        super().__init__(registry, limits)
         self._writer, self._tokenizer = writer, tokenizer
         self._read, self._ends = Reader(model, tokenizer), end_tokens(model, tokenizer)
         self._works: set[_Work] = set()
-        self._sums = dict.fromkeys((*_OUTCOMES, *_SUMS), 0.0)
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        # Told of all that changes of these; held for moments only.
-        self._changed = threading.Condition()
-        self._is_open = True
 
     # What HTTP sees
 
@@ -112,13 +107,7 @@ class ContinuousEngine:
 
     def submit(self, request: Request) -> Future[Answer]:
         """Take a request in; see `Server.submit`."""
-        now = time.monotonic()
-        self._expect_room()
-        deadline = now + self.limits.deadline_s if request.deadline is None else request.deadline
-        if deadline <= now:
-            self._add(too_late=1)
-            raise _too_late()
-        held = self.registry.hold(request.model)
+        held, now, deadline = self._hold(request)
         try:
             prompt = self._within(self._read(held.version, request))
             work = _Work(request, held, prompt, now, deadline)
@@ -130,31 +119,6 @@ class ContinuousEngine:
             self.registry.release(held.version)
             raise
         return work.future
-
-    def models(self) -> list[Served]:
-        """All that can be asked, the base first."""
-        return self.registry.models()
-
-    def load(self, name: str, path: str) -> Served:
-        """See `Registry.load`."""
-        return self.registry.load(name, path)
-
-    def unload(self, name: str) -> None:
-        """See `Registry.unload`."""
-        self.registry.unload(name)
-
-    def alias(self, alias: str, name: str) -> Served:
-        """See `Registry.alias`."""
-        return self.registry.alias(alias, name)
-
-    def stats(self) -> dict[str, float]:
-        """Figures by name, since the start: requests by outcome, tokens, seconds; and what waits and runs now."""
-        with self._changed:
-            outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
-            sums = {name: self._sums[name] for name in _SUMS}
-            queued = self._queued()
-            now = {"queued": float(queued), "running": float(len(self._works) - queued)}
-        return {**now, **self.registry.stats(), **outcomes, **sums}
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until all are answered; whether that was within the time."""
@@ -172,21 +136,15 @@ class ContinuousEngine:
 
     # What is asked
 
-    def _expect_room(self) -> None:
-        with self._changed:
-            if not self.ready:
-                raise _stopped()
-            queued = self._queued()
-            if queued < self.limits.most_waiting:
-                return
-            self._sums["overloaded"] += 1
-            recent = self._recent
-            seconds = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else 1.0
-        raise Overloaded(f"{queued:,} requests wait, and no more may: try again later.", queued * seconds)
-
     def _queued(self) -> int:
-        """How many have no token yet."""
         return sum(work.started is None for work in self._works)
+
+    def _running(self) -> int:
+        return len(self._works) - self._queued()
+
+    def _seconds_each(self) -> float:
+        recent = self._recent
+        return (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else 1.0
 
     def _within(self, prompt: Prompt) -> Prompt:
         """A prompt whose answer ends where the writer's room does."""
@@ -221,16 +179,16 @@ class ContinuousEngine:
                 written = await self._write(work)
             self._give(work, written)
         except TimeoutError:
-            self._fail(work, _too_late(), "too_late")
+            self._fail(work.future, too_late(), "too_late")
         except Dropped as error:
-            self._fail(work, error, "dropped")
+            self._fail(work.future, error, "dropped")
         except Exception as error:
             _logger.exception("A request failed.")
-            self._fail(work, NotServed(str(error)) if isinstance(error, ValueError) else error, "failed")
+            self._fail(work.future, NotServed(str(error)) if isinstance(error, ValueError) else error, "failed")
 
     def _leave(self, work: _Work) -> None:
         """A request's task is done, whichever way; perhaps cancelled before it began."""
-        self._fail(work, _stopped(), "dropped")
+        self._fail(work.future, stopped(), "dropped")
         if work.future.cancelled():
             self._add(cancelled=1)
         self.registry.release(work.held.version)
@@ -274,41 +232,9 @@ class ContinuousEngine:
         queued_s, read = work.started - work.arrived, len(work.prompt.tokens)
         if not work.future.set_running_or_notify_cancel():
             return
-        self._add(answered=1, prompt_tokens=read, completion_tokens=len(written), queued_s=queued_s)
         self._recent.append(now)
-        work.future.set_result(
-            Answer(
-                text,
-                text if text in version.task.labels else None,
-                None,
-                name,
-                version.digest,
-                read,
-                len(written),
-                "stop" if ended else "length",
-                queued_s,
-                now - work.started,
-            )
-        )
-
-    def _fail(self, work: _Work, error: Exception, outcome: str) -> None:
-        if not work.future.done() and work.future.set_running_or_notify_cancel():
-            self._add(**{outcome: 1})
-            work.future.set_exception(error)
-
-    def _add(self, **more: float) -> None:
-        with self._changed:
-            for name, value in more.items():
-                self._sums[name] += value
-
-
-_OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
-_SUMS = ("queued_s", "prompt_tokens", "completion_tokens")
-
-
-def _too_late() -> TooLate:
-    return TooLate("The deadline went by before the answer: allow more time, or send less at once.")
-
-
-def _stopped() -> Dropped:
-    return Dropped("The server stops and takes no more requests: try another, or later.")
+        label = text if text in version.task.labels else None
+        finish: FinishReason = "stop" if ended else "length"
+        said = (text, label, None, name, version.digest)
+        times = (queued_s, now - work.started)
+        self._answered(work.future, Answer(*said, read, len(written), finish, *times))

@@ -13,16 +13,16 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ia3.serving.batches import Batches, Found
+from ia3.serving.intake import Intake, Limits, stopped, too_late
 from ia3.serving.queue import Queue, Work
 from ia3.serving.reading import Reader
 from ia3.serving.registry import Registry
-from ia3.serving.requests import Answer, Dropped, NotServed, Overloaded, Request, Served, TooLate
+from ia3.serving.requests import Answer, NotServed, Request
 from ia3.serving.writing import Place, Size, Writing
 
 _logger = logging.getLogger(__name__)
@@ -31,27 +31,7 @@ _logger = logging.getLogger(__name__)
 _RECENT = 256
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How requests become batches, and how many may wait.
-
-    Args:
-        batch_size: the most requests of a batch, and in slots of one size; at most the registry's capacity.
-        gather_s: how long the first request of a batch waits for others, in seconds.
-        most_waiting: how many requests may wait.
-        deadline_s: after how many seconds nobody waits for an answer, where a request doesn't say.
-        batch_invariant: whether an answer is the same to the last bit whatever else is asked at the same time. All is
-            then computed in fixed shapes, filled up, which takes longer.
-    """
-
-    batch_size: int = 32
-    gather_s: float = 0.003
-    most_waiting: int = 1024
-    deadline_s: float = 60.0
-    batch_invariant: bool = False
-
-
-class Engine:
+class Engine(Intake):
     """Answers requests for the adapters of a registry, in batches that mix them; the `Server` that HTTP sees.
 
     What waits is taken by its deadline, the nearest first, together with others that are answered the same way, those
@@ -67,24 +47,22 @@ class Engine:
         ValueError: batches that are larger than the registry's capacity, or without anything.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, registry: Registry, limits: Limits = Limits()) -> None:
+    def __init__(self, model: Any, tokenizer: Any, registry: Registry, limits: Limits) -> None:
         if not 1 <= limits.batch_size <= registry.table.capacity:
             raise ValueError(
                 f"batch_size is {limits.batch_size}: expected a number from 1 to the registry's capacity of "
                 f"{registry.table.capacity}, since each request of a batch may have another adapter."
             )
-        self.registry, self.limits, self._device = registry, limits, model.device
+        super().__init__(registry, limits, "batches", "ran_s")
+        self._device = model.device
         self._read = Reader(model, tokenizer)
         self._answer = Batches(model, tokenizer, limits.batch_size, invariant=limits.batch_invariant)
         self._writing = Writing(model, tokenizer, limits.batch_size, invariant=limits.batch_invariant)
         self._waiting = Queue()
         self._batch: Sequence[Work] = ()
         self._written: dict[Place, Work] = {}
-        self._sums = dict.fromkeys((*_OUTCOMES, *_SUMS), 0.0)
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
-        # Told of all that changes of these; held for moments only, never while the model runs.
-        self._changed = threading.Condition()
-        self._is_open, self._ends = True, False
+        self._ends = False
         self._thread = threading.Thread(target=self._work, name="ia3-engine", daemon=True)
         self._thread.start()
 
@@ -97,13 +75,7 @@ class Engine:
 
     def submit(self, request: Request) -> Future[Answer]:
         """Take a request in; see `Server.submit`."""
-        now = time.monotonic()
-        self._expect_room()
-        deadline = now + self.limits.deadline_s if request.deadline is None else request.deadline
-        if deadline <= now:
-            self._add(too_late=1)
-            raise _too_late()
-        held = self.registry.hold(request.model)
+        held, now, deadline = self._hold(request)
         try:
             prompt = self._read(held.version, request)
             told = None if request.on_token is None else ""
@@ -117,30 +89,6 @@ class Engine:
             raise
         work.future.add_done_callback(lambda _: self._leave(work))
         return work.future
-
-    def models(self) -> list[Served]:
-        """All that can be asked, the base first."""
-        return self.registry.models()
-
-    def load(self, name: str, path: str) -> Served:
-        """See `Registry.load`."""
-        return self.registry.load(name, path)
-
-    def unload(self, name: str) -> None:
-        """See `Registry.unload`."""
-        self.registry.unload(name)
-
-    def alias(self, alias: str, name: str) -> Served:
-        """See `Registry.alias`."""
-        return self.registry.alias(alias, name)
-
-    def stats(self) -> dict[str, float]:
-        """Figures by name, since the start: requests by outcome, tokens, seconds; and what waits and runs now."""
-        with self._changed:
-            outcomes = {f"requests_{name}": self._sums[name] for name in _OUTCOMES}
-            sums = {name: self._sums[name] for name in _SUMS}
-            now = {"queued": float(len(self._waiting)), "running": float(len(self._running()))}
-        return {**now, **self.registry.stats(), **outcomes, **sums}
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until all are answered; whether that was within the time."""
@@ -159,20 +107,15 @@ class Engine:
 
     # What waits
 
-    def _expect_room(self) -> None:
-        with self._changed:
-            if not self.ready:
-                raise _stopped()
-            queued = len(self._waiting)
-            if queued < self.limits.most_waiting:
-                return
-            self._sums["overloaded"] += 1
-            count, seconds = (sum(each) for each in zip(*self._recent, strict=True)) if self._recent else (1, 1.0)
-        message = f"{queued:,} requests wait, and no more may: try again later."
-        raise Overloaded(message, queued * seconds / max(count, 1))
+    def _queued(self) -> int:
+        return len(self._waiting)
 
-    def _running(self) -> list[Work]:
-        return [*self._batch, *self._written.values()]
+    def _running(self) -> int:
+        return len(self._batch) + len(self._written)
+
+    def _seconds_each(self) -> float:
+        count, seconds = (sum(each) for each in zip(*self._recent, strict=True)) if self._recent else (1, 1.0)
+        return seconds / max(count, 1)
 
     def _wait(self, work: Work) -> None:
         with self._changed:
@@ -202,11 +145,11 @@ class Engine:
         finally:  # told to stop, or by an error in this file: nobody is left to wait for ever
             with self._changed:
                 self._is_open = False
-                left = [*self._running(), *self._waiting.take_late(math.inf)]
+                left = [*self._batch, *self._written.values(), *self._waiting.take_late(math.inf)]
                 self._batch, self._written = (), {}
                 self._changed.notify_all()
             for work in left:
-                self._fail(work, _stopped(), "dropped")
+                self._fail(work.future, stopped(), "dropped")
 
     def _next(self) -> list[Work] | None:
         """Who is taken up next, nobody where what is written goes on meanwhile; None where there will be nobody."""
@@ -219,7 +162,7 @@ class Engine:
             late = self._waiting.take_late(time.monotonic())
             self._batch = late or self._gather()
         for work in late:
-            self._fail(work, _too_late(), "too_late")
+            self._fail(work.future, too_late(), "too_late")
         return [] if late else list(self._batch)
 
     def _gather(self) -> list[Work]:
@@ -279,14 +222,14 @@ class Engine:
         self._expect_device(error)
         if len(batch) == 1:
             failure = NotServed(str(error)) if isinstance(error, ValueError) else error
-            self._fail(batch[0], failure, "failed")
+            self._fail(batch[0].future, failure, "failed")
             return
         self._run_alone(batch)
 
     def _run_alone(self, works: Sequence[Work]) -> None:
         for work in works:
             if work.deadline <= time.monotonic():
-                self._fail(work, _too_late(), "too_late")
+                self._fail(work.future, too_late(), "too_late")
             else:
                 self._run([work])
 
@@ -353,7 +296,7 @@ class Engine:
         if over:
             self._writing.stop(over)
             for place in over:
-                self._fail(self._written[place], _too_late(), "too_late")
+                self._fail(self._written[place].future, too_late(), "too_late")
             self._forget(over)
 
     def _leave_slots(self, size: Size, coming: Sequence[Work], error: Exception) -> None:
@@ -383,13 +326,13 @@ class Engine:
         told = work.told or ""
         if not found.text.startswith(told):
             began = "The answer was begun, failed, and began otherwise when it was tried again: ask again."
-            self._fail(work, RuntimeError(began), "failed")
+            self._fail(work.future, RuntimeError(began), "failed")
             return
         self._tell(work, found.text.removeprefix(told))
         queued_s, ran_s = work.started - work.arrived, time.monotonic() - work.started
-        self._add(answered=1, prompt_tokens=read, completion_tokens=written, queued_s=queued_s)
         said = (found.text, label, found.probabilities, name, version.digest)
-        work.future.set_result(Answer(*said, read, written, found.finish_reason, queued_s, ran_s, found.vector))
+        times = (queued_s, ran_s)
+        self._answered(work.future, Answer(*said, read, written, found.finish_reason, *times, found.vector))
 
     def _tell(self, work: Work, piece: str) -> None:
         if work.told is None or work.request.on_token is None or not piece:
@@ -401,26 +344,11 @@ class Engine:
             _logger.exception("A listener to an answer's tokens failed.")
             work.told = None
 
-    def _fail(self, work: Work, error: Exception, outcome: str) -> None:
-        if work.future.done() or not (work.future.running() or work.future.set_running_or_notify_cancel()):
-            return
-        self._add(**{outcome: 1})
-        work.future.set_exception(error)
-
     def _note(self, answered: int, seconds: float, **more: float) -> None:
         """How long something ran, and how many were answered by it."""
         with self._changed:
             self._recent.append((answered, seconds))
         self._add(ran_s=seconds, **more)
-
-    def _add(self, **more: float) -> None:
-        with self._changed:
-            for name, value in more.items():
-                self._sums[name] += value
-
-
-_OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
-_SUMS = ("batches", "queued_s", "ran_s", "prompt_tokens", "completion_tokens")
 
 
 def _running_from_now(works: Sequence[Work]) -> list[Work]:
@@ -433,11 +361,3 @@ def _computes(device: torch.device) -> bool:
         return bool(torch.ones(1, device=device).sum() == 1)
     except Exception:
         return False
-
-
-def _too_late() -> TooLate:
-    return TooLate("The deadline went by before the answer: allow more time, or send less at once.")
-
-
-def _stopped() -> Dropped:
-    return Dropped("The server stops and takes no more requests: try another, or later.")

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from ia3.serving.engine import Limits
 from ia3.serving.http import make_app
+from ia3.serving.intake import Limits
 from ia3.serving.limits import Keys
 from ia3.serving.metrics import log_in_lines
 from ia3.serving.starting import start

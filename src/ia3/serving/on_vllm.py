@@ -27,7 +27,7 @@ from ia3.gguf import is_gguf
 from ia3.inference.loading import Base, reading_weights
 from ia3.rows import BASE
 from ia3.serving.continuous import ContinuousEngine, Tokens
-from ia3.serving.engine import Limits
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Dropped
 from ia3.table import read_vectors

@@ -14,7 +14,8 @@ from ia3.errors import fit_screen
 from ia3.inference.loading import Base
 from ia3.serving import on_vllm
 from ia3.serving.continuous import ContinuousEngine
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.tasks.task import TaskKind
 

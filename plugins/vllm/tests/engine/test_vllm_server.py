@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from ia3.inference.loading import Base
 from ia3.serving import on_vllm
-from ia3.serving.engine import Engine, Limits
+from ia3.serving.engine import Engine
+from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Dropped, Overloaded, Request, Server, TooLate
 from ia3.tasks.task import Task, TaskKind, save_task

@@ -1,0 +1,148 @@
+"""What all engines do with a request before and after its work: whether it may come, and what is counted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from ia3.serving.registry import Held, Registry
+from ia3.serving.requests import Answer, Dropped, Overloaded, Request, Served, TooLate
+
+_OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How requests become batches, and how many may wait.
+
+    Args:
+        batch_size: the most texts of a batch, and in slots of one size; at most the registry's capacity.
+        gather_s: how long the first request of a batch waits for others, in seconds.
+        most_waiting: how many requests may wait.
+        deadline_s: after how many seconds nobody waits for an answer, where a request doesn't say.
+        batch_invariant: whether an answer is the same to the last bit whatever else is asked at the same time. All is
+            then computed in fixed shapes, filled up, which takes longer.
+    """
+
+    batch_size: int = 32
+    gather_s: float = 0.003
+    most_waiting: int = 1024
+    deadline_s: float = 60.0
+    batch_invariant: bool = False
+
+
+class Intake:
+    """The part of a `Server` that is the same whoever computes.
+
+    Args:
+        registry: the adapters; closed with the engine.
+        limits: how many requests may wait, and for how long.
+        sums: what is summed up besides outcomes and tokens.
+    """
+
+    def __init__(self, registry: Registry, limits: Limits, *sums: str) -> None:
+        self.registry, self.limits = registry, limits
+        self._sums = dict.fromkeys((*_OUTCOMES, "prompt_tokens", "completion_tokens", *sums), 0.0)
+        # Told of all that changes of an engine; held for moments only, never while the model runs.
+        self._changed = threading.Condition()
+        self._is_open = True
+
+    # What an engine says of itself
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        raise NotImplementedError
+
+    def _queued(self) -> int:
+        """How many wait; the lock is held."""
+        raise NotImplementedError
+
+    def _running(self) -> int:
+        """How many are being answered; the lock is held."""
+        raise NotImplementedError
+
+    def _seconds_each(self) -> float:
+        """How long an answer takes at the rate of the last ones; the lock is held."""
+        raise NotImplementedError
+
+    # What is served
+
+    def models(self) -> list[Served]:
+        """All that can be asked, the base first."""
+        return self.registry.models()
+
+    def load(self, name: str, path: str) -> Served:
+        """See `Registry.load`."""
+        return self.registry.load(name, path)
+
+    def unload(self, name: str) -> None:
+        """See `Registry.unload`."""
+        self.registry.unload(name)
+
+    def alias(self, alias: str, name: str) -> Served:
+        """See `Registry.alias`."""
+        return self.registry.alias(alias, name)
+
+    def stats(self) -> dict[str, float]:
+        """Figures by name; see `Server.stats`."""
+        with self._changed:
+            sums = {f"requests_{name}" if name in _OUTCOMES else name: value for name, value in self._sums.items()}
+            now = {"queued": float(self._queued()), "running": float(self._running())}
+        return {**now, **self.registry.stats(), **sums}
+
+    # Who comes
+
+    def _hold(self, request: Request) -> tuple[Held, float, float]:
+        """The version that a request is for, which is held from now on; when it came, and its deadline.
+
+        Raises:
+            ServingError: too many wait, the deadline went by, or nothing has that name.
+        """
+        now = time.monotonic()
+        self._expect_room()
+        deadline = now + self.limits.deadline_s if request.deadline is None else request.deadline
+        if deadline <= now:
+            self._add(too_late=1)
+            raise too_late()
+        return self.registry.hold(request.model), now, deadline
+
+    def _expect_room(self) -> None:
+        with self._changed:
+            if not self.ready:
+                raise stopped()
+            queued = self._queued()
+            if queued < self.limits.most_waiting:
+                return
+            self._sums["overloaded"] += 1
+            seconds = queued * self._seconds_each()
+        raise Overloaded(f"{queued:,} requests wait, and no more may: try again later.", seconds)
+
+    # Who goes
+
+    def _answered(self, future: Future[Answer], answer: Answer) -> None:
+        self._add(answered=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
+        future.set_result(answer)
+
+    def _fail(self, future: Future[Answer], error: Exception, outcome: str) -> None:
+        if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
+            return
+        self._add(**{outcome: 1})
+        future.set_exception(error)
+
+    def _add(self, **more: float) -> None:
+        with self._changed:
+            for name, value in more.items():
+                self._sums[name] += value
+
+
+def too_late() -> TooLate:
+    """For who isn't answered in time."""
+    return TooLate("The deadline went by before the answer: allow more time, or send less at once.")
+
+
+def stopped() -> Dropped:
+    """For who isn't answered any more."""
+    return Dropped("The server stops and takes no more requests: try another, or later.")
