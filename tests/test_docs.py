@@ -7,6 +7,7 @@ holds a tiny model meanwhile, and the bundled tweets are few, so that the pages 
 from __future__ import annotations
 
 import argparse
+import ast
 import io
 import json
 import re
@@ -172,7 +173,7 @@ def check_pip(words: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert words[0] == "install"
     for word in words[1:]:
-        if word == "./plugins/vllm":
+        if word == "./plugins/vllm" or word.startswith("opentelemetry-"):
             continue
         match = re.fullmatch(r"(?:\.|ia3)(?:\[([\w,-]+)\])?", word)
         assert match, word
@@ -215,7 +216,17 @@ def check_launched(asked: argparse.Namespace) -> None:
     check_ia3(asked.training_script_args)
 
 
-CHECKS = {
+def check_serve(words: list[str]) -> None:
+    """Ray's command, which may not be installed here."""
+    app, *given = words[1:]
+    source = ast.parse((ROOT / "src" / app.partition(":")[0].replace(".", "/")).with_suffix(".py").read_text())
+    (fields,) = (each for each in source.body if isinstance(each, ast.ClassDef) and each.name == "Arguments")
+    known = {each.target.id for each in fields.body if isinstance(each, ast.AnnAssign)}  # type: ignore[union-attr]
+    assert words[0] == "run"
+    assert {word.partition("=")[0] for word in given} <= known
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
     "accelerate": check_accelerate,
     "torchrun": check_torchrun,
     "ia3": check_ia3,
@@ -225,6 +236,8 @@ CHECKS = {
     "hf": check_hf,
     "vllm": check_vllm,
     "curl": check_curl,
+    "opentelemetry-instrument": lambda words: CHECKS[words[0]](words[1:]),
+    "serve": check_serve,
 }
 
 

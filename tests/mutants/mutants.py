@@ -363,7 +363,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_within", Instead("(flat[:, ~is_inside] == 1).all(1).tolist()", "[True] * len(flat)"),
                "vectors that slots can't have are dropped"),
         Mutant("Pieces._settled", Instead("text.strip().rstrip(_HALF)", "text.strip()"), "half a character is told"),
-        Mutant("Batches._in_fixed_shapes", Instead("some[:1] * (most - len(some))", "[]"),
+        Mutant("Batches._in_fixed_shapes", Instead("some[:1] * (size - len(some))", "[]"),
                "probabilities depend on who shares the batch"),
     ],
     ("fast/test_scores.py",): [

@@ -37,7 +37,7 @@ PROBABILITIES = {"good": 0.75, "bad": 0.25}
 OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
 FIGURES = (
     *("queued", "running", "adapters", "versions", "resident"),
-    *("batches", "ran_s", "queued_s", "prompt_tokens", "completion_tokens"),
+    *("batches", "ran_s", "prompt_tokens", "completion_tokens"),
     *(f"requests_{outcome}" for outcome in OUTCOMES),
 )
 

@@ -522,6 +522,7 @@ class TestWhatIsSeen:
             ("POST", "/v1/completions", {"model": "writer", "prompt": ["hello", "there"]}),
             ("POST", "/v1/chat/completions", {"model": "writer", "messages": [{"role": "user", "content": "hello"}]}),
             ("POST", "/v1/classify", {"models": ["news"], "input": "hello"}),
+            ("GET", "/v1/activity", None),
             ("POST", "/v1/load_lora_adapter", {"lora_name": "fresh", "lora_path": "fresh"}),
             ("POST", "/v1/unload_lora_adapter", {"lora_name": "news"}),
             ("PUT", "/v1/aliases", {"alias": "best", "model": "writer"}),

@@ -99,6 +99,7 @@ def test_who_comes_later_does_not_wait_for_a_long_answer(fleet: Path) -> None:
                 future = engine.submit(Request(TEXTS[0], name))
                 future.add_done_callback(lambda _, name=name: order.append(name))
 
+        ask(engine, "news", TEXTS[0])  # whose first batch takes long, and then so may the writing
         at_step(engine, 3, ask_more)
         answer = ask(engine, "long", TEXTS[1])
         order.append("long")

@@ -250,6 +250,7 @@ class Engine(Intake):
             return
         self._note(0, time.monotonic() - started, batches=1)
         with self._changed:
+            self._batch = ()
             for work, place in zip(works, places, strict=True):
                 work.started = started
                 if place is not None:

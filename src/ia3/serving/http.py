@@ -70,8 +70,8 @@ def make_app(
     for kind in (BadRequestError, ServingError, HTTPException):
         app.add_exception_handler(kind, as_response)
     app.add_middleware(Door, keys=keys or Keys(), admin=admin or Keys(), limits=limits, metrics=metrics)
-    _Routes(server, limits, metrics).add_to(app)
     add_page(app)
+    _Routes(server, limits, metrics).add_to(app)  # which describes all that there is
     return app
 
 

@@ -95,6 +95,8 @@ class Words(TypedDict):
     text: str
     finish_reason: FinishReason
     logprobs: None
+    queued_ms: float
+    ran_ms: float
 
 
 class Completion(TypedDict):
@@ -123,6 +125,8 @@ class Turn(TypedDict):
     message: Said
     finish_reason: FinishReason
     logprobs: None
+    queued_ms: float
+    ran_ms: float
 
 
 class ChatCompletion(TypedDict):
@@ -135,6 +139,51 @@ class ChatCompletion(TypedDict):
     choices: list[Turn]
     usage: Usage
     system_fingerprint: str | None
+
+
+class Vector(TypedDict):
+    """Of one text; as base64 the bytes of float32, the lowest first."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Read(TypedDict):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Vectors(TypedDict):
+    """Of each text."""
+
+    object: Literal["list"]
+    data: list[Vector]
+    model: str
+    digest: str | None
+    usage: Read
+
+
+class Busy(TypedDict):
+    """How much an adapter answered."""
+
+    adapter: str
+    answers: int
+
+
+class Activity(TypedDict):
+    """What happens now, and who answered most in the last seconds."""
+
+    object: Literal["activity"]
+    ready: bool
+    seconds: int
+    queued: int
+    running: int
+    adapters: int
+    resident: int
+    data: list[Busy]
 
 
 class Status(TypedDict):
@@ -154,6 +203,8 @@ _OF_ROUTES: dict[str, dict[int | str, dict[str, Any]]] = {
     "/v1/completions": {200: {"model": Completion, "description": "Words, or with stream events.", **_EVENTS}},
     "/v1/chat/completions": {200: {"model": ChatCompletion, "description": "Words, or with stream events.", **_EVENTS}},
     "/v1/classify": {200: {"model": Labels}},
+    "/v1/embeddings": {200: {"model": Vectors}},
+    "/v1/activity": {200: {"model": Activity}},
     "/v1/load_lora_adapter": {200: {"model": Card}},
     "/v1/unload_lora_adapter": {200: {"model": Unloaded}},
     "/v1/aliases": {200: {"model": Card}},
