@@ -143,8 +143,8 @@ def test_every_block_says_what_it_is() -> None:
 
 
 def lines_of(script: str) -> list[list[str]]:
-    """The commands of a block, without comments."""
-    joined = script.replace("\\\n", " ")
+    """The commands of a block, without comments and what is set for them alone."""
+    joined = re.sub(r"^([A-Z_]+=\S* +)+", "", script.replace("\\\n", " "), flags=re.MULTILINE)
     return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
