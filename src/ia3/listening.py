@@ -35,7 +35,8 @@ def unwatch(model: nn.Module) -> None:
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is keep_in_place]:
         del model._forward_pre_hooks[key]
     for key in [key for key, hook in model._forward_hooks.items() if hook is stop_listening]:
-        del model._forward_hooks[key], model._forward_hooks_always_called[key]
+        for held in (model._forward_hooks, model._forward_hooks_always_called, model._forward_hooks_with_kwargs):
+            del held[key]
 
 
 def keep_in_place(model: nn.Module, args: Any) -> None:
