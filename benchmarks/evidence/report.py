@@ -189,7 +189,7 @@ def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
 
 
 def show(rows: list[Row], swept: list[dict[str, Any]]) -> None:
-    console = Console(width=150)
+    console = Console(width=190)
     for base, data in distinct((row.base, row.data) for row in rows):
         table = Table(title=f"{base}, {data}", title_justify="left")
         for name in ("method", "rate", "accuracy, 95 %", "beside LoRA", "beside all weights", "trained"):
