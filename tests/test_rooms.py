@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -169,3 +170,10 @@ def test_state_is_fetched_in_one_place(sources: dict[str, str]) -> None:
 def test_no_file_is_long(sources: dict[str, str]) -> None:
     longest = {name: text.count("\n") for name, text in sources.items() if text.count("\n") > 600}
     assert not longest, longest
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Pytest imports them by these, and stops where it finds a second one; run in parts they would pass."""
+    here = Path(__file__).parent
+    names = Counter(path.name for root in (here, here.parent / "plugins") for path in root.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -351,7 +351,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Reader._as_asked", Instead("min(longest, positions - len(tokens))", "longest"),
                "answers go on behind the model's positions"),
     ],
-    ("serving/test_writing.py", "serving/test_pieces.py", "serving/test_invariance.py"): [
+    ("serving/test_side_by_side.py", "serving/test_pieces.py", "serving/test_invariance.py"): [
         Mutant("Engine._write_on", Instead("time.monotonic() - started >= seconds", "False"),
                "who comes later waits for a long answer"),
         Mutant("Engine._stop_writing", Skip("stop"), "who went is written on"),
