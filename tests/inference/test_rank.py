@@ -206,6 +206,22 @@ def test_one_text_under_many_adapters_is_encoded_once(many: Any, monkeypatch: An
     assert (scorer.fused is None, scorer.difference) == (reason is not None, None)
 
 
+def test_modules_of_the_encoder_that_are_trained_in_full_encode() -> None:
+    config = {"target_modules": r"decoder\..*\.(k|v)", "feedforward_modules": []}
+    model = get_peft_model(tiny_seq2seq.base(), IA3Config(task_type="SEQ_2_SEQ_LM", **config), adapter_name="a")
+    own = ["encoder.final_layer_norm"]
+    for name in "bc":
+        model.add_adapter(name, IA3Config(task_type="SEQ_2_SEQ_LM", modules_to_save=own, **config))
+        with torch.no_grad():
+            for path, weight in model.named_parameters():
+                if f"modules_to_save.{name}" in path:
+                    weight.mul_(2 + ord(name) % 5)
+    texts, names = [TEXTS[0]] * 6, ["b", "c", "b", "c", "b", "c"]
+    found = LabelScorer(model, TOKENIZER, LABELS)(texts, adapter_names=names)
+    torch.testing.assert_close(found, each_alone(model, texts, names).double(), rtol=0, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 def test_a_scorer_follows_a_table_that_grows(many: Any, tmp_path: Path) -> None:
     """By sites of the encoder, which the first adapters don't have, and by another content under a name."""
     table = attached(many).table

@@ -182,6 +182,17 @@ def test_vectors_are_means_of_hidden_states(encoder: tuple[str, Path], engine: E
             assert answer.prompt_tokens == ids["input_ids"].shape[1]
 
 
+def test_the_bases_vectors_alone_take_the_blocks_of_all(
+    encoder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], FusedEncoder.__init__
+    monkeypatch.setattr(FusedEncoder, "__init__", lambda *given: made.append(1) or make(*given))
+    with started(*encoder) as engine:
+        for name in (BASE, "tone", BASE, BASE):
+            engine.submit(Request("the share rises", name, embeds=True)).result(60)
+    assert made == [1]
+
+
 @torch.no_grad()
 def test_an_encoder_decoders_encoder_too(tmp_path: Path) -> None:
     folder = save_fleet(tmp_path, {"news": TASKS["news"], "sports": TASKS["sports"]})

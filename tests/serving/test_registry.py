@@ -191,6 +191,19 @@ def test_loading_and_unloading_by_name(folder: Path) -> None:
             registry.unload(BASE)
 
 
+def test_what_was_loaded_goes_with_its_folder(folder: Path) -> None:
+    with registered(folder) as registry:
+        registry.load("mine", "news")
+        shutil.rmtree(folder / "news")
+        counts = []
+        for _ in range(5):
+            registry.refresh()
+            counts.append(len(registry))
+        assert counts[1:] == [len(TASKS) - 1] * 4
+        with pytest.raises(UnknownModel):
+            registry.unload("mine")
+
+
 def test_an_alias_means_one_content(folder: Path) -> None:
     with registered(folder) as registry:
         first = registry.alias("prod", "news")

@@ -99,7 +99,6 @@ class FusedEncoder:
         kind = bool(batch["attention_mask"].all())
         if kind in self.compared:
             return None
-        self.compared.add(kind)
         seen = batch["attention_mask"].bool().to(table.device)
 
         def numbers(hidden: Tensor) -> Numbers:
@@ -112,4 +111,6 @@ class FusedEncoder:
         def found() -> Numbers:
             return numbers(self(batch, table, head=False).last_hidden_state)
 
-        return difference(self.model, found, moved, dtype=self.model.dtype)
+        reason = difference(self.model, found, moved, dtype=self.model.dtype)
+        self.compared.add(kind)
+        return reason

@@ -90,6 +90,8 @@ class ChoiceScores:
         """Put vectors where they are read; how many there is room for."""
         groups = 1 if len(flat) == 1 else answers
         if groups not in self.tables:
+            if not self.computation.captures:  # nothing is read there again
+                self.tables.clear()
             like = {"dtype": torch.promote_types(self.model.dtype, torch.float32), "device": self.model.device}
             with torch.inference_mode(False):
                 self.tables[groups] = torch.ones(groups, self.layout.size, **like)

@@ -24,7 +24,7 @@ from ia3.inference.tokens import TokenRows
 from ia3.mixing import acting_flat, gather_rows, own_sites
 from ia3.rows import BASE, Rows, acting, acting_here
 from ia3.sites import Layout, Site, logger
-from ia3.state import attached
+from ia3.state import attached, find_attached
 from ia3.tasks.losses import choice_log_probabilities, choice_scores, hides_choices, pad_choices
 
 # Logits that are held at once: with many labels, batches are smaller.
@@ -186,6 +186,10 @@ class LabelScorer:
 
     def _encodes_as(self, name: str, own: tuple[Site, ...]) -> str:
         """The name of an adapter that encodes as this one does: the base's, where only the decoder has vectors."""
+        state = find_attached(self.model)
+        adapter = None if state is None else state.adapters.get(name)
+        if adapter is not None and adapter.saved:  # which may be modules of the encoder
+            return name
         if own not in self.sites_that_write:
             self.sites_that_write[own] = decode_alone(self.model, own)
         return BASE if self.sites_that_write[own] else name

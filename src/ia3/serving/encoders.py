@@ -17,11 +17,13 @@ from transformers import GenerationMixin
 
 from ia3.fast import encoding
 from ia3.fast.encoding import FusedEncoder
+from ia3.fast.sessions import over
 from ia3.inference.predict import pad_rows
 from ia3.inference.rank import Ranking, rankings
-from ia3.mixing import gather_flat, gather_rows, make_rows
+from ia3.mixing import gather_rows, make_rows
 from ia3.rows import BASE, Rows, acting
 from ia3.sites import Layout
+from ia3.state import attached
 
 _logger = logging.getLogger(__name__)
 
@@ -79,12 +81,20 @@ class Encoder:
         names = [*rows, *[BASE] * more]
         batch = pad_rows([*texts, *[texts[0][:1]] * more], _padding(self.model), length)
         acts = gather_rows(self.model, names)
-        layout, flat = gather_flat(self.model, names)
+        layout, flat = self._over_all_sites(acts)
         with acting(acts):
             fused = self._fused_for(layout, batch, flat, acts) if length is None else None
             found = self._own(batch, head=head) if fused is None else fused(batch, flat, head=head)
         answer: Tensor = found.logits if head else found.last_hidden_state
         return answer[: len(texts)]
+
+    def _over_all_sites(self, acts: Rows) -> tuple[Layout, Tensor]:
+        """The rows' vectors on the model's device, over the table's sites where the base alone has none."""
+        table = attached(self.model).table
+        assert table is not None
+        assert acts.flat is not None
+        layout = acts.flat.layout if acts.flat.layout.sites else table.layout
+        return layout, over(layout, acts.flat.layout, acts.flat.vectors.to(self.model.device))
 
     def _own(self, batch: Mapping[str, Tensor], *, head: bool) -> Any:
         """What the model's own forward makes of a batch, or its body."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ia3.mixing import gather_flat
 from ia3.serving.batches import Batches, Found
 from ia3.serving.intake import Intake, Limits, stopped, too_late
 from ia3.serving.queue import Queue, Work
@@ -211,7 +212,9 @@ class Engine(Intake):
             _logger.exception("A batch of %d failed.", len(batch))
             failure = error
         else:
-            self._note(len(batch), time.monotonic() - started, batches=1)
+            seconds = time.monotonic() - started
+            self._note(len(batch), seconds)
+            self._add(batches=1, ran_s=seconds)
             for work, each in zip(batch, found, strict=True):
                 self._give(work, each)
             return
@@ -242,13 +245,19 @@ class Engine(Intake):
                 for work in works:
                     self._wait(work)
                 return
-            if works:
-                rows = [work.held.version.row for work in works]
-                places = self._writing.admit(size, [work.prompt for work in works], rows)
+            works = [work for work in works if not work.future.cancelled()]  # since then: slots may take long to make
+            if not works:
+                return
+            try:
+                vectors = gather_flat(self._writing.model, [work.held.version.row for work in works])
+            except ValueError:  # a client went this very moment, and its version with it
+                self._run_alone(_running_from_now(works))
+                return
+            places = self._writing.admit(size, [work.prompt for work in works], vectors)
         except Exception as error:
             self._leave_slots(size, works, error)
             return
-        self._note(0, time.monotonic() - started, batches=1)
+        self._note(0, time.monotonic() - started)
         with self._changed:
             self._batch = ()
             for work, place in zip(works, places, strict=True):
@@ -295,7 +304,12 @@ class Engine(Intake):
         now = time.monotonic()
         over = [place for place, work in self._written.items() if work.future.cancelled() or work.deadline <= now]
         if over:
-            self._writing.stop(over)
+            try:
+                self._writing.stop(over)
+            except Exception as error:
+                for size in {place.size for place in over}:
+                    self._leave_slots(size, (), error)
+                return
             for place in over:
                 self._fail(self._written[place].future, too_late(), "too_late")
             self._forget(over)
@@ -345,11 +359,10 @@ class Engine(Intake):
             _logger.exception("A listener to an answer's tokens failed.")
             work.told = None
 
-    def _note(self, answered: int, seconds: float, **more: float) -> None:
+    def _note(self, answered: int, seconds: float) -> None:
         """How long something ran, and how many were answered by it."""
         with self._changed:
             self._recent.append((answered, seconds))
-        self._add(ran_s=seconds, **more)
 
 
 def _running_from_now(works: Sequence[Work]) -> list[Work]:

@@ -117,7 +117,8 @@ class Intake:
             if queued < self.limits.most_waiting:
                 return
             self._sums["overloaded"] += 1
-            seconds = queued * self._seconds_each()
+            # Who waited longer would not be answered.
+            seconds = min(queued * self._seconds_each(), self.limits.deadline_s)
         raise Overloaded(f"{queued:,} requests wait, and no more may: try again later.", seconds)
 
     # Who goes

@@ -15,6 +15,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import wait
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
+_LOOK_S = 1.0  # how often it is looked whether vLLM still runs, while it is waited for
 _HELD = 256  # adapters in the host memory of vLLM's workers; more are read again when they are asked for
 
 
@@ -146,8 +148,9 @@ class VLLM:
         self._adapters: dict[str, Any] = {}
         self._uses: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._llm: Any = None
         try:
-            self._llm: Any = self._wait_for(self._start(config))
+            self._llm = self._wait_for(self._start(config))
         except BaseException:
             self._end_loop()
             raise
@@ -266,7 +269,17 @@ class VLLM:
         return AsyncLLM.from_vllm_config(config)
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        """What a coroutine gives; vLLM leaves some of them without an end when it ends.
+
+        Raises:
+            Dropped: vLLM has ended.
+        """
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        while not wait([future], timeout=_LOOK_S).done:
+            if self._llm is not None and self._llm.errored:
+                future.cancel()
+                raise _ended()
+        return future.result()
 
     def _end_loop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

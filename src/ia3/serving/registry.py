@@ -316,6 +316,7 @@ class Registry:
             there = {path for path in dict.fromkeys(names.values()) if self._look(path, at_once=at_once)}
             with self._lock:
                 self._names = {name: path for name, path in names.items() if path in there}
+                self._loaded = {name: path for name, path in self._loaded.items() if path in there}
                 self._forget_unnamed()
 
     def watch(self, every_s: float = 1.0) -> None:

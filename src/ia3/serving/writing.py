@@ -19,7 +19,6 @@ from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.slots import Slots
 from ia3.inference.complete import end_tokens
 from ia3.inference.predict import most_positions
-from ia3.mixing import gather_flat
 from ia3.serving.batches import Found, found_of
 from ia3.serving.pieces import Pieces
 from ia3.serving.reading import Prompt
@@ -136,19 +135,19 @@ class Writing:
         self._held.move_to_end(size)
         return True
 
-    def admit(self, size: Size, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Place | None]:
+    def admit(self, size: Size, prompts: Sequence[Prompt], vectors: tuple[Layout, Tensor]) -> list[Place | None]:
         """Begin to write answers, for which there is `room` in what was made ready.
 
         Args:
             size: of the slots.
             prompts: what is read.
-            rows: the table's name for the adapter of each.
+            vectors: of each, as `gather_flat` gives them.
 
         Returns:
             Where each is written; None of an adapter that has vectors where the slots can have none.
         """
         held = self._held[size]
-        layout, flat, fits = _within(held.slots.layout, *gather_flat(self.model, rows))
+        layout, flat, fits = _within(held.slots.layout, *vectors)
         chosen = [index for index, fit in enumerate(fits) if fit]
         free = held.slots.free[: len(chosen)]
         own = [prompts[index] for index in chosen]
@@ -196,7 +195,7 @@ class Writing:
             slots = Slots(
                 self.model, self.count, *size, _possible(self.model, layout), invariant=self.invariant, **_SETTINGS
             )
-        except Exception:
+        except ValueError:  # else it may be another time
             self._refused.add(size)
             raise
         self._held[size] = _Held(slots, layout)

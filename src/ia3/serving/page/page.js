@@ -82,10 +82,16 @@ async function call(path, { body, signal } = {}) {
   throw failure;
 }
 
+const breakOff = (error) => {
+  throw error.name === "AbortError" ? error : new Failure("broken");
+};
+
+const asJson = (response) => response.json().catch(breakOff);
+
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(breakOff);
     if (done) throw new Failure("broken");
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
@@ -129,11 +135,11 @@ at["forget-key"].addEventListener("click", () => {
 
 async function refresh() {
   try {
-    const activity = await (await call("v1/activity")).json();
+    const activity = await asJson(await call("v1/activity"));
     showActivity(activity);
     if (Date.now() >= state.again || activity.adapters !== state.adapters) {
       const began = Date.now();
-      takeCards((await (await call("v1/models")).json()).data);
+      takeCards((await asJson(await call("v1/models"))).data);
       state.adapters = activity.adapters;
       state.again = Date.now() + Math.max(LIST_EVERY_MS, REST * (Date.now() - began));
     }
@@ -149,8 +155,11 @@ async function refresh() {
 }
 
 async function watch() {
-  if (!document.hidden && !at["key-dialog"].open) await refresh();
-  setTimeout(watch, EVERY_MS);
+  try {
+    if (!document.hidden && !at["key-dialog"].open) await refresh();
+  } finally {
+    setTimeout(watch, EVERY_MS);
+  }
 }
 
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
@@ -370,7 +379,7 @@ const classify = (text, rows, signal) =>
   filling(rows, async () => {
     try {
       const body = { models: rows.map((row) => row.name), input: text };
-      const { data } = await (await call("v1/classify", { body, signal })).json();
+      const { data } = await asJson(await call("v1/classify", { body, signal }));
       rows.forEach((row, place) => row.label(data[place]));
     } catch (error) {
       if (rows.length === 1 || !error.isOfOne) throw error;
