@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_classifier
 from ia3 import AdapterTable, IA3Config, PeftModel, get_peft_model
 from ia3.mixing import gather_rows
 from ia3.rows import acting
@@ -28,13 +29,7 @@ TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"
 def save(folder: Path, base: str, head: str, classes: int, seed: int, **config: Any) -> None:
     """An adapter whose vectors and head are drawn at random."""
     model = get_peft_model(load_base(base, head, 0, num_labels=classes), IA3Config(task_type=TASKS[head], **config))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ia3_l" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "modules_to_save" in name:
-                parameter.normal_(std=0.3)
+    tiny_classifier.randomise(model, seed, 0.5, 1.5)
     model.save_pretrained(folder)
 
 

@@ -44,6 +44,17 @@ def names(labels: tuple[str, ...]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
 
 
+def randomise(model: torch.nn.Module, seed: int, low: float, high: float) -> None:
+    """Draw the vectors of an adapter between two numbers, and its head."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.uniform_(low, high)
+            elif "modules_to_save" in name:
+                parameter.normal_(std=0.3)
+
+
 def task(kind: TaskKind, max_length: int = 32) -> Task:
     labels = TAGS if kind is TaskKind.TOKEN_CLASSIFICATION else LABELS
     return Task(kind=kind, template=Template.of_column("text"), labels=labels, max_length=max_length)

@@ -345,7 +345,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "who has little time waits for those who have much"),
         Mutant("Engine._gather", Instead("self.limits.gather_s", "-1"), "nobody waits for company"),
         Mutant("Engine.submit", Skip("release"), "requests that were refused hold their version"),
-        Mutant("Batches._written", Instead("row[: prompt.longest]", "row"), "answers are longer than was asked for"),
+        Mutant("Batches._write", Instead("row[: prompt.longest]", "row"), "answers are longer than was asked for"),
         Mutant("Reader._tokens", Instead("without_template(self.tokenizer)", "self.tokenizer"),
                "plain texts are read as conversations"),
         Mutant("Reader._as_asked", Instead("min(longest, positions - len(tokens))", "longest"),

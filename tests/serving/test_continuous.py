@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import BASE, CAUSAL, QUESTIONS, alone, bare, save, save_fleet, task_of, tokenizer_of
+from fleet import BASE, CAUSAL, QUESTIONS, alone, bare, save, task_of, tokenizer_of
 from slow_writer import writing
 
 from ia3.inference.complete import complete
@@ -17,11 +17,6 @@ from ia3.serving.requests import Dropped, NotServed, Overloaded, Request, Server
 from ia3.tasks.task import TaskKind
 
 LONG = {"kind": TaskKind.INSTRUCTIONS, "max_length": 64, "max_new_tokens": 400}
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_fleet(tmp_path_factory.mktemp("chats"), CAUSAL, causal=True)
 
 
 @pytest.fixture(scope="module")

@@ -40,13 +40,7 @@ def save_classifier(folder: Path, base: str, labels: tuple[str, ...], seed: int,
     model = load_classifier(base, CLASSES, labels)
     saved = ["classifier", *(["pooler"] if pooler else [])]
     model = get_peft_model(model, IA3Config(task_type="SEQ_CLS", modules_to_save=saved))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ia3_l" in name:
-                parameter.uniform_(0, 2)
-            elif "modules_to_save" in name:
-                parameter.normal_(std=0.3)
+    tiny_classifier.randomise(model, seed, 0, 2)
     model.save_pretrained(folder)
     save_task(folder, task_of(kind=CLASSES, labels=labels, max_length=12, pattern="the {text}" if seed else "{text}"))
 

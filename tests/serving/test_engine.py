@@ -20,7 +20,6 @@ from fleet import (
     ask,
     bare,
     save,
-    save_fleet,
     serving,
     task_of,
     tokenizer_of,
@@ -33,16 +32,6 @@ from ia3.serving.engine import Engine
 from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Dropped, NotServed, Overloaded, Request, Server, ServingError, TooLate, UnknownModel
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_fleet(tmp_path_factory.mktemp("fleet"), TASKS)
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_fleet(tmp_path_factory.mktemp("chats"), CAUSAL, causal=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from fleet import TASKS, TEXTS, alone, save_fleet, serving
+from fleet import TEXTS, alone, serving
 from stand_in import StandIn, site, until
 
 from ia3.serving.engine import Engine
@@ -33,11 +33,6 @@ with serving(Path(sys.argv[1])) as engine, bind("127.0.0.1", int(sys.argv[2])) a
     listen(make_app(engine), engine, bound)
 """
 ASKED = ("news", "sports", "writes", "free")
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_fleet(tmp_path_factory.mktemp("fleet"), TASKS)
 
 
 def fail_by(engine: Engine, error: BaseException) -> None:

@@ -8,22 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from fleet import CAUSAL, QUESTIONS, TASKS, TEXTS, save_fleet, serving
+from fleet import CAUSAL, QUESTIONS, TASKS, TEXTS, serving
 
 from ia3.serving.engine import Engine
 from ia3.serving.requests import Request
 
 Asked = list[tuple[str, str]]
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_fleet(tmp_path_factory.mktemp("fleet"), TASKS)
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_fleet(tmp_path_factory.mktemp("chats"), CAUSAL, causal=True)
 
 
 def asked_of(names: list[str], texts: list[str], count: int) -> Asked:

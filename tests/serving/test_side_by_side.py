@@ -21,7 +21,7 @@ from ia3.serving import writing
 from ia3.serving.engine import Engine
 from ia3.serving.requests import Answer, Request, TooLate
 from ia3.serving.writing import Size
-from ia3.tasks.task import TaskKind, save_task
+from ia3.tasks.task import TaskKind
 
 LONG = {"kind": TaskKind.GENERATION, "max_length": 64, "max_new_tokens": 30}
 TASKS: dict[str, dict[str, Any]] = {
@@ -187,16 +187,9 @@ def test_what_runs_is_written_when_the_engine_closes(fleet: Path) -> None:
         closing.join(60)
 
 
-def save_at(folder: Path, seed: int, **config: Any) -> None:
+def save_at(folder: Path, seed: int, **where: Any) -> None:
     """An adapter with vectors at other places."""
-    model = get_peft_model(bare(), IA3Config(task_type="SEQ_2_SEQ_LM", **config))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, vector in model.named_parameters():
-            if "ia3_l" in name:
-                vector.uniform_(-2, 4)
-    model.save_pretrained(folder)
-    save_task(folder, task_of(**LONG))
+    save(folder, seed, task_of(**LONG), **where)
 
 
 def test_other_sites_come_and_nobody_is_lost(fleet: Path, tmp_path: Path) -> None:

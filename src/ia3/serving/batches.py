@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ia3.config import TaskType
 from ia3.fast.batch import rounded_length
-from ia3.fast.generate import Generate
 from ia3.inference.answering import Answerer
 from ia3.inference.complete import end_tokens
 from ia3.inference.predict import most_positions, pad_rows
@@ -19,8 +19,8 @@ from ia3.inference.rank import LabelScorer, rankings
 from ia3.mixing import gather_rows
 from ia3.rows import acting
 from ia3.serving.encoders import Encoder
+from ia3.serving.found import Found, found_of
 from ia3.serving.reading import CLASSES, VECTORS, Prompt
-from ia3.serving.requests import FinishReason
 from ia3.tasks.losses import choice_log_probabilities
 from ia3.tasks.task import Task
 
@@ -28,24 +28,6 @@ from ia3.tasks.task import Task
 _KEPT = 16
 # Of a batch whose shape is always the same.
 _ROWS = 8
-
-
-class Found(NamedTuple):
-    """An answer.
-
-    Args:
-        text: the label or what was written.
-        probabilities: of each label, where they were ranked.
-        tokens: how many were written, the end's included.
-        finish_reason: whether the answer came to its end.
-        vector: the text's, where that was asked for.
-    """
-
-    text: str
-    probabilities: dict[str, float] | None = None
-    tokens: int = 0
-    finish_reason: FinishReason = "stop"
-    vector: Sequence[float] | None = None
 
 
 class Batches:
@@ -77,16 +59,22 @@ class Batches:
         """
         if self.invariant:
             return self._in_fixed_shapes(prompts, rows)
-        if prompts[0].task in (CLASSES, VECTORS):
-            return self._encode(prompts, rows)
-        answerer = self._answerer(prompts[0].task)
-        if answerer.scorer is not None:
-            size = answerer.scorer.most_answers  # with many labels few
-            parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-            return [each for part in parts for each in self._rank(answerer.scorer, prompts[part], rows[part])]
-        return self._write(answerer, prompts, rows)
+        scorer = self._scorer(prompts[0].task)
+        size = len(prompts) if scorer is None else scorer.most_answers  # with many labels few
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        return [each for part in parts for each in self._run(prompts[part], rows[part])]
 
-    def _encode(self, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None = None) -> list[Found]:
+    def _run(self, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None = None) -> list[Found]:
+        """The answers, all computed at once; with a length padded to it, by the model's own forward."""
+        task = prompts[0].task
+        if task in (CLASSES, VECTORS):
+            return self._encode(prompts, rows, length)
+        answerer = self._answerer(task)
+        if answerer.scorer is not None:
+            return self._rank(answerer.scorer, prompts, rows, length)
+        return self._write(answerer, prompts, rows, length)
+
+    def _encode(self, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None) -> list[Found]:
         texts = [prompt.tokens for prompt in prompts]
         if prompts[0].task == VECTORS:
             return [Found("", vector=each) for each in self._encoder.vectors(texts, rows, length)]
@@ -101,19 +89,36 @@ class Batches:
             self._answerers.popitem(last=False)
         return self._answerers[task]
 
-    def _rank(self, scorer: LabelScorer, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
+    def _scorer(self, task: Task) -> LabelScorer | None:
+        return None if task in (CLASSES, VECTORS) else self._answerer(task).scorer
+
+    def _rank(
+        self, scorer: LabelScorer, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None
+    ) -> list[Found]:
+        tokens = [prompt.tokens for prompt in prompts]
         with acting(gather_rows(self.model, rows)):
-            scores = scorer.scores(scorer.log_probabilities([prompt.tokens for prompt in prompts]))
+            padded = length is not None
+            found = self._padded(scorer, tokens, length) if padded else scorer.log_probabilities(tokens)
+            scores = scorer.scores(found)
         return [Found(each.label, each.probabilities) for each in rankings(scorer.labels, scores)]
 
-    def _write(self, answerer: Answerer, prompts: Sequence[Prompt], rows: Sequence[str]) -> list[Found]:
-        assert answerer.generate is not None
-        return self._written(answerer, answerer.generate, prompts, rows, max(len(each.tokens) for each in prompts))
+    @torch.inference_mode()
+    def _padded(self, scorer: LabelScorer, tokens: Sequence[Sequence[int]], length: int | None) -> Tensor:
+        """What `LabelScorer.log_probabilities` gives, in one shape."""
+        batch = pad_rows(tokens, self._padding, length)
+        shared = scorer.choices.expand(len(tokens), -1, -1)
+        moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        return choice_log_probabilities(self.model, shared, **moved)
 
-    def _written(
-        self, answerer: Answerer, generate: Generate, prompts: Sequence[Prompt], rows: Sequence[str], length: int
+    def _write(
+        self, answerer: Answerer, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None
     ) -> list[Found]:
-        """What is written for prompts that are padded to a length."""
+        generate = answerer.generate
+        assert generate is not None
+        if length is None:
+            length = max(len(each.tokens) for each in prompts)
+        else:  # where steps are recorded, a batch's shape is that of a session of earlier batches
+            generate = getattr(generate, "own", generate)
         is_causal = answerer.task.kind.task_type is TaskType.CAUSAL_LM
         ends = end_tokens(self.model, self.tokenizer)
         batch = pad_rows([prompt.tokens for prompt in prompts], self._padding, length, left=is_causal)
@@ -142,44 +147,11 @@ class Batches:
             alike.setdefault((length, own == length, len(prompt.labels)), []).append(index)
         found: dict[int, Found] = {}
         for (length, *_), indices in alike.items():
-            size = self._rows_of(prompts[0].task)
+            scorer = self._scorer(prompts[0].task)
+            size = _ROWS if scorer is None else min(_ROWS, scorer.batch_size)  # with many labels fewer
             for start in range(0, len(indices), size):
                 some = indices[start : start + size]
                 filled = some + some[:1] * (size - len(some))
-                answers = self._run_padded([prompts[each] for each in filled], [rows[each] for each in filled], length)
+                answers = self._run([prompts[each] for each in filled], [rows[each] for each in filled], length)
                 found |= zip(some, answers, strict=False)
         return [found[index] for index in range(len(prompts))]
-
-    def _rows_of(self, task: Task) -> int:
-        """How many rows a batch of a fixed shape has; fewer with many labels."""
-        scorer = None if task in (CLASSES, VECTORS) else self._answerer(task).scorer
-        return _ROWS if scorer is None else min(_ROWS, scorer.batch_size)
-
-    def _run_padded(self, prompts: Sequence[Prompt], rows: Sequence[str], length: int) -> list[Found]:
-        if prompts[0].task in (CLASSES, VECTORS):
-            return self._encode(prompts, rows, length)
-        answerer = self._answerer(prompts[0].task)
-        if answerer.scorer is not None:
-            return self._rank_padded(answerer.scorer, prompts, rows, length)
-        assert answerer.generate is not None
-        # Where steps are recorded, a batch's shape is that of a session of earlier batches.
-        generate = getattr(answerer.generate, "own", answerer.generate)
-        return self._written(answerer, generate, prompts, rows, length)
-
-    @torch.inference_mode()
-    def _rank_padded(
-        self, scorer: LabelScorer, prompts: Sequence[Prompt], rows: Sequence[str], length: int
-    ) -> list[Found]:
-        batch = pad_rows([prompt.tokens for prompt in prompts], self._padding, length)
-        shared = scorer.choices.expand(len(prompts), -1, -1)
-        moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        with acting(gather_rows(self.model, rows)):
-            scores = scorer.scores(choice_log_probabilities(self.model, shared, **moved))
-        return [Found(each.label, each.probabilities) for each in rankings(scorer.labels, scores)]
-
-
-def found_of(tokenizer: Any, ends: Sequence[int], written: list[int]) -> Found:
-    """The answer that these tokens are, which come to their end at the first end token."""
-    place = next((place for place, token in enumerate(written) if token in ends), None)
-    text: str = tokenizer.decode(written[:place], skip_special_tokens=True).strip()
-    return Found(text, None, len(written), "length") if place is None else Found(text, None, place + 1)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from ia3.inference.complete import end_tokens
+from ia3.serving.found import Found, before_end, found_of
 from ia3.serving.intake import Intake, Limits, stopped, too_late
 from ia3.serving.pieces import Pieces
 from ia3.serving.reading import Prompt, Reader
 from ia3.serving.registry import Contents, Held, Registry
-from ia3.serving.requests import Answer, Dropped, FinishReason, NotServed, Request
+from ia3.serving.requests import Answer, Dropped, NotServed, Request
 
 _logger = logging.getLogger(__name__)
 
@@ -176,8 +177,8 @@ class ContinuousEngine(Intake):
     async def _run(self, work: _Work) -> None:
         try:
             async with asyncio.timeout(work.deadline - time.monotonic()):
-                written = await self._write(work)
-            self._give(work, written)
+                found = await self._write(work)
+            self._give(work, found)
         except TimeoutError:
             self._fail(work.future, too_late(), "too_late")
         except Dropped as error:
@@ -196,8 +197,8 @@ class ContinuousEngine(Intake):
             self._works.discard(work)
             self._changed.notify_all()
 
-    async def _write(self, work: _Work) -> list[int]:
-        """The answer's tokens, of which the listener hears."""
+    async def _write(self, work: _Work) -> Found:
+        """The answer, of which the listener hears as it is written."""
         written: list[int] = []
         pieces, told = Pieces(self._tokenizer), work.request.on_token is not None
         prompt, row = work.prompt, work.held.version.row
@@ -205,36 +206,16 @@ class ContinuousEngine(Intake):
             work.started = more.started
             written += more.tokens
             if told:
-                self._tell(work.request, pieces.more(self._up_to_end(written)))
-        if told:
-            self._tell(work.request, self._text(written).removeprefix(pieces.told))
-        return written
+                self._pass_on(work.request, pieces.more(before_end(self._ends, written)))
+        found = found_of(self._tokenizer, self._ends, written)
+        self._pass_on(work.request, found.text.removeprefix(pieces.told))
+        return found
 
-    def _text(self, written: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(self._up_to_end(written), skip_special_tokens=True)
-        return text.strip()
-
-    def _up_to_end(self, written: Sequence[int]) -> Sequence[int]:
-        return written[:-1] if written and written[-1] in self._ends else written
-
-    def _tell(self, request: Request, piece: str) -> None:
-        try:
-            if piece and request.on_token is not None:
-                request.on_token(piece)
-        except Exception:  # the client's side; its answer is whole all the same
-            _logger.exception("A listener to an answer's tokens failed.")
-
-    def _give(self, work: _Work, written: Sequence[int]) -> None:
-        name, version = work.held
+    def _give(self, work: _Work, found: Found) -> None:
         assert work.started is not None
-        now, text = time.monotonic(), self._text(written)
-        ended = len(self._up_to_end(written)) < len(written)
-        queued_s, read = work.started - work.arrived, len(work.prompt.tokens)
+        now = time.monotonic()
         if not work.future.set_running_or_notify_cancel():
             return
         self._recent.append(now)
-        label = text if text in version.task.labels else None
-        finish: FinishReason = "stop" if ended else "length"
-        said = (text, label, None, name, version.digest)
-        times = (queued_s, now - work.started)
-        self._answered(work.future, Answer(*said, read, len(written), finish, *times))
+        times = {"queued_s": work.started - work.arrived, "ran_s": now - work.started}
+        self._answer_with(work.future, work.held, found, read=len(work.prompt.tokens), **times)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ia3.mixing import gather_flat
-from ia3.serving.batches import Batches, Found
+from ia3.serving.batches import Batches
+from ia3.serving.found import Found
 from ia3.serving.intake import Intake, Limits, stopped, too_late
 from ia3.serving.queue import Queue, Work
 from ia3.serving.reading import Reader
@@ -335,29 +336,18 @@ class Engine(Intake):
     # Answers
 
     def _give(self, work: Work, found: Found) -> None:
-        name, version = work.held
-        label = found.text if found.text in version.task.labels else None
-        read, written = len(work.prompt.tokens), found.tokens
         told = work.told or ""
         if not found.text.startswith(told):
             began = "The answer was begun, failed, and began otherwise when it was tried again: ask again."
             self._fail(work.future, RuntimeError(began), "failed")
             return
         self._tell(work, found.text.removeprefix(told))
-        queued_s, ran_s = work.started - work.arrived, time.monotonic() - work.started
-        said = (found.text, label, found.probabilities, name, version.digest)
-        times = (queued_s, ran_s)
-        self._answered(work.future, Answer(*said, read, written, found.finish_reason, *times, found.vector))
+        times = {"queued_s": work.started - work.arrived, "ran_s": time.monotonic() - work.started}
+        self._answer_with(work.future, work.held, found, read=len(work.prompt.tokens), **times)
 
     def _tell(self, work: Work, piece: str) -> None:
-        if work.told is None or work.request.on_token is None or not piece:
-            return
-        try:
-            work.request.on_token(piece)
-            work.told += piece
-        except Exception:  # the client's side; its answer is whole all the same
-            _logger.exception("A listener to an answer's tokens failed.")
-            work.told = None
+        if work.told is not None:
+            work.told = work.told + piece if self._pass_on(work.request, piece) else None
 
     def _note(self, answered: int, seconds: float) -> None:
         """How long something ran, and how many were answered by it."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from ia3.serving.found import Found
 from ia3.serving.registry import Held, Registry
 from ia3.serving.requests import Answer, Dropped, Overloaded, Request, Served, TooLate
+
+_logger = logging.getLogger(__name__)
 
 _OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
 
@@ -123,9 +127,24 @@ class Intake:
 
     # Who goes
 
-    def _answered(self, future: Future[Answer], answer: Answer) -> None:
-        self._add(answered=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
-        future.set_result(answer)
+    def _pass_on(self, request: Request, piece: str) -> bool:
+        """Tell a request's listener a piece of the answer; whether it took it."""
+        try:
+            if piece and request.on_token is not None:
+                request.on_token(piece)
+        except Exception:  # the client's side; its answer is whole all the same
+            _logger.exception("A listener to an answer's tokens failed.")
+            return False
+        return True
+
+    def _answer_with(
+        self, future: Future[Answer], held: Held, found: Found, *, read: int, queued_s: float, ran_s: float
+    ) -> None:
+        """Answer a request, which can't be cancelled any more, after having read so many tokens."""
+        self._add(answered=1, prompt_tokens=read, completion_tokens=found.tokens)
+        label = found.text if found.text in held.version.task.labels else None
+        said = (found.text, label, found.probabilities, held.name, held.version.digest)
+        future.set_result(Answer(*said, read, found.tokens, found.finish_reason, queued_s, ran_s, found.vector))
 
     def _fail(self, future: Future[Answer], error: Exception, outcome: str) -> None:
         if future.done() or not (future.running() or future.set_running_or_notify_cancel()):

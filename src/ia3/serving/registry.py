@@ -224,7 +224,7 @@ class Registry:
 
     def stats(self) -> dict[str, float]:
         """How many names of adapters there are, contents of these in memory, and on the device."""
-        return {"adapters": len(self._names), "versions": len(self.table), "resident": self.table.resident}
+        return {"adapters": len(self), "versions": len(self.table), "resident": self.table.resident}
 
     def refused(self) -> dict[str, str]:
         """Why the adapters of these names are not served, or still with what they were before."""

@@ -19,7 +19,7 @@ from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.slots import Slots
 from ia3.inference.complete import end_tokens
 from ia3.inference.predict import most_positions
-from ia3.serving.batches import Found, found_of
+from ia3.serving.found import Found, before_end, found_of
 from ia3.serving.pieces import Pieces
 from ia3.serving.reading import Prompt
 from ia3.sites import Layout, Site
@@ -165,9 +165,7 @@ class Writing:
     def more(self, place: Place) -> str:
         """What can be told of an answer since the last time."""
         held = self._held[place.size]
-        tokens = held.slots.tokens(place.slot)
-        end = next((at for at, token in enumerate(tokens) if token in self._ends), len(tokens))
-        return held.pieces[place.slot].more(tokens[:end])
+        return held.pieces[place.slot].more(before_end(self._ends, held.slots.tokens(place.slot)))
 
     def stop(self, places: Sequence[Place]) -> None:
         """Write these no more."""
