@@ -285,10 +285,13 @@ class Bench:
             names = multiply(Path(folder) / "first", Path(folder) / "all", [RANKED] * min(50, self.adapters))
             command = [sys.executable, "-m", "ia3", "serve", str(base), "--adapters", str(Path(folder) / "all")]
             started = time.perf_counter()
-            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            pipes: Any = {"stdout": subprocess.PIPE, "text": True}
             with subprocess.Popen([*command, "--port", "0", "--json"], **pipes) as process:
                 try:
-                    url = json.loads(process.stdout.readline())["url"]
+                    line = process.stdout.readline()
+                    if not line:
+                        raise ChildProcessError("ia3 serve ended before it listened; see what it said above")
+                    url = json.loads(line)["url"]
                     Client(url)(Asked(names[0], "w1 w2 w3"))
                     seconds = time.perf_counter() - started
                 finally:
