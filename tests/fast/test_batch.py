@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_t5 import FORMS, adapted, batch_of
 
+from ia3.fast.batch import FEW_PARTS, round_up
 from ia3.fast.batch import pack_seq2seq as pack
-from ia3.fast.batch import round_up
 from ia3.fast.fused import FusedLoss
 from ia3.fast.ragged import Ragged
 from ia3.state import attached
@@ -72,6 +72,15 @@ def test_few_shapes() -> None:
         sizes.add(round_up(pack(batch), 1, 0).total_tokens)
         assert round_up(pack(batch), 1, 0).total_tokens <= max(64, rows * 37 + 64, rows * 37 * 17 / 16)
     assert len(sizes) < 36
+
+
+def test_fewer_shapes_where_nothing_is_trained() -> None:
+    sizes = set()
+    for tokens in range(1, 4097, 7):
+        found = round_up(pack(batch_of(rows=1, source=tokens, target=1)), 1, 0, FEW_PARTS).total_tokens
+        assert tokens <= found <= max(tokens + 64, tokens * 8 / 7)
+        sizes.add(found)
+    assert len(sizes) == 8 + 3 * FEW_PARTS
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

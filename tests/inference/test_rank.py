@@ -141,6 +141,14 @@ def test_a_scorer_follows_the_model(model: Any) -> None:
     assert (adapted - plain).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("part", ["", "encoder", "decoder.block.1.layer.0.dropout"])
+def test_what_is_put_to_train_between_batches_drops_nothing(model: Any, part: str) -> None:
+    scorer = LabelScorer(model, TOKENIZER, LABELS)
+    before = scorer(TEXTS)
+    model.get_base_model().get_submodule(part).train()
+    assert torch.equal(scorer(TEXTS), before)
+
+
 @pytest.fixture
 def many(tmp_path: Path) -> Any:
     """A base with a table of adapters: all of these of an encoder and a decoder, these of the decoder alone."""

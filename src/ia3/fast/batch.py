@@ -19,6 +19,9 @@ from ia3.fast.ragged import IGNORE_INDEX, Ragged
 
 _Array = NDArray[Any]
 INPUTS = ("input_ids", "attention_mask", "labels")
+# `round_up`'s parts where nothing is trained, so that each shape comes a few times alone, and each is recorded: half as
+# many shapes as in training, for at most a seventh more tokens.
+FEW_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -215,17 +218,18 @@ def _pieces(mask: _Array) -> _Array:
     return pieces
 
 
-def round_up(packed: Packed, examples: int, filler: int) -> Packed:
+def round_up(packed: Packed, examples: int, filler: int, parts: int = 16) -> Packed:
     """To one of few shapes, so that few graphs serve all batches: filled up with padding tokens and empty examples.
 
     Args:
         packed: a batch.
         examples: as many as the largest batch has; an encoder's are as many as they are.
         filler: a token.
+        parts: how many numbers of tokens there are between one and its double, where these are not 64 apart.
     """
+    total = _rounded(packed.total_tokens, parts)
     if "token_at" in packed.tensors:
-        return _round_up_padded(packed, filler)
-    total = _rounded(packed.total_tokens)
+        return _round_up_padded(packed, filler, total)
     more, missing = examples - packed.examples, total - packed.total_tokens
     tensors = dict(packed.tensors)
     tensors["tokens"] = functional.pad(packed["tokens"], (0, missing), value=filler)
@@ -245,7 +249,7 @@ def round_up(packed: Packed, examples: int, filler: int) -> Packed:
     return Packed(tensors, longest, packed.uniform and longest * examples == packed.total_tokens == total)
 
 
-def _round_up_padded(packed: Packed, filler: int) -> Packed:
+def _round_up_padded(packed: Packed, filler: int, total: int) -> Packed:
     """An encoder's batch: padded further, and more padding tokens."""
     examples, length = packed["input_ids"].shape
     wider = rounded_length(length) - length
@@ -259,7 +263,7 @@ def _round_up_padded(packed: Packed, filler: int) -> Packed:
     token_at = packed["token_at"]
     tensors["token_at"] = token_at + token_at // length * wider
     tensors["slot_of"] = functional.pad(packed["slot_of"].view(examples, length), (0, wider)).flatten()
-    missing = _rounded(packed.total_tokens) - packed.total_tokens
+    missing = total - packed.total_tokens
     tensors["token_at"] = functional.pad(tensors["token_at"], (0, missing))
     uniform = packed.uniform and not missing and packed.max_seqlen == rounded_length(packed.max_seqlen)
     return Packed(tensors, rounded_length(packed.max_seqlen), uniform)
@@ -270,7 +274,7 @@ def rounded_length(longest: int) -> int:
     return next((length for length in (16, 64, 128, 256) if longest <= length), -(-longest // 64) * 64)
 
 
-def _rounded(count: int) -> int:
-    """Up to a multiple of 64, of more from 2,048 on: at most a fifteenth more."""
-    multiple = max(64, 1 << max(0, count.bit_length() - 5))
+def _rounded(count: int, parts: int) -> int:
+    """Up to a multiple of 64, of more from 128 for each of the parts on: with 16 of them at most a fifteenth more."""
+    multiple = max(64, (1 << max(0, count.bit_length() - 1)) // parts)
     return max(1, -(-count // multiple)) * multiple

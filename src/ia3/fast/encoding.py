@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ia3.fast import fused
-from ia3.fast.batch import Packed, pack_encoder
+from ia3.fast.batch import FEW_PARTS, Packed, pack_encoder
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference
 from ia3.fast.fused import FusedLoss
@@ -59,7 +59,7 @@ class FusedEncoder:
         """
         packed = pack_encoder({**batch, "labels": batch["input_ids"]})
         if self.blocks.captures:
-            packed = self.losses.round_up(packed, packed.examples)
+            packed = self.losses.round_up(packed, packed.examples, FEW_PARTS)
         root, front = (self.model, f"{self.body}.{self.inside}") if head else (self._body, self.inside)
         device = self.model.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # seeds are drawn, and drop nothing

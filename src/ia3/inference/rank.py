@@ -126,7 +126,8 @@ class LabelScorer:
         self.fused: fused.ChoiceScores | None = None
         self.difference: str | None = None
         self.reasons: dict[Layout, str | None] = {}
-        self.sites_that_write: dict[tuple[Site, ...], bool] = {}
+        # By the identity of sites that are held here: to hash hundreds of them for each text takes longer than a batch.
+        self.sites_that_write: dict[int, tuple[tuple[Site, ...], bool]] = {}
         self._watch(Guard(self.model))
 
     def _watch(self, guard: Guard) -> None:
@@ -190,9 +191,9 @@ class LabelScorer:
         adapter = None if state is None else state.adapters.get(name)
         if adapter is not None and adapter.saved:  # which may be modules of the encoder
             return name
-        if own not in self.sites_that_write:
-            self.sites_that_write[own] = decode_alone(self.model, own)
-        return BASE if self.sites_that_write[own] else name
+        if id(own) not in self.sites_that_write:
+            self.sites_that_write[id(own)] = own, decode_alone(self.model, own)
+        return BASE if self.sites_that_write[id(own)][1] else name
 
     def _mixed(self, rows: Sequence[list[int]], adapter_names: Sequence[str] | None, indices: list[int]) -> Tensor:
         """`log_probabilities` of one batch, each row under its own adapter where they are named."""
@@ -209,7 +210,10 @@ class LabelScorer:
         Returns:
             `[rows, labels, length]` on the model's device, 0 behind a label's end.
         """
-        self.model.eval()
+        if (
+            self.model.training or not self.guard.in_one_mode
+        ):  # to tell a thousand modules what they know takes its time
+            self.model.eval()
         if not self.guard.is_valid():
             self._record_anew()
         mixed = acting_here()

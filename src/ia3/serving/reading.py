@@ -19,6 +19,8 @@ from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 
 _HALF = re.compile("[\ud800-\udfff]")
+# Texts whose tokens are kept.
+_TEXTS = 32
 
 
 class Prompt(NamedTuple):
@@ -50,6 +52,8 @@ class Reader:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, deepcopy(tokenizer)
         self._no_vectors = no_vectors_reason(model)
+        # Many adapters may be asked about one text.
+        self._tokens_of = lru_cache(maxsize=_TEXTS)(self._tokenise)
         self._lock = threading.Lock()
 
     def __call__(self, version: Version, request: Request) -> Prompt:
@@ -70,7 +74,7 @@ class Reader:
             raise NotServed(f"The longest answer has {request.max_new_tokens} tokens: expected 1 or more.")
         try:
             with self._lock:
-                tokens = self._tokens(task, text, tuple(request.turns))
+                tokens = self._tokens_of(task.kind, task.max_length, task.system, text, tuple(request.turns))
         except ValueError as error:
             raise NotServed(str(error)) from error
         if request.embeds:
@@ -88,17 +92,19 @@ class Reader:
                 "lists, or ask /v1/embeddings for the text's vector."
             )
 
-    def _tokens(self, task: Task, text: str, turns: tuple[tuple[str, str], ...]) -> list[int]:
-        if not task.kind.writes:
-            return tokenise_texts([text], self.model, self.tokenizer, task.max_length)[0]
-        if task.kind.task_type is TaskType.SEQ_2_SEQ_LM:
-            return tokenise_inputs(self.tokenizer, [text], task.max_length)[0]
-        tokenizer = self.tokenizer if task.kind.has_answers else without_template(self.tokenizer)
+    def _tokenise(
+        self, kind: TaskKind, most: int, system: str | None, text: str, turns: tuple[tuple[str, str], ...]
+    ) -> list[int]:
+        if not kind.writes:
+            return tokenise_texts([text], self.model, self.tokenizer, most)[0]
+        if kind.task_type is TaskType.SEQ_2_SEQ_LM:
+            return tokenise_inputs(self.tokenizer, [text], most)[0]
+        tokenizer = self.tokenizer if kind.has_answers else without_template(self.tokenizer)
         if turns and not has_template(tokenizer):
             raise ValueError("This model has no chat template, so it reads no earlier messages: send one text.")
-        (prompt,) = encode(tokenizer, [prompt_text(tokenizer, text, turns, task.system)])
-        if len(prompt) > task.max_length:
-            prompt = cut_prompt(tokenizer, text, turns, task.system, room=task.max_length)
+        (prompt,) = encode(tokenizer, [prompt_text(tokenizer, text, turns, system)])
+        if len(prompt) > most:
+            prompt = cut_prompt(tokenizer, text, turns, system, room=most)
         check_positions(self.model, len(prompt) + 1)
         return prompt
 

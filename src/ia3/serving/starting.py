@@ -12,15 +12,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from ia3.errors import fit_screen
 from ia3.inference.loading import Base
+from ia3.inference.many import adapters_below
 from ia3.serving import on_vllm
 from ia3.serving.continuous import ContinuousEngine
 from ia3.serving.engine import Engine
 from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.tasks.task import TaskKind
+from ia3.tensors import SAFETENSORS_NAME
 
 _logger = logging.getLogger(__name__)
 
+# The adapters that a CPU's copy beside the files' numbers holds, and a GPU at least.
 _CAPACITY = 256
 
 AnyEngine = Engine | ContinuousEngine
@@ -70,10 +73,21 @@ def start(
         tokenizer, model = base.tokenizer, base.load(base.kind, labels=_labels_of(base.config)).eval()
         model.to(torch.accelerator.current_accelerator() or "cpu")
         tell(f"Reading the adapters in {adapters}")
-        registry = Registry(model, adapters, base=own, capacity=max(_CAPACITY, limits.batch_size))
+        capacity = max(capacity_for(model.device, adapters), limits.batch_size)
+        registry = Registry(model, adapters, base=own, capacity=capacity)
         engine = Engine(model, tokenizer, registry, limits)
     engine.registry.watch()
     return engine
+
+
+def capacity_for(device: torch.device, adapters: Path) -> int:
+    """How many adapters the device holds: on a GPU all that are there, within a sixteenth of its memory."""
+    if device.type != "cuda":
+        return _CAPACITY
+    folders = {*adapters_below(adapters).values()}
+    size = sum(file.stat().st_size for folder in folders for file in folder.glob(SAFETENSORS_NAME))
+    room = torch.cuda.mem_get_info(device)[1] // 16
+    return max(_CAPACITY, min(len(folders), len(folders) * room // max(size, 1)))
 
 
 def plan_of_vllm(base: Base, batch_size: int) -> Any | None:
