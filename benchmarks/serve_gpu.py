@@ -6,7 +6,8 @@ Random weights in the shapes of BERT-base and mt0-large, bf16. Requests go to th
 
 - `labels-…`: 1,024 adapters of three labels, texts of 8 to 40 tokens, each request for any of them, against the same
   requests for one adapter of the same folder; in process, and over HTTP with clients in processes of their own. Then
-  requests that come at random moments (Poisson) at 50 % and 90 % of the rate that was just reached.
+  requests that come at random moments (Poisson) at 50 % and 90 % of the rate that was just reached. Before, batches of
+  all sizes come for so long (`warm_up_s`): shapes are recorded when they come for the second time.
 - `words`: 256 adapters that write 32 tokens, against the base through the same engine, and against PEFT, which switches
   from a group of requests for one adapter to the next: 3 groups of 4 are timed.
 - `decoder-side`: one text under 100 adapters whose vectors act in the decoder alone, against one of them.
@@ -46,6 +47,7 @@ from ia3.serving.engine import Engine
 from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Request
+from ia3.serving.starting import capacity_for
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 from serving_clients import Asked, Client, opened, percentiles
@@ -106,7 +108,8 @@ class Bench:
             adapted.unload()
             names = multiply(Path(folder) / "first", Path(folder) / "all", tasks, spread)
             written = time.perf_counter()
-            registry = Registry(model, Path(folder) / "all", base="base", capacity=2 * self.batch)
+            capacity = max(capacity_for(model.device, Path(folder) / "all"), self.batch)
+            registry = Registry(model, Path(folder) / "all", base="base", capacity=capacity)
             read = time.perf_counter()
             if registry.refused():
                 raise ValueError(next(iter(registry.refused().values())))
@@ -122,9 +125,19 @@ class Bench:
 
     # Rates
 
-    def rate(self, engine: Engine, asked: Sequence[Asked]) -> float:
+    def warm_up(self, engine: Engine, names: Sequence[str]) -> None:
+        """Let batches of all sizes come, each shape of which is recorded when it comes for the second time."""
+        started = time.perf_counter()
+        for turn in range(1 if self.tiny else 3):
+            under_way = 1
+            while under_way <= UNDER_WAY:
+                self.rate(engine, self.draw(names, 8 * min(under_way, self.batch), 20 + turn), under_way)
+                under_way *= 2
+        self.report({"warm_up_s": round(time.perf_counter() - started, 2)})
+
+    def rate(self, engine: Engine, asked: Sequence[Asked], under_way: int = UNDER_WAY) -> float:
         """Requests a second in process, with so many under way."""
-        room = threading.Semaphore(UNDER_WAY)
+        room = threading.Semaphore(under_way)
         futures = []
         started = time.perf_counter()
         for each in asked:
@@ -144,7 +157,7 @@ class Bench:
     def labels(self, part: str, model: Any, config: IA3Config, kind: Task) -> None:
         with self.engine(model, config, [kind] * self.adapters) as (engine, names):
             ways = {"one": names[:1], "mixed": names}
-            self.rate(engine, self.draw(names, 4 * self.batch))  # what is recorded once a length
+            self.warm_up(engine, names)
             few = self.rate(engine, self.draw(names, 8 * self.batch, 1))
             count = max(8 * self.batch, int(few * self.seconds / 10))
             self.pairs(part, "in process", count, names, lambda asked: self.rate(engine, asked), ways)
