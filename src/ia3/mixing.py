@@ -203,7 +203,7 @@ def _rows_over(model: nn.Module, state: Attached, names: Sequence[str]) -> tuple
             held[name] = dict(zip(sites.sites, sites.split(row), strict=True))
     layout = Layout(tuple(dict.fromkeys(site for vectors in held.values() for site in vectors)))
     if not layout.sites:
-        return layout, torch.ones(len(names), 0)
+        return layout, torch.ones(len(names), 0, device=next(model.parameters()).device)
     like = next(iter(next(iter(held.values())).values()))
     table = torch.stack([_table_row(held.get(name, {}), layout, like) for name in distinct])
     number = {name: index for index, name in enumerate(distinct)}

@@ -346,7 +346,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Engine._gather", Instead("self.limits.gather_s", "-1"), "nobody waits for company"),
         Mutant("Engine.submit", Skip("release"), "requests that were refused hold their version"),
         Mutant("Batches._write", Instead("row[: prompt.longest]", "row"), "answers are longer than was asked for"),
-        Mutant("Reader._tokens", Instead("without_template(self.tokenizer)", "self.tokenizer"),
+        Mutant("Reader._tokenise", Instead("without_template(self.tokenizer)", "self.tokenizer"),
                "plain texts are read as conversations"),
         Mutant("Reader._as_asked", Instead("min(longest, positions - len(tokens))", "longest"),
                "answers go on behind the model's positions"),
@@ -382,7 +382,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("is_wanted", Never("is_gguf"), "vLLM gets a file that it can't read"),
     ],
     ("inference/test_rank.py", "inference/test_predict.py", "inference/test_answering.py"): [
-        Mutant("LabelScorer._encodes_as", Instead("self.sites_that_write[own]", "True"),
+        Mutant("LabelScorer._encodes_as", Instead("self.sites_that_write[id(own)][1]", "True"),
                "a text is encoded once for adapters with vectors in the encoder, too"),
         Mutant("likeliest", Instead("range(len(row))", "reversed(range(len(row)))"),
                "of equally likely labels not the first is answered"),
