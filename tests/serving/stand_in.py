@@ -52,6 +52,7 @@ class StandIn:
     requests: list[Request] = field(default_factory=list)
     futures: list[Future[Answer]] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
+    lists: list[int] = field(default_factory=list)
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +74,13 @@ class StandIn:
         else:
             threading.Thread(target=self._wait, args=(request, served, future), daemon=True).start()
         return future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self.lists.append(0)
+        before = len(self.requests)
+        yield
+        self.lists[-1] = len(self.requests) - before
 
     def _wait(self, request: Request, served: Served, future: Future[Answer]) -> None:
         self.released.wait(20)

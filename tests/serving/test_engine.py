@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,27 @@ def test_completions_of_a_causal_model(chats: Path) -> None:
             expect_equal(found[name, text], expected)
     assert said.prompt_tokens > found["chat", QUESTIONS[0]].prompt_tokens
     assert max(answer.prompt_tokens for (name, _), answer in found.items() if name == "brief") <= 14
+
+
+def test_a_list_shares_a_batch_however_long_it_takes_to_submit(fleet: Path) -> None:
+    """But nobody waits for it for long."""
+
+    def batches(engine: Engine, pause_s: float, *, is_list: bool) -> float:
+        before = engine.stats()["batches"]
+        with engine.together() if is_list else nullcontext():
+            futures = []
+            for _ in range(3):
+                futures.append(engine.submit(Request(TEXTS[0], "news")))
+                time.sleep(pause_s)
+        for future in futures:
+            future.result(60)
+        return engine.stats()["batches"] - before
+
+    with serving(fleet, gather_s=0.1) as engine:
+        assert batches(engine, 0.1, is_list=True) == 1
+        assert batches(engine, 0.13, is_list=False) == 3
+        assert batches(engine, 0.3, is_list=True) == 2
+        assert engine.drain(60)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -31,6 +31,8 @@ _logger = logging.getLogger(__name__)
 
 # Batches and steps by which it is said how fast requests are answered.
 _RECENT = 256
+# For the last request of a list is waited so many times as long as for anybody else.
+_FOR_LISTS = 5
 
 
 class Engine(Intake):
@@ -171,8 +173,9 @@ class Engine(Intake):
         """Wait a moment for company of the most urgent request, and take them; nobody where something is written."""
         while not self._ends and (urgent := self._waiting.most_urgent(self._room)) is not None:
             most = self._room(urgent.company)
-            rest = urgent.arrived + self.limits.gather_s - time.monotonic()
-            if rest > 0 and self._waiting.beside(urgent) < most and self._is_open:
+            gather_s = self.limits.gather_s * (_FOR_LISTS if self._lists else 1)
+            rest = urgent.arrived + gather_s - time.monotonic()
+            if rest > 0 and (self._lists or self._waiting.beside(urgent) < most) and self._is_open:
                 if self._written:
                     return []
                 self._changed.wait(rest)

@@ -312,7 +312,7 @@ class _Routes:
         seconds = min(timeout or self._limits.answer_s, self._limits.answer_s)
         until = time.monotonic() + seconds
         timed = [replace(each, deadline=until) for each in asked]
-        return Waiting(self._metrics.submit, timed, request.receive, seconds)
+        return Waiting(self._metrics.submit, self._server.together, timed, request.receive, seconds)
 
 
 def _pieces(_: str) -> None:

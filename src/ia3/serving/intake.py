@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ia3.serving.found import Found
@@ -52,6 +54,7 @@ class Intake:
         # Told of all that changes of an engine; held for moments only, never while the model runs.
         self._changed = threading.Condition()
         self._is_open = True
+        self._lists = 0  # of requests that are being submitted together
 
     # What an engine says of itself
 
@@ -71,6 +74,18 @@ class Intake:
     def _seconds_each(self) -> float:
         """How long an answer takes at the rate of the last ones; the lock is held."""
         raise NotImplementedError
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See `Server.together`."""
+        with self._changed:
+            self._lists += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._lists -= 1
+                self._changed.notify_all()
 
     # What is served
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -148,6 +149,11 @@ class Server(Protocol):
         Raises:
             ServingError: what is known at once: `UnknownModel`, `NotServed`, `Overloaded`, `TooLate`, `Dropped`.
         """
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """Requests that are submitted inside share a batch as far as they can: none of them is begun before the last,
+        unless that takes long."""
         ...
 
     def models(self) -> list[Served]:

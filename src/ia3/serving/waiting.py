@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ class Waiting:
 
     Args:
         submit: what takes a request in, as `Server.submit`.
+        together: as `Server.together`.
         requests: what is asked.
         receive: the connection's, from which the whole body was read.
         seconds: until nobody waits any more.
@@ -34,11 +35,12 @@ class Waiting:
     def __init__(
         self,
         submit: Callable[[Request], Future[Answer]],
+        together: Callable[[], AbstractContextManager[None]],
         requests: Sequence[Request],
         receive: Receive,
         seconds: float,
     ) -> None:
-        self._take, self._requests, self._dropped = submit, requests, False
+        self._take, self._together, self._requests, self._dropped = submit, together, requests, False
         self.seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, str | Future[Answer] | Exception]] = asyncio.Queue()
@@ -92,6 +94,10 @@ class Waiting:
 
     def _submit(self) -> None:
         """Submit all; the first that isn't taken is the end of all."""
+        with self._together() if len(self._requests) > 1 else nullcontext():
+            self._submit_each()
+
+    def _submit_each(self) -> None:
         for index, request in enumerate(self._requests):
             tell = self._teller(index)
             sent = request if request.on_token is None else replace(request, on_token=tell)
