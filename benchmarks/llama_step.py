@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ia3
 from bench import say_machine
-from train_step import captured, guide, launches, ours, timed
+from train_step import captured, guide, known_rows, launches, ours, timed
 
 RESULTS = Path(__file__).parent / "results" / "llama_step.json"
 THREE_B = {
@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--ours", action="store_true", help="ia3's steps alone")
+    parser.add_argument("--resume", action="store_true", help="leave out what the output has of a machine like this")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     import peft
@@ -149,9 +150,10 @@ def main() -> None:
         ("PEFT LoRA captured", peft, lora, captured, LONG),
         ("PEFT LoRA", peft, lora, guide, LONG),
     ]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = known_rows(arguments.output, where) if arguments.resume else []
+    known = {(row["name"], tuple(row["lengths"])) for row in rows}
     for name, library, config, make, lengths in cases:
-        if (make is captured and not cuda) or (arguments.ours and library is not ia3):
+        if (make is captured and not cuda) or (arguments.ours and library is not ia3) or (name, lengths) in known:
             continue
         row: dict[str, Any] = {"name": name, "lengths": list(lengths)}
         shape = TINY if tiny else EIGHT_B if lengths == LONG else THREE_B

@@ -159,7 +159,7 @@ class Bench:
             ways = {"one": names[:1], "mixed": names}
             self.warm_up(engine, names)
             few = self.rate(engine, self.draw(names, 8 * self.batch, 1))
-            count = max(8 * self.batch, int(few * self.seconds / 10))
+            count = max(8 * self.batch, int(few * self.seconds / 5))
             self.pairs(part, "in process", count, names, lambda asked: self.rate(engine, asked), ways)
             reached = self.rate(engine, self.draw(names, count, 9))
             for share in (0.5, 0.9):
@@ -197,7 +197,7 @@ class Bench:
                 found = list(pool.map(lambda some: ask_from_outside(url, some, share), parts))
                 return sum(each["per_s"] for each in found), [second for each in found for second in each["taken"]]
 
-            few = min(count, 32 if self.tiny else 4000)
+            few = min(count, 32 if self.tiny else 1500)
             self.pairs(part, "over HTTP", few, names, lambda asked: rate(asked)[0], ways)
             reached, taken = rate(self.draw(names, few, 9))
             self.report({"part": part, "how": "over HTTP, all at once", **percentiles(taken)})
