@@ -129,6 +129,19 @@ def test_each_row_moves_as_if_it_were_alone(
     assert float((step.table[0] - step.table[1]).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "gpt2"])
+def test_dropout_is_no_difference_from_the_models_own_forward(tiny: Tiny, randomise: Any, family: str) -> None:
+    """Compared without it, the losses stay fused; in the steps it drops."""
+    step = sweep_step(adapted(tiny, family, randomise).train(), "hand")
+    batch = batch_of(step.model, [2, 2, 2], 0)
+    before = step.table.clone()
+    first = step(batch, RATES)
+    assert step.reason is None
+    assert isinstance(step.losses, FusedLosses)
+    step.table.copy_(before)
+    assert (step(batch, RATES) - first).abs().min() > 1e-6
+
+
 @pytest.mark.parametrize("way", ["hand", "mixed"])
 def test_rows_that_leave_change_nothing_for_the_others(tiny: Tiny, randomise: Any, way: str) -> None:
     whole, shrinking = (sweep_step(adapted(tiny, "t5", randomise), way) for _ in range(2))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -215,12 +215,18 @@ class GraphedLoss:
         packed = self.round_up(self.losses.pack(chosen), len(examples))
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)
-        self.losses.drops = False
-        try:
+        with self.without_dropout():
             # While the model's own numbers are computed. The kernels are those of training.
             wait = start_compiling(compute, self.device)
             fused, own = partial(_fused_numbers, compute, wait), partial(self._own_numbers, model, chosen)
             return difference(model, fused, own, dtype=model.dtype, fp8=self.fp8)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """As a comparison needs it; of the model's own forward `compare.difference` takes it away."""
+        self.losses.drops = False
+        try:
+            yield
         finally:
             self.losses.drops = True
 

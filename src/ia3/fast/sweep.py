@@ -138,7 +138,8 @@ class FusedLosses(GroupLosses):
         def compare(some: Sequence[int]) -> str | None:
             chosen = {name: tensor[list(some)] for name, tensor in batch.items()}
             fused, own = partial(numbers, self, chosen), partial(numbers, self.mixed, chosen)
-            return difference(self.model, fused, own, dtype=self.model.dtype)
+            with self.loss.without_dropout():
+                return difference(self.model, fused, own, dtype=self.model.dtype)
 
         return in_less_memory(compare, examples) if examples else None
 
