@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ia3.fast import fused
-from ia3.fast.batch import FEW_PARTS, Packed
+from ia3.fast.batch import FEW_PARTS, Packed, filled_examples
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, difference, telling_examples
 from ia3.fast.fused import FusedLoss, Readers
@@ -72,8 +72,8 @@ class ChoiceScores:
         tensors = dict(packed.tensors)
         filled, most = answers, max(readers or [1])
         if self.computation.captures:
-            packed = self.losses.round_up(packed, next_power_of_2(len(input_ids)), FEW_PARTS)
-            filled, most, tensors = next_power_of_2(answers), next_power_of_2(most), dict(packed.tensors)
+            packed = self.losses.round_up(packed, filled_examples(len(input_ids)), FEW_PARTS)
+            filled, most, tensors = filled_examples(answers), next_power_of_2(most), dict(packed.tensors)
         if readers is not None:
             before = [*accumulate(readers, initial=0)]
             before += [answers] * (packed.examples - len(readers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ class Batches:
         if self.invariant:
             return self._in_fixed_shapes(prompts, rows)
         scorer = self._scorer(prompts[0].task)
-        size = len(prompts) if scorer is None else scorer.most_answers  # with many labels few
+        most = len(prompts) if scorer is None else scorer.most_answers  # with many labels few
+        size = math.ceil(len(prompts) / math.ceil(len(prompts) / most))
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
         return [each for part in parts for each in self._run(prompts[part], rows[part])]
 

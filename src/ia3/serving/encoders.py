@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from transformers import GenerationMixin
 
 from ia3.fast import encoding
+from ia3.fast.batch import filled_examples
 from ia3.fast.encoding import FusedEncoder
 from ia3.fast.sessions import over
 from ia3.inference.predict import pad_rows
@@ -76,8 +77,8 @@ class Encoder:
     @torch.inference_mode()
     def _answer(self, texts: Sequence[Sequence[int]], rows: Sequence[str], length: int | None, *, head: bool) -> Tensor:
         """Logits `[texts, classes]`, or hidden states `[texts, length or more, width]`."""
-        # Texts of one token fill a batch up to one of few sizes, each of which is captured.
-        more = (1 << (len(texts) - 1).bit_length()) - len(texts)
+        # On a GPU texts of one token fill a batch up to one of few sizes, each of which is captured.
+        more = filled_examples(len(texts)) - len(texts) if self.model.device.type == "cuda" else 0
         names = [*rows, *[BASE] * more]
         batch = pad_rows([*texts, *[texts[0][:1]] * more], _padding(self.model), length)
         acts = gather_rows(self.model, names)
