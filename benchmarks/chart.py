@@ -1,8 +1,8 @@
-"""The GPU's figures in one picture, `docs/images/speed.png`, from train_step.json and guide_gpu.json.
+"""The GPU's figures in one picture, `docs/images/speed.png`, from train_step_h100.json and guide_gpu.json.
 
 python benchmarks/chart.py
 
-Needs: CPU; results of train_step and guide_gpu; seconds.
+Needs: CPU; results of train_step and guide_gpu on one card; seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def bars(axes: Axes, title: str, unit: str, rows: list[tuple[str, float, str]]) 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    found = json.loads((RESULTS / "train_step.json").read_text())
+    found = json.loads((RESULTS / "train_step_h100.json").read_text())
     rows = {(r["name"], r["batch"], r["length"], r["dtype"]): r for r in found["rows"]}
     guide = json.loads((RESULTS / "guide_gpu.json").read_text())["rows"]
     half = "bfloat16"

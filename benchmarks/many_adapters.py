@@ -4,10 +4,11 @@
 
 Random weights in the shapes of mt0-large and Llama-3-8B, bf16; prompts of 32 random tokens, 32 new ones, no end token.
 Tokens a second of whole calls, prompt included, median of 5 after 2 that record. `base` is the bare model on ia3's
-captured path, and `ratio` is to it. ia3's adapters are registered in an `AdapterTable` from files, of which 256 have
-contents of their own; `registered` says how many names there are, and `new` that every batch uses others than the last.
-PEFT's IA3 switches between 64 adapters, 4 examples each, one group after the other: 3 groups are timed and scaled to
-64. PEFT's LoRA of rank 8 takes `adapter_names`; 3 and 7 new tokens are timed, and the difference scaled to 32.
+captured path, and `ratio` is to it: ia3's cases take turns with it (`base_ms`), PEFT's don't. ia3's adapters are
+registered in an `AdapterTable` from files, of which 256 have contents of their own; `registered` says how many names
+there are, and `new` that every batch uses others than the last. PEFT's IA3 switches between 64 adapters, 4 examples
+each, one group after the other: 3 groups are timed and scaled to 64. PEFT's LoRA of rank 8 takes `adapter_names`; 3 and
+7 new tokens are timed, and the difference scaled to 32.
 `same_alone` counts rows of the mixed batch whose tokens are those of the row alone under its adapter, filled up with
 copies of itself to a batch of the same size, so that the kernels are the same. `--tiny` tries the script on a CPU.
 
@@ -103,7 +104,7 @@ class Shape:
             traceback.print_exc()
             row = {"shape": self.name, "name": name, "error": f"{type(error).__name__}: {error}"}
         if self.base is not None and "tokens_per_s" in row:
-            row["ratio"] = row["tokens_per_s"] / self.base
+            row.setdefault("ratio", row["tokens_per_s"] / self.base)
         elif name == "base" and "tokens_per_s" in row:
             self.base = row["tokens_per_s"]
         self.report(row)
@@ -119,14 +120,23 @@ class Shape:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def speed(self, call: Callable[[int], Any]) -> dict[str, Any]:
-        """Of a whole batch, by the turn's number."""
+    def speed(self, call: Callable[[int], Any], beside: Callable[[], Any] | None = None) -> dict[str, Any]:
+        """Of a whole batch, by the turn's number; and as a part of that of another call that takes turns with it."""
         for turn in range(2):
             call(turn)
-        taken = [self.seconds(lambda turn=turn: call(turn)) for turn in range(2, 7)]
+            if beside is not None:
+                beside()
+        taken, others = [], []
+        for turn in range(2, 7):
+            taken.append(self.seconds(lambda turn=turn: call(turn)))
+            others += [] if beside is None else [self.seconds(beside)]
         low, middle, high = statistics.quantiles(taken, n=4)
-        speed = self.batch * self.new / middle
-        return {"tokens_per_s": speed, "ms": 1e3 * middle, "quartiles_ms": [1e3 * low, 1e3 * high]}
+        row = {"tokens_per_s": self.batch * self.new / middle, "ms": 1e3 * middle}
+        row["quartiles_ms"] = [1e3 * low, 1e3 * high]
+        if beside is not None:
+            row["base_ms"] = 1e3 * statistics.median(others)
+            row["ratio"] = statistics.median(other / own for own, other in zip(taken, others, strict=True))
+        return row
 
     # ia3's
 
@@ -141,6 +151,7 @@ class Shape:
             places = write_adapters(Path(folder), layout, config, self.registered, self.most)
             table.register(places[0].name, places[0])
             decoder = Decoder(self.model, max_new_tokens=self.new)
+            self.plain = Decoder(self.model, max_new_tokens=self.new)
             self.mixed(decoder, [places[0].name], 1)
             for place in places[1 : self.most]:
                 table.register(place.name, place)
@@ -160,15 +171,21 @@ class Shape:
         each = self.batch // self.most
         self.case(
             f"ia3, {self.most} adapters, {len(table)} registered, new",
-            lambda: self.speed(lambda turn: decoder(self.ids, self.mask, adapter_names=draws[turn] * each)),
+            lambda: self.speed(
+                lambda turn: decoder(self.ids, self.mask, adapter_names=draws[turn] * each),
+                lambda: self.plain(self.ids, self.mask),
+            ),
         )
+        del self.plain
         table.close()
 
     def mixed(self, decoder: Decoder, names: Sequence[str], registered: int) -> None:
         each = list(names) * (self.batch // len(names))
         self.case(
             f"ia3, {len(names)} adapters, {registered} registered",
-            lambda: self.speed(lambda turn: decoder(self.ids, self.mask, adapter_names=each)),
+            lambda: self.speed(
+                lambda _: decoder(self.ids, self.mask, adapter_names=each), lambda: self.plain(self.ids, self.mask)
+            ),
         )
 
     def alone(self, decoder: Decoder, names: Sequence[str]) -> dict[str, Any]:

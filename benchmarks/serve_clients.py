@@ -1,13 +1,14 @@
 """Sixteen clients of fifty adapters on one CPU: `ia3 serve` against a lock around one request at a time.
 
-    python benchmarks/serve_clients.py [--requests N] [--repeats N] [--threads N] [--json]
+    python benchmarks/serve_clients.py [--requests N] [--repeats N] [--threads N] [--lock-threads N] [--json]
 
 The base is the bundled flan-t5-small. Each adapter has random vectors near 1; four of five rank three labels, the fifth
 writes up to 16 tokens. Clients are 16 threads of another process, each with a connection of its own, who ask again as
 soon as they are answered. `lock` is what one writes oneself over the public interface: FastAPI, all adapters loaded,
-and under a lock `set_adapter` and then `LabelScorer` or `generate`; `peft` is the same with PEFT's model. The servers
-take turns, `--repeats` times; figures are medians. `same` says how many answers are those of `ia3 serve`. The time from
-the start of `ia3 serve` to its first answer is told, too.
+and under a lock `set_adapter` and then `LabelScorer` or `generate`; `peft` is the same with PEFT's model. On two cores
+a request alone is answered sooner by one thread than by two, and a batch by two, so each server has as many of torch's
+threads as suit it. The servers take turns, `--repeats` times; figures are medians. `same` says how many answers are
+those of `ia3 serve`. The time from the start of `ia3 serve` to its first answer is told, too.
 
 Needs: CPU; the extras serve and bundled, peft; 6 minutes.
 """
@@ -132,7 +133,9 @@ def first_answer(folder: Path, asked: Asked, threads: int) -> float:
         return time.perf_counter() - started_at
 
 
-def measure(folder: Path, names: list[str], requests: int, repeats: int, threads: int) -> dict[str, Any]:
+def measure(
+    folder: Path, names: list[str], requests: int, repeats: int, threads: int, lock_threads: int
+) -> dict[str, Any]:
     ours = ["-m", "ia3", "serve", BASE, "--adapters", str(folder), "--port", "0", "--json"]
     lock = [__file__, "--lock", str(folder), "--library"]
     first = [first_answer(folder, draw(names, 1, 0)[0], threads) for _ in range(3)]
@@ -140,8 +143,8 @@ def measure(folder: Path, names: list[str], requests: int, repeats: int, threads
     taken: dict[str, list[float]] = {name: [] for name in rates}
     with (
         started(ours, threads) as url,
-        started([*lock, "ia3"], threads) as by_lock,
-        started([*lock, "peft"], threads) as by_peft,
+        started([*lock, "ia3"], lock_threads) as by_lock,
+        started([*lock, "peft"], lock_threads) as by_peft,
     ):
         urls = dict(zip(rates, (url, by_lock, by_peft), strict=True))
         some = draw(names, 40, 1)
@@ -162,7 +165,8 @@ def measure(folder: Path, names: list[str], requests: int, repeats: int, threads
         }
         for name in rates
     }
-    about = {"adapters": len(names), "clients": CLIENTS, "requests": requests, "repeats": repeats, "threads": threads}
+    about = {"adapters": len(names), "clients": CLIENTS, "requests": requests, "repeats": repeats}
+    about |= {"threads": threads, "lock_threads": lock_threads}
     return {**about, "first_answer_s": round(statistics.median(first), 2), "servers": rows}
 
 
@@ -170,7 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=320, help="of a turn")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, in each server")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, in ia3 serve")
+    parser.add_argument("--lock-threads", type=int, default=1, help="of torch, in the others")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and write results/")
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--library", help=argparse.SUPPRESS)
@@ -180,7 +185,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         names = write_fleet(Path(folder))
-        found = measure(Path(folder) / "all", names, arguments.requests, arguments.repeats, arguments.threads)
+        threads = arguments.threads, arguments.lock_threads
+        found = measure(Path(folder) / "all", names, arguments.requests, arguments.repeats, *threads)
     if arguments.json:
         write("serve_clients", found)
         return

@@ -128,7 +128,7 @@ class Bench:
     def warm_up(self, engine: Engine, names: Sequence[str]) -> None:
         """Let batches of all sizes come, each shape of which is recorded when it comes for the second time."""
         started = time.perf_counter()
-        for turn in range(1 if self.tiny else 3):
+        for turn in range(1 if self.tiny else 6):
             under_way = 1
             while under_way <= UNDER_WAY:
                 self.rate(engine, self.draw(names, 8 * min(under_way, self.batch), 20 + turn), under_way)
@@ -159,7 +159,7 @@ class Bench:
             ways = {"one": names[:1], "mixed": names}
             self.warm_up(engine, names)
             few = self.rate(engine, self.draw(names, 8 * self.batch, 1))
-            count = max(8 * self.batch, int(few * self.seconds / 5))
+            count = max(8 * self.batch, int(few * self.seconds / 10))
             self.pairs(part, "in process", count, names, lambda asked: self.rate(engine, asked), ways)
             reached = self.rate(engine, self.draw(names, count, 9))
             for share in (0.5, 0.9):
@@ -177,14 +177,16 @@ class Bench:
         rate: Callable[[Sequence[Asked]], float],
         ways: dict[str, Sequence[str]],
     ) -> None:
-        """Both ways in turns; the median of the ratios."""
+        """Both ways in turns; the median of the ratios, and its quartiles."""
         found: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(3):
+        for turn in range(3 if self.tiny else 9):
             for name, some in ways.items():
                 found[name].append(rate(self.draw(some, count, turn + 2)))
-        ratio = statistics.median(mixed / one for mixed, one in zip(found["mixed"], found["one"], strict=True))
+        ratios = [mixed / one for mixed, one in zip(found["mixed"], found["one"], strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
         rates = {f"{name}_per_s": round(statistics.median(each), 1) for name, each in found.items()}
-        self.report({"part": part, "how": how, "adapters": len(names), **rates, "ratio": round(ratio, 4)})
+        row = {"part": part, "how": how, "adapters": len(names), **rates, "ratio": round(ratio, 4)}
+        self.report({**row, "quartiles": [round(low, 4), round(high, 4)]})
 
     def over_http(
         self, part: str, engine: Engine, names: Sequence[str], count: int, ways: dict[str, Sequence[str]]
@@ -197,7 +199,7 @@ class Bench:
                 found = list(pool.map(lambda some: ask_from_outside(url, some, share), parts))
                 return sum(each["per_s"] for each in found), [second for each in found for second in each["taken"]]
 
-            few = min(count, 32 if self.tiny else 1500)
+            few = min(count, 32 if self.tiny else 1000)
             self.pairs(part, "over HTTP", few, names, lambda asked: rate(asked)[0], ways)
             reached, taken = rate(self.draw(names, few, 9))
             self.report({"part": part, "how": "over HTTP, all at once", **percentiles(taken)})

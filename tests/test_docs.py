@@ -355,13 +355,12 @@ def test_the_rates_are_measured(heading: str) -> None:
 def test_the_steps_are_measured() -> None:
     rows = json.loads((RESULTS / "train_step.json").read_text())["rows"]
     names = {
-        "PEFT guide": "PEFT, its guide's eager step",
         "PEFT captured": "PEFT, captured whole by hand",
+        "PEFT compiled": "PEFT, its blocks compiled",
         "frozen base": "the frozen base and one vector",
         "ia3 compile_step": "ia3, `compile_step`",
         "ia3 compile_step, recompute": "ia3, with `recompute=True`",
         "ia3 compile_step, fp8": 'ia3, with `frozen="fp8"`',
-        "PEFT guide, import changed": "PEFT's guide's step, the import changed",
     }
     found = {(row["name"], row["batch"], row["length"], row["dtype"]): row for row in rows}
     measured = {
@@ -381,22 +380,49 @@ def test_the_steps_are_measured() -> None:
         ours, peft = (found[name, batch, 128, half]["ms"] for name in ("ia3 compile_step", "PEFT captured"))
         assert f"{ours / peft:.2f}" in text
         assert f"{ours / peft:.2f}" in readme
-    factor = found["PEFT guide", 8, 128, "float32"]["ms"] / found["ia3 compile_step", 8, None, half]["ms"]
-    assert f"is {factor:.1f} times as fast" in text
+    in_fp8 = found["ia3 compile_step, fp8", 64, 128, half]["ms"]
+    assert f"{in_fp8 / found['PEFT captured', 64, 128, half]['ms']:.2f} in eight bits" in text
+    assert f"{in_fp8:.1f} in" in readme
+    first, *further = [row["setup_s"] for row in rows if row["name"].startswith("ia3") and row["dtype"] == half]
+    assert f"took {first:.1f} s with an empty cache" in text
+    assert f"further ones of bf16 {min(further):.1f} to {max(further):.1f} s" in text
+    loop = json.loads((RESULTS / "own_loop.json").read_text())["rows"]
+    assert [f"{loop[name]['ms']:.1f}" for name in ("own loop", "own loop, reads its loss", "compile_step")] == [
+        *re.findall(r"takes ([\d.]+) ms a step, and ([\d.]+) where\nit reads.*?takes ([\d.]+) in", text)[0]
+    ]
+    assert f"{loop['own loop']['ms']:.1f} ms" in readme
+
+
+def test_the_steps_of_before_are_measured() -> None:
+    rows = json.loads((RESULTS / "train_step_h100.json").read_text())["rows"]
+    found = {(row["name"], row["batch"], row["length"], row["dtype"]): row["ms"] for row in rows}
+    text, readme = (DOCS / "speed.md").read_text(), (ROOT / "README.md").read_text()
+    half, single = "bfloat16", "float32"
+    peft = found["PEFT guide", 8, 128, single]
+    assert f"took\n{peft:.1f} ms" in text
+    for length, dtype in ((128, single), (None, single), (None, half)):
+        assert f"{found['PEFT guide, import changed', 8, length, dtype]:.1f}" in text
+    assert f"{found['PEFT guide, import changed', 8, None, single]:.1f} on the H100" in readme
+    factor = peft / found["ia3 compile_step", 8, None, half]
+    assert f"a {factor:.0f}st part" in text
     assert f"{factor:.0f} times" in readme
-    for length, dtype in ((128, "float32"), (None, "float32"), (None, half)):
-        changed = found["PEFT guide, import changed", 8, length, dtype]["ms"]
-        assert f"{found['PEFT guide', 8, 128, 'float32']['ms'] / changed:.1f} times" in text
-        assert length or f"{changed:.1f}" in readme
-    setups = [row["setup_s"] for row in rows if row["name"].startswith("ia3")]
-    assert f"took {max(setups):.0f} s with an\nempty cache" in text
-    assert f"known kernels {min(setups):.1f} s" in text
+
+
+def test_the_kernels_are_measured() -> None:
+    found = json.loads((RESULTS / "kernels.json").read_text())
+    text = (DOCS / "speed.md").read_text()
+    assert f"({found['of_the_card']['copy_bytes_per_s'] / 1e12:.2f} TB/s" in text
+    assert f"({found['of_the_card']['product_flop_per_s'] / 1e12:.0f} TFLOP/s)" in text
+    figures = {(f"{each['us']:.1f}", f"{each['floor_us']:.1f}") for each in found["kernels"].values()}
+    for _, forward, floor, backward, floor_of_it in table_after("speed.md", "Each kernel and its floor"):
+        assert (forward, floor) in figures
+        assert not backward or (backward, floor_of_it) in figures
 
 
 def test_the_gpus_other_tables_are_measured() -> None:
     llama = json.loads((RESULTS / "llama_step.json").read_text())["rows"]
     assert table_after("speed.md", "A Llama's step") == [
-        [row["name"], f"{row['ms']:.1f}", f"{row['kernels']:,}", f"{row['peak_mib']:,.0f}"]
+        [row["name"], f"{row['ms']:.1f}", f"{row['busy_ms']:.1f}", f"{row['kernels']:,}", f"{row['peak_mib']:,.0f}"]
         for row in llama
         if row["lengths"] == [512] * 4
     ]
