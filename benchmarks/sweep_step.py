@@ -82,6 +82,8 @@ def together(model: torch.nn.Module, rounds: list[list[dict[str, Tensor]]]) -> C
     step = SweepStep(model, losses, table, max_gradient_norms=[float("inf")] * runs, weight_decays=[0.0] * runs)
     whole = [joined(parts) for parts in rounds]
     rates = [8e-3 / 2 ** (run % 8) for run in range(runs)]
+    step(whole[0], rates)
+    assert step.reason is None, step.reason
     return lambda number: step(whole[number], rates)
 
 

@@ -333,6 +333,9 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Engine._expect_device", Never("_computes"), "a device that is gone is tried for each request again"),
         Mutant("Listener.on_tick", Instead("self.is_over", "False"), "a server that can't answer stays for ever"),
     ],
+    ("serving/test_starting.py",): [
+        Mutant("capacity_for", Instead("min", "max"), "a GPU's memory has no end"),
+    ],
     ("serving/test_engine.py",): [
         Mutant("Engine._next", Instead("self._waiting.take_late(time.monotonic())", "[]"),
                "nobody is told that it is too late"),
@@ -344,6 +347,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Queue.most_urgent", Instead("_deadline", "lambda work: work.arrived"),
                "who has little time waits for those who have much"),
         Mutant("Engine._gather", Instead("self.limits.gather_s", "-1"), "nobody waits for company"),
+        Mutant("Engine._gather", Instead("_FOR_LISTS if self._lists else 1", "1"), "the last of a list comes too late"),
         Mutant("Engine.submit", Skip("release"), "requests that were refused hold their version"),
         Mutant("Batches._write", Instead("row[: prompt.longest]", "row"), "answers are longer than was asked for"),
         Mutant("Reader._tokenise", Instead("without_template(self.tokenizer)", "self.tokenizer"),
@@ -652,6 +656,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "an example gets more tokens than it may have"),
     ],
     ("fast/test_sweep_step.py",): [
+        Mutant("FusedLosses.difference", Instead("self.loss.without_dropout()", "self.loss.lock"),
+               "losses that drop are compared with some that don't"),
         Mutant("SweepStep._update", Instead("self.table.add_((1 - self.table) * (rates * self.decays))",
                                             "self.table.sub_(self.table * (rates * self.decays))"),
                "the vectors of a sweep decay to zero"),
