@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_t5 import FORMS, adapted, batch_of
 
-from ia3.fast.batch import FEW_PARTS, round_up
+from ia3.fast.batch import FEW_PARTS, filled_examples, round_up
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
 from ia3.fast.ragged import Ragged
@@ -72,6 +72,12 @@ def test_few_shapes() -> None:
         sizes.add(round_up(pack(batch), 1, 0).total_tokens)
         assert round_up(pack(batch), 1, 0).total_tokens <= max(64, rows * 37 + 64, rows * 37 * 17 / 16)
     assert len(sizes) < 36
+
+
+def test_examples_that_fill_up_cost_little() -> None:
+    assert [filled_examples(count) for count in (1, 7, 8, 9, 100)] == [8, 8, 8, 16, 128]
+    assert [filled_examples(1, tokens) for tokens in (9, 16, 33, 64, 65, 128, 700)] == [8, 8, 2, 2, 1, 1, 1]
+    assert [filled_examples(3, tokens) for tokens in (9, 33, 700)] == [8, 4, 4]
 
 
 def test_fewer_shapes_where_nothing_is_trained() -> None:

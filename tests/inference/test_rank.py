@@ -149,6 +149,17 @@ def test_what_is_put_to_train_between_batches_drops_nothing(model: Any, part: st
     assert torch.equal(scorer(TEXTS), before)
 
 
+def test_a_module_that_was_replaced_drops_nothing(model: Any) -> None:
+    block = model.get_base_model().decoder.block[1].layer[0]
+    scorer, former = LabelScorer(model, TOKENIZER, LABELS), block.dropout
+    before = scorer(TEXTS)
+    block.dropout = torch.nn.Dropout(0.5)
+    try:
+        assert torch.equal(scorer(TEXTS), before)
+    finally:
+        block.dropout = former
+
+
 @pytest.fixture
 def many(tmp_path: Path) -> Any:
     """A base with a table of adapters: all of these of an encoder and a decoder, these of the decoder alone."""

@@ -334,7 +334,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Listener.on_tick", Instead("self.is_over", "False"), "a server that can't answer stays for ever"),
     ],
     ("serving/test_starting.py",): [
-        Mutant("capacity_for", Instead("min", "max"), "a GPU's memory has no end"),
+        Mutant("room_for", Instead("len(table)", "1 << 40"), "a GPU's memory has no end"),
     ],
     ("serving/test_engine.py",): [
         Mutant("Engine._next", Instead("self._waiting.take_late(time.monotonic())", "[]"),
@@ -347,7 +347,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Queue.most_urgent", Instead("_deadline", "lambda work: work.arrived"),
                "who has little time waits for those who have much"),
         Mutant("Engine._gather", Instead("self.limits.gather_s", "-1"), "nobody waits for company"),
-        Mutant("Engine._gather", Instead("_FOR_LISTS if self._lists else 1", "1"), "the last of a list comes too late"),
+        Mutant("Engine._gather", Instead("_FOR_LISTS if more_come else 1", "1"), "the last of a list comes too late"),
         Mutant("Engine.submit", Skip("release"), "requests that were refused hold their version"),
         Mutant("Batches._write", Instead("row[: prompt.longest]", "row"), "answers are longer than was asked for"),
         Mutant("Reader._tokenise", Instead("without_template(self.tokenizer)", "self.tokenizer"),

@@ -123,6 +123,19 @@ def test_a_list_shares_a_batch_however_long_it_takes_to_submit(fleet: Path) -> N
         assert engine.drain(60)
 
 
+def test_nobody_waits_for_a_list_of_others(fleet: Path) -> None:
+    with serving(fleet, gather_s=5, batch_size=2) as engine:
+        futures = []
+        with engine.together():
+            taking = threading.Thread(
+                target=lambda: futures.extend(engine.submit(Request(TEXTS[0], name)) for name in ("news", "sports"))
+            )
+            taking.start()
+            taking.join()
+            for future in futures:
+                future.result(4)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_base_answers_by_its_own_name(fleet: Path, chats: Path, tmp_path: Path, causal: bool) -> None:
     texts, model, tokenizer = QUESTIONS if causal else TEXTS, bare(causal=causal), tokenizer_of(causal=causal)

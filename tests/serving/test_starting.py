@@ -7,27 +7,31 @@ import pytest
 import torch
 from fleet import TASKS, TEXTS, bare, task_of, tokenizer_of
 
+from ia3 import AdapterTable
 from ia3.serving import reading
 from ia3.serving.reading import Reader
-from ia3.serving.registry import Version
+from ia3.serving.registry import Registry, Version
 from ia3.serving.requests import NotServed, Request
-from ia3.serving.starting import capacity_for
+from ia3.serving.starting import room_for
 
 
-@pytest.mark.parametrize(("in_memory", "held"), [(1.0, 600), (0.5, 300), (0.01, 256)])
-def test_a_gpu_holds_all_adapters_within_a_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: float, held: int
-) -> None:
-    """The bound is a sixteenth of its memory; a run's adapter counts once, whatever names it has."""
-    for number in range(600):
-        folder = tmp_path / f"run-{number}" / "adapter"
-        folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "adapter_model.safetensors").write_bytes(bytes(100))
-    memory = int(16 * 600 * 100 * in_memory)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
-    assert capacity_for(torch.device("cuda"), tmp_path) == held
-    assert capacity_for(torch.device("cpu"), tmp_path) == 256
+def test_a_gpu_holds_all_adapters_within_a_bound(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds are a sixteenth of its memory and half of what is free; a row has the union of all sites."""
+    model, cuda = bare(), torch.device("cuda")
+    table = AdapterTable(model, capacity=1)
+    registry = Registry(model, fleet, base="tiny", table=table)
+    row, count = 4 * table.layout.size, len(TASKS)
+    for free, total, held in (
+        (1 << 40, 1 << 40, count),
+        (1 << 40, 16 * 3 * row, 3),
+        (2 * 2 * row, 1 << 40, 2),
+        (0, 1 << 40, 0),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, found=(free, total): found)
+        assert room_for(table, cuda) == held
+    assert room_for(table, torch.device("cpu")) == 0
+    registry.close()
+    assert room_for(AdapterTable(bare()), cuda) == 0
 
 
 def test_one_text_is_tokenised_once_for_all_who_read_it_alike(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ INPUTS = ("input_ids", "attention_mask", "labels")
 # `round_up`'s parts where nothing is trained, so that each shape comes a few times alone, and each is recorded: half as
 # many shapes as in training, for at most a seventh more tokens.
 FEW_PARTS = 8
+# Tokens that take a GPU no longer than one.
+_FOR_NOTHING = 128
 
 
 @dataclass(frozen=True)
@@ -269,12 +271,15 @@ def _round_up_padded(packed: Packed, filler: int, total: int) -> Packed:
     return Packed(tensors, rounded_length(packed.max_seqlen), uniform)
 
 
-def filled_examples(count: int) -> int:
+def filled_examples(count: int, tokens: int = 1) -> int:
     """The number, one of few, that so many examples are filled up to where nothing is trained.
 
-    A GPU takes as long for one as for eight.
+    Args:
+        count: how many there are.
+        tokens: what an example that fills up costs. A GPU takes as long for a few of them as for none.
     """
-    return max(8, 1 << (count - 1).bit_length())
+    least = min(8, 1 << max(0, (_FOR_NOTHING // tokens).bit_length() - 1))
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def rounded_length(longest: int) -> int:

@@ -72,8 +72,9 @@ class ChoiceScores:
         tensors = dict(packed.tensors)
         filled, most = answers, max(readers or [1])
         if self.computation.captures:
-            packed = self.losses.round_up(packed, filled_examples(len(input_ids)), FEW_PARTS)
-            filled, most, tensors = filled_examples(answers), next_power_of_2(most), dict(packed.tensors)
+            fill = partial(filled_examples, tokens=self.choices.numel())
+            packed = self.losses.round_up(packed, fill(len(input_ids)), FEW_PARTS)
+            filled, most, tensors = fill(answers), next_power_of_2(most), dict(packed.tensors)
         if readers is not None:
             before = [*accumulate(readers, initial=0)]
             before += [answers] * (packed.examples - len(readers))

@@ -210,11 +210,11 @@ class LabelScorer:
         Returns:
             `[rows, labels, length]` on the model's device, 0 behind a label's end.
         """
-        if (
-            self.model.training or not self.guard.in_one_mode
-        ):  # to tell a thousand modules what they know takes its time
+        is_valid = self.guard.is_valid()
+        # Telling a thousand modules what they know would take long each time.
+        if not is_valid or self.model.training or not self.guard.in_one_mode:
             self.model.eval()
-        if not self.guard.is_valid():
+        if not is_valid:
             self._record_anew()
         mixed = acting_here()
         inputs = self._inputs(rows, mixed)

@@ -77,8 +77,9 @@ class Encoder:
     @torch.inference_mode()
     def _answer(self, texts: Sequence[Sequence[int]], rows: Sequence[str], length: int | None, *, head: bool) -> Tensor:
         """Logits `[texts, classes]`, or hidden states `[texts, length or more, width]`."""
-        # On a GPU texts of one token fill a batch up to one of few sizes, each of which is captured.
-        more = filled_examples(len(texts)) - len(texts) if self.model.device.type == "cuda" else 0
+        # Where blocks are captured, texts of one token fill a batch up to one of few sizes.
+        captures = length is None and self._fused is not None and self._fused.blocks.captures
+        more = filled_examples(len(texts)) - len(texts) if captures else 0
         names = [*rows, *[BASE] * more]
         batch = pad_rows([*texts, *[texts[0][:1]] * more], _padding(self.model), length)
         acts = gather_rows(self.model, names)

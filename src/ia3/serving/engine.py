@@ -11,8 +11,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ia3.mixing import gather_flat
 from ia3.serving.batches import Batches
 from ia3.serving.found import Found
 from ia3.serving.intake import Intake, Limits, stopped, too_late
-from ia3.serving.queue import Queue, Work
+from ia3.serving.queue import List, Queue, Work
 from ia3.serving.reading import Reader
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Answer, NotServed, Request
@@ -67,6 +68,7 @@ class Engine(Intake):
         self._written: dict[Place, Work] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
         self._ends = False
+        self._submits = threading.local()  # the list that a thread submits
         self._thread = threading.Thread(target=self._work, name="ia3-engine", daemon=True)
         self._thread.start()
 
@@ -84,7 +86,8 @@ class Engine(Intake):
             prompt = self._read(held.version, request)
             told = None if request.on_token is None else ""
             reads = None if held.version.encodes or not prompt.task.ranks else tuple(prompt.tokens)
-            work = Work(request, held, prompt, now, deadline, self._writing.place_of(prompt), reads, told)
+            listed: List | None = getattr(self._submits, "list", None)
+            work = Work(request, held, prompt, now, deadline, self._writing.place_of(prompt), reads, listed, told)
             with self._changed:
                 self._expect_room()
                 self._wait(work)
@@ -93,6 +96,18 @@ class Engine(Intake):
             raise
         work.future.add_done_callback(lambda _: self._leave(work))
         return work.future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See `Server.together`."""
+        self._submits.list = opened = List()
+        try:
+            yield
+        finally:
+            del self._submits.list
+            with self._changed:
+                opened.is_open = False
+                self._changed.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and wait until all are answered; whether that was within the time."""
@@ -173,9 +188,11 @@ class Engine(Intake):
         """Wait a moment for company of the most urgent request, and take them; nobody where something is written."""
         while not self._ends and (urgent := self._waiting.most_urgent(self._room)) is not None:
             most = self._room(urgent.company)
-            gather_s = self.limits.gather_s * (_FOR_LISTS if self._lists else 1)
-            rest = urgent.arrived + gather_s - time.monotonic()
-            if rest > 0 and (self._lists or self._waiting.beside(urgent) < most) and self._is_open:
+            more_come = urgent.listed is not None and urgent.listed.is_open
+            rest = urgent.arrived + self.limits.gather_s * (_FOR_LISTS if more_come else 1) - time.monotonic()
+            # Of those that read one text a batch may have more.
+            is_full = self._waiting.beside(urgent) >= most and not (more_come and urgent.reads is not None)
+            if rest > 0 and not is_full and self._is_open:
                 if self._written:
                     return []
                 self._changed.wait(rest)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from ia3.serving.found import Found
@@ -25,7 +24,8 @@ class Limits:
 
     Args:
         batch_size: the most texts of a batch, and in slots of one size; at most the registry's capacity.
-        gather_s: how long the first request of a batch waits for others, in seconds.
+        gather_s: how long the first request of a batch waits for others, in seconds; up to five times as long for the
+            last of those that are submitted together.
         most_waiting: how many requests may wait.
         deadline_s: after how many seconds nobody waits for an answer, where a request doesn't say.
         batch_invariant: whether an answer is the same to the last bit whatever else is asked at the same time. All is
@@ -54,7 +54,6 @@ class Intake:
         # Told of all that changes of an engine; held for moments only, never while the model runs.
         self._changed = threading.Condition()
         self._is_open = True
-        self._lists = 0  # of requests that are being submitted together
 
     # What an engine says of itself
 
@@ -75,17 +74,9 @@ class Intake:
         """How long an answer takes at the rate of the last ones; the lock is held."""
         raise NotImplementedError
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """See `Server.together`."""
-        with self._changed:
-            self._lists += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._lists -= 1
-                self._changed.notify_all()
+    def together(self) -> AbstractContextManager[None]:
+        """See `Server.together`; where requests may join at any step there is nothing to wait for."""
+        return nullcontext()
 
     # What is served
 

@@ -12,12 +12,20 @@ from ia3.serving.requests import Answer, Request
 
 
 @dataclass(eq=False)
+class List:
+    """Requests that are submitted together; open until the last of them has come."""
+
+    is_open: bool = True
+
+
+@dataclass(eq=False)
 class Work:
     """A request on its way.
 
     Args:
         company: with whom it is answered: a size of slots, or a task in whole batches.
         reads: what is the same for works that read one text once, together; None for a text of its own.
+        listed: the list that it was submitted with; None where it came by itself.
         told: what its listener was told of the answer; None where nobody listens.
         started: when it was taken up.
     """
@@ -29,6 +37,7 @@ class Work:
     deadline: float
     company: Hashable
     reads: Hashable
+    listed: List | None
     told: str | None
     started: float = 0.0
     future: Future[Answer] = field(default_factory=Future)

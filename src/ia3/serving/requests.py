@@ -152,8 +152,8 @@ class Server(Protocol):
         ...
 
     def together(self) -> AbstractContextManager[None]:
-        """Requests that are submitted inside share a batch as far as they can: none of them is begun before the last,
-        unless that takes long."""
+        """Requests that this thread submits inside share a batch as far as they can. Where batches are gathered, the
+        first waits for the last of them, unless that takes long."""
         ...
 
     def models(self) -> list[Served]:

@@ -12,18 +12,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from ia3.errors import fit_screen
 from ia3.inference.loading import Base
-from ia3.inference.many import adapters_below
 from ia3.serving import on_vllm
 from ia3.serving.continuous import ContinuousEngine
 from ia3.serving.engine import Engine
 from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
+from ia3.table import AdapterTable
 from ia3.tasks.task import TaskKind
-from ia3.tensors import SAFETENSORS_NAME
 
 _logger = logging.getLogger(__name__)
 
-# The adapters that a CPU's copy beside the files' numbers holds, and a GPU at least.
+# Adapters that have room beside the files' numbers, at least.
 _CAPACITY = 256
 
 AnyEngine = Engine | ContinuousEngine
@@ -73,21 +72,20 @@ def start(
         tokenizer, model = base.tokenizer, base.load(base.kind, labels=_labels_of(base.config)).eval()
         model.to(torch.accelerator.current_accelerator() or "cpu")
         tell(f"Reading the adapters in {adapters}")
-        capacity = max(capacity_for(model.device, adapters), limits.batch_size)
-        registry = Registry(model, adapters, base=own, capacity=capacity)
+        table = AdapterTable(model, capacity=max(_CAPACITY, limits.batch_size))
+        registry = Registry(model, adapters, base=own, table=table)
+        table.capacity = max(table.capacity, room_for(table, model.device))
         engine = Engine(model, tokenizer, registry, limits)
     engine.registry.watch()
     return engine
 
 
-def capacity_for(device: torch.device, adapters: Path) -> int:
-    """How many adapters the device holds: on a GPU all that are there, within a sixteenth of its memory."""
-    if device.type != "cuda":
-        return _CAPACITY
-    folders = {*adapters_below(adapters).values()}
-    size = sum(file.stat().st_size for folder in folders for file in folder.glob(SAFETENSORS_NAME))
-    room = torch.cuda.mem_get_info(device)[1] // 16
-    return max(_CAPACITY, min(len(folders), len(folders) * room // max(size, 1)))
+def room_for(table: AdapterTable, device: torch.device) -> int:
+    """How many of a table's adapters a GPU has room for, within a sixteenth of its memory and half of what is free."""
+    if device.type != "cuda" or not table.layout.size:
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return min(len(table), min(total // 16, free // 2) // (4 * table.layout.size))
 
 
 def plan_of_vllm(base: Base, batch_size: int) -> Any | None:
