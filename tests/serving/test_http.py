@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx2
 import openai
@@ -366,6 +366,16 @@ class TestClientsThatGo:
         deadline = served.engine.requests[-1].deadline
         assert deadline is not None
         assert began + 0.2 <= deadline <= ended
+
+    def test_what_fails_while_a_list_is_submitted_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with site() as served:
+
+            def together() -> NoReturn:
+                raise RuntimeError("no lists")
+
+            monkeypatch.setattr(served.engine, "together", together)
+            assert served.post("/v1/completions", model="writer", prompt=["a", "b"]).status_code == 500
+            assert served.post("/v1/completions", model="writer", prompt="a").status_code == 200
 
     def test_what_is_being_submitted_is_dropped_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with site() as served:

@@ -93,23 +93,19 @@ class Waiting:
         self.drop()
 
     def _submit(self) -> None:
-        """Submit all; the first that isn't taken is the end of all."""
-        with self._together() if len(self._requests) > 1 else nullcontext():
-            self._submit_each()
-
-    def _submit_each(self) -> None:
-        for index, request in enumerate(self._requests):
-            tell = self._teller(index)
-            sent = request if request.on_token is None else replace(request, on_token=tell)
-            try:
-                self._futures.append(self._take(sent))
-            except Exception as error:
-                tell(error)
-                return
-            self._futures[-1].add_done_callback(tell)
-            if self._dropped:  # meanwhile
-                self._futures[-1].cancel()
-                return
+        """Submit all; the first that isn't taken is the end of all, as is whatever else fails here."""
+        try:
+            with self._together() if len(self._requests) > 1 else nullcontext():
+                for index, request in enumerate(self._requests):
+                    tell = self._teller(index)
+                    sent = request if request.on_token is None else replace(request, on_token=tell)
+                    self._futures.append(self._take(sent))
+                    self._futures[-1].add_done_callback(tell)
+                    if self._dropped:  # meanwhile
+                        self._futures[-1].cancel()
+                        return
+        except Exception as error:
+            self._teller(0)(error)
 
     def _teller(self, index: int) -> Callable[[Any], None]:
         """What the engine's threads call; the loop may be closed by then."""
