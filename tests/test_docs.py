@@ -447,6 +447,19 @@ def test_the_gpus_other_tables_are_measured() -> None:
         for row in llama
         if row["lengths"] == [512] * 4
     ]
+    text, readme = (DOCS / "speed.md").read_text(), (ROOT / "README.md").read_text()
+    later = json.loads((RESULTS / "many_adapters_h200.json").read_text())["rows"]
+    for shape in ("mt0-large", "llama-3-8b"):
+        rows = {row["name"]: row for row in reversed(later) if row["shape"] == shape}  # the first of equal names
+        base = f"{rows['base']['tokens_per_s']:,.0f}"
+        assert base in text
+        assert base in readme
+        ratios = [rows[f"ia3, {count} adapters, 256 registered"]["ratio"] for count in (1, 64, 256)]
+        assert f"at {ratios[-1]:.2f} of" in readme
+        if shape == "mt0-large":
+            assert "{:.2f}, {:.2f} and {:.2f} of it".format(*ratios) in " ".join(text.split())
+        else:
+            assert all(0.965 <= ratio < 0.995 for ratio in ratios)
     many = json.loads((RESULTS / "many_adapters.json").read_text())["rows"]
     of = {(row["shape"], row["name"]): row for row in many}
     shapes = ("mt0-large", "llama-3-8b")
