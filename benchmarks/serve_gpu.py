@@ -42,12 +42,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import train_step
 from bench import RESULTS, machine
-from ia3 import AdapterTable, IA3Config, get_peft_model
+from ia3 import IA3Config, get_peft_model
 from ia3.serving.engine import Engine
 from ia3.serving.intake import Limits
-from ia3.serving.registry import Registry
 from ia3.serving.requests import Request
-from ia3.serving.starting import room_for
+from ia3.serving.starting import registry_for
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
 from serving_clients import Asked, Client, opened, percentiles
@@ -108,9 +107,7 @@ class Bench:
             adapted.unload()
             names = multiply(Path(folder) / "first", Path(folder) / "all", tasks, spread)
             written = time.perf_counter()
-            table = AdapterTable(model, capacity=2 * self.batch)
-            registry = Registry(model, Path(folder) / "all", base="base", table=table)
-            table.capacity = max(table.capacity, room_for(table, model.device))
+            registry = registry_for(model, Path(folder) / "all", base="base", batch_size=self.batch)
             read = time.perf_counter()
             if registry.refused():
                 raise ValueError(next(iter(registry.refused().values())))

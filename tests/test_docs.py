@@ -440,6 +440,29 @@ def test_the_kernels_are_measured() -> None:
         assert table[label] == [*(ways[0] if ways else figures(name)), *(ways[1] if ways else ["", ""])]
 
 
+def test_the_servers_figures_are_measured() -> None:
+    text, readme = " ".join((DOCS / "serve.md").read_text().split()), (ROOT / "README.md").read_text()
+    parts = json.loads((RESULTS / "serve_gpu.json").read_text())["rows"]
+    words = next(row for row in parts if row.get("part") == "words" and "ratio" in row)
+    beside = next(row for row in parts if row.get("part") == "decoder-side" and "times_one" in row)
+    assert f"{words['mixed_tokens_per_s']:,} tokens a second, {words['ratio']:.2f} of" in text
+    assert f"groups of four requests, {words['peft_tokens_per_s']}." in text
+    assert f"{words['ratio']:.2f} of the base's tokens a second, {words['times_peft']:.0f} times" in readme
+    assert f"takes {beside['times_one']:.1f} times as long as under one ({beside['all_ms']:.0f} ms" in text
+    ratios = [row["ratio"] for row in parts if row.get("part", "").startswith("labels") and "ratio" in row]
+    assert f"is {min(ratios):.2f} to {max(ratios):.2f}" in text
+    alike = {row["name"]: row for row in json.loads((RESULTS / "invariance.json").read_text())["rows"]}
+    assert f"all {alike['slots, invariant']['equal']} were written token for token alike" in text
+    assert f"and {alike['slots']['equal']} without" in text
+    speed = alike["slots, invariant"]["tokens_per_s"] / alike["slots"]["tokens_per_s"]
+    assert f"came at {speed:.2f} of the speed" in text
+    clients = json.loads((RESULTS / "serve_clients.json").read_text())
+    rates = [f"{clients['servers'][name]['requests_per_s']:.1f}" for name in ("ia3 serve", "lock", "peft")]
+    assert "{} answers a second, where a lock around one request at a time gives {}, and".format(*rates) in text
+    assert f"around PEFT {rates[2]};" in text
+    assert f"came {clients['first_answer_s']:.1f} s after" in text
+
+
 def test_the_gpus_other_tables_are_measured() -> None:
     llama = json.loads((RESULTS / "llama_step.json").read_text())["rows"]
     assert table_after("speed.md", "A Llama's step") == [

@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.ragged import IGNORE_INDEX, Ragged
 
 _Array = NDArray[Any]
 INPUTS = ("input_ids", "attention_mask", "labels")
-# `round_up`'s parts where nothing is trained, so that each shape comes a few times alone, and each is recorded: half as
+# `round_up`'s parts in training.
+PARTS = 16
+# And where nothing is trained, so that each shape comes a few times alone, and each is recorded: half as
 # many shapes as in training, for at most a seventh more tokens.
 FEW_PARTS = 8
 # Tokens that take a GPU no longer than one.
@@ -220,7 +223,7 @@ def _pieces(mask: _Array) -> _Array:
     return pieces
 
 
-def round_up(packed: Packed, examples: int, filler: int, parts: int = 16) -> Packed:
+def round_up(packed: Packed, examples: int, filler: int, parts: int = PARTS) -> Packed:
     """To one of few shapes, so that few graphs serve all batches: filled up with padding tokens and empty examples.
 
     Args:
@@ -278,8 +281,8 @@ def filled_examples(count: int, tokens: int = 1) -> int:
         count: how many there are.
         tokens: what an example that fills up costs. A GPU takes as long for a few of them as for none.
     """
-    least = min(8, 1 << max(0, (_FOR_NOTHING // tokens).bit_length() - 1))
-    return max(least, 1 << (count - 1).bit_length())
+    least = max((some for some in (1, 2, 4, 8) if some * tokens <= _FOR_NOTHING), default=1)
+    return max(least, next_power_of_2(count))
 
 
 def rounded_length(longest: int) -> int:

@@ -178,7 +178,7 @@ class FusedLoss:
             return batch.pack_seq2seq(tensors, positions=positions)
         return batch.pack_encoder(tensors)
 
-    def round_up(self, packed: Packed, examples: int, parts: int = 16) -> Packed:
+    def round_up(self, packed: Packed, examples: int, parts: int = batch.PARTS) -> Packed:
         """To one of few shapes; `examples` as many as the largest batch has, `parts` as in `batch.round_up`."""
         return batch.round_up(packed, examples, getattr(self.config, "pad_token_id", None) or 0, parts)
 

@@ -72,12 +72,18 @@ def start(
         tokenizer, model = base.tokenizer, base.load(base.kind, labels=_labels_of(base.config)).eval()
         model.to(torch.accelerator.current_accelerator() or "cpu")
         tell(f"Reading the adapters in {adapters}")
-        table = AdapterTable(model, capacity=max(_CAPACITY, limits.batch_size))
-        registry = Registry(model, adapters, base=own, table=table)
-        table.capacity = max(table.capacity, room_for(table, model.device))
+        registry = registry_for(model, adapters, base=own, batch_size=limits.batch_size)
         engine = Engine(model, tokenizer, registry, limits)
     engine.registry.watch()
     return engine
+
+
+def registry_for(model: Any, adapters: Path, *, base: str, batch_size: int) -> Registry:
+    """The adapters of a folder, as many of them on the device as it has room for; see `Registry`."""
+    table = AdapterTable(model, capacity=max(_CAPACITY, batch_size))
+    registry = Registry(model, adapters, base=base, table=table)
+    table.capacity = max(table.capacity, room_for(table, model.device))
+    return registry
 
 
 def room_for(table: AdapterTable, device: torch.device) -> int:

@@ -104,7 +104,7 @@ class Waiting:
                     if self._dropped:  # meanwhile
                         self._futures[-1].cancel()
                         return
-        except Exception as error:
+        except Exception as error:  # whatever it is, a client waits for it
             self._teller(0)(error)
 
     def _teller(self, index: int) -> Callable[[Any], None]:
