@@ -273,7 +273,7 @@ class Bench:
 
             def seconds(models: Sequence[str], text: str) -> float:
                 started = time.perf_counter()
-                with engine.together():
+                with engine.together(len(models)):
                     futures = [engine.submit(Request(text, model)) for model in models]
                 for future in futures:
                     future.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,11 @@ settings.register_profile("no-shrinking", _usual, phases=[Phase.explicit, Phase.
 settings.load_profile("ia3")
 
 _VOCABULARY = 64
+
+
+# In a shell's background SIGINT is ignored, and what a test raises would reach nobody.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

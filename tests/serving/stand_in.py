@@ -7,8 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import httpx2
 import uvicorn
 
 from ia3.serving.http import make_app
+from ia3.serving.intake import runs_from_now
 from ia3.serving.limits import Keys, RequestLimits
 from ia3.serving.listening import Listener, bind
 from ia3.serving.requests import (
@@ -36,7 +37,7 @@ WRITER = Served("writer", "e" * 64, "tiny", (), "generation")
 PROBABILITIES = {"good": 0.75, "bad": 0.25}
 OUTCOMES = ("answered", "failed", "too_late", "cancelled", "overloaded", "dropped")
 FIGURES = (
-    *("queued", "running", "adapters", "versions", "resident"),
+    *("queued", "running", "adapters", "refused", "versions", "resident"),
     *("batches", "ran_s", "prompt_tokens", "completion_tokens"),
     *(f"requests_{outcome}" for outcome in OUTCOMES),
 )
@@ -66,6 +67,8 @@ class StandIn:
             raise Overloaded("7 requests wait: ask again.", 2.5)
         if served is NEWS and request.max_new_tokens is not None:
             raise NotServed("news chooses from labels: leave max_tokens out.")
+        if request.labels and not served.labels:
+            raise NotServed(f"{request.model} writes text and has no labels: ask /v1/completions.")
         self.requests.append(request)
         future: Future[Answer] = Future()
         self.futures.append(future)
@@ -76,7 +79,7 @@ class StandIn:
         return future
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, count: int) -> Iterator[None]:
         self.lists.append(0)
         before = len(self.requests)
         yield
@@ -89,7 +92,7 @@ class StandIn:
     def _answer(self, request: Request, served: Served, future: Future[Answer]) -> None:
         if request.text == "drop":
             future.cancel()
-        if not future.set_running_or_notify_cancel():
+        if not runs_from_now(future):
             return
         if request.embeds:
             vector = [0.6, -0.8, float(len(request.text))]
@@ -112,6 +115,13 @@ class StandIn:
                 future.set_exception(TooLate("The deadline went by."))
                 return
             future.set_result(Answer(text, None, None, served.name, served.digest, 3, 4, "length", 0.1, 0.2))
+
+    def find(self, name: str) -> Served | None:
+        if name == "tiny":
+            return self.models()[0]
+        with suppress(UnknownModel):
+            return self._find(name)
+        return None
 
     def _find(self, name: str) -> Served:
         for each in self.served.values():
@@ -145,9 +155,12 @@ class StandIn:
         end = time.monotonic() + timeout_s
         while any(not each.done() for each in self.futures) and time.monotonic() < end:
             time.sleep(0.01)
+        for each in self.futures:
+            with suppress(InvalidStateError):
+                each.set_exception(Dropped("This server stops: ask another."))
         return True
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         self.ready, self.closed = False, True
         self.pool.shutdown(wait=False)
 
@@ -189,15 +202,27 @@ class Site:
 
 @contextmanager
 def site(
-    engine: Any = None, *, keys: Sequence[str] = (KEY, OTHER_KEY), drain_s: float = 5.0, **limits: Any
+    engine: Any = None,
+    *,
+    keys: Sequence[str] = (KEY, OTHER_KEY),
+    drain_s: float = 5.0,
+    hosts: frozenset[str] | None = None,
+    root_path: str = "",
+    **limits: Any,
 ) -> Iterator[Site]:
     """A server on a free port of this machine, for a stand-in or the engine that is given, which it closes."""
     engine = engine or StandIn()
     own: Any = {"keys": Keys(keys), "admin": Keys([ADMIN_KEY])} if keys else {}
-    app = make_app(engine, limits=RequestLimits(**limits), **own)
+    app = make_app(engine, limits=RequestLimits(**limits), hosts=hosts, **own)
     bound = bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=int(drain_s) + 1
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        timeout_graceful_shutdown=int(drain_s) + 1,
+        root_path=root_path,
     )
     listener = Listener(config, engine, drain_s)
     thread = threading.Thread(target=listener.run, args=([bound],), daemon=True)

@@ -30,6 +30,7 @@ def test_the_engines_figures_have_their_names() -> None:
         "ia3_num_requests_waiting": "queued",
         "ia3_num_requests_running": "running",
         "ia3_adapters": "adapters",
+        "ia3_adapters_refused": "refused",
         "ia3_adapter_versions": "versions",
         "ia3_adapters_resident": "resident",
         "ia3_batches_total": "batches",
@@ -97,7 +98,7 @@ class TestActivity:
         found = served.get("/v1/activity").json()
         assert found.pop("data") == [{"adapter": "news", "answers": 4}, {"adapter": "writer", "answers": 1}]
         stats = StandIn().stats()
-        now = {name: stats[name] for name in ("queued", "running", "adapters", "resident")}
+        now = {name: stats[name] for name in ("queued", "running", "adapters", "refused", "resident")}
         assert found == {"object": "activity", "ready": True, "seconds": 300, **now}
 
     def test_of_very_many_the_busiest(self, served: Site, monkeypatch: pytest.MonkeyPatch) -> None:

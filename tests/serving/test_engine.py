@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def test_a_list_shares_a_batch_however_long_it_takes_to_submit(fleet: Path) -> N
 
     def batches(engine: Engine, pause_s: float, *, is_list: bool) -> float:
         before = engine.stats()["batches"]
-        with engine.together() if is_list else nullcontext():
+        with engine.together(3) if is_list else nullcontext():
             futures = []
             for _ in range(3):
                 futures.append(engine.submit(Request(TEXTS[0], "news")))
@@ -123,10 +123,57 @@ def test_a_list_shares_a_batch_however_long_it_takes_to_submit(fleet: Path) -> N
         assert engine.drain(60)
 
 
+def test_a_list_has_places_for_all_or_for_none(fleet: Path) -> None:
+    def listed(engine: Engine, count: int) -> list[Future[Any]]:
+        with engine.together(count):
+            return [engine.submit(Request(TEXTS[0], "news")) for _ in range(count)]
+
+    with serving(fleet, most_waiting=4) as engine:
+        with held_back(engine) as batches:
+            some = [busy(engine, batches)]
+            with pytest.raises(NotServed), engine.together(3):  # what wasn't submitted keeps no place
+                engine.submit(Request("", "news"))
+            some += listed(engine, 3)
+            with pytest.raises(Overloaded, match="3 requests wait, and not 2 more, at most 4 together, may"):
+                listed(engine, 2)
+            with engine.together(1):
+                with pytest.raises(Overloaded, match="4 requests wait, and no more may"):
+                    # Of another thread, since this one's has its place already.
+                    raise_of(lambda: engine.submit(Request(TEXTS[0], "news")))
+                some.append(engine.submit(Request(TEXTS[0], "news")))
+        assert all(each.result(60).label for each in some)
+        assert engine.stats()["requests_overloaded"] == 3
+    with serving(fleet, most_waiting=4) as engine:
+        with held_back(engine) as batches:
+            some = [busy(engine, batches), *listed(engine, 9)]  # more than may ever wait, where nobody does
+            with pytest.raises(Overloaded):
+                listed(engine, 9)
+        assert all(each.result(60).label for each in some)
+
+
+def test_who_is_gone_since_the_time_is_over_is_too_late(fleet: Path) -> None:
+    with serving(fleet) as engine, held_back(engine) as batches:
+        busy(engine, batches)
+        late, gone = (
+            engine.submit(Request(TEXTS[0], "news", deadline=time.monotonic() + seconds)) for seconds in (0.05, 60)
+        )
+        time.sleep(0.06)
+        assert late.cancel()
+        assert gone.cancel()
+        stats = engine.stats()
+        assert (stats["requests_too_late"], stats["requests_cancelled"]) == (1, 1)
+
+
+def raise_of(call: Any) -> None:
+    """What a call raises in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
 def test_nobody_waits_for_a_list_of_others(fleet: Path) -> None:
     with serving(fleet, gather_s=5, batch_size=2) as engine:
         futures = []
-        with engine.together():
+        with engine.together(2):
             taking = threading.Thread(
                 target=lambda: futures.extend(engine.submit(Request(TEXTS[0], name)) for name in ("news", "sports"))
             )
@@ -330,8 +377,23 @@ def test_drained_and_closed(fleet: Path) -> None:
             assert not server.ready
             with pytest.raises(Dropped, match="stops"):
                 server.submit(Request(TEXTS[0], "news"))
+            for late in (running, waiting):  # who waits for them is told before the batch ends
+                with pytest.raises(Dropped, match="stops"):
+                    late.result(0)
+            engine.close(0.01)  # and nobody waits for the batch
         assert server.drain(60)
-        assert running.done()
+        assert server.stats()["requests_dropped"] == 2
+        assert server.stats()["requests_answered"] == 0
+    with serving(fleet) as engine:
+        with held_back(engine) as batches:
+            running = busy(engine, batches)
+            waiting = engine.submit(Request(TEXTS[0], "news"))
+            draining = threading.Thread(target=engine.drain, args=(60,))
+            draining.start()
+            while engine.ready:
+                time.sleep(1e-3)
+        draining.join(60)
+        assert running.result(0).label
         assert waiting.result(0).label
     with serving(fleet) as engine:
         with held_back(engine) as batches:

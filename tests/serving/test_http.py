@@ -18,6 +18,7 @@ import pytest
 from pydantic import TypeAdapter
 from stand_in import ADMIN_KEY, KEY, NEWS, OTHER_KEY, PROBABILITIES, WRITER, Site, events, site, until
 
+from ia3.serving.listening import own_names
 from ia3.serving.metrics import log_in_lines
 from ia3.serving.requests import Answer, Request
 from ia3.serving.shapes import answers_of
@@ -76,6 +77,9 @@ class TestTheOpenAIClient:
 
     def test_a_conversation_in_pieces(self, client: openai.OpenAI) -> None:
         messages: list[Any] = [{"role": "user", "content": "hello"}]
+        with client.chat.completions.stream(model="writer", messages=messages) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert (message.role, message.content) == ("assistant", "hello!")
         chunks = [*client.chat.completions.create(model="writer", messages=messages, stream=True)]
         assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "hello!"
         assert chunks[-1].choices[0].finish_reason == "length"
@@ -106,7 +110,7 @@ class TestTheOpenAIClient:
         assert (cards["news"].parent, cards["news"].digest, cards["news"].aliases) == ("tiny", NEWS.digest, ["prod"])
         assert cards["tiny"].parent is None
 
-    @pytest.mark.parametrize("name", ["news", "prod"])
+    @pytest.mark.parametrize("name", ["news", "prod", "tiny:news"])
     def test_one_model(self, client: openai.OpenAI, name: str) -> None:
         card: Any = client.models.retrieve(name)
         assert (card.id, card.labels) == ("news", ["good", "bad"])
@@ -210,6 +214,8 @@ class TestErrors:
             ("n", True),
             ("best_of", 3),
             ("tools", []),
+            ("logprobs", 1),
+            ("timeout", 121),
             ("prompt", 7),
             ("prompt", []),
             ("max_tokens", 0),
@@ -231,6 +237,9 @@ class TestErrors:
         [
             ({"messages": [{"role": "assistant", "content": "Hello"}]}, "expected the user's"),
             ({"messages": []}, "messages"),
+            ({"messages": [{"role": "user", "content": "a"}], "logprobs": True}, "logprobs is not offered"),
+            ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]}, "tools is not offered"),
+            ({"messages": [{"role": "user", "content": "a"}], "functions": []}, "functions: is not offered, leave it"),
             ({"messages": [{"role": "tool", "content": "Hello"}]}, "messages.0.role"),
             ({"messages": [{"role": "user", "content": "Hello"}] * 300}, "300 messages"),
             ({"messages": [{"role": "user", "content": "a" * 60_000}] * 2}, "120,000 characters"),
@@ -244,6 +253,13 @@ class TestErrors:
         response = served.post("/v1/chat/completions", model="writer", **body)
         assert response.status_code == 400
         assert said in error_of(response)["message"]
+
+    def test_what_changes_nothing_may_be_said(self, served: Site) -> None:
+        neutral = {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "logprobs": False, "store": True}
+        messages = [{"role": "user", "content": "a", "name": "ada"}]
+        more = {"metadata": {"a": "b"}, "user": "ada", "temperature": 0, "seed": 1}
+        response = served.post("/v1/chat/completions", model="writer", messages=messages, **neutral, **more)
+        assert response.status_code == 200
 
     @pytest.mark.parametrize(
         ("path", "body", "said"),
@@ -312,6 +328,48 @@ class TestKeys:
             assert served.get("/v1/models", None).status_code == 200  # whom nobody gave keys, everybody may ask
 
 
+class TestBelowAPath:
+    """Where a proxy, or another application, sends requests with what stands before the routes."""
+
+    def test_who_may_do_what_is_the_same(self) -> None:
+        with site(root_path="/ia3") as served:
+            for path in ("/v1/unload_lora_adapter", "/ia3/v1/unload_lora_adapter"):
+                assert served.post(path, lora_name="news").status_code == 401
+            assert served.get("/ia3/health/ready", None).status_code == 200
+            assert served.get("/ia3/v1/models", None).status_code == 401
+            assert served.get("/ia3/v1/models").status_code == 200
+            assert 'route="/v1/models"' in served.get("/ia3/metrics", None).text
+        with site(keys=(), root_path="/ia3") as served:
+            assert served.post("/ia3/v1/unload_lora_adapter", None, lora_name="news").status_code == 403
+            assert "news" in served.engine.served
+
+
+class TestPagesOfElsewhere:
+    """Without keys a browser's user would lend this machine's server to any page."""
+
+    NAMES = own_names("127.0.0.1")
+
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({}, 200),
+            ({"Host": "localhost:80"}, 200),
+            ({"Host": "[::1]:80"}, 200),
+            ({"Host": "evil.example"}, 403),
+            ({"Host": "127.0.0.1.evil.example"}, 403),
+            ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
+            ({"Host": "localhost:80", "Origin": "http://localhost:3000"}, 403),
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "null"}, 403),
+        ],
+    )
+    def test_they_get_nothing(self, headers: dict[str, str], status: int) -> None:
+        with site(keys=(), hosts=self.NAMES) as served, served.client(None) as client:
+            response = client.post("/v1/classify", json={"model": "news", "input": "a"}, headers=headers)
+        assert response.status_code == status
+        assert status == 200 or "--api-keys" in error_of(response)["message"]
+
+
 class TestWhatIsServed:
     def test_loading_and_unloading(self, served: Site) -> None:
         body = {"lora_name": "sport", "lora_path": "sport"}
@@ -370,7 +428,7 @@ class TestClientsThatGo:
     def test_what_fails_while_a_list_is_submitted_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with site() as served:
 
-            def together() -> NoReturn:
+            def together(count: int) -> NoReturn:
                 raise RuntimeError("no lists")
 
             monkeypatch.setattr(served.engine, "together", together)
@@ -422,6 +480,7 @@ class TestClientsThatGo:
             until(lambda: len(served.engine.futures) == 2)
             response = served.post("/v1/completions", model="writer", prompt="hello")
             assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+            assert "2 requests of this key are under way" in error_of(response)["message"]
             assert served.post("/v1/completions", OTHER_KEY, model="writer", prompt="hello").status_code == 200
             assert served.get("/health/ready", None).status_code == 200
             served.engine.released.set()
@@ -463,6 +522,13 @@ class TestBodies:
         assert served.post("/v1/completions", model="writer", prompt="a" * 3_000_000).status_code == 413
 
 
+def answers(served: Site) -> bool:
+    try:
+        return served.get("/health").status_code > 0
+    except httpx2.HTTPError:
+        return False
+
+
 class TestStopping:
     def test_what_runs_is_answered_and_nothing_more_is_taken(self) -> None:
         with site() as served:
@@ -472,13 +538,46 @@ class TestStopping:
             asking.start()
             until(lambda: served.engine.futures)
             served.listener.should_exit = True
-            until(lambda: not served.engine.ready)
-            with pytest.raises(httpx2.HTTPError):
-                served.get("/health")
+            until(lambda: not answers(served))
             served.engine.released.set()
             asking.join()
             served.thread.join(10)
             assert found[0].json()["choices"][0]["text"] == "wait!"
+            assert not served.engine.ready
+
+    def test_the_rest_of_a_list_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with site() as served:
+            submit, found, go = served.engine.submit, list[httpx2.Response](), threading.Event()
+
+            def slowly(request: Request) -> Future[Answer]:
+                future = submit(request)
+                go.wait(10)
+                return future
+
+            monkeypatch.setattr(served.engine, "submit", slowly)
+            ask = {"model": "writer", "prompt": ["a", "b", "c"]}
+            asking = threading.Thread(target=lambda: found.append(served.post("/v1/completions", **ask)))
+            asking.start()
+            until(lambda: served.engine.futures)
+            served.listener.should_exit = True
+            until(lambda: not answers(served))
+            go.set()
+            asking.join()
+            assert [each["text"] for each in found[0].json()["choices"]] == ["a!", "b!", "c!"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_what_is_not_answered_in_time_is_told(self, stream: bool) -> None:
+        with site(drain_s=0.3) as served:
+            found: list[httpx2.Response] = []
+            ask = {"model": "writer", "prompt": "wait", "stream": stream}
+            asking = threading.Thread(target=lambda: found.append(served.post("/v1/completions", **ask)))
+            asking.start()
+            until(lambda: served.engine.futures)
+            served.listener.should_exit = True
+            asking.join(10)
+            assert found[0].status_code == 503
+            assert error_of(found[0])["type"] == "service_unavailable_error"
+            assert found[0].headers["retry-after"] == "1"
 
     def test_not_ready(self) -> None:
         with site() as served:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -348,3 +349,106 @@ def test_the_folder_is_watched(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert enough.wait(60)  # it goes on
     assert registry._watcher is not None
     assert not registry._watcher.is_alive()
+
+
+def test_after_reading_much_the_folder_is_looked_at_again_soon(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(folder) as registry:
+        refresh, looks = registry.refresh, threading.Semaphore(0)
+
+        def look(*, reads: bool) -> None:
+            time.sleep(0.2)
+            registry._reads += reads
+            looks.release()
+
+        registry.refresh = lambda **_: look(reads=True)  # type: ignore[method-assign]
+        registry.watch(every_s=0.01)
+        assert all(looks.acquire(timeout=2) for _ in range(3))
+        registry.refresh = lambda **_: look(reads=False)  # type: ignore[method-assign]
+        while looks.acquire(timeout=1):  # a look that finds nothing is followed by a rest of twenty times as long
+            pass
+        registry.refresh = refresh  # type: ignore[method-assign]
+
+
+def test_what_may_pass_is_tried_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ia3.serving.registry._PASSES_S", 0.2)
+    with registered(folder) as registry:
+        before, register = digests(registry)["news"], registry.table.register
+        errors = [OSError(24, "Too many open files"), MemoryError(), torch.OutOfMemoryError("no room")]
+
+        def fail(name: str, path: str | Path) -> str:
+            raise errors[-1]
+
+        rewrite(folder / "news")
+        registry.table.register = fail  # type: ignore[method-assign]
+        while errors:
+            look_twice(registry)
+            look_twice(registry)  # not before its time
+            assert digests(registry)["news"] == before
+            assert [*registry.refused()] == ["news"]
+            assert registry.stats()["refused"] == 1
+            errors.pop()
+            time.sleep(0.25)
+            if not errors:
+                registry.table.register = register  # type: ignore[method-assign]
+        assert len([each for each in caplog.records if "can't be served" in each.message]) == 3
+        registry.refresh()
+        assert registry.refused() == {}
+        assert digests(registry)["news"] != before
+
+
+def test_a_folder_by_the_name_of_an_alias_or_the_base(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with registered(folder) as registry:
+        registry.alias("prod", "news")
+        for name in ("prod", BASE):
+            shutil.copytree(folder / "sports", folder / name)
+        look_twice(registry)
+        assert [*registry.refused()] == ["prod", BASE]
+        assert all("has that name and answers by it: rename the folder" in why for why in registry.refused().values())
+        assert [each.name for each in registry.models()] == [BASE, *sorted(TASKS)]
+        assert caplog.text.count("is not served by its name") == 2
+        found = registry.find("prod")
+        assert found is not None
+        assert (found.name, found.aliases) == ("news", ("prod",))
+        registry.alias("prod", "free")  # it can be moved all the same
+        registry.unload("prod")
+        assert [*registry.refused()] == [BASE]
+        held = registry.hold("prod")
+        assert held.version.digest == digests(registry)["sports"] == digests(registry)["prod"]
+        registry.release(held.version)
+
+
+def test_what_a_name_means(folder: Path) -> None:
+    with registered(folder) as registry:
+        registry.alias("prod", "news")
+        by_name = {each.name: each for each in registry.models()}
+        for name, meant in (("news", "news"), ("prod", "news"), (f"{BASE}:prod", "news"), (BASE, BASE)):
+            assert registry.find(name) == by_name[meant]
+        assert registry.find("nobody") is None
+        registry.unload("news")
+        for name in ("prod", f"{BASE}:prod"):
+            found = registry.find(name)
+            assert found is not None
+            assert (found.name, found.digest) == ("prod", by_name["news"].digest)
+            assert found in registry.models()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links want rights there")
+def test_a_link_to_an_adapter_is_an_adapter(folder: Path, tmp_path: Path) -> None:
+    """As who releases by switching a link has it; what leads out is refused by name, and no circle is gone round."""
+    shutil.copytree(folder / "news", tmp_path / "outside")
+    (folder / "run").mkdir()
+    shutil.copytree(folder / "sports", folder / "run" / "adapter")
+    for name, to in (("live", "news"), ("circle", "."), ("same", "run"), ("out", tmp_path / "outside")):
+        (folder / name).symlink_to(to, target_is_directory=True)
+    with registered(folder) as registry:
+        found = digests(registry)
+        assert found["live"] == found["news"]
+        assert found["same"] == found["run"] == found["sports"]
+        assert set(found) == {BASE, *TASKS, "live", "same", "run"}
+        assert [*registry.refused()] == ["out"]
+        (folder / "live").unlink()
+        (folder / "live").symlink_to("sports", target_is_directory=True)
+        look_twice(registry)
+        assert digests(registry)["live"] == found["sports"]

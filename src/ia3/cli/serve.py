@@ -39,6 +39,12 @@ def serve(
         bool, typer.Option("--batch-invariant", help="The same answer to the last bit, whoever asks at the same time.")
     ] = False,
     max_queue: Annotated[int, typer.Option(min=1, help="Texts that may wait; more are told to come again.")] = 1024,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Requests that a key may have under way; without keys, all together.")
+    ] = 256,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Seconds after which a request is given up.")
+    ] = 120.0,
     api_keys: Annotated[
         Path | None, typer.Option(help="A file with the clients' keys, one a line.", show_default=f"${_KEYS}")
     ] = None,
@@ -55,8 +61,8 @@ def serve(
     if missing:
         raise ImportError(f'Serving needs {listed(missing)}: pip install "ia3[serve]".')
     from ia3.serving.http import make_app
-    from ia3.serving.limits import Keys
-    from ia3.serving.listening import bind, is_loopback, listen
+    from ia3.serving.limits import Keys, RequestLimits
+    from ia3.serving.listening import bind, is_loopback, listen, own_names
     from ia3.serving.metrics import log_in_lines
 
     keys, admin = Keys.read(api_keys, _KEYS), Keys.read(admin_key_file, _ADMIN_KEY)
@@ -76,7 +82,8 @@ def serve(
                 batch_invariant=batch_invariant,
             )
             engine = start(base, adapters, limits, trust_remote_code=trust_remote_code, tell=status.update)
-        app = make_app(engine, keys=keys, admin=admin)
+        most, hosts = RequestLimits(running=max_running, answer_s=timeout_s), None if keys else own_names(host)
+        app = make_app(engine, keys=keys, admin=admin, limits=most, hosts=hosts)
         bound.listen()
         shown = f"[{host}]" if ":" in host else host
         _tell(engine, f"http://{shown}:{bound.getsockname()[1]}", as_json=as_json)

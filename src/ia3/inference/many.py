@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,28 @@ _CAPACITY = 256
 def adapters_below(folder: Path) -> dict[str, Path]:
     """All adapters below a folder by their names; a run's goes by the run's name, too.
 
+    A link counts that leads to an adapter or a run; what else links lead to is not gone through, since it may be all.
+
     Raises:
         ValueError: the folder is itself an adapter.
     """
     if (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} is itself an adapter: give the folder above it, which holds one for each name.")
     known: dict[str, Path] = {}
-    for path in sorted(Path(inside) for inside, _, files in os.walk(folder) if CONFIG_NAME in files):
+    for path in sorted(_with_configuration(folder)):
         place = path.relative_to(folder)
         known[place.as_posix()] = path
         if place.name == _IN_A_RUN and len(place.parts) > 1:
             known.setdefault(place.parent.as_posix(), path)
     return known
+
+
+def _with_configuration(folder: Path) -> Iterator[Path]:
+    for inside, folders, files in os.walk(folder):
+        if CONFIG_NAME in files:
+            yield Path(inside)
+        for link in (Path(inside, name) for name in folders if Path(inside, name).is_symlink()):
+            yield from (path for path in (link, link / _IN_A_RUN) if (path / CONFIG_NAME).is_file())
 
 
 def find_adapters(folder: Path, names: Sequence[str], place_of: Callable[[int], str]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ia3.inference.complete import end_tokens
 from ia3.serving.found import Found, before_end, found_of
-from ia3.serving.intake import Intake, Limits, stopped, too_late
+from ia3.serving.intake import Intake, Limits, runs_from_now, stopped, too_late
 from ia3.serving.pieces import Pieces
 from ia3.serving.reading import Prompt, Reader
 from ia3.serving.registry import Contents, Held, Registry
@@ -113,7 +113,7 @@ class ContinuousEngine(Intake):
             prompt = self._within(self._read(held.version, request))
             work = _Work(request, held, prompt, now, deadline)
             with self._changed:
-                self._expect_room()
+                self._take_place()
                 self._works.add(work)
                 self._writer.loop.call_soon_threadsafe(self._begin, work)
         except BaseException:
@@ -122,17 +122,21 @@ class ContinuousEngine(Intake):
         return work.future
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and wait until all are answered; whether that was within the time."""
+        """See `Server.drain`."""
         with self._changed:
             self._is_open = False
-            return self._changed.wait_for(lambda: not self._works, timeout_s)
+            in_time = self._changed.wait_for(lambda: not self._works, timeout_s)
+            left = [*self._works]
+        for work in left:
+            self._fail(work.future, stopped(), "dropped")
+        return in_time
 
-    def close(self) -> None:
-        """Stop: what waits is `Dropped`, what runs is answered."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """See `Server.close`."""
         with self._changed:
             self._is_open = False
             self._writer.loop.call_soon_threadsafe(self._drop_waiting)
-            self._changed.wait_for(lambda: not self._works)
+            self._changed.wait_for(lambda: not self._works, timeout_s)
         self.registry.close()
 
     # What is asked
@@ -163,7 +167,7 @@ class ContinuousEngine(Intake):
         work.task = self._writer.loop.create_task(self._run(work))
         work.task.add_done_callback(lambda _: self._leave(work))
         # Left pending until it is answered, so that who goes can always cancel it.
-        work.future.add_done_callback(lambda future: self._give_up(work) if future.cancelled() else None)
+        work.future.add_done_callback(lambda _: self._give_up(work))
 
     def _give_up(self, work: _Work) -> None:
         assert work.task is not None
@@ -191,7 +195,7 @@ class ContinuousEngine(Intake):
         """A request's task is done, whichever way; perhaps cancelled before it began."""
         self._fail(work.future, stopped(), "dropped")
         if work.future.cancelled():
-            self._add(cancelled=1)
+            self._count_cancelled(work.deadline)
         self.registry.release(work.held.version)
         with self._changed:
             self._works.discard(work)
@@ -214,7 +218,7 @@ class ContinuousEngine(Intake):
     def _give(self, work: _Work, found: Found) -> None:
         assert work.started is not None
         now = time.monotonic()
-        if not work.future.set_running_or_notify_cancel():
+        if not runs_from_now(work.future):
             return
         self._recent.append(now)
         times = {"queued_s": work.started - work.arrived, "ran_s": now - work.started}

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ia3.errors import shorten
 from ia3.serving.limits import Keys, RequestLimits
 from ia3.serving.metrics import LOG, Metrics
 from ia3.serving.openai import BadRequestError, error_of
@@ -83,10 +84,16 @@ class Door:
         admin: those of who may change what is served; none lets nobody.
         limits: how many requests a key may have under way.
         metrics: what counts.
+        hosts: the names by which alone it may be called, so that no page of elsewhere asks from within a browser; None
+            for any name and page.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, admin: Keys, limits: RequestLimits, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, admin: Keys, limits: RequestLimits, metrics: Metrics,
+        hosts: frozenset[str] | None,
+    ) -> None:  # fmt: skip
         self._app, self._keys, self._admin, self._limits, self._metrics = app, keys, admin, limits, metrics
+        self._hosts = hosts
         self._running: Counter[int | str | None] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +113,7 @@ class Door:
 
     async def _enter(self, call: _Call) -> None:
         """Through the door, with the right key and not too often at once."""
-        path, scope = call.scope["path"], call.scope
+        path, scope = call.path, call.scope
         if not path.isprintable():  # a route's pattern fits with a line break behind it, and ADMIN doesn't hold that
             raise HTTPException(404)
         if call.header(b"content-length") is not None and call.header(b"transfer-encoding") is not None:
@@ -115,16 +122,40 @@ class Door:
         if path in OPEN:
             await self._app(scope, call.receive, call.send)
             return
+        self._expect_caller(call)
         call.key = self._key_of(path, call.header(b"authorization"))
         if self._running[call.key] >= self._limits.running:
+            whose = "" if call.key is None else " of this key"
             raise Overloaded(
-                f"{self._limits.running:,} requests of this key are under way, as many as it may have: wait for one.", 1
+                f"{self._limits.running:,} requests{whose} are under way, and no more may be: wait for one.", 1
             )
         self._running[call.key] += 1
         try:
             await self._app(scope, call.receive, call.send)
         finally:
             self._running[call.key] -= 1
+
+    def _expect_caller(self, call: _Call) -> None:
+        """Refuse a page of elsewhere, where who reaches the server needs no key.
+
+        Raises:
+            BadRequestError: another name than the server's own, or a page that it didn't give out.
+        """
+        if self._hosts is None:
+            return
+        host, origin = call.header(b"host"), call.header(b"origin")
+        name = _name_of(host)
+        if name not in self._hosts:
+            raise BadRequestError(
+                f"Without keys this server answers at {', '.join(sorted(self._hosts))} alone, not at {shorten(name)}: "
+                "use such an address, or start `ia3 serve` with --api-keys.",
+                status=403,
+            )
+        if origin is not None and origin.partition(b"://")[2] != host:
+            raise BadRequestError(
+                "Without keys this server answers no page from elsewhere: start `ia3 serve` with --api-keys.",
+                status=403,
+            )
 
     def _key_of(self, path: str, authorization: bytes | None) -> int | str | None:
         """Whose request this is: the number of a client's key, the administrator, or anybody where there are no keys.
@@ -162,10 +193,10 @@ class Door:
 
     def _note(self, call: _Call) -> None:
         route = getattr(call.scope.get("route"), "path", "none")
-        route = call.scope["path"] if route == "none" and call.scope["path"] in OPEN | ADMIN else route
+        route = call.path if route == "none" and call.path in OPEN | ADMIN else route
         seconds, status = time.monotonic() - call.began, call.status or 500
         self._metrics.count(route, status, seconds)
-        if call.scope["path"] in OPEN | {"/v1/activity"} and status < 400:  # looked at every few seconds
+        if call.path in OPEN | {"/v1/activity"} and status < 400:  # looked at every few seconds
             return
         facts = {"id": call.id, "route": route, "status": status, "seconds": round(seconds, 4), "key": call.key}
         LOG.info("request", extra={"facts": facts})
@@ -176,6 +207,7 @@ class _Call:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self._receive, self._send = scope, receive, send
+        self.path = _path_of(scope)
         self.id, self.began = uuid.uuid4().hex, time.monotonic()
         self.status: int | None = None
         self.key: int | str | None = None
@@ -198,6 +230,18 @@ class _Call:
             own = [(b"x-request-id", self.id.encode())] + ([(b"connection", b"close")] if self._has_body else [])
             message = {**message, "headers": [*message.get("headers", ()), *own]}
         await self._send(message)
+
+
+def _path_of(scope: Scope) -> str:
+    """The path that routes go by: without what stands before it where the application is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and (path + "/").startswith(root + "/") else path
+
+
+def _name_of(host: bytes | None) -> str:
+    """The name of a Host header, without its port."""
+    name = (host or b"").decode("latin-1").lower()
+    return name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
 
 
 async def read_within(request: Request, limits: RequestLimits) -> bytes:

@@ -21,7 +21,7 @@ import torch
 from ia3.mixing import gather_flat
 from ia3.serving.batches import Batches
 from ia3.serving.found import Found
-from ia3.serving.intake import Intake, Limits, stopped, too_late
+from ia3.serving.intake import Intake, Limits, runs_from_now, stopped, too_late
 from ia3.serving.queue import List, Queue, Work
 from ia3.serving.reading import Reader
 from ia3.serving.registry import Registry
@@ -68,7 +68,6 @@ class Engine(Intake):
         self._written: dict[Place, Work] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
         self._ends = False
-        self._submits = threading.local()  # the list that a thread submits
         self._thread = threading.Thread(target=self._work, name="ia3-engine", daemon=True)
         self._thread.start()
 
@@ -89,7 +88,7 @@ class Engine(Intake):
             listed: List | None = getattr(self._submits, "list", None)
             work = Work(request, held, prompt, now, deadline, self._writing.place_of(prompt), reads, listed, told)
             with self._changed:
-                self._expect_room()
+                self._take_place()
                 self._wait(work)
         except BaseException:
             self.registry.release(held.version)
@@ -98,31 +97,38 @@ class Engine(Intake):
         return work.future
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, count: int) -> Iterator[None]:
         """See `Server.together`."""
-        self._submits.list = opened = List()
+        opened = List()
         try:
-            yield
+            with super().together(count):
+                self._submits.list = opened
+                yield
         finally:
-            del self._submits.list
+            self._submits.list = None
             with self._changed:
                 opened.is_open = False
                 self._changed.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and wait until all are answered; whether that was within the time."""
+        """See `Server.drain`."""
         with self._changed:
             self._is_open = False
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._waiting and not self._running(), timeout_s)
+            in_time = self._changed.wait_for(lambda: not self._waiting and not self._running(), timeout_s)
+            left = [*self._batch, *self._written.values(), *self._waiting.take_late(math.inf)]
+        for work in left:
+            self._fail(work.future, stopped(), "dropped")
+        return in_time
 
-    def close(self) -> None:
-        """Stop: what waits is `Dropped`, what runs is answered."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """See `Server.close`; the model and its adapters are the thread's while that runs."""
         with self._changed:
             self._is_open, self._ends = False, True
             self._changed.notify_all()
-        self._thread.join()
-        self.registry.close()
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self.registry.close()
 
     # What waits
 
@@ -145,7 +151,7 @@ class Engine(Intake):
         """A request is done, whichever way: it waits no more, and its version may go."""
         with self._changed:
             if work.future.cancelled():
-                self._sums["cancelled"] += 1
+                self._count_cancelled(work.deadline)
             self._waiting.remove(work)
             self._changed.notify_all()
         self.registry.release(work.held.version)
@@ -208,7 +214,7 @@ class Engine(Intake):
     def _begin(self, taken: Sequence[Work]) -> None:
         """Answer a batch, or begin to write in slots."""
         if isinstance(taken[0].company, Size):
-            self._admit(taken[0].company, [work for work in taken if not work.future.cancelled()])
+            self._admit(taken[0].company, [work for work in taken if not work.future.done()])
         elif batch := _running_from_now(taken):
             self._run(batch)
 
@@ -254,7 +260,7 @@ class Engine(Intake):
         for work in works:
             if work.deadline <= time.monotonic():
                 self._fail(work.future, too_late(), "too_late")
-            else:
+            elif not work.future.done():
                 self._run([work])
 
     # Slots
@@ -266,7 +272,7 @@ class Engine(Intake):
                 for work in works:
                     self._wait(work)
                 return
-            works = [work for work in works if not work.future.cancelled()]  # since then: slots may take long to make
+            works = [work for work in works if not work.future.done()]  # since then: slots may take long to make
             if not works:
                 return
             try:
@@ -323,7 +329,7 @@ class Engine(Intake):
     def _stop_writing(self) -> None:
         """For those who are gone, or too late."""
         now = time.monotonic()
-        over = [place for place, work in self._written.items() if work.future.cancelled() or work.deadline <= now]
+        over = [place for place, work in self._written.items() if work.future.done() or work.deadline <= now]
         if over:
             try:
                 self._writing.stop(over)
@@ -377,7 +383,7 @@ class Engine(Intake):
 
 def _running_from_now(works: Sequence[Work]) -> list[Work]:
     """Those that are not cancelled, and can't be from now on."""
-    return [work for work in works if work.future.set_running_or_notify_cancel()]
+    return [work for work in works if runs_from_now(work.future)]
 
 
 def _computes(device: torch.device) -> bool:

@@ -42,7 +42,7 @@ from ia3.serving.openai import (
 )
 from ia3.serving.page import add_page
 from ia3.serving.recent import SECONDS
-from ia3.serving.requests import Answer, NotServed, Served, Server, ServingError, UnknownModel
+from ia3.serving.requests import Answer, Served, Server, ServingError, UnknownModel
 from ia3.serving.requests import Request as Asked
 from ia3.serving.shapes import answers_of
 from ia3.serving.waiting import ClientGoneError, Waiting
@@ -55,8 +55,9 @@ _TO_READ = 10
 
 
 def make_app(
-    server: Server, *, keys: Keys | None = None, admin: Keys | None = None, limits: RequestLimits | None = None
-) -> FastAPI:
+    server: Server, *, keys: Keys | None = None, admin: Keys | None = None, limits: RequestLimits | None = None,
+    hosts: frozenset[str] | None = None,
+) -> FastAPI:  # fmt: skip
     """The application that serves a server's adapters.
 
     Args:
@@ -64,12 +65,13 @@ def make_app(
         keys: of clients; without any everybody is let in.
         admin: of who may load, unload and alias; without any nobody may.
         limits: the most that a request may bring.
+        hosts: the names by which alone the server may be called, without ports, by no page of elsewhere; None for any.
     """
     limits, metrics = limits or RequestLimits(), Metrics(server)
     app = FastAPI(title="ia3 serve", version=version("ia3"), docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (BadRequestError, ServingError, HTTPException):
         app.add_exception_handler(kind, as_response)
-    app.add_middleware(Door, keys=keys or Keys(), admin=admin or Keys(), limits=limits, metrics=metrics)
+    app.add_middleware(Door, keys=keys or Keys(), admin=admin or Keys(), limits=limits, metrics=metrics, hosts=hosts)
     add_page(app)
     _Routes(server, limits, metrics).add_to(app)  # which describes all that there is
     return app
@@ -192,14 +194,9 @@ class _Routes:
                 param="input",
             )
         pairs = [(index, text, model) for index, text in enumerate(texts) for model in models]
-        with self._wait(request, [Asked(text, model) for _, text, model in pairs], body.timeout) as waiting:
+        asked = [Asked(text, model, labels=True) for _, text, model in pairs]
+        with self._wait(request, asked, body.timeout) as waiting:
             answers = await waiting.answers()
-        bare = [(model, each.adapter) for (_, _, model), each in zip(pairs, answers, strict=True) if each.label is None]
-        # All that is served is gone through only for an answer that may have no labels.
-        labelled = {each.name for each in self._server.models() if each.labels} if bare else set()
-        for model, adapter in bare:
-            if adapter not in labelled:
-                raise NotServed(f"{model} writes text and has no labels: ask /v1/completions.")
         data = [label_of(index, model, each) for (index, _, model), each in zip(pairs, answers, strict=True)]
         return JSONResponse({"object": "list", "data": data, "usage": usage_of(answers)})
 
@@ -228,12 +225,15 @@ class _Routes:
 
     async def models(self) -> Response:
         """All that can be asked."""
+        return await asyncio.to_thread(self._list)  # of ten thousand it takes its time
+
+    def _list(self) -> Response:
         cards = [card_of(each, self._created) for each in self._server.models()]
         return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, name: str) -> Response:
         """One of them, with its labels."""
-        found = self._find(name)
+        found = self._server.find(name)
         if found is None:
             raise UnknownModel("There is no such model: /v1/models lists those that there are.")
         return JSONResponse(card_of(found, self._created) | {"labels": list(found.labels)})
@@ -242,7 +242,7 @@ class _Routes:
         """Serve an adapter of the folder under a name."""
         body = await self._read(request, LoadBody)
         async with self._changing:
-            if not body.load_inplace and self._find(body.lora_name) is not None:
+            if not body.load_inplace and self._server.find(body.lora_name) is not None:
                 raise BadRequestError(
                     f"{body.lora_name} is served already: send load_inplace true to replace it.", param="lora_name"
                 )
@@ -268,9 +268,6 @@ class _Routes:
         LOG.info(how, extra={"facts": {"adapter": served.name, "digest": served.digest, **more}})
         return JSONResponse(card_of(served, self._created))
 
-    def _find(self, name: str) -> Served | None:
-        return next((each for each in self._server.models() if name == each.name or name in each.aliases), None)
-
     # How it goes
 
     async def ready(self) -> Response:
@@ -281,7 +278,7 @@ class _Routes:
     async def activity(self) -> Response:
         """What happens now, and which adapters answered most in the last minutes."""
         stats = self._server.stats()
-        now = {name: int(stats[name]) for name in ("queued", "running", "adapters", "resident")}
+        now = {name: int(stats[name]) for name in ("queued", "running", "adapters", "refused", "resident")}
         busiest = self._metrics.recent.counts().most_common(_BUSIEST)
         data = [{"adapter": adapter, "answers": count} for adapter, count in busiest]
         about = {"object": "activity", "ready": self._server.ready, "seconds": SECONDS}
@@ -308,8 +305,16 @@ class _Routes:
         return read_body(content, kind)
 
     def _wait(self, request: Request, asked: list[Asked], timeout: float | None) -> Waiting:
-        """Submit what is asked, with the moment from which on nobody waits."""
-        seconds = min(timeout or self._limits.answer_s, self._limits.answer_s)
+        """Submit what is asked, with the moment from which on nobody waits.
+
+        Raises:
+            BadRequestError: a time that is longer than the limit.
+        """
+        seconds, most = timeout or self._limits.answer_s, self._limits.answer_s
+        if seconds > most:
+            raise BadRequestError(
+                f"timeout is {seconds:g} seconds, expected at most {most:g}: send less at once.", param="timeout"
+            )
         until = time.monotonic() + seconds
         timed = [replace(each, deadline=until) for each in asked]
         return Waiting(self._metrics.submit, self._server.together, timed, request.receive, seconds)

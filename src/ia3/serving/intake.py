@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ia3.serving.found import Found
@@ -26,7 +27,7 @@ class Limits:
         batch_size: the most texts of a batch, and in slots of one size; at most the registry's capacity.
         gather_s: how long the first request of a batch waits for others, in seconds; up to five times as long for the
             last of those that are submitted together.
-        most_waiting: how many requests may wait.
+        most_waiting: how many requests may wait; a longer list may where nothing else does.
         deadline_s: after how many seconds nobody waits for an answer, where a request doesn't say.
         batch_invariant: whether an answer is the same to the last bit whatever else is asked at the same time. All is
             then computed in fixed shapes, filled up, which takes longer.
@@ -54,6 +55,8 @@ class Intake:
         # Told of all that changes of an engine; held for moments only, never while the model runs.
         self._changed = threading.Condition()
         self._is_open = True
+        self._kept = 0  # places of lists whose requests are still to come
+        self._submits = threading.local()  # the list that a thread submits
 
     # What an engine says of itself
 
@@ -74,15 +77,27 @@ class Intake:
         """How long an answer takes at the rate of the last ones; the lock is held."""
         raise NotImplementedError
 
-    def together(self) -> AbstractContextManager[None]:
-        """See `Server.together`; where requests may join at any step there is nothing to wait for."""
-        return nullcontext()
+    @contextmanager
+    def together(self, count: int) -> Iterator[None]:
+        """See `Server.together`."""
+        self._expect_room(count, keep=True)
+        self._submits.left = count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._kept -= self._submits.left
+            self._submits.left = 0
 
     # What is served
 
     def models(self) -> list[Served]:
         """All that can be asked, the base first."""
         return self.registry.models()
+
+    def find(self, name: str) -> Served | None:
+        """See `Registry.find`."""
+        return self.registry.find(name)
 
     def load(self, name: str, path: str) -> Served:
         """See `Registry.load`."""
@@ -112,24 +127,49 @@ class Intake:
             ServingError: too many wait, the deadline went by, or nothing has that name.
         """
         now = time.monotonic()
-        self._expect_room()
+        if not self._has_place():
+            self._expect_room()
         deadline = now + self.limits.deadline_s if request.deadline is None else request.deadline
         if deadline <= now:
             self._add(too_late=1)
             raise too_late()
         return self.registry.hold(request.model), now, deadline
 
-    def _expect_room(self) -> None:
+    def _has_place(self) -> bool:
+        """Whether this thread's next request is one of a list, for all of which places are kept."""
+        return getattr(self._submits, "left", 0) > 0
+
+    def _take_place(self) -> None:
+        """For a request that waits from now on; the lock is held."""
+        if self._has_place():
+            self._submits.left -= 1
+            self._kept -= 1
+            self._expect_open()
+        else:
+            self._expect_room()
+
+    def _expect_open(self) -> None:
+        if not self.ready:
+            raise stopped()
+
+    def _expect_room(self, count: int = 1, *, keep: bool = False) -> None:
+        """For so many more requests, whose places may be kept for them.
+
+        Raises:
+            ServingError: there is none.
+        """
         with self._changed:
-            if not self.ready:
-                raise stopped()
-            queued = self._queued()
-            if queued < self.limits.most_waiting:
+            self._expect_open()
+            queued, most = self._queued() + self._kept, self.limits.most_waiting
+            # A longer list would never find so many places, and may wait where nobody else does.
+            if queued + count <= most or (not queued and count > most):
+                self._kept += count if keep else 0
                 return
-            self._sums["overloaded"] += 1
+            self._sums["overloaded"] += count
             # Who waited longer would not be answered.
             seconds = min(queued * self._seconds_each(), self.limits.deadline_s)
-        raise Overloaded(f"{queued:,} requests wait, and no more may: try again later.", seconds)
+        more = "no more" if count == 1 else f"not {count:,} more, at most {most:,} together,"
+        raise Overloaded(f"{queued:,} requests wait, and {more} may: try again later.", seconds)
 
     # Who goes
 
@@ -147,21 +187,37 @@ class Intake:
         self, future: Future[Answer], held: Held, found: Found, *, read: int, queued_s: float, ran_s: float
     ) -> None:
         """Answer a request, which can't be cancelled any more, after having read so many tokens."""
+        if future.done():  # when the server stopped
+            return
         self._add(answered=1, prompt_tokens=read, completion_tokens=found.tokens)
         label = found.text if found.text in held.version.task.labels else None
         said = (found.text, label, found.probabilities, held.name, held.version.digest)
-        future.set_result(Answer(*said, read, found.tokens, found.finish_reason, queued_s, ran_s, found.vector))
+        with suppress(InvalidStateError):  # this very moment
+            future.set_result(Answer(*said, read, found.tokens, found.finish_reason, queued_s, ran_s, found.vector))
 
     def _fail(self, future: Future[Answer], error: Exception, outcome: str) -> None:
-        if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
+        if not (future.running() or runs_from_now(future)):
             return
         self._add(**{outcome: 1})
-        future.set_exception(error)
+        with suppress(InvalidStateError):
+            future.set_exception(error)
+
+    def _count_cancelled(self, deadline: float) -> None:
+        """A client has gone, or nobody waits any more since the time is over."""
+        self._add(**{"too_late" if deadline <= time.monotonic() else "cancelled": 1})
 
     def _add(self, **more: float) -> None:
         with self._changed:
             for name, value in more.items():
                 self._sums[name] += value
+
+
+def runs_from_now(future: Future[Answer]) -> bool:
+    """Whether a request waited to be answered; it can't be cancelled from now on."""
+    try:
+        return not future.done() and future.set_running_or_notify_cancel()
+    except (InvalidStateError, RuntimeError):  # another thread was first
+        return False
 
 
 def too_late() -> TooLate:

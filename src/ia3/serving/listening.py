@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import signal
 import socket
 import threading
@@ -18,6 +19,10 @@ from ia3.serving.requests import Server
 
 # Heads larger than these are refused before anything reads them.
 _LARGEST_HEAD = 32 << 10
+# Seconds that clients have to read what became of their requests at the end.
+_TO_TELL_S = 2
+# Seconds for which an idle connection is held, longer than proxies hold theirs: else they ask where nobody listens.
+_IDLE_S = 75
 # Seconds in which an engine that has failed is seen to have, before the process ends for it.
 _FAILED_S = 3.0
 
@@ -51,8 +56,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def own_names(host: str) -> frozenset[str]:
+    """What a server that only this machine reaches is called, as a Host header says it without a port."""
+    return frozenset({"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()})
+
+
 def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float = 30.0) -> bool:
     """Answer until SIGTERM or Ctrl-C, or until the engine has failed: then accept nothing more, and end what was begun.
+
+    What was begun may still send the rest of its requests to the engine, which takes none after `drain_s`.
 
     Args:
         app: what `make_app` made.
@@ -72,13 +84,15 @@ def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=_LARGEST_HEAD,
-        timeout_graceful_shutdown=int(drain_s) + 1,
+        timeout_keep_alive=_IDLE_S,
+        timeout_graceful_shutdown=math.ceil(drain_s) + _TO_TELL_S,
     )
     listener = Listener(config, server, drain_s)
     try:
         listener.run([bound])
     finally:
-        server.close()
+        # What still runs, after that time, is for nobody.
+        server.close(_TO_TELL_S)
     return not listener.is_over
 
 
@@ -121,5 +135,8 @@ class Listener(uvicorn.Server):
                 signal.signal(each, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Connections end their requests while the engine takes no more."""
-        await asyncio.gather(super().shutdown(sockets), asyncio.to_thread(self._engine.drain, self._drain_s))
+        """Connections end their requests, for which the engine goes on; those that are too late are told so."""
+        ending = asyncio.create_task(super().shutdown(sockets))
+        await asyncio.wait([ending], timeout=self._drain_s)
+        await asyncio.to_thread(self._engine.drain, 0)
+        await ending

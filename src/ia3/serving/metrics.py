@@ -25,6 +25,7 @@ _FIGURES: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, st
     "queued": (GaugeMetricFamily, "ia3_num_requests_waiting", "Texts that wait."),
     "running": (GaugeMetricFamily, "ia3_num_requests_running", "Texts that are being answered."),
     "adapters": (GaugeMetricFamily, "ia3_adapters", "Names of adapters that are served."),
+    "refused": (GaugeMetricFamily, "ia3_adapters_refused", "Names whose files, as they are now, can't be served."),
     "versions": (GaugeMetricFamily, "ia3_adapter_versions", "Contents of adapters in memory."),
     "resident": (GaugeMetricFamily, "ia3_adapters_resident", "Contents of adapters on the device."),
     "batches": (CounterMetricFamily, "ia3_batches", "Batches that were run."),

@@ -82,6 +82,9 @@ class _Writing(_Asking):
     frequency_penalty: Number = 0.0
     stop: str | Texts | None = None
     logit_bias: dict[str, Number] = {}
+    # What says nothing of the answer.
+    metadata: dict[str, JsonValue] = {}
+    store: bool = False
 
     def check_offered(self) -> None:
         """Refuse what would change the answer in vain.
@@ -96,7 +99,7 @@ class _Writing(_Asking):
                     "penalties. Send 0, or leave it out.",
                     param=name,
                 )
-        for name in ("stop", "logit_bias", "echo"):
+        for name in ("stop", "logit_bias", "echo", "logprobs", "tools"):
             if getattr(self, name, None):
                 said = f"{name} is not offered: an answer is what is written, to its own end. Leave it out."
                 raise BadRequestError(said, param=name)
@@ -125,8 +128,9 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """A message of a conversation."""
+    """A message of a conversation. Templates of chats have no place for who of several users speaks."""
 
+    name: str | None = None
     role: Literal["developer", "system", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
@@ -146,6 +150,10 @@ class ChatBody(_Writing):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Count | None = None
     response_format: dict[Literal["type"], Literal["text"]] = {}
+    logprobs: bool = False
+    tools: list[JsonValue] = []
+    tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = True
 
 
 class ClassifyBody(_Body):
@@ -229,7 +237,8 @@ def read_body(content: bytes, kind: type[BodyT]) -> BodyT:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"] if not _is_of_a_union(part))
-        said = f"{shorten(where)}: {first['msg']}. The fields are {', '.join(kind.model_fields)}."
+        why = "is not offered, leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        said = f"{shorten(where)}: {why}. The fields are {', '.join(kind.model_fields)}."
         raise BadRequestError(said, param=where[:100] or None) from None
 
 
@@ -346,6 +355,7 @@ class Written:
     def __init__(self, model: str, *, chat: bool) -> None:
         self._chat = chat
         name = "chatcmpl" if chat else "cmpl"
+        self._begun: set[int] = set()
         self._head = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -366,7 +376,11 @@ class Written:
 
     def piece(self, index: int, text: str, answer: Answer | None = None) -> dict[str, Any]:
         """The next words of a choice; with its answer the last ones."""
-        choice = {"index": index, **self._said(text, "delta"), "finish_reason": None, "logprobs": None}
+        said = self._said(text, "delta")
+        if self._chat and index in self._begun:  # clients join the pieces of all fields
+            del said["delta"]["role"]
+        self._begun.add(index)
+        choice = {"index": index, **said, "finish_reason": None, "logprobs": None}
         if answer is None:
             return self._chunk([choice], None)
         return self._chunk([choice | {"finish_reason": answer.finish_reason, **_times_of(answer)}], answer.digest)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ia3.config import TaskType
+from ia3.errors import shorten
 from ia3.inference.classify import tokenise_texts
 from ia3.inference.complete import check_positions, cut_prompt, encode, has_template, prompt_text, without_template
 from ia3.inference.predict import most_positions, tokenise_inputs
@@ -86,6 +87,8 @@ class Reader:
         if request.embeds:
             if self._no_vectors is not None:
                 raise NotServed(f"This server's model gives no embeddings, since {self._no_vectors}.")
+        elif request.labels and version.task.kind.writes and not version.task.labels:
+            raise NotServed(f"{shorten(request.model)} writes text and has no labels: ask /v1/completions.")
         elif version.digest is None and not version.task.kind.writes:
             raise NotServed(
                 "The base is an encoder, which answers nothing by itself: ask one of its adapters, which /v1/models "

@@ -7,9 +7,9 @@ hold the version that they came for, and one that nobody holds leaves the table.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -49,11 +50,14 @@ _KINDS: dict[Any, str] = {
     TaskType.SEQ_CLS: "an encoder with heads for classes of texts",
 }
 _FILES = (CONFIG_NAME, SAFETENSORS_NAME, TASK_NAME)
+_HIDDEN = "the base, or an alias, has that name and answers by it: rename the folder, or unload the alias."
 # What the base answers where it is asked itself.
 _BASE_LENGTH, _BASE_NEW_TOKENS = 512, 128
 
 # A look at very many adapters takes its time, and is followed by so many times as much without.
 _REST = 20
+# Seconds until files are read again that could not be for a reason that may pass.
+_PASSES_S = 10.0
 
 # Of each of an adapter's files, what changes with its content; None where there is no adapter.
 Signature = tuple[tuple[int, int, int] | None, ...]
@@ -127,12 +131,14 @@ class _Place:
         taken: how they were when they were read last.
         version: what is served of it; None where nothing could be read so far.
         why: why the files that were read last can't be served.
+        again: the moment on `time.monotonic()` from which on they are read again, though they are the same.
     """
 
     seen: Signature | None = ()
     taken: Signature | None = ()
     version: Version | None = None
     why: str | None = None
+    again: float = math.inf
 
 
 class Registry:
@@ -170,7 +176,7 @@ class Registry:
         self._loaded: dict[str, Path] = {}
         self._unloaded: set[str] = set()
         self._encoding: dict[tuple[Site, ...], bool] = {}
-        self._numbers = itertools.count(1)
+        self._reads = 0  # how often an adapter's files were read
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self.refresh(at_once=True)
@@ -184,7 +190,7 @@ class Registry:
             UnknownModel: nothing has that name.
         """
         with self._lock:
-            held = self._find(model) or self._find(model.removeprefix(f"{self.base}:"))
+            held = self._named(model)
             if held is None:
                 raise UnknownModel(
                     f"There is no model {shorten(model)}: expected an adapter, an alias, or the base {self.base!r}."
@@ -201,6 +207,9 @@ class Registry:
                 if version.row in self.table:  # else it was closed
                     self.table.drop(version.row)
 
+    def _named(self, model: str) -> Held | None:
+        return self._find(model) or self._find(model.removeprefix(f"{self.base}:"))
+
     def _find(self, name: str) -> Held | None:
         if name == self.base:
             return Held(name, self._base)
@@ -212,37 +221,59 @@ class Registry:
     def models(self) -> list[Served]:
         """All that can be asked, the base first; an alias of a version that no name has any more stands for itself."""
         with self._lock:
-            held = [Held(name, place.version) for name, place in self._by_name().items() if place.version is not None]
-            current = {each.name: each.version for each in held}
-            served = [self._served(each) for each in [Held(self.base, self._base), *held]]
-            alone = [name for name, each in self._aliases.items() if not self._is_current(each, current)]
-            return served + [self._served(Held(name, self._aliases[name].version)) for name in alone]
+            named = [(name, self._find(name)) for name in sorted(self._names) if not self._is_hidden(name)]
+            held = [Held(self.base, self._base), *(each for _, each in named if each is not None)]
+            alone = [Held(name, each.version) for name, each in self._aliases.items() if not self._is_current(each)]
+            aliases = self._aliases_of()
+            return [_served(each, self.base, aliases.get(each, ())) for each in held + alone]
+
+    def find(self, name: str) -> Served | None:
+        """What a client means by a name, as in `models`; None where nothing has it."""
+        with self._lock:
+            held = self._named(name)
+            if held is None:
+                return None
+            if not self._is_current(held):
+                held = Held(name.removeprefix(f"{self.base}:"), held.version)
+            return self._served(held)
 
     def __len__(self) -> int:
-        """How many names of adapters there are."""
-        return len(self._names)
+        """How many names of adapters are served."""
+        with self._lock:
+            return sum(self._places[path].version is not None for path in self._names.values())
 
     def stats(self) -> dict[str, float]:
-        """How many names of adapters there are, contents of these in memory, and on the device."""
-        return {"adapters": len(self), "versions": len(self.table), "resident": self.table.resident}
+        """How many names of adapters are served and refused, contents of these in memory, and on the device."""
+        with self._lock:
+            counts = {"adapters": len(self), "refused": len(self.refused())}
+            return {**counts, "versions": len(self.table), "resident": self.table.resident}
 
     def refused(self) -> dict[str, str]:
         """Why the adapters of these names are not served, or still with what they were before."""
         with self._lock:
-            return {name: place.why for name, place in self._by_name().items() if place.why is not None}
+            hidden = {name: _HIDDEN for name in sorted(self._names) if self._is_hidden(name)}
+            why = {name: self._places[self._names[name]].why for name in sorted(self._names)}
+            return {name: said for name, said in why.items() if said is not None} | hidden
 
-    def _by_name(self) -> dict[str, _Place]:
-        return {name: self._places[self._names[name]] for name in sorted(self._names)}
+    def _is_hidden(self, name: str) -> bool:
+        """Whether the base, or an alias that was there before, answers by the name of a folder."""
+        return name == self.base or name in self._aliases
 
-    def _is_current(self, held: Held, current: dict[str, Version]) -> bool:
-        return held.version in (self._base, current.get(held.name))
+    def _is_current(self, held: Held) -> bool:
+        """Whether a version is still its name's, as far as anybody is told of that name."""
+        if held.version is self._base:
+            return True
+        path = None if self._is_hidden(held.name) else self._names.get(held.name)
+        return path is not None and self._places[path].version is held.version
+
+    def _aliases_of(self) -> dict[Held, tuple[str, ...]]:
+        found: dict[Held, tuple[str, ...]] = {}
+        for alias, held in sorted(self._aliases.items()):
+            found[held] = (*found.get(held, ()), alias)
+        return found
 
     def _served(self, held: Held) -> Served:
-        name, version = held
-        aliases = tuple(sorted(alias for alias, other in self._aliases.items() if other == held))
-        if version.digest is None:
-            return Served(name, None, None, aliases)
-        return Served(name, version.digest, self.base, aliases, version.task.kind.value, version.task.labels)
+        return _served(held, self.base, self._aliases_of().get(held, ()))
 
     # What changes it
 
@@ -292,7 +323,7 @@ class Registry:
         """
         self._expect_name(alias)
         with self._lock:
-            if alias in self._names:
+            if alias in self._names and alias not in self._aliases:
                 raise Refused(f"{alias!r} is an adapter's own name: choose another alias.")
             held = self.hold(name)
             former, self._aliases[alias] = self._aliases.get(alias), held
@@ -315,6 +346,9 @@ class Registry:
             names = {**self._names, **found, **self._loaded}
             there = {path for path in dict.fromkeys(names.values()) if self._look(path, at_once=at_once)}
             with self._lock:
+                for name in names.keys() - self._names.keys():
+                    if self._is_hidden(name):
+                        _logger.warning("The adapter in %s is not served by its name: %s", shorten(name), _HIDDEN)
                 self._names = {name: path for name, path in names.items() if path in there}
                 self._loaded = {name: path for name, path in self._loaded.items() if path in there}
                 self._forget_unnamed()
@@ -335,12 +369,13 @@ class Registry:
     def _watch(self, every_s: float) -> None:
         took = 0.0
         while not self._closed.wait(max(every_s, _REST * took)):
-            start = time.monotonic()
+            start, reads = time.monotonic(), self._reads
             try:
                 self.refresh()
             except Exception:  # whatever it is, it may be gone at the next look
                 _logger.exception("The folder of adapters could not be looked through.")
-            took = time.monotonic() - start
+            # Where something was read, more may have come meanwhile.
+            took = time.monotonic() - start if self._reads == reads else 0.0
 
     # Inside
 
@@ -363,15 +398,17 @@ class Registry:
             place = self._places.setdefault(path, _Place())
         seen = _signature(path)
         settled, place.seen = at_once or seen == place.seen, seen
-        if seen == place.taken or not settled:
+        if not settled or (seen == place.taken and time.monotonic() < place.again):
             return True
         if seen is None:
             return False
         try:
             version = self._read(path, seen)
         except Refused as error:
-            _logger.warning("%s", error.message)
+            if error.message != place.why or seen != place.taken:
+                _logger.warning("%s", error.message)
             place.taken, place.why = seen, error.message
+            place.again = time.monotonic() + _PASSES_S if _may_pass(error.__cause__) else math.inf
         else:
             self._put(place, seen, version)
         return True
@@ -381,7 +418,7 @@ class Registry:
         with self._lock:
             former, place.version = place.version, version
             place.seen = place.taken = seen
-            place.why = None
+            place.why, place.again = None, math.inf
             if former is not None:
                 self.release(former)
 
@@ -397,13 +434,14 @@ class Registry:
         Raises:
             Refused: they can't be served.
         """
+        self._reads += 1
         with self._refusing(path):
             self._expect_files_inside(path)
             expect_adapter_unchanged(path)
             task = load_task(path)
             column = self._expect_answerable(task)
             assert task is not None
-            row = f"version {next(self._numbers)}"
+            row = f"version {self._reads}"
             content = self.table.register(row, path)
             self._expect_labels(row, task)
         digest = hashlib.sha256(f"{content} {json.dumps(asdict(task), sort_keys=True)}".encode()).hexdigest()
@@ -499,6 +537,20 @@ def _named_below(folder: Path) -> dict[str, Path]:
         if found.get(name.rpartition("/")[0]) != path
         and not (path.name == BEST_FOLDER and (path.parent / RECIPE_NAME).is_file())
     }
+
+
+def _served(held: Held, base: str, aliases: tuple[str, ...]) -> Served:
+    name, version = held
+    if version.digest is None:
+        return Served(name, None, None, aliases)
+    return Served(name, version.digest, base, aliases, version.task.kind.value, version.task.labels)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether what an adapter could not be read for is of the machine and the moment, not of the adapter."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    return isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
 
 
 def _signature(path: Path) -> Signature | None:

@@ -24,6 +24,7 @@ class Request:
         on_token: called from the engine's thread with pieces of the answer as they are written. They join to its text.
         turns: the earlier messages as (role, content), for tasks of conversations.
         embeds: whether the text's vector is asked for, instead of what the task answers.
+        labels: whether one of the task's labels is asked for, and no other words.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Request:
     on_token: Callable[[str], None] | None = None
     turns: Sequence[tuple[str, str]] = ()
     embeds: bool = False
+    labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,13 +153,21 @@ class Server(Protocol):
         """
         ...
 
-    def together(self) -> AbstractContextManager[None]:
-        """Requests that this thread submits inside share a batch as far as they can. Where batches are gathered, the
-        first waits for the last of them, unless that takes long."""
+    def together(self, count: int) -> AbstractContextManager[None]:
+        """So many requests, which this thread submits inside, have places for all of them and share a batch as far as
+        they can. Where batches are gathered, the first waits for the last of them, unless that takes long.
+
+        Raises:
+            Overloaded: there are not so many places now; all of them there are when nothing waits.
+        """
         ...
 
     def models(self) -> list[Served]:
         """All that can be asked, the base first."""
+        ...
+
+    def find(self, name: str) -> Served | None:
+        """What a client means by a name; None where nothing has it."""
         ...
 
     def load(self, name: str, path: str) -> Served:
@@ -188,17 +198,18 @@ class Server(Protocol):
     def stats(self) -> dict[str, float]:
         """Figures by name, no tenant among them.
 
-        Now: `queued` and `running` requests, names of `adapters`, their contents in memory (`versions`) and on the
-        device (`resident`). Since the start: requests by outcome (`requests_answered`, `_failed`, `_too_late`,
-        `_cancelled`, `_overloaded`, `_dropped`), `prompt_tokens` and `completion_tokens`; where requests share whole
-        batches, `batches` and `ran_s`, the seconds that these took.
+        Now: `queued` and `running` requests, names of `adapters`, and of those that are `refused` as they are now,
+        contents in memory (`versions`) and on the device (`resident`). Since the start: requests by outcome
+        (`requests_answered`, `_failed`, `_too_late`, `_cancelled`, `_overloaded`, `_dropped`), `prompt_tokens` and
+        `completion_tokens`; where requests share whole batches, `batches` and `ran_s`, the seconds that these took.
         """
         ...
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and wait until all are answered; whether that was within the time."""
+        """Take no more requests and wait until all are answered; whether that was within the time. All that is not is
+        `Dropped`."""
         ...
 
-    def close(self) -> None:
-        """Stop: what waits is `Dropped`, what runs is answered."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Stop: what waits is `Dropped`, what runs is answered, for which is waited as long as it takes, or so long."""
         ...

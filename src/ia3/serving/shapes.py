@@ -182,6 +182,7 @@ class Activity(TypedDict):
     queued: int
     running: int
     adapters: int
+    refused: int
     resident: int
     data: list[Busy]
 

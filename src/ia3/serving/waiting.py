@@ -35,7 +35,7 @@ class Waiting:
     def __init__(
         self,
         submit: Callable[[Request], Future[Answer]],
-        together: Callable[[], AbstractContextManager[None]],
+        together: Callable[[int], AbstractContextManager[None]],
         requests: Sequence[Request],
         receive: Receive,
         seconds: float,
@@ -45,7 +45,7 @@ class Waiting:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, str | Future[Answer] | Exception]] = asyncio.Queue()
         self._futures: list[Future[Answer]] = []
-        late = TooLate(f"There was no answer within {seconds:g} seconds: try again, or send a longer timeout.")
+        late = TooLate(f"There was no answer within {seconds:g} seconds: send less at once, or try again later.")
         self._timer = self._loop.call_later(seconds, self._events.put_nowait, (0, late))
         self._watch = self._loop.create_task(self._watch_client(receive))
         # In a thread, since a server makes tokens of a text when it takes it.
@@ -95,7 +95,8 @@ class Waiting:
     def _submit(self) -> None:
         """Submit all; the first that isn't taken is the end of all, as is whatever else fails here."""
         try:
-            with self._together() if len(self._requests) > 1 else nullcontext():
+            count = len(self._requests)
+            with self._together(count) if count > 1 else nullcontext():
                 for index, request in enumerate(self._requests):
                     tell = self._teller(index)
                     sent = request if request.on_token is None else replace(request, on_token=tell)
