@@ -17,6 +17,7 @@ from running import call, message, succeed
 
 from ia3.serving import listening
 from ia3.serving.intake import Limits
+from ia3.serving.limits import RequestLimits
 from ia3.serving.requests import Served
 
 NEWS = Served("news", "d" * 64, "tiny", ("prod",), "label-words", ("good", "bad"))
@@ -47,7 +48,11 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append((given, more))
         return Engine()
 
+    def make_app(engine: Any, **more: Any) -> None:
+        seen.append(more)
+
     monkeypatch.setattr("ia3.serving.starting.start", start)
+    monkeypatch.setattr("ia3.serving.http.make_app", make_app)
     monkeypatch.setattr(listening, "listen", lambda *given, **more: seen.append((given, more)) or True)
     monkeypatch.setattr("ia3.serving.metrics.log_in_lines", lambda: None)
     monkeypatch.delenv("IA3_API_KEYS", raising=False)
@@ -62,11 +67,23 @@ def test_what_is_served_is_shown(listened: list[Any], tmp_path: Path) -> None:
     assert "good, bad" in shown.output
     assert "/ serves the base tiny and its adapters, 1 so far." in shown.output
     assert "broken is not served" in shown.stderr
-    (given, how), (_, more) = listened
+    (given, how), made, (_, more) = listened
+    assert made["limits"] == RequestLimits()
+    assert made["hosts"] == listening.own_names("127.0.0.1") >= {"localhost", "127.0.0.1"}
     assert given == ("tiny", tmp_path, Limits(batch_size=8, gather_s=0.005))
     assert how.pop("tell")
     assert how == {"trust_remote_code": False}
     assert more == {"drain_s": 30.0}
+
+
+def test_limits_and_keys(listened: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IA3_API_KEYS", KEY)
+    flags = ("--max-running", 9, "--timeout-s", 600, "--drain-s", 2.5)
+    succeed("serve", "tiny", "--adapters", tmp_path, "--port", 0, *flags)
+    _, made, (_, more) = listened
+    assert made["limits"] == RequestLimits(running=9, answer_s=600)
+    assert made["hosts"] is None  # a key is what lets in
+    assert more == {"drain_s": 2.5}
 
 
 def test_as_json(listened: list[Any], tmp_path: Path) -> None:

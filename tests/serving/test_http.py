@@ -78,7 +78,9 @@ class TestTheOpenAIClient:
     def test_a_conversation_in_pieces(self, client: openai.OpenAI) -> None:
         messages: list[Any] = [{"role": "user", "content": "hello"}]
         with client.chat.completions.stream(model="writer", messages=messages) as stream:
-            message = stream.get_final_completion().choices[0].message
+            for _ in stream:
+                pass
+            message = stream.current_completion_snapshot.choices[0].message
         assert (message.role, message.content) == ("assistant", "hello!")
         chunks = [*client.chat.completions.create(model="writer", messages=messages, stream=True)]
         assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "hello!"
@@ -239,7 +241,7 @@ class TestErrors:
             ({"messages": []}, "messages"),
             ({"messages": [{"role": "user", "content": "a"}], "logprobs": True}, "logprobs is not offered"),
             ({"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]}, "tools is not offered"),
-            ({"messages": [{"role": "user", "content": "a"}], "functions": []}, "functions: is not offered, leave it"),
+            ({"messages": [{"role": "user", "content": "a"}], "functions": []}, "is not offered, leave it out"),
             ({"messages": [{"role": "tool", "content": "Hello"}]}, "messages.0.role"),
             ({"messages": [{"role": "user", "content": "Hello"}] * 300}, "300 messages"),
             ({"messages": [{"role": "user", "content": "a" * 60_000}] * 2}, "120,000 characters"),
@@ -329,18 +331,17 @@ class TestKeys:
 
 
 class TestBelowAPath:
-    """Where a proxy, or another application, sends requests with what stands before the routes."""
+    """Of a proxy or another application, which stands before the routes' own paths in what the application sees."""
 
     def test_who_may_do_what_is_the_same(self) -> None:
         with site(root_path="/ia3") as served:
-            for path in ("/v1/unload_lora_adapter", "/ia3/v1/unload_lora_adapter"):
-                assert served.post(path, lora_name="news").status_code == 401
-            assert served.get("/ia3/health/ready", None).status_code == 200
-            assert served.get("/ia3/v1/models", None).status_code == 401
-            assert served.get("/ia3/v1/models").status_code == 200
-            assert 'route="/v1/models"' in served.get("/ia3/metrics", None).text
+            assert served.post("/v1/unload_lora_adapter", lora_name="news").status_code == 401
+            assert served.get("/health/ready", None).status_code == 200
+            assert served.get("/v1/models", None).status_code == 401
+            assert served.get("/v1/models").status_code == 200
+            assert 'route="/v1/models"' in served.get("/metrics", None).text
         with site(keys=(), root_path="/ia3") as served:
-            assert served.post("/ia3/v1/unload_lora_adapter", None, lora_name="news").status_code == 403
+            assert served.post("/v1/unload_lora_adapter", None, lora_name="news").status_code == 403
             assert "news" in served.engine.served
 
 

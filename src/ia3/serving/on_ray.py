@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ia3.serving.http import make_app
 from ia3.serving.intake import Limits
-from ia3.serving.limits import Keys
+from ia3.serving.limits import Keys, RequestLimits
 from ia3.serving.metrics import log_in_lines
 from ia3.serving.starting import start
 
@@ -37,6 +37,8 @@ class Arguments(BaseModel):
         batch_invariant: the same answer to the last bit, whoever asks at the same time.
         max_queue: texts that may wait in a replica; more are told to come again.
         api_keys: a file with the clients' keys, one a line, on that file system; without it everybody may ask.
+        max_running: requests that a key may have under way; without keys, all together.
+        timeout_s: seconds after which a request is given up.
         drain_s: seconds that requests have to end in when a replica is stopped.
         trust_remote_code: run code that comes with the base.
     """
@@ -52,6 +54,8 @@ class Arguments(BaseModel):
     batch_invariant: bool = False
     max_queue: int = Field(1024, ge=1)
     api_keys: Path | None = None
+    max_running: int = Field(256, ge=1)
+    timeout_s: float = Field(120.0, gt=0, le=86_400)
     drain_s: float = Field(30.0, ge=0)
     trust_remote_code: bool = False
 
@@ -85,11 +89,12 @@ class Replica:
             most_waiting=given.max_queue,
             batch_invariant=given.batch_invariant,
         )
+        self._limits = RequestLimits(running=given.max_running, answer_s=given.timeout_s)
         self._engine = start(given.base, given.adapters, limits, trust_remote_code=given.trust_remote_code)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray asks for the application that it sends requests to."""
-        return make_app(self._engine, keys=self._keys)
+        return make_app(self._engine, keys=self._keys, limits=self._limits)
 
     def check_health(self) -> None:
         """What Ray asks every ten seconds; a replica that raises is replaced."""
