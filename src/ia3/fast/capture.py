@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ia3.fast.ops.launch import compile_kernels
+from ia3.fast.ops.launch import compile_kernels, on_device
 
 # Where one input ends and the next begins: kernels read whole lines of memory.
 _ALIGNED = 256
+# A process captures one graph at a time.
+_alone = threading.Lock()
 
 
 class StaticInputs:
@@ -110,6 +113,11 @@ class GraphedCallable:
         """
         if not self.captures:
             return self.function(*fixed, **{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        with on_device(self.device):
+            return self._replayed(fixed, inputs)
+
+    def _replayed(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Any:
+        """By the graph of their shape, captured where there is none; without a warm-up the first call is ordinary."""
         key = _shape_of(fixed, inputs)
         found = self.graphs.pop(key, None)
         if found is None and self.warm_up is None and key not in self.seen:
@@ -153,7 +161,7 @@ class GraphedCallable:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
         random = torch.cuda.get_rng_state(self.device)
         if self.warm_up is not None:
-            stream = _stream_of_warm_ups(self.device)
+            stream = _stream_for("warm-ups", self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._compile(self.warm_up, fixed, inputs)
@@ -162,8 +170,10 @@ class GraphedCallable:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the warm-up used is free for the graph's own pool
         graph = torch.cuda.CUDAGraph()
+        # PyTorch's own choice is one stream a process, of the device that was the current one at the first capture.
+        stream = _stream_for("captures", self.device)
         # Other threads may go on meanwhile, a loader that pins its batches for example.
-        with _uncollected(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with _alone, _uncollected(), torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             outputs = self.function(*fixed, **inputs)
         torch.cuda.set_rng_state(random, self.device)
         return outputs, graph.replay
@@ -178,8 +188,8 @@ def _memory_in_use(device: torch.device) -> int:
 
 
 @cache
-def _stream_of_warm_ups(device: torch.device) -> torch.cuda.Stream:
-    """One for all, since PyTorch keeps a workspace of tens of MiB for each stream that products ran on."""
+def _stream_for(use: Literal["captures", "warm-ups"], device: torch.device) -> torch.cuda.Stream:
+    """One of a device for all, since PyTorch keeps a workspace of tens of MiB for each stream that products ran on."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

@@ -257,7 +257,7 @@ class Watch:
         copied = torch.empty(left.shape, dtype=left.dtype, pin_memory=True)
         copied.copy_(left, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(left.device))
         self.pending.append((copied, event))
         if len(self.pending) <= AHEAD:
             return None
