@@ -9,7 +9,9 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from types import MethodType
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -74,7 +76,8 @@ class GraphedCallable:
 
     Args:
         function: takes tensors by name and returns tensors. It may change others in place, and must not look at a
-            value on the host; what it reads besides its inputs must stay where it is in memory.
+            value on the host; what it reads besides its inputs must stay where it is in memory. A method's object is
+            not kept alive: whoever has the graphs as well would keep them until garbage is collected.
         device: the model's.
         warm_up: what to run before a shape's first call is captured, more than once. Without any the first call of a
             shape is an ordinary one, and the second is captured: a shape that comes once is not worth a graph.
@@ -94,7 +97,8 @@ class GraphedCallable:
         warm_up: Callable[..., Any] | None = None,
         repeatable: bool = False,
     ) -> None:
-        self.function, self.device, self.warm_up, self.repeatable = function, device, warm_up, repeatable
+        self.function, self.device, self.repeatable = _without_its_object(function), device, repeatable
+        self.warm_up = None if warm_up is None else _without_its_object(warm_up)
         self.captures = device.type == "cuda"
         self.graphs: dict[Hashable, _Graph] = {}  # those that were used last are the last
         self.seen: set[Hashable] = set()
@@ -197,6 +201,20 @@ def _stream_for(use: Literal["captures", "warm-ups"], device: torch.device) -> t
 def _room_for_graphs(device: torch.device) -> int:
     """The most bytes that one computation's graphs may take of a device."""
     return torch.cuda.mem_get_info(device)[1] // 16 if device.type == "cuda" else 0
+
+
+def _without_its_object(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls a method, and keeps nothing alive that the method's object holds; others as they are."""
+    if not isinstance(function, MethodType):
+        return function
+    method = WeakMethod(function)
+
+    def call(*fixed: Hashable, **inputs: Tensor) -> Any:
+        bound = method()
+        assert bound is not None, "the object whose method this is must be kept"
+        return bound(*fixed, **inputs)
+
+    return call
 
 
 def _shape_of(fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Hashable:
