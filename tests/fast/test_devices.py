@@ -113,5 +113,9 @@ def test_a_graph_is_recorded_and_replayed_where_the_model_is(gpus, monkeypatch, 
 
 def test_what_a_step_leaves_is_waited_for_where_it_is_computed(gpus) -> None:
     Event.made.clear()
-    Watch(SECOND).sees(torch.ones(1, device=SECOND))
-    assert [event.device for event in Event.made] == [SECOND]
+    watch = Watch(SECOND)
+    with torch.device("meta"):  # as the default device, of which the host sees nothing
+        watch.sees(torch.ones(1, device=SECOND))
+    ((copied, event),) = watch.pending
+    assert (copied.device.type, Event.made) == ("cpu", [event])
+    assert Event.made[0].device == SECOND

@@ -55,7 +55,7 @@ class StaticInputs:
                 self.tensors[name].copy_(tensor, non_blocking=True)
             return
         # Fresh each time: the last call's may still be on its way.
-        sent = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.memory.is_cuda)
+        sent = torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=self.memory.is_cuda)
         for name, tensor in inputs.items():
             self._part(sent, name, tensor).copy_(tensor)
         self.memory.copy_(sent, non_blocking=True)

@@ -66,7 +66,7 @@ class ChoiceScores:
                 same in the encoder.
             readers: how many answers read each input, one after the other; None for one each.
         """
-        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX)
+        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX, device="cpu")
         packed = self.losses.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
         answers = sum(readers or [1] * len(input_ids))
         tensors = dict(packed.tensors)
@@ -78,7 +78,7 @@ class ChoiceScores:
         if readers is not None:
             before = [*accumulate(readers, initial=0)]
             before += [answers] * (packed.examples - len(readers))
-            tensors["before"] = torch.tensor(before, dtype=torch.int32)
+            tensors["before"] = torch.tensor(before, dtype=torch.int32, device="cpu")
         device = self.model.device
         # Kernels may be given seeds, which are drawn although nothing is dropped.
         with self.lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -114,7 +114,7 @@ class ChoiceScores:
         if kind in self.compared:
             return None
         counts = [*(readers or [1] * len(input_ids))]
-        chosen = telling_examples(attention_mask.sum(1), torch.tensor(counts) > 0)
+        chosen = telling_examples(attention_mask.sum(1), torch.tensor(counts, device="cpu") > 0)
         before = [*accumulate(counts, initial=0)]
         few = [min(counts[one], 2) for one in chosen]
         answers = [before[one] + place for one, count in zip(chosen, few, strict=True) for place in range(count)]
@@ -132,7 +132,7 @@ class ChoiceScores:
 
     def _own_numbers(self, inputs: Mapping[str, Tensor], readers: Sequence[int], flat: Tensor, moved: float) -> Numbers:
         """By the model's own forward, each answer with an input of its own."""
-        counts, device = torch.tensor(readers), self.model.device
+        counts, device = torch.tensor(readers, device="cpu"), self.model.device
         batch = {name: tensor.repeat_interleave(counts, 0).to(device) for name, tensor in inputs.items()}
         labels = self.choices[:1].repeat(len(batch["input_ids"]), 1)
         vectors = moved_by(flat.detach(), moved).detach().expand(len(labels), -1)

@@ -254,7 +254,7 @@ class Watch:
         """Note what this step leaves, and look at what an earlier one did; None in the first steps."""
         if not self.waits:
             return left
-        copied = torch.empty(left.shape, dtype=left.dtype, pin_memory=True)
+        copied = torch.empty(left.shape, dtype=left.dtype, device="cpu", pin_memory=True)
         copied.copy_(left, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(left.device))

@@ -218,7 +218,7 @@ class SweepStep:
         fixed, tensors = self.losses.prepare(batch)
         has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1, keepdim=True)
         tensors["learning"] = has_label.to(self.table.dtype)
-        tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype)[:, None]
+        tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype, device="cpu")[:, None]
         step = self.recorded or self._on_device
         losses: Tensor = step(self.model.training, *fixed, **tensors)
         return losses.clone()
