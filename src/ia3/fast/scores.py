@@ -36,7 +36,7 @@ class ChoiceScores:
     """The log-probability of each token of each choice after each input, without padding.
 
     Args:
-        model: one for which `unsupported_reason` has nothing to say; its weights are fused.
+        model: one in evaluation mode for which `unsupported_reason` has nothing to say; its weights are fused.
         choices: tokens `[choices, length]`, -100 after a choice's end.
         layout: the sites at which there may be vectors.
 
@@ -57,7 +57,7 @@ class ChoiceScores:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, flat: Tensor, readers: Sequence[int] | None = None
     ) -> Tensor:
-        """`[answers, choices, length]` in fp32 at least; the random state stays as it was.
+        """`[answers, choices, length]` in fp32 at least; nothing is drawn.
 
         Args:
             input_ids: `[inputs, source]`, best on the CPU.
@@ -79,9 +79,7 @@ class ChoiceScores:
             before = [*accumulate(readers, initial=0)]
             before += [answers] * (packed.examples - len(readers))
             tensors["before"] = torch.tensor(before, dtype=torch.int32, device="cpu")
-        device = self.model.device
-        # Kernels may be given seeds, which are drawn although nothing is dropped.
-        with self.lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self.lock:
             groups = self._hold(flat, filled)
             found: Tensor = self.computation(groups, filled, most, *packed.fixed, **tensors)
             return found[:answers].clone()
