@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ia3.fast.ops.launch import compile_kernels, on_device
+from ia3.fast.tables import read_by_graph
 
 # Where one input ends and the next begins: kernels read whole lines of memory.
 _ALIGNED = 256
@@ -63,10 +64,19 @@ class StaticInputs:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Where inputs of one shape are copied to, what the computation leaves, how it is done again, and its bytes."""
+    """A recorded computation of inputs of one shape.
+
+    Args:
+        inputs: where they are copied to.
+        outputs: what the computation leaves.
+        tables: what it reads besides, and nobody else need keep.
+        replay: does it again.
+        size: its bytes.
+    """
 
     inputs: StaticInputs
     outputs: Any
+    tables: Sequence[Tensor]
     replay: Callable[[], None]
     size: int
 
@@ -146,8 +156,9 @@ class GraphedCallable:
     def _recorded(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> _Graph:
         before = _memory_in_use(self.device)
         static = StaticInputs(inputs, self.device)
-        outputs, replay = self._capture(fixed, static.tensors)
-        return _Graph(static, outputs, replay, _memory_in_use(self.device) - before)
+        with read_by_graph() as tables:
+            outputs, replay = self._capture(fixed, static.tensors)
+        return _Graph(static, outputs, [*tables.values()], replay, _memory_in_use(self.device) - before)
 
     def _make_room(self, size: int) -> None:
         """Let go of the graphs that were not used for longest, where they take too much memory beside another."""
