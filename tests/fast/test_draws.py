@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def test_a_generator_that_is_given_is_drawn_from() -> None:
     with DrawsApart():
         first, second = (torch.rand(2, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_other_devices_and_what_is_compiled_go_as_ever() -> None:
+    flex = import_module("torch.nn.attention.flex_attention")
+    x = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        expected = functional.scaled_dot_product_attention(x, x, x)
+        with DrawsApart():
+            assert torch.rand(2, device="meta").shape == (2,)
+            torch.testing.assert_close(flex.flex_attention(x, x, x), expected)
 
 
 def test_seeds_of_what_drops_nothing_are_not_drawn() -> None:

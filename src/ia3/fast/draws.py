@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_CPU = torch.device("cpu")
 
 
 class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -17,8 +20,15 @@ class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Putting a generator's state back afterwards would take back what other threads have drawn meanwhile, a training's
     dropout for example, and they would draw it again. A GPU's kernels that take no generator, such as dropout within
-    attention, are lent the device's own for as long as they are started.
+    attention, are lent the device's own for as long as they are started. Other kinds of devices draw as ever.
     """
+
+    supports_higher_order_operators = True  # flex_attention, which would be refused here
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled stays so."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,12 +36,13 @@ class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+        if not _draws(func) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
-        device = kwargs.get("device") or next(each.device for each in tree_leaves(args) if isinstance(each, Tensor))
+        tensors = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        device = kwargs.get("device") or next((each.device for each in tensors), _CPU)
         drawing = _with_generator(func)
-        if drawing is not None:
-            return drawing(*args, **kwargs, generator=self._copy_for(device))
+        if drawing is not None and device.type in ("cpu", "cuda"):
+            return drawing(*args, **{**kwargs, "generator": self._copy_for(device)})
         return self._lent(device, lambda: func(*args, **kwargs)) if device.type == "cuda" else func(*args, **kwargs)
 
     def _copy_for(self, device: torch.device) -> torch.Generator:
@@ -57,6 +68,11 @@ def _default(device: torch.device) -> torch.Generator:
         return torch.default_generator
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.default_generators[index]
+
+
+def _draws(operation: Any) -> bool:
+    """Whether an operation may draw from a generator."""
+    return isinstance(operation, OpOverload) and torch.Tag.nondeterministic_seeded in operation.tags
 
 
 @cache
