@@ -86,7 +86,7 @@ class Site:
     def channels(self) -> torch.Tensor:
         """Indices of the trained channels, `[trained_width]`."""
         intervals = self.intervals or ((0, self.width),)
-        return torch.cat([torch.arange(start, stop) for start, stop in intervals])
+        return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in intervals])
 
     def widen(self, vector: torch.Tensor) -> torch.Tensor:
         """The trained channels among ones: `trained_shape -> shape`."""
@@ -105,7 +105,7 @@ class Site:
         """Whether a full vector is one outside the trained channels, so that `narrow` loses nothing."""
         if self.intervals is None:
             return True
-        rest = torch.ones(self.width, dtype=torch.bool)
+        rest = torch.ones(self.width, dtype=torch.bool, device="cpu")
         rest[self.channels()] = False
         return bool((vector.reshape(-1).cpu()[rest] == 1).all())
 

@@ -267,6 +267,14 @@ def test_a_mixture_that_changes_queries_is_the_own_forwards(tiny) -> None:
         assert (len(decoder.fused), len(decoder.causal)) == sessions
 
 
+def test_a_mixture_of_the_base_alone_has_no_queries_to_look_at(tiny) -> None:
+    model = mixed_model(tiny, "gpt2")
+    ids, mask = prompts(model, 2)
+    with model.disable_adapter():
+        wanted = expected(model, ids, mask, max_new_tokens=3)
+    assert torch.equal(Decoder(model, max_new_tokens=3)(ids, mask, adapter_names=[BASE, BASE]), wanted)
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_a_bare_model_knows_no_names(tiny, family) -> None:
     model = lively(tiny(family))

@@ -85,7 +85,7 @@ def pack_prompts(ids: Tensor, mask: Tensor, *, positions: bool = False, left_pad
         positions: whether the model has learned ones.
         left_padded: whether they are counted from the first token, not from the first column.
     """
-    nothing = torch.full((len(ids), 1), IGNORE_INDEX)
+    nothing = torch.full((len(ids), 1), IGNORE_INDEX, device="cpu")
     return _packed(
         ids.cpu().numpy(), mask.cpu().numpy() != 0, {"labels": nothing}, positions=positions, left_padded=left_padded
     )

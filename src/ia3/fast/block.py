@@ -73,7 +73,7 @@ class Run:
         # Each layer's sum and inside, of which a parallel one has two, and each stack's last norm.
         dropouts_of = [3 if isinstance(layer, ParallelLayer) else 2 for layer in layers]
         count = sum(dropouts_of) + len(weights.stacks) if is_seeded else 0
-        self.seeds = DropoutSeeds(model.device, count, backend)
+        self.seeds = DropoutSeeds(model.device, count, backend, drops=self.drops)
 
     def rate(self, name: str | None) -> float:
         """Of a dropout by its name in the configuration, 0 where nothing is dropped."""

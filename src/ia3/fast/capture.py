@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from types import MethodType
+from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
-from ia3.fast.ops.launch import compile_kernels
+from ia3.fast.ops.launch import compile_kernels, on_device
+from ia3.fast.tables import read_by_graph
 
 # Where one input ends and the next begins: kernels read whole lines of memory.
 _ALIGNED = 256
+# A process captures one graph at a time.
+_alone = threading.Lock()
 
 
 class StaticInputs:
@@ -50,7 +56,7 @@ class StaticInputs:
                 self.tensors[name].copy_(tensor, non_blocking=True)
             return
         # Fresh each time: the last call's may still be on its way.
-        sent = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.memory.is_cuda)
+        sent = torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=self.memory.is_cuda)
         for name, tensor in inputs.items():
             self._part(sent, name, tensor).copy_(tensor)
         self.memory.copy_(sent, non_blocking=True)
@@ -58,10 +64,19 @@ class StaticInputs:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Where inputs of one shape are copied to, what the computation leaves, how it is done again, and its bytes."""
+    """A recorded computation of inputs of one shape.
+
+    Args:
+        inputs: where they are copied to.
+        outputs: what the computation leaves.
+        tables: what it reads besides, and nobody else need keep.
+        replay: does it again.
+        size: its bytes.
+    """
 
     inputs: StaticInputs
     outputs: Any
+    tables: Sequence[Tensor]
     replay: Callable[[], None]
     size: int
 
@@ -71,7 +86,8 @@ class GraphedCallable:
 
     Args:
         function: takes tensors by name and returns tensors. It may change others in place, and must not look at a
-            value on the host; what it reads besides its inputs must stay where it is in memory.
+            value on the host; what it reads besides its inputs must stay where it is in memory. A method's object is
+            not kept alive: whoever has the graphs as well would keep them until garbage is collected.
         device: the model's.
         warm_up: what to run before a shape's first call is captured, more than once. Without any the first call of a
             shape is an ordinary one, and the second is captured: a shape that comes once is not worth a graph.
@@ -91,7 +107,8 @@ class GraphedCallable:
         warm_up: Callable[..., Any] | None = None,
         repeatable: bool = False,
     ) -> None:
-        self.function, self.device, self.warm_up, self.repeatable = function, device, warm_up, repeatable
+        self.function, self.device, self.repeatable = _without_its_object(function), device, repeatable
+        self.warm_up = None if warm_up is None else _without_its_object(warm_up)
         self.captures = device.type == "cuda"
         self.graphs: dict[Hashable, _Graph] = {}  # those that were used last are the last
         self.seen: set[Hashable] = set()
@@ -110,6 +127,11 @@ class GraphedCallable:
         """
         if not self.captures:
             return self.function(*fixed, **{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        with on_device(self.device):
+            return self._replayed(fixed, inputs)
+
+    def _replayed(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Any:
+        """By the graph of their shape, captured where there is none; without a warm-up the first call is ordinary."""
         key = _shape_of(fixed, inputs)
         found = self.graphs.pop(key, None)
         if found is None and self.warm_up is None and key not in self.seen:
@@ -134,8 +156,9 @@ class GraphedCallable:
     def _recorded(self, fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> _Graph:
         before = _memory_in_use(self.device)
         static = StaticInputs(inputs, self.device)
-        outputs, replay = self._capture(fixed, static.tensors)
-        return _Graph(static, outputs, replay, _memory_in_use(self.device) - before)
+        with read_by_graph() as tables:
+            outputs, replay = self._capture(fixed, static.tensors)
+        return _Graph(static, outputs, [*tables.values()], replay, _memory_in_use(self.device) - before)
 
     def _make_room(self, size: int) -> None:
         """Let go of the graphs that were not used for longest, where they take too much memory beside another."""
@@ -153,7 +176,7 @@ class GraphedCallable:
         """The outputs, and what computes them: captured after a warm-up; the random state stays as it was."""
         random = torch.cuda.get_rng_state(self.device)
         if self.warm_up is not None:
-            stream = _stream_of_warm_ups(self.device)
+            stream = _stream_for("warm-ups", self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._compile(self.warm_up, fixed, inputs)
@@ -162,8 +185,10 @@ class GraphedCallable:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the warm-up used is free for the graph's own pool
         graph = torch.cuda.CUDAGraph()
+        # PyTorch's own choice is one stream a process, of the device that was the current one at the first capture.
+        stream = _stream_for("captures", self.device)
         # Other threads may go on meanwhile, a loader that pins its batches for example.
-        with _uncollected(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with _alone, _uncollected(), torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             outputs = self.function(*fixed, **inputs)
         torch.cuda.set_rng_state(random, self.device)
         return outputs, graph.replay
@@ -178,8 +203,8 @@ def _memory_in_use(device: torch.device) -> int:
 
 
 @cache
-def _stream_of_warm_ups(device: torch.device) -> torch.cuda.Stream:
-    """One for all, since PyTorch keeps a workspace of tens of MiB for each stream that products ran on."""
+def _stream_for(use: Literal["captures", "warm-ups"], device: torch.device) -> torch.cuda.Stream:
+    """One of a device for all, since PyTorch keeps a workspace of tens of MiB for each stream that products ran on."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -187,6 +212,20 @@ def _stream_of_warm_ups(device: torch.device) -> torch.cuda.Stream:
 def _room_for_graphs(device: torch.device) -> int:
     """The most bytes that one computation's graphs may take of a device."""
     return torch.cuda.mem_get_info(device)[1] // 16 if device.type == "cuda" else 0
+
+
+def _without_its_object(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls a method, and keeps nothing alive that the method's object holds; others as they are."""
+    if not isinstance(function, MethodType):
+        return function
+    method = WeakMethod(function)
+
+    def call(*fixed: Hashable, **inputs: Tensor) -> Any:
+        bound = method()
+        assert bound is not None, "the object whose method this is must be kept"
+        return bound(*fixed, **inputs)
+
+    return call
 
 
 def _shape_of(fixed: tuple[Hashable, ...], inputs: Mapping[str, Tensor]) -> Hashable:

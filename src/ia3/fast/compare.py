@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ia3.fast.draws import DrawsApart
 from ia3.fast.guard import dropout_rates
 from ia3.sites import logger
 
@@ -65,9 +66,7 @@ def difference(
     limits = list(_IN_FP8 if fp8 else _TOLERANCES[dtype])
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         limits = list(_IN_TF32)
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with _one_at_a_time, torch.random.fork_rng(devices), _without_dropout(model):
+    with _one_at_a_time, DrawsApart(), _without_dropout(model):
         try:
             expected = _in_few_bytes(own)
         except torch.OutOfMemoryError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ia3.fast import fused
@@ -50,7 +49,7 @@ class FusedEncoder:
         self.blocks = GraphedCallable(self._through, model.device, repeatable=True)
 
     def __call__(self, batch: Mapping[str, Tensor], table: Tensor, *, head: bool) -> Any:
-        """What the model's forward returns, or that of its body; the random state stays as it was.
+        """What the model's forward returns, or that of its body; nothing is drawn.
 
         Args:
             batch: `input_ids` and `attention_mask` `[texts, length]`, padded on the right, on the CPU.
@@ -61,9 +60,7 @@ class FusedEncoder:
         if self.blocks.captures:
             packed = self.losses.round_up(packed, packed.examples, FEW_PARTS)
         root, front = (self.model, f"{self.body}.{self.inside}") if head else (self._body, self.inside)
-        device = self.model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # seeds are drawn, and drop nothing
-            return answered(root, front, self._encode(packed, table))(input_ids=packed["input_ids"].to(device))
+        return answered(root, front, self._encode(packed, table))(input_ids=packed["input_ids"].to(self.model.device))
 
     @property
     def _body(self) -> Any:

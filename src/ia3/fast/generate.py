@@ -450,13 +450,13 @@ class _Ready:
 def _narrowed(model: Any, layout: Layout, flat: Tensor) -> tuple[Layout, Tensor]:
     """A mixture's vectors `[examples, D]` over keys and values alone, if none changes a fused layer's queries."""
     architecture = architecture_of(model)
-    if architecture is None or all(stack.attention.channels is None for stack in architecture.stacks):
+    if architecture is None or not layout.sites or all(not stack.attention.channels for stack in architecture.stacks):
         return layout, flat
     expected = expected_sites(model, architecture)
     sites = [replace(site, intervals=expected.get((site.path, site.side))) for site in layout.sites]
     begins = accumulate(layout.widths, initial=0)
     taken = torch.cat([begin + site.channels() for begin, site in zip(begins, sites, strict=False)])
-    rest = torch.ones(layout.size, dtype=torch.bool).index_fill(0, taken, False)
+    rest = torch.ones(layout.size, dtype=torch.bool, device="cpu").index_fill(0, taken, False)
     if bool((flat[:, rest] != 1).any()):
         return layout, flat
     return Layout(tuple(sites)), flat[:, taken]

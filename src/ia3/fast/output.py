@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ia3.adapter import vectors
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
+from ia3.fast.draws import DrawsApart
 from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
 from ia3.fast.ragged import IGNORE_INDEX
@@ -304,9 +305,8 @@ class _Rest:
                 "What an output has besides its loss is computed when it is read, and since this model was called, it "
                 "or its inputs were changed: read logits before, or call the model again."
             )
-        device = self.model.device
-        unmoved = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False), _training(self.model), unmoved:
+        without_autocast = torch.autocast(self.model.device.type, enabled=False)
+        with torch.enable_grad(), without_autocast, _training(self.model), DrawsApart():
             found: Mapping[str, Any] = self._own_output()
         return found
 

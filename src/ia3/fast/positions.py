@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ia3.architectures import Architecture
 from ia3.fast.layers import SelfLayer
-
-# A CPU meets every length, and each bias takes heads × length².
-_MANY_LENGTHS = 16
+from ia3.fast.tables import Tables
 
 
 class Positions:
-    """What a model's own modules make of positions, computed once a length, since they are frozen.
+    """What a model's own modules make of positions, in tables by length, since they are frozen.
+
+    A CPU meets every length, and a bias takes heads × length².
 
     Args:
         model: the model.
@@ -35,41 +35,43 @@ class Positions:
                 own.weight for name, own in model.named_modules() if name.endswith(".relative_attention_bias")
             ]
         self.by_kind = self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
-        self.known: dict[Any, Any] = {}
+        self.tables = Tables()
 
     def bias(self, layer: SelfLayer, length: int) -> Tensor | None:
         """Added to a layer's scores, `[1, heads, length, length]`; a decoder's hides what comes later."""
         attention: Any = layer.relative
         if attention is None:
             return None
-        if (attention, length) not in self.known:
-            bias = attention.compute_bias(length, length).to(self.weight.dtype)
+
+        def make() -> Tensor:
+            bias: Tensor = attention.compute_bias(length, length).to(self.weight.dtype)
             if layer.causal:
                 bias = bias + torch.full_like(bias, torch.finfo(bias.dtype).min).triu(1)
-            if not bias.is_cuda and len(self.known) >= _MANY_LENGTHS:  # a graph reads those on a GPU
-                self.known.clear()
-            self.known[attention, length] = bias.contiguous()
-        found: Tensor = self.known[attention, length]
-        return found
+            return bias.contiguous()
+
+        return self.tables.get((attention, length), make)
 
     def bias_by_distance(self, layer: SelfLayer, length: int) -> Tensor | None:
         """The same of one query and the keys up to it, by how far before it they are, `[heads, length]`."""
         attention: Any = layer.relative
         if attention is None:
             return None
-        if (attention, "distance", length) not in self.known:
-            (bias,) = attention.compute_bias(1, length, past_seen_tokens=length - 1).to(self.weight.dtype)
-            self.known[attention, "distance", length] = bias[:, 0].flip(-1).contiguous()
-        found: Tensor = self.known[attention, "distance", length]
-        return found
+
+        def make() -> Tensor:
+            bias: Tensor = attention.compute_bias(1, length, past_seen_tokens=length - 1)[0].to(self.weight.dtype)
+            return bias[:, 0].flip(-1).contiguous()
+
+        return self.tables.get((attention, "distance", length), make)
 
     def angles(self, layer: SelfLayer, length: int) -> tuple[Tensor, Tensor]:
         """The cosines and sines of the first positions, `[length, rotated / 2]`."""
         kind = layer.kind if self.by_kind else None
-        if (kind, length) not in self.known:
+
+        def make() -> Tensor:
             at = torch.arange(length, device=self.weight.device)[None]
             both = self.rotary(self.weight, at) if kind is None else self.rotary(self.weight, at, kind)
             # The second half is the first again.
-            self.known[kind, length] = tuple(each[0].chunk(2, -1)[0].contiguous() for each in both)
-        cos, sin = self.known[kind, length]
+            return torch.stack([each[0].chunk(2, -1)[0] for each in both])
+
+        cos, sin = self.tables.get((kind, length), make)
         return cos, sin

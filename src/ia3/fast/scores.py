@@ -36,7 +36,7 @@ class ChoiceScores:
     """The log-probability of each token of each choice after each input, without padding.
 
     Args:
-        model: one for which `unsupported_reason` has nothing to say; its weights are fused.
+        model: one in evaluation mode for which `unsupported_reason` has nothing to say; its weights are fused.
         choices: tokens `[choices, length]`, -100 after a choice's end.
         layout: the sites at which there may be vectors.
 
@@ -57,7 +57,7 @@ class ChoiceScores:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, flat: Tensor, readers: Sequence[int] | None = None
     ) -> Tensor:
-        """`[answers, choices, length]` in fp32 at least; the random state stays as it was.
+        """`[answers, choices, length]` in fp32 at least; nothing is drawn.
 
         Args:
             input_ids: `[inputs, source]`, best on the CPU.
@@ -66,7 +66,7 @@ class ChoiceScores:
                 same in the encoder.
             readers: how many answers read each input, one after the other; None for one each.
         """
-        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX)
+        nothing = torch.full((len(input_ids), 1), IGNORE_INDEX, device="cpu")
         packed = self.losses.pack({"input_ids": input_ids, "attention_mask": attention_mask, "labels": nothing})
         answers = sum(readers or [1] * len(input_ids))
         tensors = dict(packed.tensors)
@@ -78,10 +78,8 @@ class ChoiceScores:
         if readers is not None:
             before = [*accumulate(readers, initial=0)]
             before += [answers] * (packed.examples - len(readers))
-            tensors["before"] = torch.tensor(before, dtype=torch.int32)
-        device = self.model.device
-        # Kernels may be given seeds, which are drawn although nothing is dropped.
-        with self.lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            tensors["before"] = torch.tensor(before, dtype=torch.int32, device="cpu")
+        with self.lock:
             groups = self._hold(flat, filled)
             found: Tensor = self.computation(groups, filled, most, *packed.fixed, **tensors)
             return found[:answers].clone()
@@ -114,7 +112,7 @@ class ChoiceScores:
         if kind in self.compared:
             return None
         counts = [*(readers or [1] * len(input_ids))]
-        chosen = telling_examples(attention_mask.sum(1), torch.tensor(counts) > 0)
+        chosen = telling_examples(attention_mask.sum(1), torch.tensor(counts, device="cpu") > 0)
         before = [*accumulate(counts, initial=0)]
         few = [min(counts[one], 2) for one in chosen]
         answers = [before[one] + place for one, count in zip(chosen, few, strict=True) for place in range(count)]
@@ -132,7 +130,7 @@ class ChoiceScores:
 
     def _own_numbers(self, inputs: Mapping[str, Tensor], readers: Sequence[int], flat: Tensor, moved: float) -> Numbers:
         """By the model's own forward, each answer with an input of its own."""
-        counts, device = torch.tensor(readers), self.model.device
+        counts, device = torch.tensor(readers, device="cpu"), self.model.device
         batch = {name: tensor.repeat_interleave(counts, 0).to(device) for name, tensor in inputs.items()}
         labels = self.choices[:1].repeat(len(batch["input_ids"]), 1)
         vectors = moved_by(flat.detach(), moved).detach().expand(len(labels), -1)

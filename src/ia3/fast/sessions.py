@@ -254,10 +254,10 @@ class Watch:
         """Note what this step leaves, and look at what an earlier one did; None in the first steps."""
         if not self.waits:
             return left
-        copied = torch.empty(left.shape, dtype=left.dtype, pin_memory=True)
+        copied = torch.empty(left.shape, dtype=left.dtype, device="cpu", pin_memory=True)
         copied.copy_(left, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(left.device))
         self.pending.append((copied, event))
         if len(self.pending) <= AHEAD:
             return None

@@ -301,7 +301,7 @@ class Slots:
         """The arguments of `_read` for some of the texts; where it is recorded, filled up to one of few shapes."""
         own, inputs = [rows[text[0]] for text in texts], [index for text in texts for index in text]
         ids, mask = (
-            pad_sequence([torch.tensor(row) for row in each], batch_first=True)
+            pad_sequence([_here(row) for row in each], batch_first=True)
             for each in (own, [[1] * len(row) for row in own])
         )
         packed = pack_prompts(ids, mask, positions=has_learned_positions(self.fused.architecture))
@@ -317,16 +317,16 @@ class Slots:
             edges = [0, *accumulate(len(rows[index]) for index in inputs)]
             tokens, filled = (next_power_of_2(n) if fills else n for n in (len(copied), len(inputs)))
             readers = [slots[text[0]] for text in texts]
-            tensors["readers"] = torch.tensor(readers + [self.count] * (packed.examples - len(texts)))
-            tensors["copied"] = torch.tensor(copied + [0] * (tokens - len(copied)))
-            tensors["edges"] = torch.tensor(edges + edges[-1:] * (filled - len(inputs)), dtype=torch.int32)
+            tensors["readers"] = _here(readers + [self.count] * (packed.examples - len(texts)))
+            tensors["copied"] = _here(copied + [0] * (tokens - len(copied)))
+            tensors["edges"] = _here(edges + edges[-1:] * (filled - len(inputs)), torch.int32)
         spare = filled - len(inputs)
-        tensors["slots"] = torch.tensor([slots[index] for index in inputs] + [self.count] * spare)
+        tensors["slots"] = _here([slots[index] for index in inputs] + [self.count] * spare)
         limits = [[of[index] for index in inputs] for of in (most, least)]
-        tensors["limits"] = functional.pad(torch.tensor(limits), (0, spare))
+        tensors["limits"] = functional.pad(_here(limits), (0, spare))
         places = [slots[index] * self.max_source + at for index in inputs for at in range(len(rows[index]))]
         # What fills up is written where no slot is.
-        tensors["places"] = torch.tensor(places + [self.count * self.max_source] * (tokens - len(places)))
+        tensors["places"] = _here(places + [self.count * self.max_source] * (tokens - len(places)))
         return packed.fixed, tensors
 
     def _filled(self, packed: Packed) -> Packed:
@@ -379,13 +379,18 @@ class Slots:
             raise ValueError(f"There is no slot {unknown[0]}: these are 0 to {self.count - 1}.")
 
 
+def _here(numbers: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+    """On the CPU, whatever PyTorch's default device is, for one transfer of all."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
+
+
 def _columns_within(model: Any, layout: Layout) -> Tensor:
     """Which numbers of flat vectors act in the encoder."""
     architecture = architecture_of(model)
     assert architecture is not None
     front = f"{architecture.stacks[0].blocks}."
-    inside = [torch.full((site.width,), site.path.startswith(front)) for site in layout.sites]
-    return torch.cat(inside or [torch.zeros(0, dtype=torch.bool)]).nonzero().flatten().to(model.device)
+    inside = [torch.full((site.width,), site.path.startswith(front), device="cpu") for site in layout.sites]
+    return torch.cat(inside or [torch.zeros(0, dtype=torch.bool, device="cpu")]).nonzero().flatten().to(model.device)
 
 
 def _check_sizes(**sizes: int) -> None:

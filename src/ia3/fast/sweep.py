@@ -194,7 +194,7 @@ class SweepStep:
         self.counts = self.table.new_zeros(len(table), 1)
         self.norms = self.table.new_tensor(max_gradient_norms)[:, None]
         self.decays = self.table.new_tensor(weight_decays)[:, None]
-        self.computation = self._computation()
+        self.recorded = self._recorded()
 
     @property
     def records(self) -> bool:
@@ -218,8 +218,9 @@ class SweepStep:
         fixed, tensors = self.losses.prepare(batch)
         has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1, keepdim=True)
         tensors["learning"] = has_label.to(self.table.dtype)
-        tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype)[:, None]
-        losses: Tensor = self.computation(self.model.training, *fixed, **tensors)
+        tensors["rates"] = torch.tensor(rates, dtype=self.table.dtype, device="cpu")[:, None]
+        step = self.recorded or self._on_device
+        losses: Tensor = step(self.model.training, *fixed, **tensors)
         return losses.clone()
 
     def _compare(self, batch: Mapping[str, Tensor]) -> None:
@@ -244,7 +245,7 @@ class SweepStep:
         if self.reason is not None:
             logger.warning("The sweep's losses are by the model's own forward from now on: %s.", self.reason)
             self.losses = self.losses.mixed
-            self.computation = self._computation()
+            self.recorded = self._recorded()
 
     def _first_with_a_label(self, batch: Mapping[str, Tensor]) -> int | None:
         has_label = (batch["labels"] != IGNORE_INDEX).view(len(self.table), -1).any(1).tolist()
@@ -285,20 +286,18 @@ class SweepStep:
         self.compared, self.reason = state["compared"], state["reason"]
         if self.reason is not None and isinstance(self.losses, FusedLosses):
             self.losses = self.losses.mixed
-            self.computation = self._computation()
+            self.recorded = self._recorded()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""
         chosen = torch.tensor(rows, device=self.table.device)
         for name in ("table", "first", "second", "counts", "norms", "decays"):
             setattr(self, name, getattr(self, name)[chosen])
-        self.computation = self._computation()
+        self.recorded = self._recorded()
 
-    def _computation(self) -> Callable[..., Any]:
-        """The step; graphs would go on with the tensors that they were captured with."""
-        if self.records:
-            return GraphedCallable(self._step, self.table.device, warm_up=self._warm_up)
-        return self._on_device
+    def _recorded(self) -> GraphedCallable | None:
+        """The step where it is captured, anew: graphs would go on with the tensors that they were captured with."""
+        return GraphedCallable(self._step, self.table.device, warm_up=self._warm_up) if self.records else None
 
     def _on_device(self, training: bool, *fixed: Any, **tensors: Tensor) -> Tensor:
         return self._step(training, *fixed, **{name: tensor.to(self.table.device) for name, tensor in tensors.items()})

@@ -279,7 +279,8 @@ class Training:
         """What each part of each batch's loss counts among those of the step in all processes, `[batches, parts]`."""
         device = self.accelerator.device
         wide = torch.float32 if device.type == "mps" else torch.float64  # of which Apple's GPUs have none
-        own = torch.tensor(counts, dtype=wide, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        own = torch.tensor(counts, dtype=wide, device="cpu", pin_memory=device.type == "cuda")
+        own = own.to(device, non_blocking=True)
         return own / self.processes.sum(own.sum(0)).clamp(min=1)
 
     def _evaluate_if_due(self, bars: ProgressBars) -> None:

@@ -240,8 +240,8 @@ class Together:
             settings = [self.plans[run].settings for run in self.running]
             size = max(size, *(each.batch_size * each.gradient_accumulation for each in settings))
         batch = self.learner.collate([row for rows in groups for row in (*rows, *[rows[0]] * (size - len(rows)))])
-        filler = torch.tensor([place >= len(rows) for rows in groups for place in range(size)])
-        batch["labels"][filler] = IGNORE_INDEX
+        fills = [place >= len(rows) for rows in groups for place in range(size)]
+        batch["labels"][torch.tensor(fills, device="cpu")] = IGNORE_INDEX
         return batch
 
     def _leave(self, rows: Sequence[int]) -> None:

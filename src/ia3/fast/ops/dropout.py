@@ -58,13 +58,16 @@ class DropoutSeeds:
         device: the model's.
         count: how many dropouts a step has; none where nothing is dropped.
         backend: PyTorch's dropout draws for itself.
+        drops: whether any of them drops anything. If not, nothing is drawn, and any seed will do.
     """
 
-    def __init__(self, device: torch.device, count: int, backend: Backend) -> None:
-        self.backend = backend
-        draws = backend == "triton" and count > 0
-        self.seeds = torch.randint(0, 2**62, (count,), device=device).unbind() if draws else None
-        self.place = 0
+    def __init__(self, device: torch.device, count: int, backend: Backend, *, drops: bool) -> None:
+        self.backend, self.place = backend, 0
+        self.seeds: tuple[Tensor, ...] | None = None
+        if backend == "triton" and count:
+            whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+            seeds = torch.randint(0, 2**62, (count,), **whole) if drops else torch.zeros(count, **whole)
+            self.seeds = seeds.unbind()
 
     def next(self) -> Tensor | None:
         """A seed for one dropout; None where PyTorch draws, or nothing is dropped."""

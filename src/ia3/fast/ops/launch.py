@@ -6,12 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ia3.fast.ops.backend import has_triton
 
@@ -64,8 +66,15 @@ class _Mode(threading.local):
 _mode = _Mode()
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """With a GPU as the current one, where Triton launches and PyTorch records, whichever the tensors are on."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel.
+    """Run a kernel, on the device of its tensors.
 
     Args:
         kernel: decorated with `jit`.
@@ -73,10 +82,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         arguments: tensors, where the kernel takes pointers, None and numbers.
         constants: what it is compiled for.
     """
-    if _mode.only_compiles:
-        kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
-    else:
-        kernel.by_triton[grid](*arguments, **constants)
+    with on_device(next(each.device for each in arguments if isinstance(each, Tensor))):
+        if _mode.only_compiles:
+            kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
+        else:
+            kernel.by_triton[grid](*arguments, **constants)
 
 
 def compile_kernels(computation: Callable[[], object], device: torch.device) -> None:
