@@ -99,6 +99,19 @@ def test_twenty_steps(tiny, randomise, form, more) -> None:
     assert schedule.get_last_lr() == [0.0]
 
 
+def test_a_group_of_the_optimizer_may_be_empty(tiny, randomise) -> None:
+    """As the usual split leaves it, where nothing that is trained shall decay."""
+    usual = adapted(tiny, randomise, "t5 gated", torch.float32)
+    compiled = copy.deepcopy(usual)
+    expected = train_as_usual(usual, batches()[:3])
+    trained = [parameter for parameter in compiled.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "weight_decay": 0.0}, {"params": [], "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
+    step = ia3.compile_step(compiled, optimizer, get_linear_schedule_with_warmup(optimizer, 3, STEPS))
+    assert step.path == "fused"
+    assert [float(step(batch)) for batch in batches()[:3]] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("fast", [True, False], ids=["fused", "eager"])
 def test_two_processes_that_have_the_same_batch_go_as_one(tiny, randomise, fast) -> None:
     """Each has half of all targets, so that the sum is the mean."""

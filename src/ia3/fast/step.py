@@ -316,8 +316,11 @@ def _settings(optimizer: Optimizer) -> list[Any]:
     found: list[Any] = []
     for group in optimizer.param_groups:
         plain = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
-        state = optimizer.state[group["params"][0]]
-        moments = [state[name].data_ptr() for name in sorted(state) if isinstance(state[name], Tensor)]
+        # Those of one parameter stand for all of its group; a split by decay may leave a group without any.
+        states = [optimizer.state[parameter] for parameter in group["params"][:1]]
+        moments = [
+            state[name].data_ptr() for state in states for name in sorted(state) if isinstance(state[name], Tensor)
+        ]
         rate = group["lr"]
         found.append((plain, rate.data_ptr() if isinstance(rate, Tensor) else rate, moments))
     return found
