@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from test_llama import adapted_causal, texts_of
 from test_t5 import adapted, batch_of
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BertForQuestionAnswering, T5ForConditionalGeneration, get_linear_schedule_with_warmup
 
 import ia3
@@ -30,6 +33,11 @@ def optimiser_of(model: Any, **how: Any) -> tuple[Any, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, **{"lr": 0.02, "weight_decay": 0.0, **how})
     return optimizer, get_linear_schedule_with_warmup(optimizer, 3, STEPS)
+
+
+def steady(model: Any) -> torch.optim.AdamW:
+    """With a rate that no scheduler begins at zero."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
 
 
 def causal_batches() -> list[dict[str, Tensor]]:
@@ -345,6 +353,117 @@ def test_what_a_step_would_not_hear_is_an_error(tiny, randomise, change) -> None
     change(model)
     with pytest.raises(RuntimeError, match="make the step again"):
         step(batch_of())
+
+
+def first_vector(model: Any) -> torch.nn.Parameter:
+    found: torch.nn.Parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return found
+
+
+def hook_at_a_vector(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return first_vector(model).register_hook(call)
+
+
+def hook_behind_a_gradient(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return first_vector(model).register_post_accumulate_grad_hook(call)
+
+
+def hook_before_the_optimizer(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return optimizer.register_step_pre_hook(call)
+
+
+def hook_behind_the_optimizer(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return optimizer.register_step_post_hook(call)
+
+
+def hook_of_all_optimizers(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return register_optimizer_step_post_hook(call)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        *(hook_at_a_vector, hook_behind_a_gradient),
+        *(hook_before_the_optimizer, hook_behind_the_optimizer, hook_of_all_optimizers),
+    ],
+)
+def test_hooks_of_vectors_and_optimizers_are_called_or_asked_for(tiny, randomise, register) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    optimizer, calls = optimiser_of(model)[0], []
+    before = ia3.compile_step(model, optimizer)
+    before(batch_of())
+    handle = register(model, optimizer, lambda *_: calls.append(1))
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"hook was registered at .* make the step again"):
+                before(batch_of())
+        step = ia3.compile_step(model, optimizer)
+        assert step.path == "eager"
+        assert "carries a hook" in (step.reason or "")
+        step(batch_of())
+        step(batch_of())
+        assert len(calls) == 2
+    finally:
+        handle.remove()
+    before(batch_of())
+    assert len(calls) == 2
+
+
+def test_gradients_from_before_count(tiny, randomise, caplog) -> None:
+    """Such as a regulariser's; the steps without any stay fused."""
+    usual = adapted(tiny, randomise, "t5 gated", torch.float32)
+    compiled = copy.deepcopy(usual)
+
+    def regularise(model: Any) -> None:
+        sum(((vector - 1) ** 2).sum() for vector in model.parameters() if vector.requires_grad).backward()
+
+    optimizer = steady(usual)
+    for number, batch in enumerate(batches()[:4]):
+        if number != 1:
+            regularise(usual)
+        models_own(usual, **batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step = ia3.compile_step(compiled, steady(compiled))
+    with caplog.at_level("INFO", logger="ia3"):
+        for number, batch in enumerate(batches()[:4]):
+            if number != 1:
+                regularise(compiled)
+            step(batch)
+            assert all(parameter.grad is None for parameter in compiled.parameters())
+    for name, vector in vectors_of(usual).items():
+        torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
+    assert step.path == "fused"
+    assert caplog.text.count("there are gradients from before") == 1
+
+
+def test_a_step_that_failed_leaves_no_gradients(tiny, randomise, monkeypatch) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    optimizer = steady(model)
+    step = ia3.compile_step(model, optimizer)
+    step(batch_of())
+    monkeypatch.setattr(optimizer, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(batch_of())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hooks_of_all_modules_are_called(tiny, randomise, caplog) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step, calls = ia3.compile_step(model, steady(model)), []
+    expected = float(step(batch_of()))
+    with caplog.at_level("INFO", logger="ia3"):
+        handle = register_module_forward_hook(lambda module, *_: calls.append(module))
+        try:
+            loss = float(step(batch_of()))
+        finally:
+            handle.remove()
+    assert len({id(module) for module in calls}) > 20
+    assert loss < expected
+    assert "the ordinary one, since hooks are registered for all modules" in caplog.text
+    calls.clear()
+    step(batch_of())
+    assert (calls, step.path) == ([], "fused")
 
 
 def test_what_is_loaded_in_place_is_heard(tiny, randomise) -> None:

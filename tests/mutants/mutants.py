@@ -552,6 +552,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("FusedLoss.logits", Instead("self.architecture.logits_scale(self.config)", "1.0"),
                "a tied head isn't scaled"),
         Mutant("_Fast._expect_as_it_was", Never("is_valid"), "a model that was cast trains on its old weights"),
+        Mutant("_Fast._expect_as_it_was", Never("_has_new_hooks"), "hooks that came later are not called in silence"),
+        Mutant("_Fast._gradients_before", Always("grad"), "gradients from before a step are forgotten"),
         Mutant("restore", Drop("weight.data"), "unloading leaves the weights next to each other"),
         Mutant("_checked", Never("pieces"), "a mask with holes is packed as if it had none"),
         Mutant("Positions.bias_by_distance", Skip("flip"), "a token that is written has the farthest one's bias"),

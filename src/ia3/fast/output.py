@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules.module import _has_any_global_hook
 
 from ia3.adapter import vectors
 from ia3.fast.batch import Packed
@@ -27,8 +26,8 @@ from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward
 from ia3.fast.ragged import IGNORE_INDEX
+from ia3.fast.surroundings import unusual_call
 from ia3.listening import LISTENS, listen
-from ia3.rows import act_here
 from ia3.sites import logger
 from ia3.state import sole_active_adapter
 
@@ -66,7 +65,7 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
         return None  # where nothing may be noted
     state: _State = model.__dict__.setdefault(_STATE, _State())
     batch, kind = _batch_of(model, kwargs), _output_class(own_forward(type(model)))
-    reason = _surroundings(model) or (batch if isinstance(batch, str) else None)
+    reason = unusual_call(model) or (batch if isinstance(batch, str) else None)
     if reason is not None or kind is None or isinstance(batch, str):
         state.say(reason or "its forward doesn't say what it returns")
         return None
@@ -88,26 +87,6 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     if items is not None and loss.losses.architecture.mode == "causal":
         found = found * count / items
     return _unread(kind(loss=found), _Rest(model, state, loss, kwargs, flat))
-
-
-def _surroundings(model: Any) -> str | None:
-    """Why the model's own forward must run as things stand around the call; None where it need not."""
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return "hooks are registered for all modules"
-    if act_here():
-        return "it is called inside a batch that mixes adapters"
-    # A replica of DataParallel shares its original's attributes, and has no parameters.
-    if getattr(model, "_is_replica", False):
-        return "it is a replica of DataParallel"
-    # torch.func's tensors can't be asked where they are.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms it"
-    device = model.device.type
-    if torch.is_autocast_enabled(device):
-        return "autocast is on: load the model in half precision (dtype=torch.bfloat16) instead"
-    if device == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "it is being captured"
-    return None
 
 
 def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | str:
