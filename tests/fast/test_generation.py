@@ -254,6 +254,22 @@ def test_rows_that_act_already_are_heard(tiny, family) -> None:
     assert found.shape != plain.shape or not torch.equal(found, plain)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
+def test_autocast_is_the_models_own_generates(tiny, caplog, family) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model)
+    settings = {"max_new_tokens": NEW, "eos_token_id": ENDS}
+    decoder = Decoder(model, **settings)
+    with caplog.at_level("INFO", logger="ia3"), torch.autocast("cpu", torch.bfloat16):
+        found = [decoder(ids, mask) for _ in range(2)]
+        assert torch.equal(found[0], expected(model, ids, mask, **settings))
+    assert torch.equal(*found)
+    assert not decoder.sessions
+    assert caplog.text.count("the model's own way, since autocast is on") == 1
+    assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+    assert decoder.sessions
+
+
 def test_a_mixture_that_changes_queries_is_the_own_forwards(tiny) -> None:
     model = mixed_model(tiny, "gpt2")
     decoder = Decoder(model, max_new_tokens=3)

@@ -323,6 +323,15 @@ def test_what_is_refused_changes_nothing() -> None:
         narrow.admit([0], [[20]], layout, flat)
 
 
+def test_slots_do_not_compute_in_the_precision_of_autocast() -> None:
+    slots, coming = made(mixed("t5")), requests(2, seed=1)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Autocast is on"):
+        let_in(slots, slots.free[:2], coming)
+    let_in(slots, slots.free[:2], coming)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Autocast is on"):
+        slots.step()
+
+
 def test_a_model_that_has_changed_needs_new_slots() -> None:
     model = mixed("flan-t5")
     slots = made(model)

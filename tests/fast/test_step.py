@@ -466,6 +466,20 @@ def test_hooks_of_all_modules_are_called(tiny, randomise, caplog) -> None:
     assert (calls, step.path) == ([], "fused")
 
 
+def test_autocast_is_the_ordinary_steps(tiny, randomise, caplog) -> None:
+    usual = adapted(tiny, randomise, "t5 gated", torch.float32)
+    compiled = copy.deepcopy(usual)
+    step = ia3.compile_step(compiled, steady(compiled))
+    with caplog.at_level("INFO", logger="ia3"), torch.autocast("cpu", torch.bfloat16):
+        expected = train_as_usual(usual, batches()[:3])
+        losses = [float(step(batch)) for batch in batches()[:3]]
+    assert losses[0] == expected[0]
+    assert caplog.text.count("the ordinary one, since autocast is on") == 1
+    own = float(models_own(compiled, **batch_of()).loss.detach())
+    assert float(step(batch_of())) == pytest.approx(own, rel=1e-5)
+    assert (step.path, step.reason) == ("fused", None)
+
+
 def test_what_is_loaded_in_place_is_heard(tiny, randomise) -> None:
     model = adapted(tiny, randomise, "t5 gated", torch.float32)
     step = ia3.compile_step(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0))

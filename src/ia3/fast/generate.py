@@ -39,10 +39,11 @@ from ia3.fast.sessions import (
     round_up_to,
     start_of,
 )
+from ia3.fast.surroundings import unusual_call
 from ia3.mixing import acting_flat, gather_flat, gather_rows
 from ia3.quantised import first_quantised
-from ia3.rows import BASE, Rows, act_here, acting
-from ia3.sites import Layout, Side, Site
+from ia3.rows import BASE, Rows, acting
+from ia3.sites import Layout, Side, Site, logger
 from ia3.swap import SavedModule, Swapped
 
 # Sizes of batches that are kept ready; each has the keys and values of its whole length.
@@ -262,6 +263,7 @@ class Decoder(Generate):
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
+        self.said: set[str] = set()
         self.has_block = architecture is not None and architecture.mode != "encoder"
         self.has_forward = not self.is_seq2seq and _forward_unsupported_reason(model) is None
         self.path = "captured" if model.device.type == "cuda" else "static"
@@ -274,7 +276,10 @@ class Decoder(Generate):
             raise ValueError(
                 f"There are {len(adapter_names)} adapter_names for {len(input_ids)} examples: pass one an example."
             )
-        if not self._takes(input_ids, attention_mask):
+        around = unusual_call(self.model)
+        if around is not None:
+            self._say(around)
+        if around is not None or not self._takes(input_ids, attention_mask):
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
         if not self.guard.is_valid():
             self.causal.clear()
@@ -295,10 +300,16 @@ class Decoder(Generate):
 
     def _takes(self, ids: Tensor, mask: Tensor) -> bool:
         """Whether a batch is one for sessions, and not for the model's own `generate`."""
-        if not len(ids) or self.model.training or act_here():  # rows that act are the model's to hear
+        if not len(ids) or self.model.training:
             return False
         # Padded on the right, a causal model's prompt is not followed by what is written.
         return self.is_seq2seq or bool(mask[:, -1].all())
+
+    def _say(self, reason: str) -> None:
+        """Say once why calls like this one go through the model's own `generate`."""
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.info("A generation: the model's own way, since %s", reason)
 
     # By the block
 

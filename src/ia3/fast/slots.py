@@ -28,6 +28,7 @@ from ia3.fast.ops.greedy import Answers, take_likeliest
 from ia3.fast.ops.launch import compile_kernels, next_power_of_2
 from ia3.fast.ragged import Ragged
 from ia3.fast.sessions import BUCKET, GenerationPlan, Watch, over, round_up_to
+from ia3.fast.surroundings import INSTEAD_OF_AUTOCAST, is_autocast_on
 from ia3.sites import Layout
 
 # Where every computation has one shape, so many texts are read at once.
@@ -129,8 +130,9 @@ class Slots:
 
         Raises:
             ValueError: any of these is wrong; no slot has changed then.
-            RuntimeError: the model has changed since the slots were made.
+            RuntimeError: the model has changed since the slots were made, or autocast is on.
         """
+        self._expect_own_precision()
         most = [self.plan.max_new_tokens] * len(slots) if max_new is None else list(max_new)
         default = max(self.plan.min_length - 1, self.plan.min_new_tokens, 0)
         least = [default] * len(slots) if min_new is None else list(min_new)
@@ -151,7 +153,11 @@ class Slots:
         """Write each live slot one more token; the slots that were seen to have ended, which are free from now on.
 
         A GPU goes on meanwhile: an end is seen a few steps late, and until then nothing more is written there.
+
+        Raises:
+            RuntimeError: autocast is on.
         """
+        self._expect_own_precision()
         if not self.lengths:
             return []
         seen = self.watch.sees(self.stepping(*self._reach()))
@@ -342,6 +348,13 @@ class Slots:
         return Packed(tensors, packed.max_seqlen, packed.uniform)
 
     # What is refused
+
+    def _expect_own_precision(self) -> None:
+        if is_autocast_on(self.flat.device):
+            raise RuntimeError(
+                "Autocast is on, and slots compute in the precision of the model's weights: call them outside of it, "
+                f"and {INSTEAD_OF_AUTOCAST} if you want another."
+            )
 
     def _check(
         self, slots: Sequence[int], rows: Sequence[Sequence[int]], layout: Layout, flat: Tensor, most: Sequence[int],

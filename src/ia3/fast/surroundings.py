@@ -9,6 +9,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ia3.rows import act_here
 
+INSTEAD_OF_AUTOCAST = "load the model in half precision (dtype=torch.bfloat16)"
+
 
 def unusual_call(model: Any) -> str | None:
     """Why the model's own forward must run as things stand around a call; None where it need not."""
@@ -25,9 +27,14 @@ def unusual_surroundings(model: Any) -> str | None:
     # torch.func's tensors can't be asked where they are.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms it"
-    device = model.device.type
-    if torch.is_autocast_enabled(device):
-        return "autocast is on: load the model in half precision (dtype=torch.bfloat16) instead"
-    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+    device = model.device
+    if is_autocast_on(device):
+        return f"autocast is on: {INSTEAD_OF_AUTOCAST} instead"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "it is being captured"
     return None
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether a model's own forward would compute in another precision than its weights'."""
+    return torch.is_autocast_enabled(device.type)
