@@ -607,6 +607,12 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("sole_active_adapter", Instead("len(acting) == 1", "acting"),
                "of two active adapters the second is forgotten"),
     ],
+    ("fast/test_compare_decoding.py",): [
+        Mutant("Decoder._steps_aside", Never("reason"), "a patched attention is ignored where answers are written"),
+        Mutant("Decoder._steps_aside", Always("mixed"), "each generation is computed twice"),
+        Mutant("_Beside._prompts", Instead("row[:-1] if len(row) > 1 else row", "row"),
+               "an input that takes all positions is compared behind its end"),
+    ],
     ("fast/ops/test_attention.py",): [
         Mutant("_attend", Never("causal"), "a decoder sees what it is to predict"),
         Mutant("_seen", Instead("distance >= 0", "distance > -length"), "a window also shows what follows"),

@@ -25,6 +25,7 @@ from ia3.experts import computes_in_a_loop
 from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_prompts, packable, round_up
 from ia3.fast.capture import GraphedCallable
+from ia3.fast.compare_decoding import decoding_difference
 from ia3.fast.guard import Guard, unsupported_modules
 from ia3.fast.layers import expected_sites
 from ia3.fast.ops.launch import next_power_of_2
@@ -263,10 +264,11 @@ class Decoder(Generate):
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
+        self.compared: set[bool] = set()
         self.said: set[str] = set()
         self.has_block = architecture is not None and architecture.mode != "encoder"
         self.has_forward = not self.is_seq2seq and _forward_unsupported_reason(model) is None
-        self.path = "captured" if model.device.type == "cuda" else "static"
+        self.path = self._fast_path
 
     @torch.inference_mode()
     def __call__(
@@ -285,13 +287,18 @@ class Decoder(Generate):
             self.causal.clear()
             self.fused.clear()
             self.reasons.clear()
-            self.guard = Guard(self.model)
-        tokens = self._by_block(input_ids, attention_mask, adapter_names)
-        if tokens is None and self.has_forward:
+            self.compared.clear()
+            self.guard, self.reason, self.path = Guard(self.model), None, self._fast_path
+        tokens = None if self.reason is not None else self._by_block(input_ids, attention_mask, adapter_names)
+        if tokens is None and self.reason is None and self.has_forward:
             tokens = self._by_forward(input_ids, attention_mask, adapter_names)
         if tokens is None:
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
         return torch.cat([self._head(input_ids), tokens], dim=1)
+
+    @property
+    def _fast_path(self) -> str:
+        return "captured" if self.model.device.type == "cuda" else "static"
 
     @property
     def sessions(self) -> list[Session]:
@@ -327,6 +334,8 @@ class Decoder(Generate):
             # A session has room for longer ones, which would be rotated and attended to for nothing.
             packed = replace(packed, max_seqlen=round_up_to(longest, BUCKET))
         session = self._session(size)
+        if self._steps_aside(session, input_ids, mask, layout, flat):
+            return None
         session.hold(layout, flat)
         self._until_ended(
             session,
@@ -377,6 +386,17 @@ class Decoder(Generate):
             self.guard = Guard(self.model, session.fused.folded)  # its weights were fused
         self.fused[size] = session
         return session
+
+    def _steps_aside(self, session: FusedSession, ids: Tensor, mask: Tensor, layout: Layout, flat: Tensor) -> bool:
+        """Whether the first batch, or the first that mixes adapters, shows that the model computes something else."""
+        if session.size.mixed not in self.compared and bool(mask.any()):
+            self.compared.add(session.size.mixed)
+            self.reason = decoding_difference(session.fused, ids, mask, layout, flat, self.plan.start)
+        if self.reason is not None:
+            logger.warning("Answers are written by the model's own generate from now on: %s.", self.reason)
+            self.path = "eager"
+            self.fused.clear()
+        return self.reason is not None
 
     # By the own forward of a causal model
 
