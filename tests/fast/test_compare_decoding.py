@@ -20,7 +20,8 @@ from ia3.rows import BASE
 from replayed import recording
 
 SETTINGS = {"max_new_tokens": 6, "eos_token_id": [1, 5, 9]}
-IN_USE = {name: patch for name, patch in PATCHES.items() if "training" not in name}
+# Not what acts in training alone, nor an attention of another name, for which there is a reason before any number.
+IN_USE = {name: patch for name, patch in PATCHES.items() if not name.endswith(("training alone", "one's own"))}
 
 
 def own(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:

@@ -348,6 +348,34 @@ def test_what_was_recorded_is_forgotten_when_the_model_changes(tiny) -> None:
     assert sessions() != third
 
 
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
+def test_another_generation_configuration_is_heard(tiny, family) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model)
+    settings = {"max_new_tokens": NEW}
+    model.generation_config.eos_token_id = None
+    with recording():
+        decoder = Decoder(model, **settings)
+        whole = decoder(ids, mask)
+        assert torch.equal(whole, expected(model, ids, mask, **settings))
+        before = decoder.sessions
+        assert torch.equal(decoder(ids, mask), whole)
+        assert decoder.sessions == before
+        ends = whole[:, -NEW + 2].unique().tolist()
+        model.generation_config.eos_token_id = ends
+        shorter = decoder(ids, mask)
+        assert torch.equal(shorter, expected(model, ids, mask, **settings))
+        assert shorter.shape[1] < whole.shape[1]
+        ends.append(int(whole[0, -NEW + 1]))  # in place
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+        model.generation_config.repetition_penalty = 1.5
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+        assert (decoder.path, decoder.reason) == ("eager", "repetition_penalty is 1.5")
+        model.generation_config.repetition_penalty = 1.0
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+        assert (decoder.path, decoder.reason) == ("static", None)
+
+
 def test_few_sizes_are_kept(tiny) -> None:
     model = lively(tiny("llama"))
     decoder = Decoder(model, max_new_tokens=2)

@@ -342,6 +342,14 @@ def test_a_model_that_has_changed_needs_new_slots() -> None:
         let_in(slots, [0], [Request([20], "a", 1, 0)])
 
 
+def test_another_generation_configuration_needs_new_slots() -> None:
+    model = mixed("t5")
+    slots = made(model)
+    assert slots.is_valid()
+    model.generation_config.suppress_tokens = [3]
+    assert not slots.is_valid()
+
+
 def test_models_and_sizes_without_slots(tiny: Any) -> None:
     nothing = Layout(())
     for model, sizes, settings, message in (

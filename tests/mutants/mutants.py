@@ -566,6 +566,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("over", Instead("flat.new_ones", "flat.new_zeros"), "sites that a batch lacks are multiplied by zero"),
         Mutant("_narrowed", Never("any"), "vectors of queries are forgotten in a mixture"),
         Mutant("unusual_surroundings", Never("is_autocast_on"), "a step and a generation ignore autocast"),
+        Mutant("Decoder._begin_anew", Never("reason"), "an end token that was changed is not heard"),
         Mutant("Decoder._session", Never("is_valid"), "recorded steps read weights where they were"),
         Mutant("unexpected_site", Instead("(down, 'input') in taken and (up, 'output') in taken", "False"),
                "of two vectors of one intermediate one is forgotten"),

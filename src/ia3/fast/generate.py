@@ -26,7 +26,7 @@ from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_prompts, packable, round_up
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare_decoding import decoding_difference
-from ia3.fast.guard import Guard, unsupported_modules
+from ia3.fast.guard import Guard, copied, unsupported_modules
 from ia3.fast.layers import expected_sites
 from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.sessions import (
@@ -255,9 +255,9 @@ class Decoder(Generate):
     """
 
     def __init__(self, model: Any, **settings: Any) -> None:
-        self.model, self.plan = model, GenerationPlan.of(model, settings)
+        self.model, self.settings, self.plan = model, settings, GenerationPlan.of(model, settings)
         self.own = OwnGenerate(model, settings, None)
-        self.guard = Guard(model)
+        self.guard, self.defaults = Guard(model), copied(vars(model.generation_config))
         self.is_seq2seq: bool = model.config.is_encoder_decoder
         architecture = architecture_of(model)
         self.has_positions = architecture is not None and has_learned_positions(architecture)
@@ -283,18 +283,25 @@ class Decoder(Generate):
             self._say(around)
         if around is not None or not self._takes(input_ids, attention_mask):
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
-        if not self.guard.is_valid():
-            self.causal.clear()
-            self.fused.clear()
-            self.reasons.clear()
-            self.compared.clear()
-            self.guard, self.reason, self.path = Guard(self.model), None, self._fast_path
+        if not (self.guard.is_valid() and vars(self.model.generation_config) == self.defaults):
+            self._begin_anew()
         tokens = None if self.reason is not None else self._by_block(input_ids, attention_mask, adapter_names)
         if tokens is None and self.reason is None and self.has_forward:
             tokens = self._by_forward(input_ids, attention_mask, adapter_names)
         if tokens is None:
             return self.own(input_ids, attention_mask, adapter_names=adapter_names)
         return torch.cat([self._head(input_ids), tokens], dim=1)
+
+    def _begin_anew(self) -> None:
+        """Forget what was made of a model, or of a generation's configuration, that is another now."""
+        for held in (self.causal, self.fused, self.reasons, self.compared):
+            held.clear()
+        self.guard, self.defaults = Guard(self.model), copied(vars(self.model.generation_config))
+        self.reason, self.path = unsupported_reason(self.model, **self.settings), "eager"
+        if self.reason is None:
+            self.plan, self.path = GenerationPlan.of(self.model, self.settings), self._fast_path
+        else:
+            self._say(self.reason)
 
     @property
     def _fast_path(self) -> str:

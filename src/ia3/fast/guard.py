@@ -181,7 +181,7 @@ class Guard:
         self.shadows = list(map(_shadows, self.modules))
         self.places = list(map(Tensor.data_ptr, self.tensors))
         self.snapshot = self._snapshot(model)
-        self.configs = [(config, _copied(vars(config))) for config in _configs(every)]
+        self.configs = [(config, copied(vars(config))) for config in _configs(every)]
 
     def is_valid(self) -> bool:
         """Whether what was computed then would be right now."""
@@ -330,8 +330,8 @@ def _configs(modules: Iterable[nn.Module]) -> list[Any]:
     return list({id(config): config for config in held if hasattr(config, "__dict__")}.values())
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With copies of what may change in place."""
+def copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's values, with copies of what may change in place, to see by `==` whether one has changed."""
     return {name: copy.deepcopy(each) if isinstance(each, dict | list) else each for name, each in values.items()}
 
 

@@ -24,7 +24,7 @@ from ia3.fast.decoding import Decoding, Room
 from ia3.fast.fused import FusedLoss, seq2seq_unsupported_reason
 from ia3.fast.generate import unsupported_reason
 from ia3.fast.graphed import moved_by
-from ia3.fast.guard import Guard
+from ia3.fast.guard import Guard, copied
 from ia3.fast.ops.decode import Source
 from ia3.fast.ops.greedy import Answers, take_likeliest
 from ia3.fast.ops.launch import compile_kernels, next_power_of_2
@@ -86,6 +86,7 @@ class Slots:
         self.fused = FusedLoss(model, layout)
         _expect_none(_difference(self.fused, max_source, self.plan.start))
         self.guard, self.backend = Guard(model, self.fused.folded), self.fused.backend
+        self.defaults = copied(vars(model.generation_config))
         # One more than are lent: an admission of a recorded size writes there what fills it up.
         every, positions = slots + 1, round_up_to(max_new_tokens, BUCKET)
         self.decoding = Decoding(self.fused, Room(every, every, positions, every * max_source, max_source))
@@ -112,8 +113,8 @@ class Slots:
         return [slot for slot in range(self.count) if slot not in self.lengths]
 
     def is_valid(self) -> bool:
-        """Whether the model still is what it was; if not, only new slots compute what it does now."""
-        return self.guard.is_valid()
+        """Whether the model, and how it generates, still is what it was; if not, only new slots do as it does now."""
+        return self.guard.is_valid() and vars(self.model.generation_config) == self.defaults
 
     @torch.inference_mode()
     def admit(
