@@ -18,11 +18,11 @@ from test_llama import adapted_causal, texts_of
 from test_t5 import FORMS, adapted, batch_of
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import T5ForConditionalGeneration
+from transformers import BertConfig, BertForSequenceClassification, T5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from builders import models_own
-from ia3 import IA3Config
+from ia3 import IA3Config, get_peft_model
 from ia3.fast import output as fused_output
 from replayed import recording
 
@@ -730,3 +730,15 @@ def test_replicas_of_data_parallel(tiny, randomise) -> None:
 def test_no_items_at_all(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "llama", torch.float32)
     assert model(**batch, num_items_in_batch=0).loss.isinf()
+
+
+def test_labels_of_a_regression_in_bfloat16() -> None:
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config.num_labels, config.hidden_dropout_prob, config.attention_probs_dropout_prob = 1, 0.0, 0.0
+    model = get_peft_model(BertForSequenceClassification(config), IA3Config(task_type="SEQ_CLS")).train()
+    model = model.to(torch.bfloat16)
+    batch = {"input_ids": torch.tensor([[2, 5, 6], [2, 8, 9]]), "labels": torch.tensor([0.5, 1.5], dtype=torch.bfloat16)}
+    output = model(**batch)
+    assert is_fused(output)
+    torch.testing.assert_close(output.loss, models_own(model, **batch).loss, rtol=3e-2, atol=0)
+    output.loss.backward()

@@ -15,7 +15,6 @@ from dataclasses import fields
 from functools import cache, wraps
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -219,7 +218,7 @@ class _State:
 
 
 def _label_count(packed: Packed) -> int:
-    return int(np.count_nonzero(packed["labels"].numpy() != IGNORE_INDEX))
+    return int(torch.count_nonzero(packed["labels"] != IGNORE_INDEX))  # which may be bfloat16, and NumPy has none
 
 
 class _Vectors(torch.autograd.Function):
