@@ -742,3 +742,14 @@ def test_labels_of_a_regression_in_bfloat16() -> None:
     assert is_fused(output)
     torch.testing.assert_close(output.loss, models_own(model, **batch).loss, rtol=3e-2, atol=0)
     output.loss.backward()
+
+
+def test_inputs_made_in_inference_mode(tiny, randomise) -> None:
+    """Nobody counts how often such a tensor is changed."""
+    model, batch = start(tiny, randomise, "t5 gated")
+    with torch.inference_mode():
+        made = {name: batch[name].clone() for name in ("input_ids", "attention_mask")}
+    output = model(**{**batch, **made})
+    assert is_fused(output)
+    output.loss.backward()
+    assert torch.equal(output.logits, model(**batch).logits)

@@ -256,7 +256,7 @@ class Guard:
             list(map(type, self.tensors)),
             any(map(attrgetter("requires_grad"), self.frozen)),
             all(map(attrgetter("requires_grad"), self.trained)),
-            [_version(tensor) for tensor in self.folded],
+            [version_of(tensor) for tensor in self.folded],
             [list(map(of, modules)) for of, modules in self.settings],
             [of(namespace) for of, namespace in self.namespaces],
             [mapping.get(name) for mapping, name in self.registered],
@@ -341,7 +341,7 @@ def _shadows(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name in vars(module) if name not in _BASE and callable(getattr(kind, name, None)))
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """How often it was changed in place; nobody counts that of an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
 

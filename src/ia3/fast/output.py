@@ -23,7 +23,7 @@ from ia3.adapter import vectors
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
-from ia3.fast.guard import OLD_CLASS, Guard, own_forward
+from ia3.fast.guard import OLD_CLASS, Guard, own_forward, version_of
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.fast.surroundings import unusual_call
 from ia3.listening import LISTENS, listen
@@ -291,7 +291,7 @@ class _Rest:
     def _versions(self) -> list[int]:
         """Of what has changed where one of these has; vectors may change, since theirs were kept."""
         read = [value for value in self.kwargs.values() if isinstance(value, Tensor)]
-        return [tensor._version for tensor in (*read, *self.loss.others)]
+        return [version_of(tensor) for tensor in (*read, *self.loss.others)]
 
     def _own_output(self) -> Any:
         """With the vectors of the call, which may have changed since."""
