@@ -626,6 +626,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "a batch without labels has the loss 0 instead of the model's NaN"),
         Mutant("_output", Instead("found * count / items", "found"),
                "a Trainer's accumulated batches count by their number, not their tokens"),
+        Mutant("_batch_of", Never("_divides_by_items"), "an encoder's language head counts batches, not their tokens"),
         Mutant("_State.replay", Instead("guard.is_as_it_was() and guard.in_one_mode", "True"),
                "a graph's numbers go on after the model has changed"),
         Mutant("GraphedLoss.replay", Instead("self.guard.is_in_place()", "True"),

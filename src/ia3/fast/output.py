@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ia3.adapter import vectors
+from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
@@ -107,11 +108,19 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | str:
         return "it asks for a tuple"
     if config.output_attentions or config.output_hidden_states:
         return "it asks for attentions or hidden states"
+    if "num_items_in_batch" in given and fused.front_of(model) and _divides_by_items(own_forward(type(model))):
+        return "its own head divides the loss by num_items_in_batch"
     for beside in ("use_cache", "num_items_in_batch"):  # of the rest of the output, and of the loss afterwards
         given.pop(beside, None)
     if config.is_encoder_decoder and "decoder_input_ids" in given:
         batch["decoder_input_ids"] = given.pop("decoder_input_ids")
     return f"it is given {', '.join(sorted(given))}" if given else batch
+
+
+@cache
+def _divides_by_items(forward: Callable[..., Any]) -> bool:
+    """Whether a model's own forward leaves its loss to `loss_function`, which alone heeds the number of items."""
+    return "loss_function" in inspect.unwrap(forward).__code__.co_names
 
 
 @cache
