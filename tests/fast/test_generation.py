@@ -376,6 +376,27 @@ def test_another_generation_configuration_is_heard(tiny, family) -> None:
         assert (decoder.path, decoder.reason) == ("static", None)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
+def test_a_call_may_ask_for_fewer_tokens(tiny, family) -> None:
+    """As where a model's positions end; what was recorded serves it."""
+    model = lively(tiny(family))
+    settings = {"max_new_tokens": NEW, "eos_token_id": ENDS, "forced_eos_token_id": 3, "pad_token_id": 0}
+    with recording() as recorded:
+        decoder = Decoder(model, **settings)
+        generate = compile_generate(model, **settings)
+        for seed, most in enumerate((None, None, 1, 4, None, 7, NEW)):
+            ids, mask = prompts(model, seed=seed)
+            wanted = expected(model, ids, mask, **{**settings, "max_new_tokens": most or NEW})
+            assert torch.equal(decoder(ids, mask, max_new_tokens=most), wanted)
+            assert torch.equal(generate(ids, mask, max_new_tokens=most), wanted)
+    assert len(decoder.sessions) == 1
+    assert len(recorded) == 2
+    for wrong in (0, NEW + 1):
+        for each in (decoder, generate):
+            with pytest.raises(ValueError, match=f"max_new_tokens is {wrong}: a call may ask for 1 to {NEW}"):
+                each(ids, mask, max_new_tokens=wrong)
+
+
 def test_few_sizes_are_kept(tiny) -> None:
     model = lively(tiny("llama"))
     decoder = Decoder(model, max_new_tokens=2)

@@ -80,21 +80,24 @@ class Generate:
     reason: str | None = None
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Continue each prompt until its end token.
 
         Args:
             input_ids: `[batch, length]`, on any device; a causal model's are padded on the left.
             attention_mask: `[batch, length]`, 0 at padding.
             adapter_names: one adapter an example, `"__base__"` for none; the active ones where it is left out.
+            max_new_tokens: write fewer new tokens than the settings say, as where the model's positions end before.
 
         Returns:
             What `model.generate` returns, `[batch, …]` on the model's device: the prompt or the decoder's start, the
             new tokens, and padding behind the ends.
 
         Raises:
-            ValueError: what `gather_rows` raises, or another number of names than examples.
+            ValueError: what `gather_rows` raises, another number of names than examples, or more new tokens than the
+                settings say, or none.
         """
         raise NotImplementedError
 
@@ -109,13 +112,23 @@ class OwnGenerate(Generate):
 
     @torch.inference_mode()
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
-    ) -> Tensor:
-        names = {} if adapter_names is None else {"adapter_names": adapter_names}
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        more: dict[str, Any] = {} if adapter_names is None else {"adapter_names": adapter_names}
+        if max_new_tokens is not None:
+            more["max_new_tokens"] = _within(self.settings.get("max_new_tokens"), max_new_tokens)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        tokens: Tensor = self.model.generate(**moved, **self.settings, **names)
+        tokens: Tensor = self.model.generate(**moved, **{**self.settings, **more})
         return tokens
+
+
+def _within(most: int | None, wanted: int) -> int:
+    """How many new tokens a call wants, which are at most those of the settings."""
+    if wanted < 1 or (most is not None and wanted > most):
+        raise ValueError(f"max_new_tokens is {wanted}: a call may ask for 1 to {most}, which the settings say.")
+    return wanted
 
 
 def unsupported_reason(model: Any, **settings: Any) -> str | None:
@@ -272,24 +285,28 @@ class Decoder(Generate):
 
     @torch.inference_mode()
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
         if adapter_names is not None and len(adapter_names) != len(input_ids):
             raise ValueError(
                 f"There are {len(adapter_names)} adapter_names for {len(input_ids)} examples: pass one an example."
             )
+        if max_new_tokens is not None:
+            _within(self.plan.max_new_tokens, max_new_tokens)
+        how: dict[str, Any] = {"adapter_names": adapter_names, "max_new_tokens": max_new_tokens}
         around = unusual_call(self.model)
         if around is not None:
             self._say(around)
         if around is not None or not self._takes(input_ids, attention_mask):
-            return self.own(input_ids, attention_mask, adapter_names=adapter_names)
+            return self.own(input_ids, attention_mask, **how)
         if not (self.guard.is_valid() and vars(self.model.generation_config) == self.defaults):
             self._begin_anew()
-        tokens = None if self.reason is not None else self._by_block(input_ids, attention_mask, adapter_names)
+        tokens = None if self.reason is not None else self._by_block(input_ids, attention_mask, **how)
         if tokens is None and self.reason is None and self.has_forward:
-            tokens = self._by_forward(input_ids, attention_mask, adapter_names)
+            tokens = self._by_forward(input_ids, attention_mask, **how)
         if tokens is None:
-            return self.own(input_ids, attention_mask, adapter_names=adapter_names)
+            return self.own(input_ids, attention_mask, **how)
         return torch.cat([self._head(input_ids), tokens], dim=1)
 
     def _begin_anew(self) -> None:
@@ -327,7 +344,9 @@ class Decoder(Generate):
 
     # By the block
 
-    def _by_block(self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
+    def _by_block(
+        self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None, max_new_tokens: int | None
+    ) -> Tensor | None:
         """What the block writes, `[examples, …]`; None where it can't have these inputs or vectors."""
         found = self._flat(adapter_names) if self.has_block and packable(mask) else None
         if found is None:
@@ -349,6 +368,7 @@ class Decoder(Generate):
             lambda: session.prefilling(*packed.fixed, **packed.tensors),
             session.stepping,
             prompt=1 if self.is_seq2seq else input_ids.shape[1],
+            most=max_new_tokens,
         )
         return session.tokens_of(count)
 
@@ -408,8 +428,9 @@ class Decoder(Generate):
     # By the own forward of a causal model
 
     def _by_forward(
-        self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None
-    ) -> Tensor | None:
+        self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None,
+        max_new_tokens: int | None,
+    ) -> Tensor | None:  # fmt: skip
         """What the model's own forward writes; None where it takes its examples apart."""
         examples, length = self._room(*input_ids.shape)
         vectors = None
@@ -421,7 +442,8 @@ class Decoder(Generate):
         ready = self._ready_for(examples, length, vectors)
         session, batch = ready.session, ready.session.fit(input_ids, attention_mask)
         with nullcontext() if ready.vectors is None else acting(ready.vectors):
-            self._until_ended(session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1])
+            prompt, most = input_ids.shape[1], max_new_tokens
+            self._until_ended(session, lambda: ready.prefill(**batch), ready.decode_step, prompt=prompt, most=most)
         return session.tokens_of(len(input_ids))
 
     def _room(self, count: int, prompt: int) -> tuple[int, int]:
@@ -458,13 +480,16 @@ class Decoder(Generate):
     # Both
 
     def _until_ended(
-        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int
-    ) -> None:
-        """Go on until every example has ended."""
+        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int,
+        most: int | None,
+    ) -> None:  # fmt: skip
+        """Go on until every example has ended, or has so many new tokens."""
         plan, watch = self.plan, Watch(self.model.device)
+        most = plan.max_new_tokens if most is None else most
+        session.answers.max_tokens.fill_(most)
         session.answers.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
         all_ended, written = prefill(), 1
-        while written < plan.max_new_tokens and not (plan.ends and watch.sees(all_ended)):
+        while written < most and not (plan.ends and watch.sees(all_ended)):
             all_ended, written = decode_step(), written + 1
 
     def _head(self, input_ids: Tensor) -> Tensor:
