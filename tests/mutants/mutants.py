@@ -396,6 +396,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "padding is read as text"),
         Mutant("LabelScorer.scores", Instead("self.length_normalised", "True"),
                "length_normalised=False changes nothing"),
+        Mutant("Answerers.for_task", Skip("move_to_end"), "the task that is asked for most is made anew"),
         Mutant("LabelScorer.log_probabilities", Never("around"), "labels are scored without the autocast that is on"),
         Mutant("tokenise_labels", Never("known"), "labels that are one to the tokenizer are told apart"),
         Mutant("answer_in_batches", Instead("found[index]", "list(found.values())[index]"),
