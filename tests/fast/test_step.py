@@ -145,6 +145,18 @@ def test_two_processes_that_have_the_same_batch_go_as_one(tiny, randomise, fast)
         torch.testing.assert_close(trained[name], vector, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fused", "eager"])
+def test_a_weight_is_for_several_processes(tiny, randomise, fast) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, steady(model) if fast else sgd(model))
+    before = vectors_of(model)
+    for weight in (0.5, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="pass `reduce` to compile_step"):
+            step(batch_of(), weight)
+    assert all(torch.equal(vector, before[name]) for name, vector in vectors_of(model).items())
+    step(batch_of(), 1.0)
+
+
 def test_gradients_that_some_process_lacks() -> None:
     """None stays none where nobody has one, so that an optimizer leaves the parameter alone."""
     first, second, third = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))

@@ -107,6 +107,9 @@ class Step:
 
         Returns:
             The loss before the update, of all processes, a scalar on the model's device.
+
+        Raises:
+            ValueError: a weight other than 1 without `reduce`.
         """
         raise NotImplementedError
 
@@ -138,6 +141,14 @@ def sum_gradients(
         elif is_held:
             parameter.grad = found.view_as(parameter).to(parameter.dtype)
     return total.view(())
+
+
+def _check_weight(weight: float | Tensor, reduce: Callable[[Tensor], Tensor] | None) -> None:
+    if reduce is None and (isinstance(weight, Tensor) or weight != 1.0):
+        raise ValueError(
+            f"The step is given the weight {weight}, which is a batch's part of those of several processes: pass "
+            "`reduce` to compile_step, or leave it out."
+        )
 
 
 def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
@@ -178,6 +189,7 @@ class _Eager(Step):
         self.reduce, self.reason = reduce, reason
 
     def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
+        _check_weight(weight, self.reduce)
         device = self.model.device
         loss: Tensor = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
         loss.backward()  # type: ignore[no-untyped-call]
@@ -226,6 +238,7 @@ class _Fast(Step):
     def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
         if self.eager is not None:
             return self.eager(batch, weight)
+        _check_weight(weight, self.reduce)
         self._expect_as_it_was()
         reason = unusual_call(self.model) or self._gradients_before()
         if reason is not None:
