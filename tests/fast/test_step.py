@@ -12,6 +12,7 @@ from test_llama import adapted_causal, texts_of
 from test_t5 import adapted, batch_of
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
+from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BertForQuestionAnswering, T5ForConditionalGeneration, get_linear_schedule_with_warmup
 
@@ -20,9 +21,10 @@ from builders import models_own
 from described import batch_for, described
 from ia3 import IA3Config, get_peft_model
 from ia3.fast import scores
+from ia3.fast import step as stepping
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
-from ia3.fast.step import _make_capturable, _settings, sum_gradients
+from ia3.fast.step import _make_capturable, _settings, _unrecordable, sum_gradients
 from ia3.mixing import acting_flat
 from ia3.state import attached
 
@@ -227,6 +229,49 @@ def test_what_it_leaves_to_the_ordinary_step(tiny, randomise, make, said) -> Non
     step = ia3.compile_step(model, make(model))
     assert step.path == "eager"
     assert said in (step.reason or "")
+
+
+def one_cycle(optimizer: Any, **how: Any) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, **how)
+
+
+def up_and_down(optimizer: Any, **how: Any) -> Any:
+    return lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, **how)
+
+
+def one_behind_another(optimizer: Any, **how: Any) -> Any:
+    first = lr_scheduler.ConstantLR(optimizer)
+    return lr_scheduler.SequentialLR(optimizer, [first, one_cycle(optimizer, **how)], milestones=[2])
+
+
+@pytest.mark.parametrize("make", [one_cycle, up_and_down, one_behind_another])
+def test_a_graph_does_not_follow_betas(tiny, randomise, monkeypatch, make) -> None:
+    """What is called each time does."""
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    optimizer = steady(model)
+    scheduler = make(optimizer)
+    step = ia3.compile_step(model, optimizer, scheduler)
+    assert (step.path, step.reason) == ("fused", None)
+    for _ in range(3):
+        step(batch_of())
+    reason = _unrecordable(torch.device("cuda"), scheduler)
+    assert "pass cycle_momentum=False" in (reason or "")
+    assert _unrecordable(torch.device("cuda"), make(optimizer, cycle_momentum=False)) is None
+    assert _unrecordable(torch.device("cuda"), None) is None
+    monkeypatch.setattr(stepping, "_unrecordable", lambda device, each: _unrecordable(torch.device("cuda"), each))
+    step = ia3.compile_step(model, optimizer, scheduler)
+    assert (step.path, step.reason) == ("eager", reason)
+    step(batch_of())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_recorded_step_steps_aside_for_betas_that_change(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32).cuda()
+    optimizer = steady(model)
+    step = ia3.compile_step(model, optimizer, one_cycle(optimizer))
+    assert step.path == "eager"
+    for _ in range(3):
+        step(batch_of())
 
 
 def test_changes_behind_its_back_are_errors(tiny, randomise) -> None:

@@ -555,6 +555,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "a tied head isn't scaled"),
         Mutant("_Fast._expect_as_it_was", Never("is_valid"), "a model that was cast trains on its old weights"),
         Mutant("_Fast._expect_as_it_was", Never("_has_new_hooks"), "hooks that came later are not called in silence"),
+        Mutant("_unrecordable", Never("cycle_momentum"), "a recorded step ends where a scheduler cycles betas"),
         Mutant("_Fast._gradients_before", Always("grad"), "gradients from before a step are forgotten"),
         Mutant("restore", Drop("weight.data"), "unloading leaves the weights next to each other"),
         Mutant("_checked", Never("pieces"), "a mask with holes is packed as if it had none"),

@@ -75,7 +75,7 @@ def compile_step(
     in_group = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if in_group and reduce is None:
         logger.warning("compile_step without `reduce`: each of the processes trains an adapter of its own.")
-    reason = _unsupported_reason(model, optimizer)
+    reason = _unsupported_reason(model, optimizer) or _unrecordable(model.device, scheduler)
     if reason is not None and (recompute or frozen):
         asked, instead = (
             ("recompute", "use gradient_checkpointing_enable()") if recompute else ("frozen", "leave it out")
@@ -164,6 +164,19 @@ def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
     if any(group["amsgrad"] or group["maximize"] for group in groups):
         return "it is written for plain AdamW, without amsgrad or maximize"
     return _hooked([parameter for parameter in model.parameters() if parameter.requires_grad], optimizer)
+
+
+def _unrecordable(device: torch.device, scheduler: Any) -> str | None:
+    """Why a graph can't follow a scheduler, or one of those it is made of; None where it can, or there is no graph."""
+    if device.type != "cuda":
+        return None
+    if getattr(scheduler, "cycle_momentum", False):
+        name = type(scheduler).__name__
+        return (
+            f"{name} changes AdamW's betas at each step, and a recorded step has the first: pass cycle_momentum=False"
+        )
+    inner = getattr(scheduler, "_schedulers", ())
+    return next((reason for each in inner if (reason := _unrecordable(device, each))), None)
 
 
 def _hooked(parameters: Sequence[Parameter], optimizer: Optimizer) -> str | None:
