@@ -254,6 +254,22 @@ def test_rows_that_act_already_are_heard(tiny, family) -> None:
     assert found.shape != plain.shape or not torch.equal(found, plain)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
+def test_autocast_is_the_models_own_generates(tiny, caplog, family) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model)
+    settings = {"max_new_tokens": NEW, "eos_token_id": ENDS}
+    decoder = Decoder(model, **settings)
+    with caplog.at_level("INFO", logger="ia3"), torch.autocast("cpu", torch.bfloat16):
+        found = [decoder(ids, mask) for _ in range(2)]
+        assert torch.equal(found[0], expected(model, ids, mask, **settings))
+    assert torch.equal(*found)
+    assert not decoder.sessions
+    assert caplog.text.count("the model's own way, since autocast is on") == 1
+    assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+    assert decoder.sessions
+
+
 def test_a_mixture_that_changes_queries_is_the_own_forwards(tiny) -> None:
     model = mixed_model(tiny, "gpt2")
     decoder = Decoder(model, max_new_tokens=3)
@@ -338,6 +354,55 @@ def test_what_was_recorded_is_forgotten_when_the_model_changes(tiny) -> None:
     model.add_adapter("a", IA3Config(task_type="SEQ_2_SEQ_LM"))
     model.set_adapter("a")
     assert sessions() != third
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
+def test_another_generation_configuration_is_heard(tiny, family) -> None:
+    model = lively(tiny(family))
+    ids, mask = prompts(model)
+    settings = {"max_new_tokens": NEW}
+    model.generation_config.eos_token_id = None
+    with recording():
+        decoder = Decoder(model, **settings)
+        whole = decoder(ids, mask)
+        assert torch.equal(whole, expected(model, ids, mask, **settings))
+        before = decoder.sessions
+        assert torch.equal(decoder(ids, mask), whole)
+        assert decoder.sessions == before
+        ends = whole[:, -NEW + 2].unique().tolist()
+        model.generation_config.eos_token_id = ends
+        shorter = decoder(ids, mask)
+        assert torch.equal(shorter, expected(model, ids, mask, **settings))
+        assert shorter.shape[1] < whole.shape[1]
+        ends.append(int(whole[0, -NEW + 1]))  # in place
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+        model.generation_config.repetition_penalty = 1.5
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+        assert (decoder.path, decoder.reason) == ("eager", "repetition_penalty is 1.5")
+        model.generation_config.repetition_penalty = 1.0
+        assert torch.equal(decoder(ids, mask), expected(model, ids, mask, **settings))
+        assert (decoder.path, decoder.reason) == ("static", None)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "falcon-multi-query"])
+def test_a_call_may_ask_for_fewer_tokens(tiny, family) -> None:
+    """As where a model's positions end; what was recorded serves it."""
+    model = lively(tiny(family))
+    settings = {"max_new_tokens": NEW, "eos_token_id": ENDS, "forced_eos_token_id": 3, "pad_token_id": 0}
+    with recording() as recorded:
+        decoder = Decoder(model, **settings)
+        generate = compile_generate(model, **settings)
+        for seed, most in enumerate((None, None, 1, 4, None, 7, NEW)):
+            ids, mask = prompts(model, seed=seed)
+            wanted = expected(model, ids, mask, **{**settings, "max_new_tokens": most or NEW})
+            assert torch.equal(decoder(ids, mask, max_new_tokens=most), wanted)
+            assert torch.equal(generate(ids, mask, max_new_tokens=most), wanted)
+    assert len(decoder.sessions) == 1
+    assert len(recorded) == 2
+    for wrong in (0, NEW + 1):
+        for each in (decoder, generate):
+            with pytest.raises(ValueError, match=f"max_new_tokens is {wrong}: a call may ask for 1 to {NEW}"):
+                each(ids, mask, max_new_tokens=wrong)
 
 
 def test_few_sizes_are_kept(tiny) -> None:

@@ -18,11 +18,11 @@ from test_llama import adapted_causal, texts_of
 from test_t5 import FORMS, adapted, batch_of
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import T5ForConditionalGeneration
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel, T5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from builders import models_own
-from ia3 import IA3Config
+from ia3 import IA3Config, get_peft_model
 from ia3.fast import output as fused_output
 from replayed import recording
 
@@ -90,6 +90,25 @@ def test_gradients_of_several_batches_add_up(tiny, randomise) -> None:
     loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, 4 * wanted[name])
+
+
+def test_the_number_of_items_of_an_encoders_own_head(caplog) -> None:
+    """A language head divides by it, so that its loss is not fused; a classifier's doesn't look at it."""
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    ids = torch.tensor([[2, 5, 6, 7], [2, 8, 9, 3]])
+    for head, task, labels, divides in (
+        (BertLMHeadModel, "CAUSAL_LM", ids, True),
+        (BertForSequenceClassification, "SEQ_CLS", torch.tensor([0, 1]), False),
+    ):
+        model = get_peft_model(head(config), IA3Config(task_type=task)).train()
+        for items in (None, torch.tensor(11)):
+            batch = {"input_ids": ids, "labels": labels, "num_items_in_batch": items}
+            with caplog.at_level("INFO", logger="ia3"):
+                output = model(**batch)
+            assert is_fused(output) != (divides and items is not None)
+            torch.testing.assert_close(output.loss, models_own(model, **batch).loss)
+    assert caplog.text.count("divides the loss by num_items_in_batch") == 1
 
 
 @pytest.mark.parametrize("form", ["t5", "llama"])
@@ -730,3 +749,29 @@ def test_replicas_of_data_parallel(tiny, randomise) -> None:
 def test_no_items_at_all(tiny, randomise) -> None:
     model, batch = start(tiny, randomise, "llama", torch.float32)
     assert model(**batch, num_items_in_batch=0).loss.isinf()
+
+
+def test_labels_of_a_regression_in_bfloat16() -> None:
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config.num_labels, config.hidden_dropout_prob, config.attention_probs_dropout_prob = 1, 0.0, 0.0
+    model = get_peft_model(BertForSequenceClassification(config), IA3Config(task_type="SEQ_CLS")).train()
+    model = model.to(torch.bfloat16)
+    batch = {
+        "input_ids": torch.tensor([[2, 5, 6], [2, 8, 9]]),
+        "labels": torch.tensor([0.5, 1.5], dtype=torch.bfloat16),
+    }
+    output = model(**batch)
+    assert is_fused(output)
+    torch.testing.assert_close(output.loss, models_own(model, **batch).loss, rtol=3e-2, atol=0)
+    output.loss.backward()
+
+
+def test_inputs_made_in_inference_mode(tiny, randomise) -> None:
+    """Nobody counts how often such a tensor is changed."""
+    model, batch = start(tiny, randomise, "t5 gated")
+    with torch.inference_mode():
+        made = {name: batch[name].clone() for name in ("input_ids", "attention_mask")}
+    output = model(**{**batch, **made})
+    assert is_fused(output)
+    output.loss.backward()
+    assert torch.equal(output.logits, model(**batch).logits)

@@ -323,6 +323,15 @@ def test_what_is_refused_changes_nothing() -> None:
         narrow.admit([0], [[20]], layout, flat)
 
 
+def test_slots_do_not_compute_in_the_precision_of_autocast() -> None:
+    slots, coming = made(mixed("t5")), requests(2, seed=1)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Autocast is on"):
+        let_in(slots, slots.free[:2], coming)
+    let_in(slots, slots.free[:2], coming)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="Autocast is on"):
+        slots.step()
+
+
 def test_a_model_that_has_changed_needs_new_slots() -> None:
     model = mixed("flan-t5")
     slots = made(model)
@@ -331,6 +340,14 @@ def test_a_model_that_has_changed_needs_new_slots() -> None:
     assert not slots.is_valid()
     with pytest.raises(RuntimeError, match="The model has changed since these slots were made"):
         let_in(slots, [0], [Request([20], "a", 1, 0)])
+
+
+def test_another_generation_configuration_needs_new_slots() -> None:
+    model = mixed("t5")
+    slots = made(model)
+    assert slots.is_valid()
+    model.generation_config.suppress_tokens = [3]
+    assert not slots.is_valid()
 
 
 def test_models_and_sizes_without_slots(tiny: Any) -> None:

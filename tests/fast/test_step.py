@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from test_llama import adapted_causal, texts_of
 from test_t5 import adapted, batch_of
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BertForQuestionAnswering, T5ForConditionalGeneration, get_linear_schedule_with_warmup
 
 import ia3
@@ -17,9 +21,10 @@ from builders import models_own
 from described import batch_for, described
 from ia3 import IA3Config, get_peft_model
 from ia3.fast import scores
+from ia3.fast import step as stepping
 from ia3.fast.batch import pack_seq2seq as pack
 from ia3.fast.fused import FusedLoss
-from ia3.fast.step import _make_capturable, _settings, sum_gradients
+from ia3.fast.step import _make_capturable, _settings, _unrecordable, sum_gradients
 from ia3.mixing import acting_flat
 from ia3.state import attached
 
@@ -30,6 +35,11 @@ def optimiser_of(model: Any, **how: Any) -> tuple[Any, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, **{"lr": 0.02, "weight_decay": 0.0, **how})
     return optimizer, get_linear_schedule_with_warmup(optimizer, 3, STEPS)
+
+
+def steady(model: Any) -> torch.optim.AdamW:
+    """With a rate that no scheduler begins at zero."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
 
 
 def causal_batches() -> list[dict[str, Tensor]]:
@@ -99,6 +109,19 @@ def test_twenty_steps(tiny, randomise, form, more) -> None:
     assert schedule.get_last_lr() == [0.0]
 
 
+def test_a_group_of_the_optimizer_may_be_empty(tiny, randomise) -> None:
+    """As the usual split leaves it, where nothing that is trained shall decay."""
+    usual = adapted(tiny, randomise, "t5 gated", torch.float32)
+    compiled = copy.deepcopy(usual)
+    expected = train_as_usual(usual, batches()[:3])
+    trained = [parameter for parameter in compiled.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "weight_decay": 0.0}, {"params": [], "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
+    step = ia3.compile_step(compiled, optimizer, get_linear_schedule_with_warmup(optimizer, 3, STEPS))
+    assert step.path == "fused"
+    assert [float(step(batch)) for batch in batches()[:3]] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("fast", [True, False], ids=["fused", "eager"])
 def test_two_processes_that_have_the_same_batch_go_as_one(tiny, randomise, fast) -> None:
     """Each has half of all targets, so that the sum is the mean."""
@@ -122,6 +145,18 @@ def test_two_processes_that_have_the_same_batch_go_as_one(tiny, randomise, fast)
     assert sizes == [sum(map(Tensor.numel, trained.values())) + 1 + len(trained)] * len(data)
     for name, vector in vectors_of(usual).items():
         torch.testing.assert_close(trained[name], vector, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fused", "eager"])
+def test_a_weight_is_for_several_processes(tiny, randomise, fast) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step = ia3.compile_step(model, steady(model) if fast else sgd(model))
+    before = vectors_of(model)
+    for weight in (0.5, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="pass `reduce` to compile_step"):
+            step(batch_of(), weight)
+    assert all(torch.equal(vector, before[name]) for name, vector in vectors_of(model).items())
+    step(batch_of(), 1.0)
 
 
 def test_gradients_that_some_process_lacks() -> None:
@@ -194,6 +229,49 @@ def test_what_it_leaves_to_the_ordinary_step(tiny, randomise, make, said) -> Non
     step = ia3.compile_step(model, make(model))
     assert step.path == "eager"
     assert said in (step.reason or "")
+
+
+def one_cycle(optimizer: Any, **how: Any) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, **how)
+
+
+def up_and_down(optimizer: Any, **how: Any) -> Any:
+    return lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, **how)
+
+
+def one_behind_another(optimizer: Any, **how: Any) -> Any:
+    first = lr_scheduler.ConstantLR(optimizer)
+    return lr_scheduler.SequentialLR(optimizer, [first, one_cycle(optimizer, **how)], milestones=[2])
+
+
+@pytest.mark.parametrize("make", [one_cycle, up_and_down, one_behind_another])
+def test_a_graph_does_not_follow_betas(tiny, randomise, monkeypatch, make) -> None:
+    """What is called each time does."""
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    optimizer = steady(model)
+    scheduler = make(optimizer)
+    step = ia3.compile_step(model, optimizer, scheduler)
+    assert (step.path, step.reason) == ("fused", None)
+    for _ in range(3):
+        step(batch_of())
+    reason = _unrecordable(torch.device("cuda"), scheduler)
+    assert "pass cycle_momentum=False" in (reason or "")
+    assert _unrecordable(torch.device("cuda"), make(optimizer, cycle_momentum=False)) is None
+    assert _unrecordable(torch.device("cuda"), None) is None
+    monkeypatch.setattr(stepping, "_unrecordable", lambda device, each: _unrecordable(torch.device("cuda"), each))
+    step = ia3.compile_step(model, optimizer, scheduler)
+    assert (step.path, step.reason) == ("eager", reason)
+    step(batch_of())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_recorded_step_steps_aside_for_betas_that_change(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32).cuda()
+    optimizer = steady(model)
+    step = ia3.compile_step(model, optimizer, one_cycle(optimizer))
+    assert step.path == "eager"
+    for _ in range(3):
+        step(batch_of())
 
 
 def test_changes_behind_its_back_are_errors(tiny, randomise) -> None:
@@ -332,6 +410,131 @@ def test_what_a_step_would_not_hear_is_an_error(tiny, randomise, change) -> None
     change(model)
     with pytest.raises(RuntimeError, match="make the step again"):
         step(batch_of())
+
+
+def first_vector(model: Any) -> torch.nn.Parameter:
+    found: torch.nn.Parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return found
+
+
+def hook_at_a_vector(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return first_vector(model).register_hook(call)
+
+
+def hook_behind_a_gradient(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return first_vector(model).register_post_accumulate_grad_hook(call)
+
+
+def hook_before_the_optimizer(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return optimizer.register_step_pre_hook(call)
+
+
+def hook_behind_the_optimizer(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return optimizer.register_step_post_hook(call)
+
+
+def hook_of_all_optimizers(model: Any, optimizer: Any, call: Callable[..., None]) -> Any:
+    return register_optimizer_step_post_hook(call)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        *(hook_at_a_vector, hook_behind_a_gradient),
+        *(hook_before_the_optimizer, hook_behind_the_optimizer, hook_of_all_optimizers),
+    ],
+)
+def test_hooks_of_vectors_and_optimizers_are_called_or_asked_for(tiny, randomise, register) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    optimizer, calls = optimiser_of(model)[0], []
+    before = ia3.compile_step(model, optimizer)
+    before(batch_of())
+    handle = register(model, optimizer, lambda *_: calls.append(1))
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"hook was registered at .* make the step again"):
+                before(batch_of())
+        step = ia3.compile_step(model, optimizer)
+        assert step.path == "eager"
+        assert "carries a hook" in (step.reason or "")
+        step(batch_of())
+        step(batch_of())
+        assert len(calls) == 2
+    finally:
+        handle.remove()
+    before(batch_of())
+    assert len(calls) == 2
+
+
+def test_gradients_from_before_count(tiny, randomise, caplog) -> None:
+    """Such as a regulariser's; the steps without any stay fused."""
+    usual = adapted(tiny, randomise, "t5 gated", torch.float32)
+    compiled = copy.deepcopy(usual)
+
+    def regularise(model: Any) -> None:
+        sum(((vector - 1) ** 2).sum() for vector in model.parameters() if vector.requires_grad).backward()
+
+    optimizer = steady(usual)
+    for number, batch in enumerate(batches()[:4]):
+        if number != 1:
+            regularise(usual)
+        models_own(usual, **batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step = ia3.compile_step(compiled, steady(compiled))
+    with caplog.at_level("INFO", logger="ia3"):
+        for number, batch in enumerate(batches()[:4]):
+            if number != 1:
+                regularise(compiled)
+            step(batch)
+            assert all(parameter.grad is None for parameter in compiled.parameters())
+    for name, vector in vectors_of(usual).items():
+        torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
+    assert step.path == "fused"
+    assert caplog.text.count("there are gradients from before") == 1
+
+
+def test_a_step_that_failed_leaves_no_gradients(tiny, randomise, monkeypatch) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    optimizer = steady(model)
+    step = ia3.compile_step(model, optimizer)
+    step(batch_of())
+    monkeypatch.setattr(optimizer, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(batch_of())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hooks_of_all_modules_are_called(tiny, randomise, caplog) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    step, calls = ia3.compile_step(model, steady(model)), []
+    expected = float(step(batch_of()))
+    with caplog.at_level("INFO", logger="ia3"):
+        handle = register_module_forward_hook(lambda module, *_: calls.append(module))
+        try:
+            loss = float(step(batch_of()))
+        finally:
+            handle.remove()
+    assert len({id(module) for module in calls}) > 20
+    assert loss < expected
+    assert "the ordinary one, since hooks are registered for all modules" in caplog.text
+    calls.clear()
+    step(batch_of())
+    assert (calls, step.path) == ([], "fused")
+
+
+def test_autocast_is_the_ordinary_steps(tiny, randomise, caplog) -> None:
+    usual = adapted(tiny, randomise, "t5 gated", torch.float32)
+    compiled = copy.deepcopy(usual)
+    step = ia3.compile_step(compiled, steady(compiled))
+    with caplog.at_level("INFO", logger="ia3"), torch.autocast("cpu", torch.bfloat16):
+        expected = train_as_usual(usual, batches()[:3])
+        losses = [float(step(batch)) for batch in batches()[:3]]
+    assert losses[0] == expected[0]
+    assert caplog.text.count("the ordinary one, since autocast is on") == 1
+    own = float(models_own(compiled, **batch_of()).loss.detach())
+    assert float(step(batch_of())) == pytest.approx(own, rel=1e-5)
+    assert (step.path, step.reason) == ("fused", None)
 
 
 def test_what_is_loaded_in_place_is_heard(tiny, randomise) -> None:

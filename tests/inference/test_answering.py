@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import tiny_causal
 import tiny_seq2seq
 from ia3.fast.generate import Decoder
-from ia3.inference.answering import Answer, Answerer
+from ia3.inference.answering import Answer, Answerer, Answerers
 from ia3.inference.complete import _settings, complete
 from ia3.inference.predict import predict
 from ia3.inference.rank import rank
@@ -47,6 +48,23 @@ def test_one_answerer_serves_many_calls(words: Any) -> None:
         answerer = Answerer(*words, task_of(TaskKind.LABEL_WORDS, way), batch_size=2)
         parts = [answer for part in (slice(0, 3), slice(3, 5), slice(5, 7)) for answer in answerer(EXAMPLES.rows[part])]
         assert [part.label for part in parts] == [each.label for each in answerer(EXAMPLES.rows)]
+
+
+def test_the_answerers_of_the_last_tasks_are_kept(words: Any) -> None:
+    """What each of thousands of tasks has recorded would fill a GPU."""
+    answerers = Answerers(*words, batch_size=2)
+    tasks = [replace(task_of(TaskKind.GENERATION, "generation"), max_new_tokens=most) for most in range(1, 40)]
+    first, second = map(answerers.for_task, tasks[:2])
+    assert (first.task, first.batch_size, first.model) == (tasks[0], 2, words[0])
+    for task in tasks[2:16]:
+        answerers.for_task(task)
+    assert answerers.for_task(tasks[0]) is first
+    answerers.for_task(tasks[16])
+    assert answerers.for_task(tasks[0]) is first
+    assert answerers.for_task(tasks[1]) is not second  # which was not used for longest
+    for task in tasks:
+        answerers.for_task(task)
+    assert len(answerers) == 16
 
 
 def test_instructions_are_completed(tiny: Any) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny_causal
+from ia3.inference import complete as completing
 from ia3.inference.complete import complete, cut_prompt, render
 
 TEXTS = ["say one", "please please say the number after four", "two", "say the number after five then six"]
@@ -150,7 +151,7 @@ def test_long_prompts_are_cut_before_they_are_answered(model) -> None:
     assert complete(base, tokenizer, [long], max_length=6, max_new_tokens=6) == [words_of(tokenizer, base, "say one")]
 
 
-def test_an_answer_ends_where_the_models_positions_do_and_not_with_its_neighbours(model, caplog) -> None:
+def test_an_answer_ends_where_the_models_positions_do_and_not_with_its_neighbours(model, caplog, monkeypatch) -> None:
     base, tokenizer = model("gpt2"), tiny_causal.tokenizer()
     base.generation_config.suppress_tokens = [0, 1, *range(2, 8)]  # so that no answer ends by itself
     lengths = [4 + len(text.split()) for text in TEXTS]  # with the template's words
@@ -159,7 +160,10 @@ def test_an_answer_ends_where_the_models_positions_do_and_not_with_its_neighbour
     assert rooms == [6, 3, 6, 3]
     expected = [words_of(tokenizer, base, text, room) for text, room in zip(TEXTS, rooms, strict=True)]
     assert [len(answer.split()) for answer in expected] == rooms
+    made, compile_once = [], completing.compile_answers
+    monkeypatch.setattr(completing, "compile_answers", lambda *args: made.append(args) or compile_once(*args))
     assert complete(base, tokenizer, TEXTS, max_new_tokens=6) == expected
+    assert len(made) == 1  # whatever room there is
     short = sum(room < 6 for room in rooms)
     assert f"{short} of {len(TEXTS)} prompts leave less room than 6 tokens" in caplog.text
 

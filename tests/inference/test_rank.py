@@ -141,6 +141,26 @@ def test_a_scorer_follows_the_model(model: Any) -> None:
     assert (adapted - plain).abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("without_a_reason")
+def test_autocast_is_the_own_forwards(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_seq2seq.adapted()
+    builders.randomise(model, spread=2.0)
+    scorer = LabelScorer(model, TOKENIZER, LABELS)
+    exact = scorer(TEXTS)
+    with caplog.at_level("INFO", logger="ia3"), torch.autocast("cpu", torch.bfloat16):
+        found = [scorer(TEXTS) for _ in range(2)]
+        shared = scorer.choices.expand(len(TEXTS), -1, -1)
+        batch = TOKENIZER(TEXTS, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            own = scorer.scores(choice_log_probabilities(model, shared, **batch))
+    torch.testing.assert_close(found[1], own, rtol=0, atol=1e-2)
+    assert torch.equal(*found)
+    assert (own - exact).abs().max() > 2e-4
+    assert (found[1] - exact).abs().max() > 2e-4
+    assert caplog.text.count("the model's own forward, since autocast is on") == 1
+    torch.testing.assert_close(scorer(TEXTS), exact)
+
+
 @pytest.mark.parametrize("part", ["", "encoder", "decoder.block.1.layer.0.dropout"])
 def test_what_is_put_to_train_between_batches_drops_nothing(model: Any, part: str) -> None:
     scorer = LabelScorer(model, TOKENIZER, LABELS)

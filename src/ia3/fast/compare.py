@@ -47,6 +47,7 @@ def difference(
     *,
     dtype: torch.dtype,
     fp8: bool = False,
+    saying: str = "its loss differs from the model's own forward by {0:.1e} (gradient {1:.1e})",
 ) -> str | None:
     """In what the numbers differ by more than rounding; None where they don't, or where the model has none itself.
 
@@ -59,6 +60,7 @@ def difference(
         own: those of the model's own forward, with vectors that are moved this much of their length up and down.
         dtype: the precision of the model's activations.
         fp8: whether the fused loss multiplies in eight bits.
+        saying: what is returned where they differ, with the parts by which losses and gradients do.
 
     Raises:
         torch.OutOfMemoryError: there is not enough for one of them.
@@ -83,7 +85,7 @@ def difference(
     limits = [max(limit, min(_ROUNDINGS * one, _MOST)) for limit, one in zip(limits, moved, strict=True)]
     if all(one <= limit for one, limit in zip(apart, limits, strict=True)):
         return None
-    return f"its loss differs from the model's own forward by {apart[0]:.1e} (gradient {apart[1]:.1e})"
+    return saying.format(*apart)
 
 
 def _apart(found: Numbers, expected: Numbers) -> tuple[float, float]:

@@ -25,7 +25,8 @@ from ia3.experts import computes_in_a_loop
 from ia3.fast import fused
 from ia3.fast.batch import Packed, pack_prompts, packable, round_up
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.guard import Guard, unsupported_modules
+from ia3.fast.compare_decoding import decoding_difference
+from ia3.fast.guard import Guard, copied, unsupported_modules
 from ia3.fast.layers import expected_sites
 from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.sessions import (
@@ -39,10 +40,11 @@ from ia3.fast.sessions import (
     round_up_to,
     start_of,
 )
+from ia3.fast.surroundings import unusual_call
 from ia3.mixing import acting_flat, gather_flat, gather_rows
 from ia3.quantised import first_quantised
-from ia3.rows import BASE, Rows, act_here, acting
-from ia3.sites import Layout, Side, Site
+from ia3.rows import BASE, Rows, acting
+from ia3.sites import Layout, Side, Site, logger
 from ia3.swap import SavedModule, Swapped
 
 # Sizes of batches that are kept ready; each has the keys and values of its whole length.
@@ -78,21 +80,24 @@ class Generate:
     reason: str | None = None
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Continue each prompt until its end token.
 
         Args:
             input_ids: `[batch, length]`, on any device; a causal model's are padded on the left.
             attention_mask: `[batch, length]`, 0 at padding.
             adapter_names: one adapter an example, `"__base__"` for none; the active ones where it is left out.
+            max_new_tokens: write fewer new tokens than the settings say, as where the model's positions end before.
 
         Returns:
             What `model.generate` returns, `[batch, …]` on the model's device: the prompt or the decoder's start, the
             new tokens, and padding behind the ends.
 
         Raises:
-            ValueError: what `gather_rows` raises, or another number of names than examples.
+            ValueError: what `gather_rows` raises, another number of names than examples, or more new tokens than the
+                settings say, or none.
         """
         raise NotImplementedError
 
@@ -107,13 +112,23 @@ class OwnGenerate(Generate):
 
     @torch.inference_mode()
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
-    ) -> Tensor:
-        names = {} if adapter_names is None else {"adapter_names": adapter_names}
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        more: dict[str, Any] = {} if adapter_names is None else {"adapter_names": adapter_names}
+        if max_new_tokens is not None:
+            more["max_new_tokens"] = _within(self.settings.get("max_new_tokens"), max_new_tokens)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        tokens: Tensor = self.model.generate(**moved, **self.settings, **names)
+        tokens: Tensor = self.model.generate(**moved, **{**self.settings, **more})
         return tokens
+
+
+def _within(most: int | None, wanted: int) -> int:
+    """How many new tokens a call wants, which are at most those of the settings."""
+    if wanted < 1 or (most is not None and wanted > most):
+        raise ValueError(f"max_new_tokens is {wanted}: a call may ask for 1 to {most}, which the settings say.")
+    return wanted
 
 
 def unsupported_reason(model: Any, **settings: Any) -> str | None:
@@ -253,40 +268,61 @@ class Decoder(Generate):
     """
 
     def __init__(self, model: Any, **settings: Any) -> None:
-        self.model, self.plan = model, GenerationPlan.of(model, settings)
+        self.model, self.settings, self.plan = model, settings, GenerationPlan.of(model, settings)
         self.own = OwnGenerate(model, settings, None)
-        self.guard = Guard(model)
+        self.guard, self.defaults = Guard(model), copied(vars(model.generation_config))
         self.is_seq2seq: bool = model.config.is_encoder_decoder
         architecture = architecture_of(model)
         self.has_positions = architecture is not None and has_learned_positions(architecture)
         self.causal: dict[tuple[int, int, frozenset[Any] | None], _Ready] = {}
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
+        self.compared: set[bool] = set()
+        self.said: set[str] = set()
         self.has_block = architecture is not None and architecture.mode != "encoder"
         self.has_forward = not self.is_seq2seq and _forward_unsupported_reason(model) is None
-        self.path = "captured" if model.device.type == "cuda" else "static"
+        self.path = self._fast_path
 
     @torch.inference_mode()
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor, *, adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tensor:  # fmt: skip
         if adapter_names is not None and len(adapter_names) != len(input_ids):
             raise ValueError(
                 f"There are {len(adapter_names)} adapter_names for {len(input_ids)} examples: pass one an example."
             )
-        if not self._takes(input_ids, attention_mask):
-            return self.own(input_ids, attention_mask, adapter_names=adapter_names)
-        if not self.guard.is_valid():
-            self.causal.clear()
-            self.fused.clear()
-            self.reasons.clear()
-            self.guard = Guard(self.model)
-        tokens = self._by_block(input_ids, attention_mask, adapter_names)
-        if tokens is None and self.has_forward:
-            tokens = self._by_forward(input_ids, attention_mask, adapter_names)
+        if max_new_tokens is not None:
+            _within(self.plan.max_new_tokens, max_new_tokens)
+        how: dict[str, Any] = {"adapter_names": adapter_names, "max_new_tokens": max_new_tokens}
+        around = unusual_call(self.model)
+        if around is not None:
+            self._say(around)
+        if around is not None or not self._takes(input_ids, attention_mask):
+            return self.own(input_ids, attention_mask, **how)
+        if not (self.guard.is_valid() and vars(self.model.generation_config) == self.defaults):
+            self._begin_anew()
+        tokens = None if self.reason is not None else self._by_block(input_ids, attention_mask, **how)
+        if tokens is None and self.reason is None and self.has_forward:
+            tokens = self._by_forward(input_ids, attention_mask, **how)
         if tokens is None:
-            return self.own(input_ids, attention_mask, adapter_names=adapter_names)
+            return self.own(input_ids, attention_mask, **how)
         return torch.cat([self._head(input_ids), tokens], dim=1)
+
+    def _begin_anew(self) -> None:
+        """Forget what was made of a model, or of a generation's configuration, that is another now."""
+        for held in (self.causal, self.fused, self.reasons, self.compared):
+            held.clear()
+        self.guard, self.defaults = Guard(self.model), copied(vars(self.model.generation_config))
+        self.reason, self.path = unsupported_reason(self.model, **self.settings), "eager"
+        if self.reason is None:
+            self.plan, self.path = GenerationPlan.of(self.model, self.settings), self._fast_path
+        else:
+            self._say(self.reason)
+
+    @property
+    def _fast_path(self) -> str:
+        return "captured" if self.model.device.type == "cuda" else "static"
 
     @property
     def sessions(self) -> list[Session]:
@@ -295,14 +331,22 @@ class Decoder(Generate):
 
     def _takes(self, ids: Tensor, mask: Tensor) -> bool:
         """Whether a batch is one for sessions, and not for the model's own `generate`."""
-        if not len(ids) or self.model.training or act_here():  # rows that act are the model's to hear
+        if not len(ids) or self.model.training:
             return False
         # Padded on the right, a causal model's prompt is not followed by what is written.
         return self.is_seq2seq or bool(mask[:, -1].all())
 
+    def _say(self, reason: str) -> None:
+        """Say once why calls like this one go through the model's own `generate`."""
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.info("A generation: the model's own way, since %s", reason)
+
     # By the block
 
-    def _by_block(self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None) -> Tensor | None:
+    def _by_block(
+        self, input_ids: Tensor, mask: Tensor, adapter_names: Sequence[str] | None, max_new_tokens: int | None
+    ) -> Tensor | None:
         """What the block writes, `[examples, …]`; None where it can't have these inputs or vectors."""
         found = self._flat(adapter_names) if self.has_block and packable(mask) else None
         if found is None:
@@ -316,12 +360,15 @@ class Decoder(Generate):
             # A session has room for longer ones, which would be rotated and attended to for nothing.
             packed = replace(packed, max_seqlen=round_up_to(longest, BUCKET))
         session = self._session(size)
+        if self._steps_aside(session, input_ids, mask, layout, flat):
+            return None
         session.hold(layout, flat)
         self._until_ended(
             session,
             lambda: session.prefilling(*packed.fixed, **packed.tensors),
             session.stepping,
             prompt=1 if self.is_seq2seq else input_ids.shape[1],
+            most=max_new_tokens,
         )
         return session.tokens_of(count)
 
@@ -367,11 +414,23 @@ class Decoder(Generate):
         self.fused[size] = session
         return session
 
+    def _steps_aside(self, session: FusedSession, ids: Tensor, mask: Tensor, layout: Layout, flat: Tensor) -> bool:
+        """Whether the first batch, or the first that mixes adapters, shows that the model computes something else."""
+        if session.size.mixed not in self.compared and bool(mask.any()):
+            self.compared.add(session.size.mixed)
+            self.reason = decoding_difference(session.fused, ids, mask, layout, flat, self.plan.start)
+        if self.reason is not None:
+            logger.warning("Answers are written by the model's own generate from now on: %s.", self.reason)
+            self.path = "eager"
+            self.fused.clear()
+        return self.reason is not None
+
     # By the own forward of a causal model
 
     def _by_forward(
-        self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None
-    ) -> Tensor | None:
+        self, input_ids: Tensor, attention_mask: Tensor, adapter_names: Sequence[str] | None,
+        max_new_tokens: int | None,
+    ) -> Tensor | None:  # fmt: skip
         """What the model's own forward writes; None where it takes its examples apart."""
         examples, length = self._room(*input_ids.shape)
         vectors = None
@@ -383,7 +442,8 @@ class Decoder(Generate):
         ready = self._ready_for(examples, length, vectors)
         session, batch = ready.session, ready.session.fit(input_ids, attention_mask)
         with nullcontext() if ready.vectors is None else acting(ready.vectors):
-            self._until_ended(session, lambda: ready.prefill(**batch), ready.decode_step, prompt=input_ids.shape[1])
+            prompt, most = input_ids.shape[1], max_new_tokens
+            self._until_ended(session, lambda: ready.prefill(**batch), ready.decode_step, prompt=prompt, most=most)
         return session.tokens_of(len(input_ids))
 
     def _room(self, count: int, prompt: int) -> tuple[int, int]:
@@ -420,13 +480,16 @@ class Decoder(Generate):
     # Both
 
     def _until_ended(
-        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int
-    ) -> None:
-        """Go on until every example has ended."""
+        self, session: Session, prefill: Callable[[], Tensor], decode_step: Callable[[], Tensor], prompt: int,
+        most: int | None,
+    ) -> None:  # fmt: skip
+        """Go on until every example has ended, or has so many new tokens."""
         plan, watch = self.plan, Watch(self.model.device)
+        most = plan.max_new_tokens if most is None else most
+        session.answers.max_tokens.fill_(most)
         session.answers.min_tokens.fill_(max(plan.min_length - prompt, plan.min_new_tokens))
         all_ended, written = prefill(), 1
-        while written < plan.max_new_tokens and not (plan.ends and watch.sees(all_ended)):
+        while written < most and not (plan.ends and watch.sees(all_ended)):
             all_ended, written = decode_step(), written + 1
 
     def _head(self, input_ids: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Guard:
         self.shadows = list(map(_shadows, self.modules))
         self.places = list(map(Tensor.data_ptr, self.tensors))
         self.snapshot = self._snapshot(model)
-        self.configs = [(config, _copied(vars(config))) for config in _configs(every)]
+        self.configs = [(config, copied(vars(config))) for config in _configs(every)]
 
     def is_valid(self) -> bool:
         """Whether what was computed then would be right now."""
@@ -256,7 +256,7 @@ class Guard:
             list(map(type, self.tensors)),
             any(map(attrgetter("requires_grad"), self.frozen)),
             all(map(attrgetter("requires_grad"), self.trained)),
-            [_version(tensor) for tensor in self.folded],
+            [version_of(tensor) for tensor in self.folded],
             [list(map(of, modules)) for of, modules in self.settings],
             [of(namespace) for of, namespace in self.namespaces],
             [mapping.get(name) for mapping, name in self.registered],
@@ -330,8 +330,8 @@ def _configs(modules: Iterable[nn.Module]) -> list[Any]:
     return list({id(config): config for config in held if hasattr(config, "__dict__")}.values())
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With copies of what may change in place."""
+def copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's values, with copies of what may change in place, to see by `==` whether one has changed."""
     return {name: copy.deepcopy(each) if isinstance(each, dict | list) else each for name, each in values.items()}
 
 
@@ -341,7 +341,7 @@ def _shadows(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name in vars(module) if name not in _BASE and callable(getattr(kind, name, None)))
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """How often it was changed in place; nobody counts that of an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
 

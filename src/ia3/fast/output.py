@@ -15,21 +15,20 @@ from dataclasses import fields
 from functools import cache, wraps
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules.module import _has_any_global_hook
 
 from ia3.adapter import vectors
+from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.draws import DrawsApart
 from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
-from ia3.fast.guard import OLD_CLASS, Guard, own_forward
+from ia3.fast.guard import OLD_CLASS, Guard, own_forward, version_of
 from ia3.fast.ragged import IGNORE_INDEX
+from ia3.fast.surroundings import unusual_call
 from ia3.listening import LISTENS, listen
-from ia3.rows import act_here
 from ia3.sites import logger
 from ia3.state import sole_active_adapter
 
@@ -67,7 +66,7 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
         return None  # where nothing may be noted
     state: _State = model.__dict__.setdefault(_STATE, _State())
     batch, kind = _batch_of(model, kwargs), _output_class(own_forward(type(model)))
-    reason = _surroundings(model) or (batch if isinstance(batch, str) else None)
+    reason = unusual_call(model) or (batch if isinstance(batch, str) else None)
     if reason is not None or kind is None or isinstance(batch, str):
         state.say(reason or "its forward doesn't say what it returns")
         return None
@@ -91,26 +90,6 @@ def _output(model: Any, kwargs: Mapping[str, Any]) -> Any:
     return _unread(kind(loss=found), _Rest(model, state, loss, kwargs, flat))
 
 
-def _surroundings(model: Any) -> str | None:
-    """Why the model's own forward must run as things stand around the call; None where it need not."""
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return "hooks are registered for all modules"
-    if act_here():
-        return "it is called inside a batch that mixes adapters"
-    # A replica of DataParallel shares its original's attributes, and has no parameters.
-    if getattr(model, "_is_replica", False):
-        return "it is a replica of DataParallel"
-    # torch.func's tensors can't be asked where they are.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func transforms it"
-    device = model.device.type
-    if torch.is_autocast_enabled(device):
-        return "autocast is on: load the model in half precision (dtype=torch.bfloat16) instead"
-    if device == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "it is being captured"
-    return None
-
-
 def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | str:
     """The inputs and labels of a call that asks for no more than its loss; why it is another."""
     given = {name: value for name, value in kwargs.items() if value is not None}
@@ -130,11 +109,19 @@ def _batch_of(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | str:
         return "it asks for a tuple"
     if config.output_attentions or config.output_hidden_states:
         return "it asks for attentions or hidden states"
+    if "num_items_in_batch" in given and fused.front_of(model) and _divides_by_items(own_forward(type(model))):
+        return "its own head divides the loss by num_items_in_batch"
     for beside in ("use_cache", "num_items_in_batch"):  # of the rest of the output, and of the loss afterwards
         given.pop(beside, None)
     if config.is_encoder_decoder and "decoder_input_ids" in given:
         batch["decoder_input_ids"] = given.pop("decoder_input_ids")
     return f"it is given {', '.join(sorted(given))}" if given else batch
+
+
+@cache
+def _divides_by_items(forward: Callable[..., Any]) -> bool:
+    """Whether a model's own forward leaves its loss to `loss_function`, which alone heeds the number of items."""
+    return "loss_function" in inspect.unwrap(forward).__code__.co_names
 
 
 @cache
@@ -241,7 +228,7 @@ class _State:
 
 
 def _label_count(packed: Packed) -> int:
-    return int(np.count_nonzero(packed["labels"].numpy() != IGNORE_INDEX))
+    return int(torch.count_nonzero(packed["labels"] != IGNORE_INDEX))  # which may be bfloat16, and NumPy has none
 
 
 class _Vectors(torch.autograd.Function):
@@ -313,7 +300,7 @@ class _Rest:
     def _versions(self) -> list[int]:
         """Of what has changed where one of these has; vectors may change, since theirs were kept."""
         read = [value for value in self.kwargs.values() if isinstance(value, Tensor)]
-        return [tensor._version for tensor in (*read, *self.loss.others)]
+        return [version_of(tensor) for tensor in (*read, *self.loss.others)]
 
     def _own_output(self) -> Any:
         """With the vectors of the call, which may have changed since."""

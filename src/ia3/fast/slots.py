@@ -19,19 +19,24 @@ from torch.nn.utils.rnn import pad_sequence
 from ia3.architectures import architecture_of, has_learned_positions
 from ia3.fast.batch import Packed, pack_prompts, round_up, rounded_length
 from ia3.fast.capture import GraphedCallable
+from ia3.fast.compare_decoding import decoding_difference
 from ia3.fast.decoding import Decoding, Room
 from ia3.fast.fused import FusedLoss, seq2seq_unsupported_reason
 from ia3.fast.generate import unsupported_reason
-from ia3.fast.guard import Guard
+from ia3.fast.graphed import moved_by
+from ia3.fast.guard import Guard, copied
 from ia3.fast.ops.decode import Source
 from ia3.fast.ops.greedy import Answers, take_likeliest
 from ia3.fast.ops.launch import compile_kernels, next_power_of_2
 from ia3.fast.ragged import Ragged
 from ia3.fast.sessions import BUCKET, GenerationPlan, Watch, over, round_up_to
+from ia3.fast.surroundings import INSTEAD_OF_AUTOCAST, is_autocast_on
 from ia3.sites import Layout
 
 # Where every computation has one shape, so many texts are read at once.
 _READ = 8
+# Vectors of a comparison are this much above and below one.
+_MADE_UP = 0.1
 
 
 class Slots:
@@ -56,8 +61,8 @@ class Slots:
         lengths: the tokens of each live slot's input, by slot.
 
     Raises:
-        ValueError: a model, sites or settings that can't be computed here; sizes below one or beyond the model's
-            positions.
+        ValueError: a model, sites or settings that can't be computed here, which the logits of two made-up inputs
+            show, too; sizes below one or beyond the model's positions.
 
     Example:
         >>> slots = Slots(model, 32, max_source=512, max_new_tokens=64, layout=table.layout)
@@ -74,13 +79,14 @@ class Slots:
         _check_sizes(slots=slots, max_source=max_source, max_new_tokens=max_new_tokens)
         reason = seq2seq_unsupported_reason(model, layout.sites) or unsupported_reason(model, **settings)
         reason = reason or _positions_unsupported_reason(model, max_source, max_new_tokens)
-        if reason is not None:
-            raise ValueError(f"No slots for this model: {reason}. Use compile_generate, which takes whole batches.")
+        _expect_none(reason)
         self.model, self.count, self.max_source, self.layout = model, slots, max_source, layout
         self.invariant, self.read_by = invariant, _columns_within(model, layout)
         self.plan, device = GenerationPlan.of(model, settings), model.device
         self.fused = FusedLoss(model, layout)
+        _expect_none(_difference(self.fused, max_source, self.plan.start))
         self.guard, self.backend = Guard(model, self.fused.folded), self.fused.backend
+        self.defaults = copied(vars(model.generation_config))
         # One more than are lent: an admission of a recorded size writes there what fills it up.
         every, positions = slots + 1, round_up_to(max_new_tokens, BUCKET)
         self.decoding = Decoding(self.fused, Room(every, every, positions, every * max_source, max_source))
@@ -107,8 +113,8 @@ class Slots:
         return [slot for slot in range(self.count) if slot not in self.lengths]
 
     def is_valid(self) -> bool:
-        """Whether the model still is what it was; if not, only new slots compute what it does now."""
-        return self.guard.is_valid()
+        """Whether the model, and how it generates, still is what it was; if not, only new slots do as it does now."""
+        return self.guard.is_valid() and vars(self.model.generation_config) == self.defaults
 
     @torch.inference_mode()
     def admit(
@@ -129,8 +135,9 @@ class Slots:
 
         Raises:
             ValueError: any of these is wrong; no slot has changed then.
-            RuntimeError: the model has changed since the slots were made.
+            RuntimeError: the model has changed since the slots were made, or autocast is on.
         """
+        self._expect_own_precision()
         most = [self.plan.max_new_tokens] * len(slots) if max_new is None else list(max_new)
         default = max(self.plan.min_length - 1, self.plan.min_new_tokens, 0)
         least = [default] * len(slots) if min_new is None else list(min_new)
@@ -151,7 +158,11 @@ class Slots:
         """Write each live slot one more token; the slots that were seen to have ended, which are free from now on.
 
         A GPU goes on meanwhile: an end is seen a few steps late, and until then nothing more is written there.
+
+        Raises:
+            RuntimeError: autocast is on.
         """
+        self._expect_own_precision()
         if not self.lengths:
             return []
         seen = self.watch.sees(self.stepping(*self._reach()))
@@ -343,6 +354,13 @@ class Slots:
 
     # What is refused
 
+    def _expect_own_precision(self) -> None:
+        if is_autocast_on(self.flat.device):
+            raise RuntimeError(
+                "Autocast is on, and slots compute in the precision of the model's weights: call them outside of it, "
+                f"and {INSTEAD_OF_AUTOCAST} if you want another."
+            )
+
     def _check(
         self, slots: Sequence[int], rows: Sequence[Sequence[int]], layout: Layout, flat: Tensor, most: Sequence[int],
         least: Sequence[int],
@@ -391,6 +409,21 @@ def _columns_within(model: Any, layout: Layout) -> Tensor:
     front = f"{architecture.stacks[0].blocks}."
     inside = [torch.full((site.width,), site.path.startswith(front), device="cpu") for site in layout.sites]
     return torch.cat(inside or [torch.zeros(0, dtype=torch.bool, device="cpu")]).nonzero().flatten().to(model.device)
+
+
+def _expect_none(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"No slots for this model: {reason}. Use compile_generate, which takes whole batches.")
+
+
+def _difference(fused: FusedLoss, max_source: int, start: int) -> str | None:
+    """In what the block's logits of made-up inputs, under made-up vectors, are not the model's own."""
+    lengths = torch.tensor([min(length, max_source) for length in (7, 3)])
+    ids = torch.arange(14).view(2, 7) % len(fused.model.get_input_embeddings().weight)
+    mask = torch.arange(7) < lengths[:, None]
+    like = torch.ones(2, fused.layout.size, device=fused.model.device)
+    vectors = torch.stack([like[0], moved_by(like[1], _MADE_UP).detach()])
+    return decoding_difference(fused, ids, mask, fused.layout, vectors, start)
 
 
 def _check_sizes(**sizes: int) -> None:

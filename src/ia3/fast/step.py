@@ -15,11 +15,15 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.hooks import RemovableHandle
 
 from ia3.adapter import vectors
+from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.linear import Precision, fp8_unsupported_reason
+from ia3.fast.surroundings import unusual_call
 from ia3.sites import VECTORS, logger
 from ia3.state import attached, sole_active_adapter
 
@@ -71,7 +75,7 @@ def compile_step(
     in_group = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if in_group and reduce is None:
         logger.warning("compile_step without `reduce`: each of the processes trains an adapter of its own.")
-    reason = _unsupported_reason(model, optimizer)
+    reason = _unsupported_reason(model, optimizer) or _unrecordable(model.device, scheduler)
     if reason is not None and (recompute or frozen):
         asked, instead = (
             ("recompute", "use gradient_checkpointing_enable()") if recompute else ("frozen", "leave it out")
@@ -103,6 +107,9 @@ class Step:
 
         Returns:
             The loss before the update, of all processes, a scalar on the model's device.
+
+        Raises:
+            ValueError: a weight other than 1 without `reduce`.
         """
         raise NotImplementedError
 
@@ -136,6 +143,14 @@ def sum_gradients(
     return total.view(())
 
 
+def _check_weight(weight: float | Tensor, reduce: Callable[[Tensor], Tensor] | None) -> None:
+    if reduce is None and (isinstance(weight, Tensor) or weight != 1.0):
+        raise ValueError(
+            f"The step is given the weight {weight}, which is a batch's part of those of several processes: pass "
+            "`reduce` to compile_step, or leave it out."
+        )
+
+
 def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
     reason = unsupported_reason(model)
     if reason is not None:
@@ -148,6 +163,29 @@ def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
         return "the optimizer's parameters are not the adapter's vectors"
     if any(group["amsgrad"] or group["maximize"] for group in groups):
         return "it is written for plain AdamW, without amsgrad or maximize"
+    return _hooked([parameter for parameter in model.parameters() if parameter.requires_grad], optimizer)
+
+
+def _unrecordable(device: torch.device, scheduler: Any) -> str | None:
+    """Why a graph can't follow a scheduler, or one of those it is made of; None where it can, or there is no graph."""
+    if device.type != "cuda":
+        return None
+    if getattr(scheduler, "cycle_momentum", False):
+        name = type(scheduler).__name__
+        return (
+            f"{name} changes AdamW's betas at each step, and a recorded step has the first: pass cycle_momentum=False"
+        )
+    inner = getattr(scheduler, "_schedulers", ())
+    return next((reason for each in inner if (reason := _unrecordable(device, each))), None)
+
+
+def _hooked(parameters: Sequence[Parameter], optimizer: Optimizer) -> str | None:
+    """Which hooks are called by autograd or the optimizer alone; None where there are none."""
+    if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters):
+        return "a vector carries a hook, which autograd calls"
+    of_one = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if any((*of_one, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
+        return "the optimizer carries a hook, which a recorded step would call once"
     return None
 
 
@@ -164,6 +202,7 @@ class _Eager(Step):
         self.reduce, self.reason = reduce, reason
 
     def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
+        _check_weight(weight, self.reduce)
         device = self.model.device
         loss: Tensor = self.model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
         loss.backward()  # type: ignore[no-untyped-call]
@@ -207,39 +246,55 @@ class _Fast(Step):
         self.path = "captured" if self.computation.captures else "fused"
         if self.computation.captures:
             _make_capturable(optimizer, loss.device)
-        self.settings = _settings(optimizer)
+        self.settings, self.handles = _settings(optimizer), RemovableHandle.next_id
 
     def __call__(self, batch: Mapping[str, Tensor], weight: float | Tensor = 1.0) -> Tensor:
         if self.eager is not None:
             return self.eager(batch, weight)
+        _check_weight(weight, self.reduce)
+        self._expect_as_it_was()
+        reason = unusual_call(self.model) or self._gradients_before()
+        if reason is not None:
+            return self._by_own_forward(batch, weight, reason)
         try:
             packed = self.loss.pack(batch)
         except ValueError as error:
             if not self.loss.losses.architecture.front:
                 raise
             return self._by_own_forward(batch, weight, str(error))
-        self._expect_as_it_was()
         reason = self.loss.difference(batch, packed)
         if reason is not None:
             return self._step_aside(reason)(batch, weight)
-        for parameter, gradient in self.places:
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
-        (loss,) = self.loss.run(self.computation, packed)
-        if self.reduce is not None:
-            loss = sum_gradients(self.trained, loss, self.reduce, weight)
-            self.update()
-        for parameter, _ in self.places:
-            parameter.grad = None
+        loss = self._by_fused_loss(packed, weight)
         if self.scheduler is not None:
             self.scheduler.step()
         return loss
 
+    def _by_fused_loss(self, packed: Packed, weight: float | Tensor) -> Tensor:
+        """The loss, whose gradients are in their places for the update alone."""
+        for parameter, gradient in self.places:
+            parameter.grad = gradient
+        try:
+            (loss,) = self.loss.run(self.computation, packed)
+            if self.reduce is not None:
+                loss = sum_gradients(self.trained, loss, self.reduce, weight)
+                self.update()
+        finally:  # else the next step would take them for somebody's
+            for parameter, _ in self.places:
+                parameter.grad = None
+        return loss
+
+    def _gradients_before(self) -> str | None:
+        """That somebody's gradients are there, to which the ordinary step adds its own; None where there are none."""
+        if all(parameter.grad is None for parameter in self.trained):
+            return None
+        return "there are gradients from before, to which it adds its own"
+
     def _by_own_forward(self, batch: Mapping[str, Tensor], weight: float | Tensor, reason: str) -> Tensor:
-        """A step with a batch that only an encoder's own forward takes, such as one of questions and answers."""
+        """A step that only the model's own forward takes, such as an encoder's of questions and answers."""
         if reason not in self.said:
             self.said.add(reason)
-            logger.info("The step of such a batch: the ordinary one, since %s", reason)
+            logger.info("A step like this: the ordinary one, since %s", reason)
         return self._ordinary(reason)(batch, weight)
 
     def _ordinary(self, reason: str) -> _Eager:
@@ -265,6 +320,11 @@ class _Fast(Step):
                 "The model was moved, cast, unloaded, hooked, patched or given other weights or vectors after "
                 "compile_step: make the step again."
             )
+        if self._has_new_hooks():
+            raise RuntimeError(
+                "A hook was registered at the optimizer or at a vector after compile_step, and the step would not call "
+                "it: make the step again, which is the ordinary one then."
+            )
         if not self.loss.guard.in_one_mode:
             raise RuntimeError(
                 "Some dropouts are in training and others in evaluation mode, and the step has one mode for all: call "
@@ -275,6 +335,14 @@ class _Fast(Step):
                 "The optimizer's rates, moments or other settings were replaced after compile_step, and a graph goes "
                 "on with the old ones: change a rate in place (group['lr'].fill_(…)), or make the step again."
             )
+
+    def _has_new_hooks(self) -> bool:
+        """Whether there are hooks that the step doesn't call; looked at where any hook was registered since."""
+        if self.handles != RemovableHandle.next_id:
+            if _hooked(self.trained, self.optimizer) is not None:
+                return True
+            self.handles = RemovableHandle.next_id
+        return False
 
     def _step(self, *fixed: Any, **tensors: Tensor) -> tuple[Tensor]:
         found = self._backward(*fixed, **tensors)
@@ -316,8 +384,11 @@ def _settings(optimizer: Optimizer) -> list[Any]:
     found: list[Any] = []
     for group in optimizer.param_groups:
         plain = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
-        state = optimizer.state[group["params"][0]]
-        moments = [state[name].data_ptr() for name in sorted(state) if isinstance(state[name], Tensor)]
+        # Those of one parameter stand for all of its group; a split by decay may leave a group without any.
+        states = [optimizer.state[parameter] for parameter in group["params"][:1]]
+        moments = [
+            state[name].data_ptr() for state in states for name in sorted(state) if isinstance(state[name], Tensor)
+        ]
         rate = group["lr"]
         found.append((plain, rate.data_ptr() if isinstance(rate, Tensor) else rate, moments))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from ia3.tasks.task import Task, TaskKind
 
 # Stands for the tag of a word that the model did not read, since its text was cut before.
 _UNREAD = "?"
+# Tasks whose labels or generation are kept ready.
+_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,36 @@ class Answerer:
         else:
             written = predict(model, tokenizer, texts, **how)
         return [Answer(text) for text in written]
+
+
+class Answerers:
+    """An `Answerer` for each task, made when it is first asked for; those that were used last are kept.
+
+    Each holds what was recorded for its labels or its lengths, which of thousands of tasks would fill a GPU.
+
+    Args:
+        model, tokenizer, batch_size: see `Answerer`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._kept: OrderedDict[Task, Answerer] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def for_task(self, task: Task) -> Answerer:
+        """The one of a task.
+
+        Raises:
+            ValueError: labels that `LabelScorer` refuses.
+        """
+        if task not in self._kept:
+            self._kept[task] = Answerer(self.model, self.tokenizer, task, batch_size=self.batch_size)
+        self._kept.move_to_end(task)
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[task]
 
 
 def _longest(task: Task) -> int:

@@ -278,11 +278,9 @@ def write(
         The answers without special tokens and outer spaces.
     """
     room = _room(model, max(map(len, prompts)), max_new_tokens)
-    if room < max_new_tokens:
-        generate = compile_answers(model, tokenizer, room)
     ends = end_tokens(model, tokenizer)
     batch = pad_rows(prompts, _padding(tokenizer, ends), left=True)
-    tokens = generate(batch["input_ids"], batch["attention_mask"], adapter_names=adapter_names)
+    tokens = generate(batch["input_ids"], batch["attention_mask"], adapter_names=adapter_names, max_new_tokens=room)
     answers = [_up_to_end(row, ends) for row in tokens[:, batch["input_ids"].shape[1] :].tolist()]
     return [answer.strip() for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ia3.config import CONFIG_NAME, PeftConfig
 from ia3.errors import shorten
-from ia3.inference.answering import Answer, Answerer
+from ia3.inference.answering import Answer, Answerers
 from ia3.inference.loading import DTYPES, load_adapter
 from ia3.inference.predict import Beat
 from ia3.runs.sums import expect_adapter_unchanged
@@ -155,7 +155,7 @@ class Together:
     """
 
     def __init__(self, company: Company, batch_size: int) -> None:
-        self.company, self.batch_size = company, batch_size
+        self.company = company
         first, *others = company.folders
         precision, quantize = company.tasks[first].precision, company.tasks[first].quantize
         dtype = None if precision is None else DTYPES[precision]
@@ -166,7 +166,7 @@ class Together:
             table = AdapterTable(self.model, capacity=max(_CAPACITY, batch_size))
             for folder in company.folders.values():
                 table.register(str(folder), folder)
-        self._answerers: dict[Task, Answerer] = {}
+        self._answerers = Answerers(self.model, self.tokenizer, batch_size=batch_size)
 
     def __call__(self, examples: Sequence[Example], names: Sequence[str], beat: Beat | None = None) -> list[Answer]:
         """One answer an example, each by the adapter of its name; those whose tasks are the same share batches."""
@@ -176,14 +176,9 @@ class Together:
         answers: dict[int, Answer] = {}
         for task, places in by_task.items():
             own = [str(self.company.folders[names[place]]) for place in places] if self.shares else None
-            found = self._answerer(task)([examples[place] for place in places], beat, own)
+            found = self._answerers.for_task(task)([examples[place] for place in places], beat, own)
             answers |= zip(places, found, strict=True)
         return [answers[place] for place in range(len(examples))]
-
-    def _answerer(self, task: Task) -> Answerer:
-        if task not in self._answerers:
-            self._answerers[task] = Answerer(self.model, self.tokenizer, task, batch_size=self.batch_size)
-        return self._answerers[task]
 
 
 def companies_of(
