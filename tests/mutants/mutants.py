@@ -360,6 +360,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Engine._gather", Instead("self.limits.gather_s", "-1"), "nobody waits for company"),
         Mutant("Engine._gather", Instead("_FOR_LISTS if more_come else 1", "1"), "the last of a list comes too late"),
         Mutant("Engine.submit", Skip("release"), "requests that were refused hold their version"),
+        Mutant("Batches._write", Instead("max(prompt.longest for prompt in prompts)", "None"),
+               "a batch goes on to the longest answer of its task"),
         Mutant("Batches._write", Instead("row[: prompt.longest]", "row"), "answers are longer than was asked for"),
         Mutant("Reader._tokenise", Instead("without_template(self.tokenizer)", "self.tokenizer"),
                "plain texts are read as conversations"),

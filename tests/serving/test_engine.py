@@ -206,6 +206,15 @@ def test_an_answer_may_be_cut(fleet: Path, chats: Path, causal: bool) -> None:
         assert (other.finish_reason == "length") == (one.completion_tokens > 2 or one.finish_reason == "length")
 
 
+def test_a_batch_goes_on_no_longer_than_it_is_asked_to(chats: Path) -> None:
+    with serving(chats, causal=True) as engine:
+        steps, model = [], engine._answer.model
+        model.register_forward_hook(lambda *_: steps.append(1))
+        some = [engine.submit(Request(QUESTIONS[0], BASE, max_new_tokens=most)) for most in (1, 3)]
+        assert all(each.result(60).completion_tokens for each in some)
+        assert len(steps) <= 1 + 3  # of 128, in one batch or in two
+
+
 def test_a_label_is_given_whole(fleet: Path) -> None:
     with serving(fleet) as engine:
         label = ask(engine, "news", TEXTS[0], max_new_tokens=1)

@@ -418,9 +418,9 @@ def _expect_none(reason: str | None) -> None:
 
 def _difference(fused: FusedLoss, max_source: int, start: int) -> str | None:
     """In what the block's logits of made-up inputs, under made-up vectors, are not the model's own."""
-    lengths = torch.tensor([min(length, max_source) for length in (7, 3)])
-    ids = torch.arange(14).view(2, 7) % len(fused.model.get_input_embeddings().weight)
-    mask = torch.arange(7) < lengths[:, None]
+    lengths = _here([min(length, max_source) for length in (7, 3)])
+    ids = torch.arange(14, device="cpu").view(2, 7) % len(fused.model.get_input_embeddings().weight)
+    mask = torch.arange(7, device="cpu") < lengths[:, None]
     like = torch.ones(2, fused.layout.size, device=fused.model.device)
     vectors = torch.stack([like[0], moved_by(like[1], _MADE_UP).detach()])
     return decoding_difference(fused, ids, mask, fused.layout, vectors, start)

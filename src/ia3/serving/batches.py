@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ia3.config import TaskType
 from ia3.fast.batch import rounded_length
-from ia3.inference.answering import Answerer
+from ia3.inference.answering import Answerer, Answerers
 from ia3.inference.complete import end_tokens
 from ia3.inference.predict import most_positions, pad_rows
 from ia3.inference.rank import LabelScorer, rankings
@@ -25,8 +24,6 @@ from ia3.serving.reading import CLASSES, VECTORS, Prompt
 from ia3.tasks.losses import choice_log_probabilities
 from ia3.tasks.task import Task
 
-# Tasks whose labels or generation are kept ready.
-_KEPT = 16
 # Of a batch whose shape is always the same.
 _ROWS = 8
 
@@ -44,7 +41,7 @@ class Batches:
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, *, invariant: bool = False) -> None:
         self.model, self.tokenizer, self.batch_size, self.invariant = model, tokenizer, batch_size, invariant
-        self._answerers: OrderedDict[Task, Answerer] = OrderedDict()
+        self._answerers = Answerers(model, tokenizer, batch_size=batch_size)
         self._encoder = Encoder(model)
         self._positions = most_positions(model)
 
@@ -71,7 +68,7 @@ class Batches:
         task = prompts[0].task
         if task in (CLASSES, VECTORS):
             return self._encode(prompts, rows, length)
-        answerer = self._answerer(task)
+        answerer = self._answerers.for_task(task)
         if answerer.scorer is not None:
             return self._rank(answerer.scorer, prompts, rows, length)
         return self._write(answerer, prompts, rows, length)
@@ -83,16 +80,8 @@ class Batches:
         found = self._encoder.classes(texts, rows, [prompt.labels for prompt in prompts], length)
         return [Found(each.label, each.probabilities) for each in found]
 
-    def _answerer(self, task: Task) -> Answerer:
-        if task not in self._answerers:
-            self._answerers[task] = Answerer(self.model, self.tokenizer, task, batch_size=self.batch_size)
-        self._answerers.move_to_end(task)
-        while len(self._answerers) > _KEPT:
-            self._answerers.popitem(last=False)
-        return self._answerers[task]
-
     def _scorer(self, task: Task) -> LabelScorer | None:
-        return None if task in (CLASSES, VECTORS) else self._answerer(task).scorer
+        return None if task in (CLASSES, VECTORS) else self._answerers.for_task(task).scorer
 
     def _rank(
         self, scorer: LabelScorer, prompts: Sequence[Prompt], rows: Sequence[str], length: int | None
@@ -124,7 +113,9 @@ class Batches:
         is_causal = answerer.task.kind.task_type is TaskType.CAUSAL_LM
         ends = end_tokens(self.model, self.tokenizer)
         batch = pad_rows([prompt.tokens for prompt in prompts], self._padding, length, left=is_causal)
-        tokens = generate(batch["input_ids"], batch["attention_mask"], adapter_names=list(rows))
+        most = max(prompt.longest for prompt in prompts)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        tokens = generate(ids, mask, adapter_names=list(rows), max_new_tokens=most)
         written = tokens[:, length if is_causal else 1 :].tolist()
         return [
             found_of(self.tokenizer, ends, row[: prompt.longest]) for row, prompt in zip(written, prompts, strict=True)
