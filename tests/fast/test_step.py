@@ -274,6 +274,17 @@ def test_a_recorded_step_steps_aside_for_betas_that_change(tiny, randomise) -> N
         step(batch_of())
 
 
+def test_a_module_around_the_model_is_named(tiny, randomise) -> None:
+    model = adapted(tiny, randomise, "t5 gated", torch.float32)
+    name = type(model).__name__
+    for around in (torch.compile(model), torch.nn.DataParallel(model)):
+        step = ia3.compile_step(around, steady(model))
+        said = f"a {type(around).__name__} stands around the {name}: pass the model itself"
+        assert (step.path, step.reason) == ("eager", said)
+    bare = ia3.compile_step(tiny("t5"), steady(tiny("t5")))
+    assert bare.reason == "exactly one adapter must act, and none be merged"
+
+
 def test_changes_behind_its_back_are_errors(tiny, randomise) -> None:
     model = adapted(tiny, randomise, "t5 gated", torch.float32)
     step = ia3.compile_step(model, optimiser_of(model)[0])

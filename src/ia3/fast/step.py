@@ -25,7 +25,7 @@ from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.linear import Precision, fp8_unsupported_reason
 from ia3.fast.surroundings import unusual_call
 from ia3.sites import VECTORS, logger
-from ia3.state import attached, sole_active_adapter
+from ia3.state import attached, find_attached, sole_active_adapter
 
 
 def compile_step(
@@ -152,7 +152,7 @@ def _check_weight(weight: float | Tensor, reduce: Callable[[Tensor], Tensor] | N
 
 
 def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
-    reason = unsupported_reason(model)
+    reason = _wrapped(model) or unsupported_reason(model)
     if reason is not None:
         return reason
     if type(optimizer) is not AdamW:
@@ -164,6 +164,16 @@ def _unsupported_reason(model: Any, optimizer: Optimizer) -> str | None:
     if any(group["amsgrad"] or group["maximize"] for group in groups):
         return "it is written for plain AdamW, without amsgrad or maximize"
     return _hooked([parameter for parameter in model.parameters() if parameter.requires_grad], optimizer)
+
+
+def _wrapped(model: Any) -> str | None:
+    """That the model stands inside of another module, as in that of torch.compile or DDP; None where it doesn't."""
+    if find_attached(model) is not None:
+        return None
+    inside = next((each for each in model.modules() if find_attached(each) is not None), None)
+    if inside is None:
+        return None
+    return f"a {type(model).__name__} stands around the {type(inside).__name__}: pass the model itself"
 
 
 def _unrecordable(device: torch.device, scheduler: Any) -> str | None:
