@@ -44,7 +44,7 @@ def gpus(monkeypatch) -> Iterator[SimpleNamespace]:
 
     @contextmanager
     def device(to: Any) -> Iterator[None]:
-        before, seen.current = seen.current, torch.device(to).index
+        before, seen.current = seen.current, to if isinstance(to, int) else torch.device(to).index
         seen.entered.append(seen.current)
         yield
         seen.current = before

@@ -79,14 +79,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     Args:
         kernel: decorated with `jit`.
         grid: how many programs, along up to three axes.
-        arguments: tensors, where the kernel takes pointers, None and numbers.
+        arguments: tensors, where the kernel takes pointers, None and numbers; a tensor before all numbers.
         constants: what it is compiled for.
     """
-    with on_device(next(each.device for each in arguments if isinstance(each, Tensor))):
-        if _mode.only_compiles:
-            kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
-        else:
-            kernel.by_triton[grid](*arguments, **constants)
+    first: Tensor = next(each for each in arguments if each is not None)
+    device = first.get_device()  # -1 on a CPU; launching is hot, and this the least that tells
+    if device < 0 or device == torch.cuda.current_device():
+        _launch(kernel, grid, *arguments, **constants)
+    else:
+        with torch.cuda.device(device):
+            _launch(kernel, grid, *arguments, **constants)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    if _mode.only_compiles:
+        kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
+    else:
+        kernel.by_triton[grid](*arguments, **constants)
 
 
 def compile_kernels(computation: Callable[[], object], device: torch.device) -> None:
