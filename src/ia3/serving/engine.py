@@ -161,10 +161,8 @@ class Engine(Intake):
     def _work(self) -> None:
         try:
             while (taken := self._next()) is not None:
-                started = time.monotonic()
-                if taken:
-                    self._begin(taken)
-                self._write_on(time.monotonic() - started)
+                # Beginning to write is no turn of others.
+                self._write_on(self._begin(taken) if taken else 0.0)
         except BaseException:
             _logger.critical("The engine has failed, and answers nothing more.", exc_info=True)
         finally:  # told to stop, or by an error in this file: nobody is left to wait for ever
@@ -211,12 +209,15 @@ class Engine(Intake):
     def _room(self, company: Hashable) -> int:
         return self._writing.room(company) if isinstance(company, Size) else self.limits.batch_size
 
-    def _begin(self, taken: Sequence[Work]) -> None:
-        """Answer a batch, or begin to write in slots."""
+    def _begin(self, taken: Sequence[Work]) -> float:
+        """Answer a batch, or begin to write in slots; how many seconds the batch took."""
+        started = time.monotonic()
         if isinstance(taken[0].company, Size):
             self._admit(taken[0].company, [work for work in taken if not work.future.done()])
-        elif batch := _running_from_now(taken):
+            return 0.0
+        if batch := _running_from_now(taken):
             self._run(batch)
+        return time.monotonic() - started
 
     def _expect_device(self, error: Exception) -> None:
         """Try nothing again where nothing is computed any more, as after some errors of CUDA: the thread ends.
