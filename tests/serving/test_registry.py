@@ -362,7 +362,7 @@ def test_after_reading_much_the_folder_is_looked_at_again_soon(folder: Path, mon
 
         registry.refresh = lambda **_: look(reads=True)  # type: ignore[method-assign]
         registry.watch(every_s=0.01)
-        assert all(looks.acquire(timeout=2) for _ in range(3))
+        assert all(looks.acquire(timeout=20) for _ in range(3))
         registry.refresh = lambda **_: look(reads=False)  # type: ignore[method-assign]
         while looks.acquire(timeout=1):  # a look that finds nothing is followed by a rest of twenty times as long
             pass
