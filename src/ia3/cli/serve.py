@@ -62,7 +62,7 @@ def serve(
         raise ImportError(f'Serving needs {listed(missing)}: pip install "ia3[serve]".')
     from ia3.serving.http import make_app
     from ia3.serving.limits import Keys, RequestLimits
-    from ia3.serving.listening import bind, is_loopback, listen, own_names
+    from ia3.serving.listening import bind, in_url, is_loopback, listen, own_names
     from ia3.serving.metrics import log_in_lines
 
     keys, admin = Keys.read(api_keys, _KEYS), Keys.read(admin_key_file, _ADMIN_KEY)
@@ -85,8 +85,7 @@ def serve(
         most, hosts = RequestLimits(running=max_running, answer_s=timeout_s), None if keys else own_names(host)
         app = make_app(engine, keys=keys, admin=admin, limits=most, hosts=hosts)
         bound.listen()
-        shown = f"[{host}]" if ":" in host else host
-        _tell(engine, f"http://{shown}:{bound.getsockname()[1]}", as_json=as_json)
+        _tell(engine, f"http://{in_url(host)}:{bound.getsockname()[1]}", as_json=as_json)
         log_in_lines()
         if not listen(app, engine, bound, drain_s=drain_s):
             raise typer.Exit(1)

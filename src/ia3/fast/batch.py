@@ -5,7 +5,7 @@ A GPU may wait for a batch that is packed, and of tensors as small as these nump
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from ia3.fast.ops.launch import next_power_of_2
 from ia3.fast.ragged import IGNORE_INDEX, Ragged
@@ -74,6 +75,13 @@ class Packed:
             ValueError: the examples can't be divided into these groups.
         """
         return Ragged(self["cu_seqlens"], self.max_seqlen, self.total_tokens, groups, self.uniform)
+
+
+def pad_right(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens of several inputs on the CPU and their mask, both `[rows, length]`."""
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    ids = pad_sequence(list(rows), batch_first=True)
+    return ids, (torch.arange(ids.shape[1], device="cpu") < lengths[:, None]).long()
 
 
 def pack_prompts(ids: Tensor, mask: Tensor, *, positions: bool = False, left_padded: bool = False) -> Packed:

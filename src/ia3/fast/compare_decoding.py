@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ia3.architectures import has_learned_positions
-from ia3.fast.batch import Packed, pack_prompts, round_up
+from ia3.fast.batch import Packed, pack_prompts, pad_right, round_up
 from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
 from ia3.fast.decoding import Decoding, Room
 from ia3.fast.fused import FusedLoss
@@ -100,13 +99,13 @@ class _Beside:
             return torch.stack([row[-1] for row in self.rows])
         # Behind the first token the same again would look alike to an attention that sees both and one that sees one.
         vocabulary: int = self.loss.model.get_output_embeddings().weight.shape[0]
-        return torch.full((len(self.rows),), (self.start + 1) % vocabulary)
+        return torch.full((len(self.rows),), (self.start + 1) % vocabulary, device="cpu")
 
     def _by_block(self) -> Tensor:
         """`[2, inputs, vocabulary]`."""
         loss, model, count = self.loss, self.loss.model, len(self.rows)
         packed = pack_prompts(
-            *_padded(self._prompts),
+            *pad_right(self._prompts),
             positions=has_learned_positions(loss.architecture),
             left_padded=not self._reads_source,
         )
@@ -132,16 +131,17 @@ class _Beside:
     def _seq2seq_logits(self) -> Tensor:
         start = torch.full_like(self._written, self.start)
         given = torch.stack([start, self._written], dim=1)
-        return self._run(*_padded(self.rows), decoder_input_ids=given).transpose(0, 1)
+        return self._run(*pad_right(self.rows), decoder_input_ids=given).transpose(0, 1)
 
     def _causal_logits(self) -> Tensor:
         """Padded on the right, where a token has its place without being told."""
         whole = [torch.cat([row, more[None]]) for row, more in zip(self._prompts, self._written, strict=True)]
-        last = torch.tensor([len(row) - 1 for row in whole])
+        last = torch.tensor([len(row) - 1 for row in whole], device="cpu")
         places = torch.stack([last - 1, last])
-        kept = torch.tensor(sorted({*places.flatten().tolist()}))  # of long inputs all logits would take much memory
-        logits = self._run(*_padded(whole), logits_to_keep=kept)
-        inputs, found = torch.arange(len(whole)), torch.searchsorted(kept, places)
+        # Of long inputs all logits would take much memory.
+        kept = torch.tensor(sorted({*places.flatten().tolist()}), device="cpu")
+        logits = self._run(*pad_right(whole), logits_to_keep=kept)
+        inputs, found = torch.arange(len(whole), device="cpu"), torch.searchsorted(kept, places)
         return logits[inputs.to(logits.device), found.to(logits.device)]
 
     def _run(self, ids: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
@@ -150,13 +150,6 @@ class _Beside:
         sent: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits: Tensor = own_forward(type(model))(model, **sent, use_cache=False, return_dict=True).logits
         return logits
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens and their mask, `[rows, length]`, padded on the right."""
-    ids = pad_sequence(list(rows), batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def _whole(layout: Layout, flat: Tensor) -> tuple[Layout, Tensor]:

@@ -40,7 +40,7 @@ from ia3.fast.sessions import (
     round_up_to,
     start_of,
 )
-from ia3.fast.surroundings import unusual_call
+from ia3.fast.surroundings import SayOnce, unusual_call
 from ia3.mixing import acting_flat, gather_flat, gather_rows
 from ia3.quantised import first_quantised
 from ia3.rows import BASE, Rows, acting
@@ -278,7 +278,7 @@ class Decoder(Generate):
         self.fused: dict[Size, FusedSession] = {}
         self.reasons: dict[Layout, str | None] = {}
         self.compared: set[bool] = set()
-        self.said: set[str] = set()
+        self.say = SayOnce("A generation: the model's own way")
         self.has_block = architecture is not None and architecture.mode != "encoder"
         self.has_forward = not self.is_seq2seq and _forward_unsupported_reason(model) is None
         self.path = self._fast_path
@@ -297,7 +297,7 @@ class Decoder(Generate):
         how: dict[str, Any] = {"adapter_names": adapter_names, "max_new_tokens": max_new_tokens}
         around = unusual_call(self.model)
         if around is not None:
-            self._say(around)
+            self.say(around)
         if around is not None or not self._takes(input_ids, attention_mask):
             return self.own(input_ids, attention_mask, **how)
         if not (self.guard.is_valid() and vars(self.model.generation_config) == self.defaults):
@@ -318,7 +318,7 @@ class Decoder(Generate):
         if self.reason is None:
             self.plan, self.path = GenerationPlan.of(self.model, self.settings), self._fast_path
         else:
-            self._say(self.reason)
+            self.say(self.reason)
 
     @property
     def _fast_path(self) -> str:
@@ -335,12 +335,6 @@ class Decoder(Generate):
             return False
         # Padded on the right, a causal model's prompt is not followed by what is written.
         return self.is_seq2seq or bool(mask[:, -1].all())
-
-    def _say(self, reason: str) -> None:
-        """Say once why calls like this one go through the model's own `generate`."""
-        if reason not in self.said:
-            self.said.add(reason)
-            logger.info("A generation: the model's own way, since %s", reason)
 
     # By the block
 

@@ -27,7 +27,7 @@ from ia3.fast.draws import DrawsApart
 from ia3.fast.graphed import Cuts, GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.guard import OLD_CLASS, Guard, own_forward, version_of
 from ia3.fast.ragged import IGNORE_INDEX
-from ia3.fast.surroundings import unusual_call
+from ia3.fast.surroundings import SayOnce, unusual_call
 from ia3.listening import LISTENS, listen
 from ia3.sites import logger
 from ia3.state import sole_active_adapter
@@ -143,7 +143,7 @@ class _State:
         vectors: see `_Vectors`.
         guard: whether what was found of the model is still so.
         was_read: whether more than the loss of the last output was read.
-        said: the reasons of single calls that were said.
+        say: why calls like this one go through the model's own forward.
     """
 
     def __init__(self) -> None:
@@ -152,13 +152,7 @@ class _State:
         self.vectors: Tensor | None = None
         self.guard: Guard | None = None
         self.was_read = False
-        self.said: set[str] = set()
-
-    def say(self, reason: str) -> None:
-        """Say once why calls like this one go through the model's own forward."""
-        if reason not in self.said:
-            self.said.add(reason)
-            logger.info("The loss of a call in training: the model's own forward, since %s", reason)
+        self.say = SayOnce("The loss of a call in training: the model's own forward")
 
     def __deepcopy__(self, memo: Any) -> _State:
         return _State()

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from ia3.architectures import architecture_of, has_learned_positions
-from ia3.fast.batch import Packed, pack_prompts, round_up, rounded_length
+from ia3.fast.batch import Packed, pack_prompts, pad_right, round_up, rounded_length
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare_decoding import decoding_difference
 from ia3.fast.decoding import Decoding, Room
@@ -311,10 +310,7 @@ class Slots:
     ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:  # fmt: skip
         """The arguments of `_read` for some of the texts; where it is recorded, filled up to one of few shapes."""
         own, inputs = [rows[text[0]] for text in texts], [index for text in texts for index in text]
-        ids, mask = (
-            pad_sequence([_here(row) for row in each], batch_first=True)
-            for each in (own, [[1] * len(row) for row in own])
-        )
+        ids, mask = pad_right([_here(row) for row in own])
         packed = pack_prompts(ids, mask, positions=has_learned_positions(self.fused.architecture))
         fills = self.reading.captures or self.invariant
         if fills:

@@ -23,7 +23,7 @@ from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.graphed import GraphedLoss, trained_besides, unsupported_reason
 from ia3.fast.linear import Precision, fp8_unsupported_reason
-from ia3.fast.surroundings import unusual_call
+from ia3.fast.surroundings import SayOnce, unusual_call
 from ia3.sites import VECTORS, logger
 from ia3.state import attached, find_attached, sole_active_adapter
 
@@ -242,7 +242,7 @@ class _Fast(Step):
         assert adapter is not None
         self.adapter = adapter
         self.eager: _Eager | None = None
-        self.said: set[str] = set()
+        self.say = SayOnce("A step like this: the ordinary one")
         loss = self.loss = GraphedLoss(model, others=trained_besides(model, vectors(model, adapter)), **how)
         flat = torch.zeros(loss.layout.size, dtype=loss.vectors[0].dtype, device=loss.device)
         self.gradients = [flat, *map(torch.zeros_like, loss.others)]
@@ -302,9 +302,7 @@ class _Fast(Step):
 
     def _by_own_forward(self, batch: Mapping[str, Tensor], weight: float | Tensor, reason: str) -> Tensor:
         """A step that only the model's own forward takes, such as an encoder's of questions and answers."""
-        if reason not in self.said:
-            self.said.add(reason)
-            logger.info("A step like this: the ordinary one, since %s", reason)
+        self.say(reason)
         return self._ordinary(reason)(batch, weight)
 
     def _ordinary(self, reason: str) -> _Eager:

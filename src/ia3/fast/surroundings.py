@@ -8,8 +8,26 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from ia3.rows import act_here
+from ia3.sites import logger
 
 INSTEAD_OF_AUTOCAST = "load the model in half precision (dtype=torch.bfloat16)"
+
+
+class SayOnce:
+    """Says each reason for a model's own way in the log, the first time that it comes.
+
+    Args:
+        what: is computed that way.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what, self.said = what, set[str]()
+
+    def __call__(self, reason: str) -> None:
+        """Say it, if it wasn't said."""
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.info("%s, since %s", self.what, reason)
 
 
 def unusual_call(model: Any) -> str | None:

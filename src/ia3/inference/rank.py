@@ -19,7 +19,7 @@ from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import capture_unsupported_reason
 from ia3.fast.guard import Guard
 from ia3.fast.sessions import BUCKET, over
-from ia3.fast.surroundings import unusual_surroundings
+from ia3.fast.surroundings import SayOnce, unusual_surroundings
 from ia3.inference.predict import Beat, names_of, pad_rows, sorted_batches, tokenise_inputs
 from ia3.inference.tokens import TokenRows
 from ia3.mixing import acting_flat, gather_rows, own_sites
@@ -118,7 +118,7 @@ class LabelScorer:
         self.most_answers = max(1, _MOST_LOGITS // (self.tokens.numel() * vocabulary))
         self.batch_size = min(batch_size, self.most_answers)
         self.length_normalised, self.rows = length_normalised, 0
-        self.said: set[str] = set()
+        self.say = SayOnce("Labels are scored by the model's own forward")
         self._record_anew()
 
     def _record_anew(self) -> None:
@@ -222,7 +222,7 @@ class LabelScorer:
         inputs = self._inputs(rows, mixed)
         around = unusual_surroundings(self.model)
         if around is not None:
-            self._say(around)
+            self.say(around)
             return self._by_the_model(inputs, mixed)
         if mixed is not None or self.reason is None:
             found = self._by_the_block(inputs, mixed)
@@ -231,12 +231,6 @@ class LabelScorer:
         if mixed is None and self.reason is None:
             return self._filled_up(rows)
         return self._by_the_model(inputs, mixed)
-
-    def _say(self, reason: str) -> None:
-        """Say once why calls like this one go through the model's own forward."""
-        if reason not in self.said:
-            self.said.add(reason)
-            logger.info("Labels are scored by the model's own forward, since %s", reason)
 
     def scores(self, log_probabilities: Tensor) -> Tensor:
         """One score a label of what `log_probabilities` gives: `[rows, labels]` on the CPU, summed in float64."""

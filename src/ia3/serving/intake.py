@@ -80,7 +80,9 @@ class Intake:
     @contextmanager
     def together(self, count: int) -> Iterator[None]:
         """See `Server.together`."""
-        self._expect_room(count, keep=True)
+        with self._changed:
+            self._expect_room(count)
+            self._kept += count
         self._submits.left = count
         try:
             yield
@@ -152,8 +154,8 @@ class Intake:
         if not self.ready:
             raise stopped()
 
-    def _expect_room(self, count: int = 1, *, keep: bool = False) -> None:
-        """For so many more requests, whose places may be kept for them.
+    def _expect_room(self, count: int = 1) -> None:
+        """For so many more requests.
 
         Raises:
             ServingError: there is none.
@@ -163,7 +165,6 @@ class Intake:
             queued, most = self._queued() + self._kept, self.limits.most_waiting
             # A longer list would never find so many places, and may wait where nobody else does.
             if queued + count <= most or (not queued and count > most):
-                self._kept += count if keep else 0
                 return
             self._sums["overloaded"] += count
             # Who waited longer would not be answered.
@@ -199,7 +200,7 @@ class Intake:
         if not (future.running() or runs_from_now(future)):
             return
         self._add(**{outcome: 1})
-        with suppress(InvalidStateError):
+        with suppress(InvalidStateError):  # it was answered this very moment
             future.set_exception(error)
 
     def _count_cancelled(self, deadline: float) -> None:

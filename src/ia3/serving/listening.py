@@ -56,9 +56,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def in_url(host: str) -> str:
+    """An address as it stands in a URL and in a Host header."""
+    return f"[{host}]" if ":" in host else host
+
+
 def own_names(host: str) -> frozenset[str]:
     """What a server that only this machine reaches is called, as a Host header says it without a port."""
-    return frozenset({"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()})
+    return frozenset({"localhost", "127.0.0.1", "[::1]", in_url(host).lower()})
 
 
 def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float = 30.0) -> bool:

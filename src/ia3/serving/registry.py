@@ -221,8 +221,8 @@ class Registry:
     def models(self) -> list[Served]:
         """All that can be asked, the base first; an alias of a version that no name has any more stands for itself."""
         with self._lock:
-            named = [(name, self._find(name)) for name in sorted(self._names) if not self._is_hidden(name)]
-            held = [Held(self.base, self._base), *(each for _, each in named if each is not None)]
+            named = (self._find(name) for name in sorted(self._names) if not self._is_hidden(name))
+            held = [Held(self.base, self._base), *(each for each in named if each is not None)]
             alone = [Held(name, each.version) for name, each in self._aliases.items() if not self._is_current(each)]
             aliases = self._aliases_of()
             return [_served(each, self.base, aliases.get(each, ())) for each in held + alone]
@@ -251,9 +251,11 @@ class Registry:
     def refused(self) -> dict[str, str]:
         """Why the adapters of these names are not served, or still with what they were before."""
         with self._lock:
-            hidden = {name: _HIDDEN for name in sorted(self._names) if self._is_hidden(name)}
-            why = {name: self._places[self._names[name]].why for name in sorted(self._names)}
-            return {name: said for name, said in why.items() if said is not None} | hidden
+            every = (
+                (name, _HIDDEN if self._is_hidden(name) else self._places[path].why)
+                for name, path in self._names.items()
+            )
+            return dict(sorted((name, why) for name, why in every if why is not None))
 
     def _is_hidden(self, name: str) -> bool:
         """Whether the base, or an alias that was there before, answers by the name of a folder."""

@@ -83,19 +83,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         constants: what it is compiled for.
     """
     first: Tensor = next(each for each in arguments if each is not None)
-    device = first.get_device()  # -1 on a CPU; launching is hot, and this the least that tells
-    if device < 0 or device == torch.cuda.current_device():
-        _launch(kernel, grid, *arguments, **constants)
-    else:
-        with torch.cuda.device(device):
-            _launch(kernel, grid, *arguments, **constants)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    if _mode.only_compiles:
-        kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
-    else:
-        kernel.by_triton[grid](*arguments, **constants)
+    with on_device(first.device):
+        if _mode.only_compiles:
+            kernel.by_triton.run(*arguments, grid=grid, warmup=True, **constants)
+        else:
+            kernel.by_triton[grid](*arguments, **constants)
 
 
 def compile_kernels(computation: Callable[[], object], device: torch.device) -> None:
