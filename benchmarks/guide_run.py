@@ -128,6 +128,7 @@ def main() -> None:
     for name, (library, _) in kinds.items():
         learner = learners[name]
         work = (lambda rows: None) if library is ia3 else None
+        # Called before the loop goes on.
         evaluation = seconds_of(
             (lambda: learner.measure(test_rows, work)) if work else (lambda: guides_evaluation(learner, test_rows))  # noqa: B023
         )

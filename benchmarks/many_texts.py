@@ -110,6 +110,7 @@ def one_text(case: Case, length: int, all_of: Sequence[str], rounds: int) -> lis
     for towers in all_of:
         names, taken = case.names[towers][:100], {}
         for count in (1, len(names)):
+            # Handed on as an argument, with the loop's values of now.
             call = lambda turn, count=count, names=names: case.scorer([text] * count, adapter_names=names[:count])  # noqa: E731
             taken[count] = case.seconds(call, rounds)
         together = case.scorer([text] * len(names), adapter_names=names)

@@ -115,6 +115,7 @@ def ask() -> None:
                 free.append(link)
 
     with ThreadPoolExecutor(clients) as pool:
+        # Handed on as an argument.
         submit: Callable[[Asked], Future[Any]] = lambda each: pool.submit(one, each)  # noqa: E731
         taken = opened(submit, asked, about["load"])
     print(json.dumps({"per_s": about["load"], "taken": taken}))

@@ -148,7 +148,7 @@ def expect(package: str) -> None:
             reason = None if found else f"{package} is not installed"
             if found:
                 importlib.import_module(package)
-        except Exception as error:
+        except Exception as error:  # a package that is there and broken fails in any way
             reason = f"{package} doesn't import: {error}"
     if reason:
         pytest.skip(reason)

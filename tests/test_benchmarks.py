@@ -10,8 +10,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import bench  # noqa: E402
-import catalogue  # noqa: E402
+import bench  # noqa: E402 (after what it needs is set)
+import catalogue  # noqa: E402 (after what it needs is set)
 
 SCRIPTS = catalogue.scripts()
 

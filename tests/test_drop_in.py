@@ -231,6 +231,7 @@ def test_pushing_takes_transformers_arguments(tiny, monkeypatch):
             return type("Url", (), {"repo_id": repo_id})
 
         def upload_folder(self, folder_path, **arguments):
+            # The folder is text here, as the hub's client has it.
             seen.update(arguments, card=ModelCard.load(os.path.join(folder_path, "README.md")))  # noqa: PTH118
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)

@@ -11,9 +11,9 @@ import pytest
 MUTANTS = Path(__file__).parent / "mutants"
 sys.path.insert(0, str(MUTANTS))
 
-import changes  # noqa: E402
+import changes  # noqa: E402 (after what it needs is set)
 
-import mutants  # noqa: E402
+import mutants  # noqa: E402 (after what it needs is set)
 
 EVERY = [mutant for of_tests in mutants.MUTANTS.values() for mutant in of_tests]
 # Modules in which nothing can go wrong that a test of `make test` would see: names, classes of errors, a table of

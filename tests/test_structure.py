@@ -44,7 +44,7 @@ FEED = {"mlp__up": (8, 24), "mlp__down": (24, 8)}
 
 
 def paths(block: Any) -> tuple[list[str], list[str]]:
-    short = lambda path: path.removeprefix(f"{block.path}.")  # noqa: E731
+    short = lambda path: path.removeprefix(f"{block.path}.")  # noqa: E731 (one expression, used twice below)
     return [short(made.path) for made in block.keys_values], [short(path) for path in block.second_matrices]
 
 

@@ -585,7 +585,7 @@ def test_threads_register_drop_and_run_at_once(tiny, saved):
     def work(call, *args):
         try:
             call(*args)
-        except BaseException as error:
+        except BaseException as error:  # the thread's error is told in the test's
             wrong.append(error)
 
     runners = [threading.Thread(target=work, args=(run,)) for _ in range(2)]

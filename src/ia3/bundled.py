@@ -181,7 +181,7 @@ _MAKERS: dict[str, Callable[[], Path]] = {TITLER: _titler}
 def _wheel_folder() -> Path:
     """The folder of the wheel's three files."""
     try:
-        import onnx  # noqa: F401
+        import onnx  # noqa: F401 (it is asked for to see whether it is there)
         import traceforge_title_model
     except ImportError as error:
         raise ImportError(

@@ -183,7 +183,7 @@ def set_peft_model_state_dict(
         former = [(t, t.clone()) for t in (*tensors_of(model, adapter).values(), *targets.values()) if not t.is_meta]
         try:
             _fill_all(model, adapter, fitting, targets)
-        except BaseException:
+        except BaseException:  # all numbers are as before, whatever came
             for tensor, before in former:
                 tensor.copy_(before)
             raise

@@ -100,7 +100,7 @@ def _attach(model: nn.Module, config: IA3Config, tensors: Tensors, adapter_name:
     peft_model = get_peft_model(model, config, adapter_name)
     try:
         set_peft_model_state_dict(peft_model, tensors, adapter_name)
-    except BaseException:
+    except BaseException:  # nothing of a failed load stays, and whatever came goes on
         peft_model.unload()
         raise
     if not is_trainable:

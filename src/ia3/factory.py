@@ -64,7 +64,7 @@ def inject_adapter_in_model(
     if state_dict is not None:
         try:
             set_peft_model_state_dict(model, state_dict, adapter_name)
-        except BaseException:
+        except BaseException:  # nothing of a failed attempt stays, and whatever came goes on
             adapters.detach(model, adapter_name)
             raise
     model.__dict__.setdefault("peft_config", {})[adapter_name] = adapter.config

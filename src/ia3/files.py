@@ -83,7 +83,7 @@ def open_file(path: Path, limit: int) -> BinaryIO:
         _check_regular(path, status.st_mode)
         if status.st_size > limit:
             raise _too_large(path, f"{status.st_size:,}", limit)
-    except BaseException:
+    except BaseException:  # nobody else would close it
         file.close()
         raise
     return file
@@ -136,7 +136,7 @@ def replacing(path: Path, through: Path | None = None) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # nothing half written stays, an interrupt's neither
         temporary.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)

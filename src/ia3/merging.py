@@ -160,7 +160,7 @@ def restore(model: nn.Module, weights: Originals) -> None:
     """Copy weights back in place; whatever stops it is raised once all of them are."""
     try:
         _write(model, weights)
-    except BaseException:
+    except BaseException:  # a half of the weights must not stay behind, whatever came
         _write(model, weights)
         raise
 

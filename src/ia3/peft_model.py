@@ -109,7 +109,7 @@ class PeftModel(Saved, Reporting, Mixing):
             assert isinstance(model, PeftModel)
             try:
                 set_peft_model_state_dict(model, tensors, adapter_name, ignore_sizes)
-            except BaseException:
+            except BaseException:  # nothing of a failed load stays, and whatever came goes on
                 model.unload()
                 raise
         return model if is_trainable else model.eval()
@@ -144,7 +144,7 @@ class PeftModel(Saved, Reporting, Mixing):
                 factory.attach(self, config, adapter_name, half_to_fp32=autocast_adapter_dtype, loading=True)
             try:
                 result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_sizes)
-            except BaseException:
+            except BaseException:  # nothing of a failed load stays, and whatever came goes on
                 if new:
                     self.delete_adapter(adapter_name)
                 raise

@@ -102,7 +102,7 @@ def tiny_twin(config: PretrainedConfig, *, seed: int = 0) -> tuple[nn.Module, di
                 try:
                     model = _build(kind, shrink(config, level))
                     return model, _first_that_runs(model)
-                except Exception as error:
+                except Exception as error:  # models of anybody's fail in any way, and the next one is tried
                     reasons[f"{kind.__name__}: {type(error).__name__}: {_line(error)}"] = None
     raise NoTwinError(
         f"No tiny {config.model_type} runs. " + " | ".join(reasons or ["transformers has no model of it"])
@@ -137,7 +137,7 @@ def _first_that_runs(model: nn.Module) -> dict[str, Any]:
             with torch.no_grad():
                 model(**batch)
             return batch
-        except Exception as error:
+        except Exception as error:  # models of anybody's fail in any way, and the next inputs are tried
             reasons.append(error)
     raise reasons[0] if reasons else ValueError("no input of its forward is known")
 

@@ -214,7 +214,7 @@ def _with_placeholders(model: nn.Module, text: dict[str, Any], other: dict[str, 
         try:
             with torch.no_grad():
                 made = features(**{key: value for key, value in other.items() if key in takes})
-        except Exception:
+        except Exception:  # inputs that a model doesn't take are tried on it, and it says no in any way
             continue
         count = _rows_of(made)
         if count:

@@ -358,7 +358,7 @@ def _build(attack: Attack, hostile: Path, ground: Ground) -> None:
         try:
             attack.build(hostile, ground)
             code = 0
-        except BaseException:
+        except BaseException:  # a child ends by its code alone
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -386,7 +386,7 @@ def _be_child(call: Door, hostile: Path, work: Path, ground: Ground) -> None:
             verdict, said = REFUSED, str(error)
         except MemoryError as error:
             verdict, said = "memory", repr(error)
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, it is the verdict
             error = error.args[0] if isinstance(error, CommandError) else error
             verdict, said = "traceback", "".join(traceback.format_exception(error)[-3:])
         (work.parent / "result").write_text(json.dumps([verdict, said[:20_000]]))

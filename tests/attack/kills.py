@@ -84,7 +84,7 @@ def _forked(
             seen = _count_events(number, within.resolve(), strike, once=once)
             code = _do(work)
             counted.write_text(str(len(seen)), encoding="utf-8")
-        except BaseException:
+        except BaseException:  # a child ends by its code alone
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -110,7 +110,7 @@ def _do(work: Work) -> int:
         return int(app([str(each) for each in work], standalone_mode=False) or 0)
     except SystemExit as ended:
         return int(ended.code or 0)
-    except BaseException as ended:
+    except BaseException as ended:  # typer's class differs by version
         if hasattr(ended, "exit_code"):  # typer's
             return int(ended.exit_code)
         raise
@@ -158,6 +158,6 @@ def _count_events(number: int, within: Path, strike: Callable[[str | None], None
 def _lies_in(path: Any, directory: int, within: Path) -> bool:
     where = Path(f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path))
     if directory != -1 and not where.is_absolute():
-        where = Path(os.readlink(f"/proc/self/fd/{directory}")) / where  # noqa: PTH115
+        where = Path(f"/proc/self/fd/{directory}").readlink() / where
     parent = where.resolve() if str(where).startswith("/proc/") else where.absolute().parent.resolve() / where.name
     return parent == within or within in parent.parents

@@ -24,8 +24,8 @@ import httpx2
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "serving")]
 
-from fleet import TASKS, save_fleet, serving  # noqa: E402
-from stand_in import ADMIN_KEY, StandIn, site  # noqa: E402
+from fleet import TASKS, save_fleet, serving  # noqa: E402 (after what it needs is set)
+from stand_in import ADMIN_KEY, StandIn, site  # noqa: E402 (after what it needs is set)
 
 # Too little time for an answer is 504; and what a description can't say, such as that a name is taken, is 400.
 SETTINGS = """

@@ -24,10 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import kills  # noqa: E402
-import torch  # noqa: E402
+import kills  # noqa: E402 (after what it needs is set)
+import torch  # noqa: E402 (after what it needs is set)
 
-import tiny_seq2seq  # noqa: E402
+import tiny_seq2seq  # noqa: E402 (after what it needs is set)
 
 torch.set_num_threads(1)
 

@@ -246,7 +246,7 @@ def test_an_adapter_that_slots_cannot_have_is_answered_in_batches(fleet: Path, t
     save_at(tmp_path / "zodd", 3, target_modules=odd, feedforward_modules=[])
     with serving(tmp_path, batch_size=4) as engine:
         batches, answer = [], engine._answer.__call__
-        engine._answer = lambda prompts, rows: batches.append(len(rows)) or answer(prompts, rows)  # type: ignore
+        engine._answer = lambda prompts, rows: batches.append(len(rows)) or answer(prompts, rows)  # type: ignore[assignment, func-returns-value]
         asked = [(name, text) for text in TEXTS[:3] for name in ("usual", "zodd", "tiny")]
         futures = [engine.submit(Request(text, name)) for name, text in asked]
         found = dict(zip(asked, (future.result(60) for future in futures), strict=True))

@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class stopped_at_batch:  # noqa: N801
+class stopped_at_batch:  # noqa: N801 (it is used as a function would be)
     """Within it a training is asked to stop at its n-th batch."""
 
     def __init__(self, number: int) -> None:

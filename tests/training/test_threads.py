@@ -41,7 +41,7 @@ def at_once(*works: Callable[[], Any]) -> list[Any]:
     def do(place: int) -> None:
         try:
             found[place] = works[place]()
-        except Exception as error:
+        except Exception as error:  # the thread's error is raised in the test's
             found[place] = error
 
     threads = [threading.Thread(target=do, args=(place,)) for place in range(len(works))]

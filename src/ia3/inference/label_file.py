@@ -138,7 +138,7 @@ class _Labelling:
                     summary = self.processes.of_first(self._join)
                 if self.processes.is_first:
                     self.parts.close(summary)
-            except BaseException:
+            except BaseException:  # what was begun is given up, and whatever came goes on
                 self._give_up()
                 raise
         say_cut(self.work, summary["cut"], summary["answered"], self.tell)

@@ -79,7 +79,7 @@ def within_limits(what: str) -> Iterator[None]:
     except _Overdue as error:
         _watch.end(thread)
         raise _overdue(what) from error
-    except BaseException:
+    except BaseException:  # the watch ends before whatever came goes on
         _wait_for_end(thread)
         raise
     if _wait_for_end(thread):

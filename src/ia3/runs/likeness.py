@@ -73,7 +73,7 @@ def draw_likeness(names: Sequence[str], pairs: Mapping[tuple[str, str], Likeness
     colours: dict[str, Any] = {"colours": "RdBu", "low": -1, "high": 1}
     with picture(path, (13, max(3.4, 1.4 + 0.45 * max(len(names), len(pairs))))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1, 2])
-        write = lambda row, column: f"{matrix[row, column]:.2f}"  # noqa: E731
+        write = lambda row, column: f"{matrix[row, column]:.2f}"  # noqa: E731 (handed on as an argument)
         heat_map(left, matrix, names, names, write=write, title="Cosine of l − 1", **colours)
         left.set_aspect("equal")
         left.set_xticks(range(len(names)), names, rotation=45, ha="right")

@@ -116,7 +116,7 @@ class ContinuousEngine(Intake):
                 self._take_place()
                 self._works.add(work)
                 self._writer.loop.call_soon_threadsafe(self._begin, work)
-        except BaseException:
+        except BaseException:  # a version that is held for nobody would stay for ever
             self.registry.release(held.version)
             raise
         return work.future
@@ -187,7 +187,7 @@ class ContinuousEngine(Intake):
             self._fail(work.future, too_late(), "too_late")
         except Dropped as error:
             self._fail(work.future, error, "dropped")
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is this request's alone
             _logger.exception("A request failed.")
             self._fail(work.future, NotServed(str(error)) if isinstance(error, ValueError) else error, "failed")
 

@@ -106,7 +106,7 @@ class Door:
                 await self._enter(call)
             except (ClientGoneError, ClientDisconnect):
                 call.status = _GONE
-            except Exception as error:
+            except Exception as error:  # the outermost place: every request gets an answer
                 await self._tell(call, error)
             finally:
                 self._note(call)

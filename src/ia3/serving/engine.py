@@ -90,7 +90,7 @@ class Engine(Intake):
             with self._changed:
                 self._take_place()
                 self._wait(work)
-        except BaseException:
+        except BaseException:  # a version that is held for nobody would stay for ever
             self.registry.release(held.version)
             raise
         work.future.add_done_callback(lambda _: self._leave(work))
@@ -163,7 +163,7 @@ class Engine(Intake):
             while (taken := self._next()) is not None:
                 # Beginning to write is no turn of others.
                 self._write_on(self._begin(taken) if taken else 0.0)
-        except BaseException:
+        except BaseException:  # the end of the thread, of which nobody else would hear
             _logger.critical("The engine has failed, and answers nothing more.", exc_info=True)
         finally:  # told to stop, or by an error in this file: nobody is left to wait for ever
             with self._changed:
@@ -282,7 +282,7 @@ class Engine(Intake):
                 self._run_alone(_running_from_now(works))
                 return
             places = self._writing.admit(size, [work.prompt for work in works], vectors)
-        except Exception as error:
+        except Exception as error:  # whatever it is, each of these is tried alone
             self._leave_slots(size, works, error)
             return
         self._note(0, time.monotonic() - started)
@@ -315,7 +315,7 @@ class Engine(Intake):
                 for place, work in self._written.items()
                 if place.size == size and work.told is not None
             ]
-        except Exception as error:
+        except Exception as error:  # whatever it is, each of these is tried alone
             self._leave_slots(size, (), error)
             return
         self._note(len(ended), time.monotonic() - started)
@@ -334,7 +334,7 @@ class Engine(Intake):
         if over:
             try:
                 self._writing.stop(over)
-            except Exception as error:
+            except Exception as error:  # whatever it is, each of these is tried alone
                 for size in {place.size for place in over}:
                     self._leave_slots(size, (), error)
                 return
@@ -390,5 +390,5 @@ def _running_from_now(works: Sequence[Work]) -> list[Work]:
 def _computes(device: torch.device) -> bool:
     try:
         return bool(torch.ones(1, device=device).sum() == 1)
-    except Exception:
+    except Exception:  # a device that is gone says so in many ways
         return False

@@ -147,7 +147,7 @@ class _Routes:
         try:
             events = waiting.events()
             first = await anext(events)  # so that what fails before the first word has its number
-        except BaseException:
+        except BaseException:  # a client's going, too, drops what was asked
             waiting.drop()
             raise
         usage = body.stream_options is not None and body.stream_options.include_usage
@@ -362,7 +362,7 @@ class _Stream(Response):
                 await self._send(send, json.dumps(chunk))
         except ClientGoneError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, a client waits for it
             if not isinstance(error, ServingError):
                 LOG.error("fault", exc_info=error)
             await self._send(send, json.dumps(error_response(error)[1]))

@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
-        except BaseException:
+        except BaseException:  # nobody else would close it
             bound.close()
             raise
     except (OSError, UnicodeError) as error:

@@ -122,7 +122,7 @@ def start(base: Base, folder: Path, config: Any, *, name: str, limits: Limits) -
     try:
         registry = Registry(model, folder, base=name, table=writer)
         return ContinuousEngine(model, tokenizer, registry, writer, limits)
-    except BaseException:
+    except BaseException:  # vLLM's processes would stay behind
         writer.close()
         raise
 
@@ -151,7 +151,7 @@ class VLLM:
         self._llm: Any = None
         try:
             self._llm = self._wait_for(self._start(config))
-        except BaseException:
+        except BaseException:  # the loop's thread would stay behind
             self._end_loop()
             raise
         self.longest: int = self._llm.model_config.max_model_len
@@ -188,7 +188,7 @@ class VLLM:
             self._uses[adapter.lora_path] += 1
         try:
             self._wait_for(self._llm.add_lora(adapter))
-        except Exception as error:
+        except Exception as error:  # vLLM refuses an adapter by errors of many classes
             self.drop(name)
             raise ValueError(str(error).replace(str(copy), str(path))) from error
         return digest

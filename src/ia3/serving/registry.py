@@ -464,7 +464,7 @@ class Registry:
         """Whatever is wrong with an adapter is one refusal, in words that don't say where the folder is."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # files of anybody's fail in any way
             why = fit_screen(str(error).replace(f"{self.folder}{os.sep}", "") or type(error).__name__)
             raise Refused(f"The adapter in {self._shown(path)} can't be served: {why}") from error
 

@@ -50,7 +50,7 @@ class Names:
             told = LoRARequest(name, number_of(copy), str(copy), base_model_name=base)
         try:
             yield told
-        except Exception:
+        except Exception:  # a copy that nobody knows would stay, and whatever came goes on
             if self._is_copy(told) and all(known.path != told.path for known in self.known.values()):
                 shutil.rmtree(told.path, ignore_errors=True)
             raise

@@ -182,7 +182,7 @@ def test_adapters_replaced_loaded_and_unloaded_while_clients_ask_are_old_or_new(
             name = chance.choice(["steady", "steady", "first", "base"])
             try:
                 tokens, logprobs = server.ask(name)
-            except Exception as error:
+            except Exception as error:  # the thread's error is told in the test's
                 failures.append(f"{name}: {error}")
                 return
             if name != "steady":
