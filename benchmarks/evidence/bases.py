@@ -240,5 +240,5 @@ BASES: dict[str, type[Base]] = {base.name: base for base in (MiniLM, Titler, Smo
 DATA_OF = {
     "minilm": ("phrasebank", "tweets", "banking77", "clinc150", "raft"),
     "titler": ("phrasebank", "tweets", "raft"),
-    "smollm2": ("phrasebank", "tweets"),
+    "smollm2": ("phrasebank", "tweets", "orders"),
 }

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from instruct_smollm2 import INSTRUCTION, NAMES, orders
+
 FOLDS = 5
 RAFT = "raft"
 # banking_77's fifty rows have less than one row of each of its 77 labels, so nothing can be held out.
@@ -60,6 +62,7 @@ PLANS = {
     "tweets": Plan(test=1_000, validation=500, train=4_000, steps=500, batch_size=16),
     "banking77": Plan(test=3_080, validation=1_000, train=9_000, steps=800, batch_size=32, max_length=64),
     "clinc150": Plan(test=4_500, validation=1_000, train=15_000, steps=800, batch_size=32, max_length=64),
+    "orders": Plan(test=500, validation=200, train=64, steps=60, batch_size=8),
     RAFT: Plan(test=10, validation=0, train=40, steps=80, batch_size=8, max_length=256),
 }
 # The largest base takes fewer steps, to stay within minutes.
@@ -70,7 +73,7 @@ def plan_of(base: str, name: str, *, small: bool = False) -> Plan:
     """How a base is trained on a data set; `small` is enough to see that everything runs."""
     plan = PLANS[name]
     plan = replace(plan, steps=STEPS.get((base, name), plan.steps))
-    return replace(plan, test=8, validation=8, train=40, steps=4, batch_size=2, max_length=48) if small else plan
+    return replace(plan, test=8, validation=8, train=40, steps=4, batch_size=2, max_length=80) if small else plan
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Data:
         name: as in the results.
         labels: all of them, in a fixed order.
         instruction: asks a language model for the label; stands before the text.
+        written: whether an answer counts where each of its tokens is the likeliest, as greedy writing finds it; the
+            likeliest of the labels counts otherwise.
     """
 
     name: str
@@ -89,6 +94,7 @@ class Data:
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
+    written: bool = False
 
     @property
     def digest(self) -> str:
@@ -99,7 +105,13 @@ class Data:
 
 def load(folder: Path, name: str, plan: Plan) -> Data:
     """A data set by its name in `PLANS`, but RAFT."""
-    readers = {"phrasebank": _phrasebank, "tweets": _tweets, "banking77": _banking77, "clinc150": _clinc150}
+    readers = {
+        "phrasebank": _phrasebank,
+        "tweets": _tweets,
+        "banking77": _banking77,
+        "clinc150": _clinc150,
+        "orders": _orders,
+    }
     return readers[name](folder, plan)
 
 
@@ -174,6 +186,19 @@ def _clinc150(folder: Path, plan: Plan) -> Data:
     (chosen,) = split(_without(validation, tested), [plan.validation])
     (trained,) = split(_without(train, (*tested, *chosen)), [plan.train])
     return Data("clinc150", labels, "What is asked for?", trained, chosen, tested)
+
+
+def _orders(folder: Path, plan: Plan) -> Data:
+    """Orders in plain words, to be written as a form's line; each part has customers of its own."""
+
+    def made(count: int, names: list[str], seed: int) -> tuple[Row, ...]:
+        asked = ((each.text.removeprefix(f"{INSTRUCTION}\n"), each.label) for each in orders(count, names, seed))
+        return tuple(Row(*each) for each in asked)
+
+    train = made(plan.train, NAMES[:-12], 1)
+    validation, test = made(plan.validation, NAMES[-12:-6], 2), made(plan.test, NAMES[-6:], 3)
+    answers = tuple(sorted({row.label for row in (*train, *validation, *test)}))
+    return Data("orders", answers, INSTRUCTION, train, validation, test, written=True)
 
 
 def _with_test(

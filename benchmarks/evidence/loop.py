@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from evidence.bases import Base, Texts
+from evidence.bases import IGNORED, Base, Texts
 from evidence.data import Data, Plan
 from evidence.methods import FROZEN, T_FEW, adapt
 from ia3.tasks.losses import choice_scores, tfew_losses, token_log_probabilities
@@ -128,8 +128,8 @@ class Trainer:
             self._step(ids, mask, encoded.choices, encoded.train.correct[on_device[number]])
         last_loss = float(self.loss)
         seconds = time.perf_counter() - started
-        validation = None if encoded.validation is None else self.answer(encoded.validation, encoded.choices)
-        test = self.answer(encoded.test, encoded.choices)
+        validation = None if encoded.validation is None else self.answer(encoded, encoded.validation)
+        test = self.answer(encoded, encoded.test)
         return Outcome(validation, test, None if self.method == FROZEN else last_loss, seconds)
 
     def _begin(self, seed: int) -> None:
@@ -166,7 +166,7 @@ class Trainer:
         right = choices.index_select(0, correct)[:, None]
         logits = self.base.logits(self.model, ids, mask, right)
         # A mean over all the batch's tokens, as in the models' own losses.
-        return -token_log_probabilities(logits, right).sum() / (right != -100).sum()
+        return -token_log_probabilities(logits, right).sum() / (right != IGNORED).sum()
 
     def _capture(self, encoded: Encoded, length: int) -> None:
         rows = torch.zeros(encoded.plan.batch_size, dtype=torch.long, device=self.device)
@@ -177,25 +177,37 @@ class Trainer:
             self._steps[key] = CapturedStep(self, ids, mask, encoded.choices, encoded.train.correct[rows])
 
     @torch.no_grad()
-    def answer(self, texts: Texts, choices: Tensor) -> Answers:
-        """The likeliest label of each text: by the mean of its tokens' log-probabilities, or the classes' logits."""
+    def answer(self, encoded: Encoded, texts: Texts) -> Answers:
+        """Answer held-out texts, in batches of like length."""
         self.model.eval()
         lengths = texts.lengths.to(self.device)
         correct, losses = torch.zeros(len(lengths), dtype=torch.bool), torch.zeros(len(lengths))
-        for rows in sorted_batches(texts.lengths, 1 if is_classifier(self.base) else len(choices)):
+        find, choices = self._written, 1
+        if not encoded.data.written:
+            find = self._likeliest
+            choices = 1 if is_classifier(self.base) else len(encoded.choices)
+        for rows in sorted_batches(texts.lengths, choices):
             length = round_up(int(texts.lengths[rows].max()), 8)
             chosen = rows.to(self.device)
             ids, mask = self.base.take(texts, chosen, lengths, length)
-            every = choices.expand(len(rows), -1, -1)
-            logits = self.base.logits(self.model, ids, mask, every)
-            if is_classifier(self.base):
-                scores = logits
-            else:
-                scores = choice_scores(token_log_probabilities(logits, every), every)
-            right = texts.correct[chosen]
-            correct[rows] = (scores.argmax(-1) == right).cpu()
-            losses[rows] = cross_entropy(scores, right, reduction="none").cpu()
+            right, loss = find(ids, mask, encoded.choices, texts.correct[chosen])
+            correct[rows], losses[rows] = right.cpu(), loss.cpu()
         return Answers(correct.tolist(), float(losses.mean()))
+
+    def _likeliest(self, ids: Tensor, mask: Tensor, choices: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+        """By the mean of each label's tokens' log-probabilities, or the classes' logits."""
+        every = choices.expand(len(ids), -1, -1)
+        scores = self.base.logits(self.model, ids, mask, every)
+        if not is_classifier(self.base):
+            scores = choice_scores(token_log_probabilities(scores, every), every)
+        return scores.argmax(-1) == correct, cross_entropy(scores, correct, reduction="none")
+
+    def _written(self, ids: Tensor, mask: Tensor, choices: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether greedy writing finds the answer: as long as it was right, it has read what is given here."""
+        right = choices.index_select(0, correct)[:, None]
+        logits = self.base.logits(self.model, ids, mask, right)
+        hit = (logits.argmax(-1) == right) | (right == IGNORED)
+        return hit.flatten(1).all(1), -choice_scores(token_log_probabilities(logits, right), right)[:, 0]
 
 
 class CapturedStep:
