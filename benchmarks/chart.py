@@ -1,4 +1,4 @@
-"""The GPU's figures in one picture, `docs/images/speed.png`, from train_step_h100.json and guide_gpu.json.
+"""The GPU's figures in one picture, `docs/images/speed.png`, from train_step.json and guide_gpu.json.
 
 python benchmarks/chart.py
 
@@ -38,11 +38,11 @@ def bars(axes: Axes, title: str, unit: str, rows: list[tuple[str, float, str]]) 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    found = json.loads((RESULTS / "train_step_h100.json").read_text())
+    found = json.loads((RESULTS / "train_step.json").read_text())
     rows = {(r["name"], r["batch"], r["length"], r["dtype"]): r for r in found["rows"]}
     guide = json.loads((RESULTS / "guide_gpu.json").read_text())["rows"]
     half = "bfloat16"
-    card = found["machine"]["card"] if "machine" in found else found["card"]  # results of before one shape
+    card = found["machine"]["card"]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(15, 4.2), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)

@@ -146,9 +146,9 @@ def main() -> None:
         ("PEFT IA3", peft, peft.IA3Config(task_type="CAUSAL_LM"), guide, FULL),
         ("PEFT LoRA", peft, lora, guide, FULL),
         ("ia3 compile_step", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), ours, LONG),
-        ("ia3 compile_step, recompute", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), partial(ours, recompute=True), LONG),
         ("PEFT LoRA captured", peft, lora, captured, LONG),
         ("PEFT LoRA", peft, lora, guide, LONG),
+        ("ia3 compile_step, recompute", ia3, ia3.IA3Config(task_type="CAUSAL_LM"), partial(ours, recompute=True), LONG),
     ]
     rows: list[dict[str, Any]] = known_rows(arguments.output, where) if arguments.resume else []
     known = {(row["name"], tuple(row["lengths"])) for row in rows}

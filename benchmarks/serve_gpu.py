@@ -157,7 +157,7 @@ class Bench:
             ways = {"one": names[:1], "mixed": names}
             self.warm_up(engine, names)
             few = self.rate(engine, self.draw(names, 8 * self.batch, 1))
-            count = max(8 * self.batch, int(few * self.seconds / 10))
+            count = max(8 * self.batch, int(few * self.seconds / 20))
             self.pairs(part, "in process", count, names, lambda asked: self.rate(engine, asked), ways)
             reached = self.rate(engine, self.draw(names, count, 9))
             for share in (0.5, 0.9):
@@ -175,14 +175,18 @@ class Bench:
         rate: Callable[[Sequence[Asked]], float],
         ways: dict[str, Sequence[str]],
     ) -> None:
-        """Both ways in turns; the median of the ratios, and its quartiles."""
+        """Both ways in turns: all requests of a way by all of its seconds, and quartiles of the turns' own ratios.
+
+        How large the batches are that form differs from turn to turn, so a turn's ratio says little.
+        """
         found: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(3 if self.tiny else 9):
+        for turn in range(3 if self.tiny else 25):
             for name, some in ways.items():
                 found[name].append(rate(self.draw(some, count, turn + 2)))
         ratios = [mixed / one for mixed, one in zip(found["mixed"], found["one"], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        rates = {f"{name}_per_s": round(statistics.median(each), 1) for name, each in found.items()}
+        low, _, high = statistics.quantiles(ratios, n=4)
+        rates = {f"{name}_per_s": round(statistics.harmonic_mean(each), 1) for name, each in found.items()}
+        ratio = rates["mixed_per_s"] / rates["one_per_s"]
         row = {"part": part, "how": how, "adapters": len(names), **rates, "ratio": round(ratio, 4)}
         self.report({**row, "quartiles": [round(low, 4), round(high, 4)]})
 

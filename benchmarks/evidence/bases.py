@@ -56,7 +56,8 @@ class Base(ABC):
 
     def __init__(self) -> None:
         self.tokenizer = self._load_tokenizer()
-        self.padding = self.tokenizer.pad_token_id
+        own = self.tokenizer.pad_token_id
+        self.padding = self.tokenizer.eos_token_id if own is None else own
 
     @abstractmethod
     def _load_tokenizer(self) -> Any: ...

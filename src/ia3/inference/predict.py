@@ -145,15 +145,15 @@ def pad_rows(
     Returns:
         `input_ids` and `attention_mask` `[rows, length]`.
     """
-    length = max(len(row) for row in rows)
+    own = torch.tensor([len(row) for row in rows])
+    length = int(own.max())
     if pad_to_multiple_of is not None:
         length += -length % pad_to_multiple_of
 
-    def padded(row: Sequence[int], filler: int) -> list[int]:
-        gap = [filler] * (length - len(row))
+    def padded(row: Sequence[int]) -> list[int]:
+        gap = [pad_token_id] * (length - len(row))
         return [*gap, *row] if left else [*row, *gap]
 
-    return {
-        "input_ids": torch.tensor([padded(row, pad_token_id) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows]),
-    }
+    place = torch.arange(length)
+    seen = place >= length - own[:, None] if left else place < own[:, None]
+    return {"input_ids": torch.tensor([padded(row) for row in rows]), "attention_mask": seen.long()}

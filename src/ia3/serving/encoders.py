@@ -55,8 +55,14 @@ class Encoder:
             length: pad to so many tokens, and take the model's own forward.
         """
         logits = self._answer(texts, rows, length, head=True).cpu().double()
-        # Behind its own classes a row may be filled up to those of another.
-        return [rankings(own, row[None, : len(own)])[0] for own, row in zip(labels, logits, strict=True)]
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for index, own in enumerate(labels):
+            alike.setdefault(tuple(own), []).append(index)
+        found: dict[int, Ranking] = {}
+        for own, indices in alike.items():
+            # Behind its own classes a row may be filled up to those of another.
+            found |= zip(indices, rankings(own, logits[indices, : len(own)]), strict=True)
+        return [found[index] for index in range(len(labels))]
 
     def vectors(
         self, texts: Sequence[Sequence[int]], rows: Sequence[str], length: int | None = None
