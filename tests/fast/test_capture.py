@@ -52,8 +52,8 @@ def test_twenty_steps(tiny, randomise, form, several) -> None:
     optimizer, schedule = optimiser_of(compiled)
     step = ia3.compile_step(compiled, optimizer, schedule, reduce=(lambda flat: 2 * flat) if several else None)
     assert (step.path, step.reason) == ("captured", None)
-    weight = torch.tensor(0.5 if several else 1.0, device="cuda")
-    losses = [step(batch, weight) for batch in data]
+    part = [torch.tensor(0.5, device="cuda")] if several else []
+    losses = [step(batch, *part) for batch in data]
     assert [float(loss) for loss in losses] == pytest.approx(expected, rel=1e-5)
     for name, vector in vectors_of(usual).items():
         torch.testing.assert_close(vectors_of(compiled)[name], vector, rtol=1e-4, atol=1e-5)
@@ -155,12 +155,12 @@ def test_a_run_on_the_gpu_says_so_and_resumes_to_the_same_numbers(rich_console: 
     calls = 0
     measure = Words.measure
 
-    def interrupted(self: Any, rows: Any, beat: Any) -> Any:
+    def interrupted(self: Any, rows: Any, beat: Any, *others: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             signal.raise_signal(signal.SIGINT)
-        return measure(self, rows, beat)
+        return measure(self, rows, beat, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Words, "measure", interrupted)

@@ -136,10 +136,11 @@ def test_what_kernels_round_where_it_is_made(tiny, randomise, family, recompute,
         monkeypatch.setattr("ia3.fast.fused.backend_for", lambda *_, by=backend: by)
         found.append(by_kernels(model, batch, frozen="fp8", recompute=recompute))
     (wanted, d_wanted), (loss, d_loss) = found
+    _, unrounded = by_kernels(model, batch, recompute=recompute)
     assert not torch.equal(loss, wanted)
     torch.testing.assert_close(loss, wanted, rtol=0.01, atol=0)
-    # Triton's interpreter rounds to fp8 without carrying.
-    assert apart(d_loss, d_wanted) < (0.1 if DEVICE == "cuda" else 0.3)
+    # Each rounds some numbers the other way, the interpreter, which doesn't carry, more; none is farther off.
+    assert apart(d_loss, unrounded) < 1.7 * apart(d_wanted, unrounded)
 
 
 def test_a_changed_weight_is_an_error(tiny, randomise) -> None:
