@@ -22,7 +22,7 @@ from transformers.models.t5 import modeling_t5
 import ia3
 from builders import models_own
 from ia3.fast import compare
-from ia3.fast.compare import in_less_memory, telling_examples
+from ia3.fast.compare import beginnings, in_less_memory, telling_examples
 from ia3.fast.graphed import GraphedLoss
 from ia3.fast.scores import ChoiceScores
 from ia3.fast.sweep import FusedLosses, MixedLosses, SweepStep
@@ -294,6 +294,26 @@ def test_the_longest_and_the_shortest_are_among_the_examples() -> None:
     lengths = torch.tensor([5, 6, 7, 8, 2, 9, 1])
     assert telling_examples(lengths, torch.tensor([False, True, True, True, True, True, False])) == [1, 2, 4, 5]
     assert telling_examples(lengths, torch.zeros(6, dtype=torch.bool)) == []
+
+
+def test_of_long_texts_their_beginnings_are_compared(monkeypatch) -> None:
+    monkeypatch.setattr(compare, "_TOKENS", 8)
+    monkeypatch.setattr(compare, "_LEAST", 3)
+    ids = torch.arange(12).view(2, 6)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), "many": torch.tensor(2)}
+    assert torch.equal(beginnings(batch)["input_ids"], ids[:, :4])
+    assert beginnings(batch)["attention_mask"].shape == beginnings(batch)["labels"].shape == (2, 4)
+    answers = {**batch, "labels": ids[:, :3]}  # an encoder-decoder's
+    assert beginnings(answers)["input_ids"].shape == (2, 4)
+    assert beginnings(answers)["labels"] is answers["labels"]
+    monkeypatch.setattr(compare, "_TOKENS", 2)
+    assert beginnings(batch)["input_ids"].shape == (2, 3)
+    late = ids.masked_fill(torch.arange(6) < torch.tensor([[0], [4]]), -100)
+    assert torch.equal(beginnings({**batch, "labels": late})["labels"], late)
+    first = ids.masked_fill(torch.arange(6) > 0, -100)  # which no token comes before
+    assert torch.equal(beginnings({**batch, "labels": first})["labels"], first)
+    padded = (torch.arange(6) < torch.tensor([[6], [4]])).long()  # where cut there would be none
+    assert torch.equal(beginnings({**batch, "attention_mask": padded})["attention_mask"], padded)
 
 
 def test_fewer_examples_where_memory_does_not_suffice(caplog) -> None:

@@ -617,6 +617,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("fetched", Instead("any(tensor.is_floating_point() for tensor in away.values())", "False"),
                "numbers of a batch on a GPU lose their fractions"),
         Mutant("telling_examples", Instead("by_length[-1]", "by_length[0]"), "the longest example is not compared"),
+        Mutant("beginnings", Instead("learns and stays", "stays"), "of a long prompt no answer is compared"),
         Mutant("_without_dropout", Instead("setattr(module, name, rate)", "None"),
                "after a comparison nothing drops any more"),
         Mutant("difference", Instead("max(limit, min(_ROUNDINGS * one, _MOST))", "limit"),

@@ -22,7 +22,7 @@ from ia3.adapter import vectors
 from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
+from ia3.fast.compare import Numbers, beginnings, difference, in_less_memory, telling_examples
 from ia3.fast.guard import NOT_ALONE, Guard, own_forward, unsupported_modules
 from ia3.fast.linear import Precision
 from ia3.fast.ops.launch import start_compiling
@@ -211,7 +211,7 @@ class GraphedLoss:
 
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()
-        chosen = {name: tensor[list(examples)] for name, tensor in batch.items()}
+        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()})
         packed = self.round_up(self.losses.pack(chosen), len(examples))
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)
