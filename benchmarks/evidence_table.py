@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="table, pictures and summary of what there is")
     arguments = parser.parse_args()
     if arguments.report:
-        return report.write(arguments.results, bench.RESULTS)
+        return report.write(arguments.results, bench.RESULTS, bench.RESULTS.parents[1] / "docs" / "images")
     if arguments.data_folder is None:
         parser.error("where are the data sets? --data-folder, or IA3_DATA")
     chosen = units(arguments.parts, arguments.bases, arguments.data, arguments.methods)

@@ -513,6 +513,59 @@ def test_the_gpus_other_tables_are_measured() -> None:
     assert ours["largest_margin_of_a_label_that_differs"] < 0.09
 
 
+def test_the_methods_are_measured() -> None:
+    rows = json.loads((RESULTS / "evidence.json").read_text())["rows"]
+    found = {(row["base"], row["data"], row["method"]): row for row in rows}
+    methods = {
+        "as it is": "frozen",
+        "head alone": "head",
+        "(IA)³": "ia3",
+        "(IA)³, every linear layer": "ia3-linear",
+        "(IA)³, both sides of each": "ia3-both",
+        "(IA)³, T-Few's losses": "t-few",
+        "biases and norms": "bitfit",
+        "LoRA, rank 16": "lora",
+        "all weights": "full",
+    }
+    sets = {
+        "PhraseBank": "phrasebank",
+        "tweets": "tweets",
+        "BANKING77": "banking77",
+        "CLINC150": "clinc150",
+        "RAFT": "raft",
+    }
+    of_base = {"A classifier on a sentence encoder": "minilm", "Label words by a T5": "titler"}
+    for heading, base in of_base.items():
+        columns = [name for name in sets.values() if (base, name, "ia3") in found]
+        table = table_after("choosing.md", heading)
+        assert {methods[row[0]] for row in table} == {method for one, _, method in found if one == base}
+        for name, count, *accuracies in table:
+            own = [found[base, column, methods[name]] for column in columns]
+            assert accuracies == [f"{100 * row['accuracy']:.1f}" for row in own]
+            assert {row["seeds"] for row in own} == {1 if name == "as it is" else 5}
+            head = found[base, columns[0], "head"]["trained"] if base == "minilm" else 0
+            assert count == f"{own[0]['trained'] - head:,}"
+    bases = {"MiniLM": "minilm", "T5": "titler"}
+    for name, *differences in table_after("choosing.md", "By how much"):
+        base, data = (of[part] for of, part in zip((bases, sets), name.split(", "), strict=True))
+        told = [
+            found[base, data, method]["against"][other]
+            for other in ("lora", "full")
+            for method in ("ia3", "ia3-linear")
+        ]
+        assert differences == ["{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * each for each in one)) for one in told]
+    lost = {method: [] for method in ("ia3", "lora")}
+    for method, points in lost.items():
+        for data in ("phrasebank", "tweets", "banking77", "clinc150"):
+            row = found["minilm", data, method]
+            by_rate = {float(rate): accuracy for rate, accuracy in row["by_rate"].items()}
+            (best,) = row["rates"]
+            points.append(100 * (by_rate[best] - by_rate[min(by_rate, key=lambda rate: abs(rate - 10 * best))]))
+    text = " ".join((DOCS / "choosing.md").read_text().split())
+    ranges = [f"{min(points):.0f} to {max(points):.0f}" for points in lost.values()]
+    assert "costs (IA)³ {} points, LoRA {}.".format(*ranges) in text
+
+
 def test_the_few_shot_table_is_measured() -> None:
     from ia3.runs.comparison import quartiles_of
 

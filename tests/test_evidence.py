@@ -186,20 +186,24 @@ def test_raft_counts_rates_that_every_fold_of_every_task_was_run_with() -> None:
 
 def test_a_report_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = data.plan_of("titler", "tweets").steps
+    own = {"base": "titler", "steps": steps}
     lines = [
-        record(base="titler", steps=steps, rate=rate, seed=seed, validation_accuracy=rate, correct=[seed > 0, True])
-        for rate in (1e-2, 3e-2)
-        for seed in (0, 1)
+        record(**own, rate=rate, seed=seed, validation_accuracy=rate if rate < 1e-1 else 0.0, correct=[seed > 0, True])
+        for rate in (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+        for seed in (range(5) if rate in (1e-2, 3e-2) else (0,))
     ]
-    lines.append(lines[0] | {"kind": "sweep", "chosen": 1e-2, "seconds": 3.0})
+    lines.append(record(**own, method="lora", rate=1e-3, validation_accuracy=0.5))  # with neither neighbours nor seeds
+    lines.append(lines[1] | {"kind": "sweep", "chosen": 1e-2, "seconds": 3.0})
     lines.append({"kind": "speed", "base": "titler", "method": "ia3", "eager_ms": 2.5, "machine": {}})
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    report.write(tmp_path / "runs.jsonl", tmp_path / "out")
+    report.write(tmp_path / "runs.jsonl", tmp_path / "out", tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "evidence.json").read_text())
-    assert (summary["rows"][0]["accuracy"], summary["runs"]) == (0.75, 4)
+    assert [row["accuracy"] for row in summary["rows"]] == [0.9]
+    assert summary["runs"] == 14
     assert summary["sweeps"][0]["difference"] == [0.0, 0.0, 0.0]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".png"}
-    assert "75.0%" in (printed := capsys.readouterr().out)
+    assert "90.0%" in (printed := capsys.readouterr().out)
+    assert "not complete: titler tweets lora" in printed
     assert "ia3.sweep chose 0.01 in 3 s, the runs 0.03" in printed
 
 

@@ -19,19 +19,36 @@ from rich.table import Table
 from evidence.bases import DATA_OF
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, plan_of
 from evidence.intervals import Answered, interval
-from evidence.methods import FROZEN, FULL, IA3, LORA, METHODS_OF, WORDS
+from evidence.methods import CUSTOMARY, FROZEN, FULL, IA3, LORA, METHODS_OF, WORDS
 from evidence.results import (
+    RAFT_REACH,
+    REACH,
     Record,
     Results,
     accuracy_by_task,
     best_rate,
     mean,
+    next_rate,
     rate_of_task,
     unpack_bits,
     validation_scores,
 )
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
+SEEDS = 5
+NAMES = {
+    "minilm": "all-MiniLM-L6-v2",
+    "titler": "flan-t5-small-titler",
+    "smollm2": "SmolLM2-135M-Instruct",
+    "phrasebank": "PhraseBank",
+    "tweets": "tweets",
+    "banking77": "BANKING77",
+    "clinc150": "CLINC150",
+    "orders": "orders",
+    RAFT: "RAFT",
+}
+# How far below the best one a panel of rates goes, in points.
+DEEPEST = 25
 
 
 @dataclass
@@ -44,6 +61,7 @@ class Row:
         seeds: how many; RAFT's folds.
         against: by method, how much more accurate this one is, and the interval of that.
         by_rate: the first seed's test accuracy at each rate; RAFT's mean over tasks.
+        complete: whether no rate is left to try, and every seed was run.
     """
 
     base: str
@@ -57,13 +75,19 @@ class Row:
     trained: int
     against: dict[str, tuple[float, float, float]]
     by_rate: dict[float, float]
+    complete: bool
     speed: Record
 
 
-def write(results: Path, folder: Path) -> None:
-    """Print the table; write evidence.json and two pictures."""
+def write(results: Path, folder: Path, images: Path) -> None:
+    """Print the table; write evidence.json into a folder and two pictures into another. What is not complete is named and left out."""
     records = [*Results(results).records.values()]  # of a run that two processes made, one
     rows = [row for base, names in DATA_OF.items() for data in names for row in cell(records, base, data)]
+    for row in rows:
+        if not row.complete:
+            print(f"not complete: {row.base} {row.data} {row.method}")
+    trained = {(row.base, row.data) for row in rows if row.complete and row.method != FROZEN}
+    rows = [row for row in rows if row.complete and (row.base, row.data) in trained]
     swept = [*sweeps(records)]
     show(rows, swept)
     summary = {
@@ -76,7 +100,7 @@ def write(results: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evidence.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if rows:
-        pictures(rows, folder)
+        pictures(rows, images)
 
 
 def cell(records: list[Record], base: str, data: str) -> list[Row]:
@@ -107,6 +131,11 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
                 if other in found and other != method and found[other].answers.shapes == judged.answers.shapes
             },
             by_rate=judged.by_rate,
+            complete=method == FROZEN
+            or (
+                judged.seeds == SEEDS
+                and next_rate(judged.scores, CUSTOMARY[method], RAFT_REACH if data == RAFT else REACH) is None
+            ),
             speed={name: value for name, value in speeds.get(method, {}).items() if name.endswith(("_ms", "_bytes"))},
         )
         for method, judged in found.items()
@@ -115,13 +144,18 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
 
 @dataclass
 class Judged:
-    """The runs that a method is judged by."""
+    """The runs that a method is judged by.
+
+    Args:
+        scores: of each rate, what it is chosen by.
+    """
 
     answers: Answered
     rates: list[float]
     seeds: int
     trained: int
     by_rate: dict[float, float]
+    scores: dict[float, float]
 
 
 def ordinary(runs: list[Record]) -> Judged | None:
@@ -129,16 +163,17 @@ def ordinary(runs: list[Record]) -> Judged | None:
     runs = [record for record in runs if record["digest"] == runs[-1]["digest"]]
     if not runs:
         return None
-    first = [record for record in runs if record["seed"] == 0]
-    rate = 0.0 if runs[0]["method"] == FROZEN else best_rate(validation_scores(first))
-    return at_rate(runs, rate)
+    if runs[0]["method"] == FROZEN:
+        return at_rate(runs, 0.0, {})
+    scores = validation_scores(record for record in runs if record["seed"] == 0)
+    return at_rate(runs, best_rate(scores), scores)
 
 
-def at_rate(runs: list[Record], rate: float) -> Judged:
+def at_rate(runs: list[Record], rate: float, scores: dict[float, float]) -> Judged:
     final = sorted((record for record in runs if record["rate"] == rate), key=lambda record: record["seed"])
     by_rate = {record["rate"]: record["test_accuracy"] for record in runs if record["seed"] == 0}
     bits = np.array([unpack_bits(record["test_correct"], record["test_rows"]) for record in final])
-    return Judged(Answered([bits]), [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())))
+    return Judged(Answered([bits]), [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())), scores)
 
 
 def raft(runs: list[Record]) -> Judged | None:
@@ -159,7 +194,7 @@ def raft(runs: list[Record]) -> Judged | None:
         groups.append(np.array([[right for f in folds for right in unpack_bits(f["test_correct"], f["test_rows"])]]))
         rates.append(rate)
     by_rate = {rate: mean([*tasks.values()]) for rate, tasks in sorted(by_task.items())}
-    return Judged(Answered(groups), rates, FOLDS, complete[0]["trained"], by_rate)
+    return Judged(Answered(groups), rates, FOLDS, complete[0]["trained"], by_rate, by_rate)
 
 
 def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
@@ -173,7 +208,7 @@ def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
         ]
         if not any(record["rate"] == swept["chosen"] for record in runs):
             continue
-        grid, chosen = ordinary(runs), at_rate(runs, swept["chosen"])
+        grid, chosen = ordinary(runs), at_rate(runs, swept["chosen"], {})
         assert grid is not None
         yield {
             "base": swept["base"],
@@ -239,29 +274,28 @@ def pictures(rows: list[Row], folder: Path) -> None:
 
     def draw(name: str, panel: Any) -> None:
         with matplotlib.rc_context(STYLE):
-            down = -(-len(cells) // 3)
-            figure = Figure(figsize=(15, 3.6 * down + 0.6), dpi=110, layout="constrained")
+            down = -(-len(cells) // 2)
+            figure = Figure(figsize=(10, 3.4 * down + 0.8), dpi=110, layout="constrained")
             FigureCanvasAgg(figure)
-            panels = figure.subplots(down, 3, squeeze=False).flatten()
+            panels = figure.subplots(down, 2, squeeze=False).flatten()
             for axes in panels[len(cells) :]:
                 axes.remove()
             for axes, (base, data) in zip(panels, cells, strict=False):
-                panel(axes, [row for row in rows if (row.base, row.data) == (base, data)])
-                axes.set_title(f"{base}, {data}", loc="left")
+                own = [row for row in rows if (row.base, row.data) == (base, data)]
+                panel(axes, [row for row in own if row.method != FROZEN])
+                before = "".join(f"; before training {row.accuracy:.0%}" for row in own if row.method == FROZEN)
+                axes.set_title(f"{NAMES[base]}, {NAMES[data]}{before}", loc="left", fontsize=11)
                 axes.set_ylabel("test accuracy, %")
             labelled = {
                 text: handle
                 for axes in panels[: len(cells)]
                 for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
             }
-            figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=5, frameon=False)
+            figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=3, frameon=False)
             figure.savefig(folder / f"{name}.png")
 
     def by_size(axes: Axes, own: list[Row]) -> None:
         for row in own:
-            if row.method == FROZEN:
-                axes.axhline(100 * row.accuracy, color="grey", linestyle=":", label=WORDS[FROZEN])
-                continue
             spread = [[100 * (row.accuracy - row.low)], [100 * (row.high - row.accuracy)]]
             look = {"color": colours[row.method], "label": WORDS[row.method], "fmt": "o", "capsize": 3}
             axes.errorbar([row.trained], [100 * row.accuracy], yerr=spread, **look)
@@ -269,12 +303,14 @@ def pictures(rows: list[Row], folder: Path) -> None:
         axes.set_xlabel("numbers trained")
 
     def by_rate(axes: Axes, own: list[Row]) -> None:
-        for row in (row for row in own if row.method != FROZEN):
+        for row in own:
             accuracies = [100 * each for each in row.by_rate.values()]
             look = {"color": colours[row.method], "label": WORDS[row.method], "marker": "."}
             axes.plot([*row.by_rate], accuracies, **look)
             if len({*row.rates}) == 1:
                 axes.plot(row.rates[0], 100 * row.by_rate[row.rates[0]], "o", color=colours[row.method])
+        best = max(100 * each for row in own for each in row.by_rate.values())
+        axes.set_ylim(max(axes.get_ylim()[0], best - DEEPEST), best + 1)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate (large dot: chosen)")
 

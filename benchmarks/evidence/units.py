@@ -23,7 +23,9 @@ from evidence.data import FOLDS, RAFT, RAFT_TASKS, Data, Plan, load, load_raft, 
 from evidence.loop import Encoded, Outcome, Trainer, batches, encode, round_up
 from evidence.methods import CUSTOMARY, FROZEN, IA3, METHODS_OF
 from evidence.results import (
+    RAFT_REACH,
     RATES,
+    REACH,
     Record,
     Results,
     accuracy,
@@ -37,9 +39,6 @@ from evidence.results import (
 )
 
 SEEDS = (0, 1, 2, 3, 4)
-REACH = 2
-# RAFT's walks are a task's folds long each.
-RAFT_REACH = 1
 SWEPT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 

@@ -277,7 +277,7 @@ def test_the_recipe_of_tfew(base: str, tmp_path: Path) -> None:
     assert len(run.losses) == 3
     assert run.settings.answer_by == "rank"
     assert all(answer in run.labels for answer in run.final.predictions)
-    assert list(RECIPES) == ["peft", "t-few"]
+    assert list(RECIPES) == ["all-linear", "peft", "t-few"]
 
 
 def test_the_cards_tell_data_and_figures(base: str, tmp_path: Path) -> None:
