@@ -562,6 +562,12 @@ def test_the_methods_are_measured() -> None:
             (best,) = row["rates"]
             points.append(100 * (by_rate[best] - by_rate[min(by_rate, key=lambda rate: abs(rate - 10 * best))]))
     text = " ".join((DOCS / "choosing.md").read_text().split())
+    linear = [
+        {float(rate): 100 * accuracy for rate, accuracy in found["minilm", data, "ia3-linear"]["by_rate"].items()}
+        for data in ("phrasebank", "tweets", "banking77", "clinc150")
+    ]
+    points = [max(by_rate.values()) - by_rate[0.1] for by_rate in linear]
+    assert f"at 0.1 it loses {min(points):.0f} to {max(points):.0f} points" in text
     ranges = [f"{min(points):.0f} to {max(points):.0f}" for points in lost.values()]
     assert "costs (IA)³ {} points, LoRA {}.".format(*ranges) in text
 

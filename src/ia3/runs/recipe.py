@@ -23,7 +23,7 @@ from ia3.tasks.template import Template
 # Recipes that a name stands for; what is given beside the name overrides them.
 RECIPES: dict[str, dict[str, Any]] = {
     # A vector for queries, what attention returns and all of the feed-forward, too: docs/choosing.md.
-    "all-linear": {"target_modules": "all-linear"},
+    "all-linear": {"learning_rate": 2e-2, "target_modules": "all-linear"},
     # The guide to IA3 in PEFT's documentation.
     "peft": {"batch_size": 8, "dropout": True, "epochs": 3, "learning_rate": 8e-3, "warmup_steps": 0},
     # Liu et al. 2022, sections 3.2 to 3.4.
