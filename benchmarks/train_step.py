@@ -8,11 +8,11 @@ batches on the GPU as the guide has them. `captured` is PEFT's bf16 step whole i
 of its blocks under `torch.compile`: the one or the other is the strongest that PEFT can be made without changing it.
 ia3's is `ia3.compile_step`, at equal shapes, and at the lengths (`length` null) of a typical shuffled batch of
 PhraseBank's sentences, which is padded to about 64 with 8 of them; `fp8` multiplies the layers' frozen weights in
-eight bits. `frozen base` is the memory's measure: no adapter but one vector at the embedding, captured alike. Medians
-of 20 steps after 3: `ms` of steps that follow one another, 10 at a time, as training does, and `waited_ms` of steps
-each waited for. `peak_mib` is the allocator's peak after the model is built, a graph's included; `reserved_mib` what
-it had taken from the card. Set-up is the first step's: kernels are compiled, or found in Triton's cache, and the
-graph recorded. `--tiny` tries the script on a CPU.
+eight bits, and `all-linear` has a vector at every linear layer. `frozen base` is the memory's measure: no adapter but
+one vector at the embedding, captured alike. Medians of 20 steps after 3: `ms` of steps that follow one another, 10 at a
+time, as training does, and `waited_ms` of steps each waited for. `peak_mib` is the allocator's peak after the model is
+built, a graph's included; `reserved_mib` what it had taken from the card. Set-up is the first step's: kernels are
+compiled, or found in Triton's cache, and the graph recorded. `--tiny` tries the script on a CPU.
 
 Needs: one GPU, --tiny a CPU; peft; a few minutes.
 """
@@ -213,6 +213,8 @@ def main() -> None:
         ("ia3 compile_step", ia3, ours, half, 64, 128),
         ("ia3 compile_step, recompute", ia3, partial(ours, recompute=True), half, 64, 128),
         ("ia3 compile_step, fp8", ia3, partial(ours, frozen="fp8"), half, 64, 128),
+        ("ia3 compile_step, all-linear", ia3, ours, half, 8, 128),
+        ("ia3 compile_step, all-linear", ia3, ours, half, 64, 128),
         ("ia3 compile_step", ia3, ours, torch.float32, 8, 128),
         ("PEFT captured", peft, captured, half, 8, 128),
         ("PEFT captured", peft, captured, half, 64, 128),
@@ -232,7 +234,8 @@ def main() -> None:
             continue
         if (name, str(dtype).removeprefix("torch."), count, length) in known:
             continue
-        config = library.IA3Config(task_type="SEQ_2_SEQ_LM")
+        targets = "all-linear" if name.endswith("all-linear") else None
+        config = library.IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=targets)
         model = library.get_peft_model(build(shape, dtype, device), config).train()
         batch = batch_of(shape, count, length, "cpu" if name.startswith("ia3") else device)
         if cuda:

@@ -11,6 +11,9 @@ from transformers import AutoConfig
 
 from builders import randomise
 from ia3 import IA3Config, get_peft_model
+from ia3.architectures import architecture_of
+from ia3.fast.layers import block_paths
+from ia3.sites import find_sites
 
 _DECODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = {**_DECODER, "num_key_value_heads": 2, "head_dim": 4}
@@ -81,13 +84,16 @@ _RATES = (
 _NEVER = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
-def described(form: str, dtype: torch.dtype = torch.float64, *, rate: float = 0.0, **more: Any) -> Any:
+def described(
+    form: str, dtype: torch.dtype = torch.float64, *, rate: float = 0.0, everywhere: bool = False, **more: Any
+) -> Any:
     """The model with random vectors at its default sites, in training mode.
 
     Args:
         form: a name of `FORMS`.
         dtype: its weights'.
         rate: of all dropouts, each a little more than the last.
+        everywhere: with a vector at every linear layer of its blocks instead.
         more: of its configuration.
     """
     kind, task, shape = FORMS[form]
@@ -104,9 +110,27 @@ def described(form: str, dtype: torch.dtype = torch.float64, *, rate: float = 0.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    model = get_peft_model(model.to(dtype).train(), IA3Config(task_type=task), autocast_adapter_dtype=False)
+    config = IA3Config(task_type=task)
+    if everywhere:
+        closing = [site.path for site in find_sites(model, config).layout.sites if site.side == "input"]
+        config = IA3Config(task_type=task, target_modules=_linear_layers(model), feedforward_modules=closing)
+    model = get_peft_model(model.to(dtype).train(), config, autocast_adapter_dtype=False)
     randomise(model)
     return model
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Those of the blocks."""
+    architecture = architecture_of(model)
+    assert architecture is not None
+    blocks = tuple(f"{path}." for stack in architecture.stacks for path in block_paths(model, stack))
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name in linear if name.startswith(blocks)]
+
+
+def is_fused(form: str) -> bool:
+    """Whether queries, keys and values are one layer, which has no vectors of the queries."""
+    return FORMS[form][0] in ("phi3", "gpt_neox", "gpt2")
 
 
 def batch_for(form: str, *, examples: int = 4, seed: int = 1, left: bool = False) -> dict[str, Tensor]:

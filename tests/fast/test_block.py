@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from described import FORMS, batch_for, described, is_encoder
+from described import FORMS, batch_for, described, is_encoder, is_fused
 from ia3 import IA3Config
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss, unsupported_reason
@@ -81,6 +81,39 @@ def test_loss_and_gradient_are_those_of_its_own_forward(
     # Angles of other positions, and the softmax of its eager attention, are in fp32 there.
     tolerance = 1e-5 if padding == "left" or form.startswith("gemma2") else 1e-9
     close(by_block(model, batch, rounded=padding == "rounded"), by_own_forward(model, batch), tolerance)
+
+
+EVERYWHERE = [form for form in FORMS if not is_fused(form)]
+
+
+@pytest.mark.parametrize("form", EVERYWHERE)
+def test_vectors_at_every_linear_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = described(form, everywhere=True)
+    norm_exactly(model, monkeypatch)
+    batch = batch_for(form)
+    found, expected = by_block(model, batch), by_own_forward(model, batch)
+    close(found, expected, 1e-5 if form.startswith("gemma2") else 1e-9)
+    parts = get_adapter(model, "default").layout.split(expected[1][None])
+    assert all(part.abs().max() > 0 for part in parts)
+    close(by_block(model, batch, recompute=True), found)
+
+
+@pytest.mark.parametrize("form", [form for form in EVERYWHERE if not is_encoder(form)])
+def test_groups_of_vectors_at_every_linear_layer(form: str) -> None:
+    model, batch = described(form, everywhere=True), batch_for(form)
+    loss, table = fused(model)
+    two = torch.cat([table.detach(), 2 - table.detach()]).requires_grad_()
+    (gradients,) = torch.autograd.grad(loss(loss.pack(batch), two).sum(), two)
+    for group, half in enumerate((slice(0, 2), slice(2, 4))):
+        row = two[group : group + 1].detach().requires_grad_()
+        alone = loss(loss.pack({name: tensor[half] for name, tensor in batch.items()}), row)
+        assert (torch.autograd.grad(alone.sum(), row)[0] - gradients[group]).abs().max() < 1e-9
+
+
+def test_a_fused_projections_queries_have_no_vector() -> None:
+    model = described("phi3", everywhere=True)
+    reason = unsupported_reason(model, get_adapter(model, "default").layout.sites) or ""
+    assert "qkv_proj is adapted, where the block has no vector" in reason
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -217,9 +250,9 @@ def test_a_gradient_that_padding_gets_between_padded_places_and_tokens() -> None
 
 def test_a_site_that_the_block_does_not_have_is_a_reason() -> None:
     model = described("llama")
-    model.add_adapter("other", IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    model.add_adapter("other", IA3Config(target_modules=["q_proj", "k_proj"], feedforward_modules=["k_proj"]))
     reason = unsupported_reason(model, get_adapter(model, "other").layout.sites)
-    assert "q_proj is adapted" in str(reason)
+    assert "the input of model.layers.0.self_attn.k_proj is adapted, where the block has no vector" in str(reason)
 
 
 def test_a_rate_that_the_configuration_does_not_say_is_a_reason() -> None:

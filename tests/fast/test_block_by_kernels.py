@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from described import FORMS, batch_for, described, is_encoder
+from described import FORMS, batch_for, described, is_encoder, is_fused
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss
 from ia3.fast.guard import own_forward
@@ -71,9 +71,19 @@ def test_loss_and_gradient(form: str, dtype: torch.dtype, tolerance: float) -> N
     assert apart(gradients[0], gradient) < tolerance
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if not is_fused(form)] if CUDA else ["flan-t5", "llama"])
+def test_vectors_at_every_linear_layer(form: str) -> None:
+    batch = batch_for(form)
+    loss, gradient = expected(described(form, torch.float32, everywhere=True).to(DEVICE, torch.float64), batch)
+    losses, gradients = by_kernels(described(form, torch.float32, everywhere=True).to(DEVICE), batch)
+    assert abs(losses[0] - loss) < 1e-4 * abs(loss)
+    assert apart(gradients[0], gradient) < 1e-4
+
+
 @pytest.mark.parametrize("form", [form for form in ONE if not is_encoder(form)])
-def test_groups(form: str) -> None:
-    model, batch = described(form, torch.float32).to(DEVICE), batch_for(form)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_groups(form: str, everywhere: bool) -> None:
+    model, batch = described(form, torch.float32, everywhere=everywhere).to(DEVICE), batch_for(form)
     losses, gradients = by_kernels(model, batch, groups=2)
     for group, half in enumerate((slice(0, 2), slice(2, 4))):
         loss, gradient = expected(model, {name: tensor[half] for name, tensor in batch.items()})

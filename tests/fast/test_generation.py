@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
-from described import FORMS, batch_for, described
+from described import FORMS, batch_for, described, is_fused
 from ia3 import IA3Config, get_peft_model
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import Decoder, compile_generate, unsupported_reason
@@ -180,9 +180,10 @@ def test_an_end_is_forced_at_the_last_token(tiny, family, ends) -> None:
 
 
 @pytest.mark.parametrize("form", ["bart", "plbart", "mbart", "pegasus", "marian", "umt5"])
-def test_every_described_encoder_decoder_is_written_by_the_block(form) -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_every_described_encoder_decoder_is_written_by_the_block(form, everywhere) -> None:
     scaled = {"scale_embedding": False} if form == "plbart" else {}  # with it PLBart repeats itself
-    model = lively(described(form, torch.float32, **scaled).eval())
+    model = lively(described(form, torch.float32, everywhere=everywhere, **scaled).eval())
     model.add_adapter("a", IA3Config(task_type="SEQ_2_SEQ_LM"))
     builders.randomise(model, spread=1.0)
     settings = {"max_new_tokens": NEW, "eos_token_id": [3], "forced_eos_token_id": None, "min_length": 0}
@@ -201,9 +202,15 @@ def of_mode(task: str) -> list[str]:
     return [form for form, (_, of_form, _) in FORMS.items() if of_form == task]
 
 
-@pytest.mark.parametrize("form", of_mode("CAUSAL_LM"))
-def test_every_described_decoder_is_written_by_the_block(form) -> None:
-    model = lively(described(form, torch.float64).eval())
+@pytest.mark.parametrize(
+    ("form", "everywhere"),
+    [
+        *((form, False) for form in of_mode("CAUSAL_LM")),
+        *((form, True) for form in of_mode("CAUSAL_LM") if not is_fused(form)),
+    ],
+)
+def test_every_described_decoder_is_written_by_the_block(form, everywhere) -> None:
+    model = lively(described(form, torch.float64, everywhere=everywhere).eval())
     model.add_adapter("a", IA3Config(task_type="CAUSAL_LM"))
     builders.randomise(model, spread=1.0)
     settings = {"max_new_tokens": NEW, "eos_token_id": [3]}
@@ -302,7 +309,7 @@ def test_a_bare_model_knows_no_names(tiny, family) -> None:
 def test_one_session_serves_adapters_of_other_sites(tiny) -> None:
     model = get_peft_model(lively(tiny("llama")), IA3Config(task_type="CAUSAL_LM"))
     model.add_adapter("k", IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]))
-    model.add_adapter("q", IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]))
+    model.add_adapter("q", IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=["q_proj"]))
     builders.randomise(model, spread=1.0)
     settings = {"max_new_tokens": NEW, "eos_token_id": ENDS}
     decoder = Decoder(model, **settings)
@@ -312,7 +319,7 @@ def test_one_session_serves_adapters_of_other_sites(tiny) -> None:
         wanted = expected(model, ids, mask, adapter_names=names, **settings)
         assert torch.equal(decoder(ids, mask, adapter_names=names), wanted)
         sessions.append((len(decoder.fused), len(decoder.causal)))
-    assert sessions == [(1, 0), (1, 0), (1, 0), (1, 1), (1, 1), (1, 1)]  # queries are the own forward's
+    assert sessions == [(1, 0), (1, 0), (1, 0), (1, 1), (1, 1), (1, 1)]  # inputs of queries are the own forward's
 
 
 def test_the_active_adapter_is_followed(tiny) -> None:
@@ -429,7 +436,7 @@ def test_lengths_of_a_bucket_share_a_session(tiny) -> None:
 def test_a_change_of_the_way_leaves_no_recording_of_old_weights(tiny) -> None:
     """The block puts weights next to each other, away from where the own forward's recordings read them."""
     model = get_peft_model(lively(tiny("llama")), IA3Config(task_type="CAUSAL_LM"))
-    model.add_adapter("q", IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]))
+    model.add_adapter("q", IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=["q_proj"]))
     builders.randomise(model, spread=1.0)
     decoder = Decoder(model, max_new_tokens=4)
     for names, sessions in ((["q", BASE], (0, 1)), (["default", BASE], (1, 0)), (["q", "default"], (1, 1))):
@@ -524,7 +531,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mixed_step_of_the_own_forward_adds_one_product_a_site(tiny, dtype) -> None:
-    sites = {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    sites = {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": ["q_proj", "down_proj"]}
     model = builders.adapted(tiny("llama", dtype=dtype), "a", **builders.CAUSAL, **sites)
     assert model.get_parameter("model.layers.0.mlp.down_proj.ia3_l.a").dtype == torch.float32
     decoder = Decoder(model, max_new_tokens=8, min_new_tokens=8)

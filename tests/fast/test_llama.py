@@ -271,9 +271,8 @@ def test_it_stands_aside(tiny, randomise, change, said) -> None:
 @pytest.mark.parametrize(
     ("family", "shape", "targets", "said"),
     [
-        ("llama", {}, ["q_proj"], r"the output of .*\.q_proj is adapted"),
-        ("llama", {}, ["gate_proj"], r"the output of .*\.gate_proj is adapted"),
-        ("llama", {}, ["up_proj", "down_proj"], r"both the output of .*\.up_proj and the input of .*\.down_proj"),
+        ("llama", {}, ["q_proj"], r"the input of .*\.q_proj is adapted"),
+        ("llama", {}, ["gate_proj"], r"the input of .*\.gate_proj is adapted"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -284,7 +283,7 @@ def test_it_stands_aside(tiny, randomise, change, said) -> None:
     ],
 )
 def test_what_is_left_to_the_model(tiny, family, shape, targets, said) -> None:
-    config = {"target_modules": targets, "feedforward_modules": ["down_proj"] if "down_proj" in (targets or ()) else []}
+    config = {"target_modules": targets, "feedforward_modules": targets}
     model = get_peft_model(
         tiny(family, **shape), IA3Config(task_type="CAUSAL_LM", **(config if targets is not None else {}))
     )

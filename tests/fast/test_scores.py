@@ -79,8 +79,9 @@ def test_each_answer_has_its_own_vectors(tiny, randomise, form, recorded) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("recorded", [False, True])
-def test_answers_that_read_one_input(tiny, randomise, form, recorded, encoded) -> None:
-    model = adapted(tiny, randomise, form).eval().to(DEVICE)
+@pytest.mark.parametrize("sites", [{}, {"target_modules": "all-linear"}], ids=["default", "all-linear"])
+def test_answers_that_read_one_input(tiny, randomise, form, recorded, sites, encoded) -> None:
+    model = adapted(tiny, randomise, form, **sites).eval().to(DEVICE)
     layout = layout_of(model)
     with recording() if recorded else torch.no_grad():
         score = ChoiceScores(model, CHOICES, layout)
@@ -146,6 +147,6 @@ def test_the_base_has_no_vectors(tiny, randomise) -> None:
 
 def test_it_stands_aside(tiny, randomise) -> None:
     model = adapted(tiny, randomise, "t5")
-    model.add_adapter("other", IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["q"], feedforward_modules=[]))
+    model.add_adapter("other", IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["q"], feedforward_modules=["q"]))
     layout = attached(model).adapters["other"].layout
-    assert "expects keys, values and feed-forward alone" in (unsupported_reason(model, layout) or "")
+    assert "q is adapted, where the block has no vector" in (unsupported_reason(model, layout) or "")

@@ -37,10 +37,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def mixed(form: str, dtype: torch.dtype = torch.float32) -> Any:
+def mixed(form: str, dtype: torch.dtype = torch.float32, *, everywhere: bool = False) -> Any:
     """A model with three adapters, whose answers differ and end at different lengths."""
     scaled = {"scale_embedding": False} if form == "plbart" else {}  # with it PLBart repeats itself
-    model = described(form, dtype, **scaled).eval()
+    model = described(form, dtype, everywhere=everywhere, **scaled).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and ".ia3_l." not in name:
@@ -108,9 +108,11 @@ def serve(slots: Slots, coming: Sequence[Request], seed: int = 0) -> None:
             inside.pop(slot).tokens = slots.tokens(slot)
 
 
-@pytest.mark.parametrize("form", WRITES)
-def test_the_tokens_of_each_request_alone(form: str) -> None:
-    model = mixed(form)
+@pytest.mark.parametrize(
+    ("form", "everywhere"), [*((form, False) for form in WRITES), ("flan-t5", True), ("bart", True)]
+)
+def test_the_tokens_of_each_request_alone(form: str, everywhere: bool) -> None:
+    model = mixed(form, everywhere=everywhere)
     slots, coming = made(model), requests(24, seed=1)
     serve(slots, coming)
     for request in coming:

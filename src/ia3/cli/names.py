@@ -133,7 +133,8 @@ def _named(
     base: Annotated[str | None, typer.Argument(metavar="MODEL", help="The base model; or --model.")] = None,
     source: Annotated[str | None, typer.Argument(metavar="DATA", help="What to learn from; or --data.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="all-linear, t-few, peft, or a YAML file with any of these settings; flags override.")
+        str | None,
+        typer.Option(help="all-linear, t-few, peft, or a YAML file with any of these settings; flags override."),
     ] = None,
     like_peft: Annotated[bool, typer.Option("--like-peft", help="PEFT's guide: --recipe peft.")] = False,
 ) -> dict[str, str]:

@@ -22,6 +22,7 @@ from ia3.fast.ops.backend import Backend, Vector, scaled
 from ia3.fast.ops.dropout import DropoutSeeds, dropout
 from ia3.fast.ops.norm import Norm, add_norm, add_norm_rounded
 from ia3.fast.ops.rotary import rotary_heads
+from ia3.fast.ops.scale import scale
 from ia3.fast.positions import Positions
 from ia3.fast.ragged import Ragged
 
@@ -90,6 +91,16 @@ class Run:
         whole = self.slices[vector.place]
         return whole if vector.part is None else vector.part(whole)
 
+    def together(self, parts: Sequence[VectorPart | None], widths: Sequence[int]) -> Vector:
+        """One vector of products that are one, ones where a part has none; None where none has."""
+        found = [self.at(part) for part in parts]
+        like = next((each for each in found if each is not None), None)
+        if like is None:
+            return None
+        sizes = [(*like.shape[:2], width) for width in widths]
+        filled = [like.new_ones(size) if each is None else each for each, size in zip(found, sizes, strict=True)]
+        return torch.cat(filled, -1)
+
     def through(self, blocks: Blocks, x: Tensor, inputs: Inputs) -> Tensor:
         """The last norm of what a stack's layers make of the embeddings `[tokens, width]`."""
         h: Tensor | None = None
@@ -132,24 +143,33 @@ class Run:
             return x, x
         return add_norm(x, h, norm, p, seed, self.backend)
 
+    def project(self, layer: SelfLayer, x: Tensor) -> Tensor:
+        """`[tokens, (heads + 2 · kv_heads) · dim]`, the queries first."""
+        qkv = layer.project(x)
+        return qkv.view(len(qkv), layer.heads, 3, -1).transpose(1, 2).flatten(1) if layer.by_head else qkv
+
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
-        qkv, l_k, l_v, seed = layer.project(x), self.at(layer.k), self.at(layer.v), self._attention_seed()
-        if layer.by_head:
-            qkv = qkv.view(len(qkv), layer.heads, 3, -1).transpose(1, 2).flatten(1)
+        qkv, l_q, l_k, l_v = self.project(layer, x), self.at(layer.q), self.at(layer.k), self.at(layer.v)
+        seed = self._attention_seed()
         if self.positions.rotary is None:
             bias = self.positions.bias(layer, ragged.max_seqlen)
             causal = layer.causal and bias is None  # a bias hides what comes later
-            return self.out(layer, self_attention(
-                qkv, bias, ragged, l_k, l_v, layer.heads, scale=layer.scale, causal=causal, p=self.attention, seed=seed,
-                backend=self.backend,
-            ))  # fmt: skip
+            attended = self_attention(
+                qkv, bias, ragged, _product(l_q, l_k), l_v, layer.heads, scale=layer.scale, causal=causal,
+                p=self.attention, seed=seed, backend=self.backend,
+            )  # fmt: skip
+            return self.out(layer, attended, ragged)
+        if l_q is not None:
+            every = self.together((layer.q, layer.k, layer.v), layer.widths)
+            qkv, l_k, l_v = scale(qkv, every, ragged, self.backend), None, None
         cos, sin = self.positions.angles(layer, ragged.max_seqlen)
         q, k, v = rotary_heads(
             qkv, cos, sin, ragged, l_k, l_v, layer.heads, layer.kv_heads, backend=self.backend, qk_norm=layer.qk_norm
         )
-        return self.out(layer, causal_attention(
+        attended = causal_attention(
             q, k, v, ragged, self.attention, scale=layer.scale, window=layer.window, softcap=layer.softcap
-        ))  # fmt: skip
+        )
+        return self.out(layer, attended, ragged)
 
     def _attention_seed(self) -> Tensor | None:
         return self.seed(self.weights.rate(self.dropouts.attention))
@@ -157,7 +177,7 @@ class Run:
     def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:
         assert inputs.kv is not None
         assert inputs.source is not None
-        q, l_k, l_v = layer.project(x), self.at(layer.k), self.at(layer.v)
+        q, l_k, l_v = layer.project(x), _product(self.at(layer.q), self.at(layer.k)), self.at(layer.v)
         # Readers with vectors of their own: attention has none for a part of its queries.
         apart = inputs.readers.groups != inputs.tokens.groups
         attended = cross_attention(
@@ -165,13 +185,16 @@ class Run:
             inputs.shared, None if apart else l_k, None if apart else l_v, layer.heads, scale=layer.scale,
             p=self.attention, seed=self._attention_seed(), backend=self.backend,
         )  # fmt: skip
-        return self.out(layer, scaled(attended, l_v, inputs.tokens) if apart else attended)
+        return self.out(layer, scaled(attended, l_v, inputs.tokens) if apart else attended, inputs.tokens)
 
     def feed(self, layer: FeedLayer, x: Tensor, ragged: Ragged) -> Tensor:
-        return self._normed_out(layer, feed_forward(
-            x, layer.up, layer.out, self.at(layer.vector), ragged, self.weights.activation, self.weights.function,
-            layer.gated, self.activation, self.seed(self.weights.rate(self.dropouts.activation)), self.backend,
-        ))  # fmt: skip
+        width = len(layer.up.weight) // len(layer.ups)
+        fed = feed_forward(
+            x, layer.up, layer.out, self.together(layer.ups, [width] * len(layer.ups)), self.at(layer.vector), ragged,
+            self.weights.activation, self.weights.function, layer.gated, self.activation,
+            self.seed(self.weights.rate(self.dropouts.activation)), self.backend,
+        )  # fmt: skip
+        return self._added(layer, fed, ragged)
 
     def _beside(self, layer: ParallelLayer, x: Tensor, normed: Tensor, inputs: Inputs) -> Tensor:
         attended = self.attend(layer.attention, normed, inputs.tokens)
@@ -180,15 +203,21 @@ class Run:
         p = self.drops * layer.attention.residual
         return dropout(attended, p) + dropout(fed, self.drops * layer.feed_forward.residual)
 
-    def out(self, layer: SelfLayer | CrossLayer, h: Tensor) -> Tensor:
+    def out(self, layer: SelfLayer | CrossLayer, h: Tensor, ragged: Ragged) -> Tensor:
         """What an attention adds to the residual stream."""
-        return self._normed_out(layer, layer.out(h))
+        return self._added(layer, layer.out(h), ragged)
 
-    def _normed_out(self, layer: SelfLayer | CrossLayer | FeedLayer, h: Tensor) -> Tensor:
+    def _added(self, layer: SelfLayer | CrossLayer | FeedLayer, h: Tensor, ragged: Ragged) -> Tensor:
+        h = scale(h, self.at(layer.o), ragged, self.backend)
         return h if layer.out_norm is None else self._norm(layer.out_norm, h)
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:
         return add_norm(x, None, norm, 0.0, None, self.backend)[1]
+
+
+def _product(one: Vector, other: Vector) -> Vector:
+    """The vector of a product of two that each have theirs: of queries and keys."""
+    return other if one is None else one if other is None else one * other
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -61,7 +61,7 @@ class Decoding:
         self.place = torch.zeros(room.examples, dtype=torch.long, device=device)
         self.cu_seqlens = torch.zeros(room.examples + 1, dtype=torch.int32, device=device)
         self.caches = [
-            torch.zeros(2, room.examples, layer.kv_heads, room.positions, head_width(layer), **whole)
+            torch.zeros(2, room.examples, layer.kv_heads, room.positions, layer.dim, **whole)
             for layer in _own_attentions(loss.weights.stacks[-1])
         ]
         across = loss.weights.cross_kv
@@ -131,11 +131,6 @@ class Decoding:
             append(found[:, own], run.at(layer.k), run.at(layer.v), source, kv[:, own], run.backend)
 
 
-def head_width(layer: SelfLayer) -> int:
-    """The channels of one head."""
-    return len(layer.project.weight) // (layer.heads + 2 * layer.kv_heads)
-
-
 def _own_attentions(blocks: Blocks) -> Iterator[SelfLayer]:
     """A stack's attentions to itself, in their order."""
     for layer in blocks.layers:
@@ -158,17 +153,16 @@ class _Cached(Run):
         super().__init__(loss.weights, loss.positions, vectors, loss.backend, recompute=False)
         self.caches = iter(caches)
 
-    def _project(self, layer: SelfLayer, x: Tensor) -> Tensor:
-        """`[tokens, (heads + 2 · kv_heads) · dim]`, the queries first."""
-        qkv = layer.project(x)
-        return qkv.view(len(qkv), layer.heads, 3, -1).transpose(1, 2).flatten(1) if layer.by_head else qkv
+    def project_scaled(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
+        """The queries multiplied by their vector; keys and values are where they are kept."""
+        return scaled(self.project(layer, x), self.together((layer.q, None, None), layer.widths), ragged)
 
 
 class _Prompt(_Cached):
     """All tokens of the prompts, whose keys and values are kept."""
 
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
-        qkv, cache = self._project(layer, x), next(self.caches)
+        qkv, cache = self.project_scaled(layer, x, ragged), next(self.caches)
         if self.positions.rotary is None:
             q, k, v = qkv.chunk(3, -1)
             k, v = scaled(k, self.at(layer.k), ragged), scaled(v, self.at(layer.v), ragged)
@@ -192,7 +186,7 @@ class _Prompt(_Cached):
         # Behind an example's tokens anything may stand: a step writes there before it reads.
         cache[0, :, :, : ragged.max_seqlen].copy_(k)
         cache[1, :, :, : ragged.max_seqlen].copy_(v)
-        return self.out(layer, attended)
+        return self.out(layer, attended, ragged)
 
 
 class _Step(_Cached):
@@ -211,7 +205,7 @@ class _Step(_Cached):
         self.place, self.source = place, source
 
     def attend(self, layer: SelfLayer, x: Tensor, ragged: Ragged) -> Tensor:
-        qkv, cache = self._project(layer, x), next(self.caches)
+        qkv, cache = self.project_scaled(layer, x, ragged), next(self.caches)
         positions = cache.shape[3]
         angles = None if self.positions.rotary is None else self.positions.angles(layer, positions)
         bias = self.positions.bias_by_distance(layer, positions)
@@ -220,10 +214,11 @@ class _Step(_Cached):
             qkv, cache, self.place, self.at(layer.k), self.at(layer.v), ragged, layer.heads, scores, angles,
             self.backend, layer.qk_norm,
         )  # fmt: skip
-        return self.out(layer, attended)
+        return self.out(layer, attended, ragged)
 
     def _attend_across(self, layer: CrossLayer, x: Tensor, inputs: Inputs) -> Tensor:
         assert inputs.kv is not None
-        q = layer.project(x)
+        q = scaled(layer.project(x), self.at(layer.q), inputs.tokens)
         k, v = of_layer(inputs.kv, layer.index, q.shape[-1])
-        return self.out(layer, attend_across(q, k, v, self.source, layer.heads, layer.scale, self.backend))
+        attended = attend_across(q, k, v, self.source, layer.heads, layer.scale, self.backend)
+        return self.out(layer, attended, inputs.tokens)

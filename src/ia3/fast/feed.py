@@ -15,12 +15,14 @@ from ia3.fast.ops.gate import gated
 from ia3.fast.ops.gate_fp8 import MOST_CHANNELS, gated_rows, gated_rows_backward
 from ia3.fast.ops.launch import MAX_NUMBERS
 from ia3.fast.ops.quantise import Rounded
+from ia3.fast.ops.scale import scale
 from ia3.fast.ragged import Ragged
 
 
 def feed_forward(
-    x: Tensor | Rounded, up: FrozenLinear, down: FrozenLinear, vector: Vector, ragged: Ragged, activation: str,
-    function: Callable[[Tensor], Tensor], is_gated: bool, p: float, seed: Tensor | None, backend: Backend,
+    x: Tensor | Rounded, up: FrozenLinear, down: FrozenLinear, of_up: Vector, vector: Vector, ragged: Ragged,
+    activation: str, function: Callable[[Tensor], Tensor], is_gated: bool, p: float, seed: Tensor | None,
+    backend: Backend,
 ) -> Tensor:  # fmt: skip
     """What a feed-forward makes of `[tokens, width]`, the same shape.
 
@@ -28,15 +30,17 @@ def feed_forward(
         x: its input; rounded only where `up` rounds it.
         up: to the intermediate, or to both halves of it.
         down: back to the width.
+        of_up: of what `up` makes.
         vector, ragged, activation, function, is_gated, p, seed, backend: see `gated`.
     """
-    if backend == "triton" and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear) and _fits(len(x), up, down):
+    by_kernels = backend == "triton" and of_up is None
+    if by_kernels and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear) and _fits(len(x), up, down):
         x = Rounded.of(x)
         y: Tensor = _Fp8FeedForward.apply(  # type: ignore[no-untyped-call]
             x.carrier, x.rows, x.scales, up, down, vector, ragged, activation, is_gated, p, seed
         )
         return y
-    h = up(x)  # type: ignore[arg-type]
+    h = scale(up(x), of_up, ragged, backend)  # type: ignore[arg-type]
     return down(gated(h, vector, ragged, activation, function, is_gated, p, seed, backend))
 
 

@@ -39,8 +39,10 @@ class SelfLayer:
     out_norm: Norm | None
     project: FrozenLinear  # to queries, keys and values
     out: FrozenLinear
+    q: VectorPart | None
     k: VectorPart | None
     v: VectorPart | None
+    o: VectorPart | None  # of what attention adds
     heads: int
     kv_heads: int
     scale: float
@@ -53,6 +55,16 @@ class SelfLayer:
     softcap: float | None
     residual: float  # dropout's rate
 
+    @property
+    def dim(self) -> int:
+        """The channels of one head."""
+        return len(self.project.weight) // (self.heads + 2 * self.kv_heads)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The channels of all queries, keys and values."""
+        return self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim
+
 
 @dataclass(frozen=True)
 class CrossLayer:
@@ -62,8 +74,10 @@ class CrossLayer:
     out_norm: Norm | None
     project: FrozenLinear  # to queries
     out: FrozenLinear
+    q: VectorPart | None
     k: VectorPart | None
     v: VectorPart | None
+    o: VectorPart | None
     heads: int
     scale: float
     index: int
@@ -78,7 +92,9 @@ class FeedLayer:
     out_norm: Norm | None
     up: FrozenLinear  # gated: to both halves, the gate first
     out: FrozenLinear
-    vector: VectorPart | None
+    ups: tuple[VectorPart | None, ...]  # of what stands before the activation, one a half
+    vector: VectorPart | None  # l_ff
+    o: VectorPart | None  # of what is added
     gated: bool
     residual: float
 
@@ -187,9 +203,9 @@ class Weights:
         heads, kv_heads, dim = head_shapes(self.model, self.architecture, stack, path)
         if names.fused is None:
             project = self._join([f"{path}.{part}" for part in (names.q, names.k, names.v)])
-            k, v = self._whole(f"{path}.{names.k}"), self._whole(f"{path}.{names.v}")
+            q, k, v = (self._whole(f"{path}.{part}") for part in (names.q, names.k, names.v))
         else:
-            project = self._join([f"{path}.{names.q}"])
+            project, q = self._join([f"{path}.{names.q}"]), None
             k, v = self._parts(f"{path}.{names.q}", names, heads, kv_heads, dim)
         own = dropouts.attention_residual
         softcap = getattr(module, "attn_logit_softcapping", None)
@@ -198,8 +214,10 @@ class Weights:
             out_norm=self._norm_of(path, names.out_norm),
             project=project,
             out=self._join([f"{path}.{names.out}"]),
+            q=q,
             k=k,
             v=v,
+            o=self._whole(f"{path}.{names.out}"),
             heads=heads,
             kv_heads=kv_heads,
             scale=self._scale(module, dim),
@@ -221,8 +239,10 @@ class Weights:
             out_norm=self._norm_of(path, names.out_norm),
             project=project,
             out=self._join([f"{path}.{names.out}"]),
+            q=self._whole(f"{path}.{names.q}"),
             k=self._whole(f"{path}.{names.k}"),
             v=self._whole(f"{path}.{names.v}"),
+            o=self._whole(f"{path}.{names.out}"),
             heads=heads,
             scale=self._scale(module, len(project.weight) // heads),
             index=index,
@@ -230,14 +250,19 @@ class Weights:
         )
 
     def _feed_forward(self, names: FeedForward, path: str) -> FeedLayer:
-        down, up = f"{path}.{names.down}", f"{path}.{names.up[-1]}"
-        place = self.place.get((down, "input"), self.place.get((up, "output")))
+        down, ups = f"{path}.{names.down}", [self._whole(f"{path}.{name}") for name in names.up]
+        place = self.place.get((down, "input"))
+        vector = None if place is None else VectorPart(place)
+        if vector is None and names.gated:  # a gate's linear half commutes with the gate
+            *ups, vector = *ups[:-1], None, ups[-1]
         return FeedLayer(
             norm=self._norm_of(path, names.norm),
             out_norm=self._norm_of(path, names.out_norm),
             up=self._join([f"{path}.{name}" for name in names.up]),
             out=self._join([down]),
-            vector=None if place is None else VectorPart(place),
+            ups=tuple(ups),
+            vector=vector,
+            o=self._whole(down),
             gated=names.gated,
             residual=self.rate(self.architecture.dropouts.residual),
         )
@@ -332,14 +357,14 @@ def expected_sites(model: Any, architecture: Architecture) -> dict[tuple[str, st
     """Where a vector may be, as (path, side), with the channels that it must have."""
     expected: dict[tuple[str, str], Any] = {}
     for stack in architecture.stacks:
+        own, across, feed = stack.attention, stack.cross, stack.feed_forward
+        # Of a fused projection there are no vectors of the queries.
+        names = [own.out, *feed.up, feed.down, *([own.q] if own.fused is None else [])]
+        names += [] if across is None else [across.q, across.k, across.v, across.out]
         for path in block_paths(model, stack):
-            own, feed = stack.attention, stack.feed_forward
-            keys_and_values = [own.k, own.v, *((stack.cross.k, stack.cross.v) if stack.cross else ())]
-            expected |= {(f"{path}.{part}", "output"): own.channels for part in keys_and_values}
+            expected |= {(f"{path}.{name}", "output"): None for name in names}
+            expected |= {(f"{path}.{name}", "output"): own.channels for name in (own.k, own.v)}
             expected[f"{path}.{feed.down}", "input"] = None
-            # The activation stands between a single matrix and the product, so only a gate's linear half commutes.
-            if len(feed.up) == 2:
-                expected[f"{path}.{feed.up[1]}", "output"] = None
     return expected
 
 
@@ -370,13 +395,8 @@ def _has(model: nn.Module, path: str) -> bool:
 
 def unexpected_site(model: Any, architecture: Architecture, sites: Sequence[Site]) -> str | None:
     """Why the block can't have these vectors; None where it can."""
-    expected, taken = expected_sites(model, architecture), {(site.path, site.side) for site in sites}
+    expected = expected_sites(model, architecture)
     for site in sites:
         if (site.path, site.side) not in expected or site.intervals != expected[site.path, site.side]:
-            return f"the {site.side} of {site.path} is adapted, where it expects keys, values and feed-forward alone"
-    for stack in architecture.stacks:
-        for path in block_paths(model, stack):
-            down, up = f"{path}.{stack.feed_forward.down}", f"{path}.{stack.feed_forward.up[-1]}"
-            if (down, "input") in taken and (up, "output") in taken:
-                return f"both the output of {up} and the input of {down} are adapted"
+            return f"the {site.side} of {site.path} is adapted, where the block has no vector"
     return None
