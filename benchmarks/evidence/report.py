@@ -80,7 +80,7 @@ class Row:
 
 
 def write(results: Path, folder: Path, images: Path) -> None:
-    """Print the table; write evidence.json into a folder and two pictures into another. What is not complete is named and left out."""
+    """Print the table, write evidence.json into a folder and pictures into another; name what isn't complete."""
     records = [*Results(results).records.values()]  # of a run that two processes made, one
     rows = [row for base, names in DATA_OF.items() for data in names for row in cell(records, base, data)]
     for row in rows:
