@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from builders import randomise
 from ia3 import IA3Config, get_peft_model
@@ -120,17 +121,14 @@ def described(
 
 
 def _linear_layers(model: Any) -> list[str]:
-    """Those of the blocks."""
+    """Those of the blocks, but for one that makes queries, keys and values."""
     architecture = architecture_of(model)
     assert architecture is not None
-    blocks = tuple(f"{path}." for stack in architecture.stacks for path in block_paths(model, stack))
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [name for name in linear if name.startswith(blocks)]
-
-
-def is_fused(form: str) -> bool:
-    """Whether queries, keys and values are one layer, which has no vectors of the queries."""
-    return FORMS[form][0] in ("phi3", "gpt_neox", "gpt2")
+    blocks = [(stack.attention, path) for stack in architecture.stacks for path in block_paths(model, stack)]
+    inside = tuple(f"{path}." for _, path in blocks)
+    fused = {f"{path}.{attention.q}" for attention, path in blocks if attention.fused is not None}
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return [name for name in linear if name.startswith(inside) and name not in fused]
 
 
 def batch_for(form: str, *, examples: int = 4, seed: int = 1, left: bool = False) -> dict[str, Tensor]:

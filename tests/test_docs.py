@@ -443,8 +443,12 @@ def test_the_servers_figures_are_measured() -> None:
     assert f"groups of four requests, {words['peft_tokens_per_s']}." in text
     assert f"{words['ratio']:.2f} of the base's tokens a second, {words['times_peft']:.0f} times" in readme
     assert f"takes {beside['times_one']:.1f} times as long as under one ({beside['all_ms']:.0f} ms" in text
-    ratios = [row["ratio"] for row in parts if row.get("part", "").startswith("labels") and "ratio" in row]
-    assert f"is {min(ratios):.2f} to {max(ratios):.2f}" in text
+    ratios = [
+        next(row["ratio"] for row in parts if (row.get("part"), row.get("how")) == (part, how) and "ratio" in row)
+        for how in ("in process", "over HTTP")
+        for part in ("labels-mt0", "labels-encoder")
+    ]
+    assert "is {:.2f} and {:.2f} in process, and {:.2f} and {:.2f} over HTTP".format(*ratios) in text
     alike = {row["name"]: row for row in json.loads((RESULTS / "invariance.json").read_text())["rows"]}
     assert f"all {alike['slots, invariant']['equal']} were written token for token alike" in text
     assert f"and {alike['slots']['equal']} without" in text
@@ -560,6 +564,11 @@ def test_the_methods_are_measured() -> None:
     share /= found["minilm", "raft", "ia3"]["trained"] - found["minilm", "raft", "head"]["trained"]
     readme = (ROOT / "README.md").read_text()
     assert f"on four of five data sets, with one {share:.0f}th of" in readme
+    assert {found["minilm", data, "ia3-linear"]["rates"][0] for data in sets.values() if data != "raft"} == {1e-2}
+    assert {*found["minilm", "raft", "ia3-linear"]["rates"]} == {3e-3}
+    of_t5 = [found["titler", data, "ia3-linear"] for data in ("phrasebank", "tweets")]
+    assert [row["rates"] for row in of_t5] == [[3e-2], [3e-2]]
+    assert {round(100 * (row["by_rate"]["0.03"] - row["by_rate"]["0.01"])) for row in of_t5} == {2, 3}
     lost = {method: [] for method in ("ia3", "lora")}
     for method, points in lost.items():
         for data in ("phrasebank", "tweets", "banking77", "clinc150"):
@@ -573,7 +582,7 @@ def test_the_methods_are_measured() -> None:
         for data in ("phrasebank", "tweets", "banking77", "clinc150")
     ]
     points = [max(by_rate.values()) - by_rate[0.1] for by_rate in linear]
-    assert f"at 0.1 it loses {min(points):.0f} to {max(points):.0f} points" in text
+    assert f"At 0.1 it loses {min(points):.0f} to {max(points):.0f} points" in text
     ranges = [f"{min(points):.0f} to {max(points):.0f}" for points in lost.values()]
     assert "costs (IA)³ {} points, LoRA {}.".format(*ranges) in text
 

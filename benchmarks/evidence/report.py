@@ -114,6 +114,7 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
         if judged is not None:
             found[method] = judged
     speeds = {each["method"]: each for each in records if each["kind"] == "speed" and each["base"] == base}
+    complete = {method: is_complete(method, data, judged) for method, judged in found.items()}
     return [
         Row(
             base=base,
@@ -128,18 +129,22 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
             against={
                 other: judged.answers.beside(found[other].answers)
                 for other in (IA3, LORA, FULL)
-                if other in found and other != method and found[other].answers.shapes == judged.answers.shapes
+                if complete.get(other) and other != method and found[other].answers.shapes == judged.answers.shapes
             },
             by_rate=judged.by_rate,
-            complete=method == FROZEN
-            or (
-                judged.seeds == SEEDS
-                and next_rate(judged.scores, CUSTOMARY[method], RAFT_REACH if data == RAFT else REACH) is None
-            ),
+            complete=complete[method],
             speed={name: value for name, value in speeds.get(method, {}).items() if name.endswith(("_ms", "_bytes"))},
         )
         for method, judged in found.items()
     ]
+
+
+def is_complete(method: str, data: str, judged: Judged) -> bool:
+    """Whether no rate is left to try, and every seed was run."""
+    if method == FROZEN:
+        return True
+    reach = RAFT_REACH if data == RAFT else REACH
+    return judged.seeds == SEEDS and next_rate(judged.scores, CUSTOMARY[method], reach) is None
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from described import FORMS, batch_for, described, is_encoder, is_fused
+from builders import randomise
+from described import FORMS, batch_for, described, is_encoder
 from ia3 import IA3Config
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss, unsupported_reason
@@ -83,10 +84,7 @@ def test_loss_and_gradient_are_those_of_its_own_forward(
     close(by_block(model, batch, rounded=padding == "rounded"), by_own_forward(model, batch), tolerance)
 
 
-EVERYWHERE = [form for form in FORMS if not is_fused(form)]
-
-
-@pytest.mark.parametrize("form", EVERYWHERE)
+@pytest.mark.parametrize("form", FORMS)
 def test_vectors_at_every_linear_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = described(form, everywhere=True)
     norm_exactly(model, monkeypatch)
@@ -98,7 +96,7 @@ def test_vectors_at_every_linear_layer(form: str, monkeypatch: pytest.MonkeyPatc
     close(by_block(model, batch, recompute=True), found)
 
 
-@pytest.mark.parametrize("form", [form for form in EVERYWHERE if not is_encoder(form)])
+@pytest.mark.parametrize("form", [form for form in FORMS if not is_encoder(form)])
 def test_groups_of_vectors_at_every_linear_layer(form: str) -> None:
     model, batch = described(form, everywhere=True), batch_for(form)
     loss, table = fused(model)
@@ -110,9 +108,25 @@ def test_groups_of_vectors_at_every_linear_layer(form: str) -> None:
         assert (torch.autograd.grad(alone.sum(), row)[0] - gradients[group]).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("targets", [["gate_up_proj"], ["gate_up_proj", "o_proj", "down_proj"]])
+def test_a_gate_in_one_layer_has_one_vector(targets: list[str]) -> None:
+    model, batch = described("phi3"), batch_for("phi3")
+    model.add_adapter("other", IA3Config(target_modules=targets, feedforward_modules=[]), autocast_adapter_dtype=False)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    randomise(model)
+    adapter = get_adapter(model, "other")
+    loss, own = FusedLoss(model, adapter.layout), vectors(model, adapter)
+    table = adapter.layout.flatten([vector.detach() for vector in own])[None].requires_grad_()
+    (found,) = torch.autograd.grad(loss(loss.pack(batch), table).sum(), table)
+    expected = torch.autograd.grad(own_forward(type(model))(model, **batch).loss, own)
+    assert (found[0] - adapter.layout.flatten(list(expected))).abs().max() < 1e-6
+
+
 def test_a_fused_projections_queries_have_no_vector() -> None:
-    model = described("phi3", everywhere=True)
-    reason = unsupported_reason(model, get_adapter(model, "default").layout.sites) or ""
+    model = described("phi3")
+    model.add_adapter("other", IA3Config(target_modules=["qkv_proj"], feedforward_modules=[]))
+    reason = unsupported_reason(model, get_adapter(model, "other").layout.sites) or ""
     assert "qkv_proj is adapted, where the block has no vector" in reason
 
 

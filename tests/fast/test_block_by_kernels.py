@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from described import FORMS, batch_for, described, is_encoder, is_fused
+from described import FORMS, batch_for, described, is_encoder
 from ia3.adapter import vectors
 from ia3.fast.fused import FusedLoss
 from ia3.fast.guard import own_forward
@@ -71,7 +71,7 @@ def test_loss_and_gradient(form: str, dtype: torch.dtype, tolerance: float) -> N
     assert apart(gradients[0], gradient) < tolerance
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if not is_fused(form)] if CUDA else ["flan-t5", "llama"])
+@pytest.mark.parametrize("form", FORMS if CUDA else ["flan-t5", "llama", "phi3"])
 def test_vectors_at_every_linear_layer(form: str) -> None:
     batch = batch_for(form)
     loss, gradient = expected(described(form, torch.float32, everywhere=True).to(DEVICE, torch.float64), batch)

@@ -21,6 +21,7 @@ from transformers.models.t5 import modeling_t5
 
 import ia3
 from builders import models_own
+from described import described
 from ia3.fast import compare
 from ia3.fast.compare import beginnings, in_less_memory, telling_examples
 from ia3.fast.graphed import GraphedLoss
@@ -312,8 +313,27 @@ def test_of_long_texts_their_beginnings_are_compared(monkeypatch) -> None:
     assert torch.equal(beginnings({**batch, "labels": late})["labels"], late)
     first = ids.masked_fill(torch.arange(6) > 0, -100)  # which no token comes before
     assert torch.equal(beginnings({**batch, "labels": first})["labels"], first)
+    classes = torch.rand(2, 6)  # of a head with as many classes as there are tokens
+    assert beginnings({**batch, "labels": classes})["labels"] is classes
+    assert beginnings(batch, tokens=10)["input_ids"].shape == (2, 5)
+    assert beginnings(batch, window=2)["input_ids"].shape == (2, 5)
+    assert beginnings(batch, window=6)["input_ids"].shape == (2, 3)  # which no text is longer than
     padded = (torch.arange(6) < torch.tensor([[6], [4]])).long()  # where cut there would be none
     assert torch.equal(beginnings({**batch, "attention_mask": padded})["attention_mask"], padded)
+
+
+@pytest.mark.parametrize(("window", "left"), [(10, 12), (24, 4)])
+def test_what_is_left_of_a_long_text_is_longer_than_a_window_in_it(monkeypatch, window, left) -> None:
+    monkeypatch.setattr(compare, "_TOKENS", 8)
+    monkeypatch.setattr(compare, "_LEAST", 2)
+    ids = torch.randint(2, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    model = described("mistral with a window", sliding_window=window)
+    loss, seen = GraphedLoss(model), []
+    pack = loss.losses.pack
+    monkeypatch.setattr(loss.losses, "pack", lambda given: seen.append(given["input_ids"].shape) or pack(given))
+    assert loss.difference(batch, pack(batch)) is None
+    assert seen == [(2, left)]
 
 
 def test_fewer_examples_where_memory_does_not_suffice(caplog) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import builders
-from described import FORMS, batch_for, described, is_fused
+from described import FORMS, batch_for, described
 from ia3 import IA3Config, get_peft_model
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.generate import Decoder, compile_generate, unsupported_reason
@@ -202,13 +202,8 @@ def of_mode(task: str) -> list[str]:
     return [form for form, (_, of_form, _) in FORMS.items() if of_form == task]
 
 
-@pytest.mark.parametrize(
-    ("form", "everywhere"),
-    [
-        *((form, False) for form in of_mode("CAUSAL_LM")),
-        *((form, True) for form in of_mode("CAUSAL_LM") if not is_fused(form)),
-    ],
-)
+@pytest.mark.parametrize("form", of_mode("CAUSAL_LM"))
+@pytest.mark.parametrize("everywhere", [False, True])
 def test_every_described_decoder_is_written_by_the_block(form, everywhere) -> None:
     model = lively(described(form, torch.float64, everywhere=everywhere).eval())
     model.add_adapter("a", IA3Config(task_type="CAUSAL_LM"))

@@ -18,6 +18,7 @@ from torch import Tensor
 import ia3
 from ia3 import IA3Config, get_peft_model
 from ia3.fast import linear as linear_module
+from ia3.fast.graphed import GraphedLoss
 from ia3.fast.linear import Bf16x3Linear, Fp8Linear, FrozenLinear, OneDnnLinear, frozen_linear
 from ia3.fast.ops.quantise import MAX_FP8, quantise_rows
 
@@ -123,6 +124,20 @@ def test_training_goes_as_without(tiny, randomise, family, recompute) -> None:
         assert losses[1][-1] < losses[1][0]
     for name, vector in vectors_of(plain).items():
         assert float((vectors_of(eighth)[name] - vector).abs().max()) < 0.4
+
+
+def test_long_texts_are_compared_in_eight_bits(tiny, randomise, monkeypatch) -> None:
+    monkeypatch.setattr("ia3.fast.compare._TOKENS", 4)
+    monkeypatch.setattr("ia3.fast.compare._LEAST", 2)
+    monkeypatch.setattr(Fp8Linear, "many_rows", 10)
+    rounded, rounds = [], Fp8Linear.rounds
+    monkeypatch.setattr(Fp8Linear, "rounds", lambda self, rows: rounded.append(rows) or rounds(self, rows))
+    model = model_of(tiny, randomise, "llama")
+    loss = GraphedLoss(model, frozen="fp8")
+    ids = torch.randint(2, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    loss.difference(batch, loss.pack(batch))
+    assert 10 <= min(rounded) <= max(rounded) < 48
 
 
 @pytest.mark.skipif(not RUNS, reason="no GPU with Triton, nor Triton with TRITON_INTERPRET=1")

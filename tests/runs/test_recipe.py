@@ -283,13 +283,15 @@ def test_the_recipe_of_tfew(base: str, tmp_path: Path) -> None:
 def test_the_recipe_of_all_linear_layers(base: str, tmp_path: Path) -> None:
     data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
     run = train(base, data, recipe="all-linear", steps=2, output=tmp_path / "run", console=quiet())
-    assert run.settings.learning_rate == 2e-2
+    assert run.settings.learning_rate == 1e-2
     config = json.loads((run.adapter_dir / "adapter_config.json").read_text())
     layers = {name.rpartition(".")[2] for name in config["target_modules"]}
     assert layers >= {"q", "k", "v", "o", "wo"}
     assert "lm_head" not in layers
-    slower = make_recipe({"recipe": "all-linear", "model": "m", "data": "d", "learning_rate": 1e-2})
-    assert (slower.settings.learning_rate, slower.target_modules) == (1e-2, "all-linear")
+    slower = make_recipe({"recipe": "all-linear", "model": "m", "data": "d", "learning_rate": 3e-3})
+    assert (slower.settings.learning_rate, slower.target_modules) == (3e-3, "all-linear")
+    with pytest.raises(ValueError, match="which the recipe all-linear has: leave one of them out"):
+        make_recipe({"recipe": "all-linear", "model": "m", "data": "d", "towers": "decoder"})
 
 
 def test_the_cards_tell_data_and_figures(base: str, tmp_path: Path) -> None:

@@ -154,23 +154,31 @@ def telling_examples(lengths: Tensor, learned: Tensor) -> list[int]:
     return sorted({*found[:2], by_length[0], by_length[-1]})
 
 
-def beginnings(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def beginnings(
+    batch: Mapping[str, Tensor], *, tokens: int | None = None, window: int | None = None
+) -> dict[str, Tensor]:
     """A few examples, long ones cut, where each keeps a label and the batch its kind, with padding or without.
 
     Args:
         batch: `attention_mask` and `labels`, and others beside them, `[examples, …]`.
+        tokens: about so many are left of all examples together; None for as many as tell.
+        window: how far a token sees, where that is a part of the text; what is left is longer.
     """
     mask = batch["attention_mask"]
-    most = max(_LEAST, _TOKENS // len(mask))
-    cut = {
-        name: each[:, :most] if each.dim() == 2 and each.shape[1] == mask.shape[1] else each
-        for name, each in batch.items()
-    }
+    most = max(_LEAST, (tokens or _TOKENS) // len(mask))
+    if window is not None and window < mask.shape[1]:
+        most = max(most, window + _LEAST)
+    cut = {name: each[:, :most] if _has_columns(each, mask) else each for name, each in batch.items()}
     labels = cut["labels"]
     # What a causal model is asked for first stands in the second place.
     learns = labels is batch["labels"] or bool((labels[:, 1:] != IGNORE_INDEX).any(1).all())
     stays = bool(mask.all()) == bool(cut["attention_mask"].all())
     return cut if learns and stays else dict(batch)
+
+
+def _has_columns(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether something of each token, and not of each class of a head."""
+    return tensor.shape == mask.shape and not tensor.is_floating_point()
 
 
 def in_less_memory(compare: Callable[[Sequence[int]], str | None], examples: Sequence[int]) -> str | None:

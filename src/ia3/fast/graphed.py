@@ -24,7 +24,7 @@ from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
 from ia3.fast.compare import Numbers, beginnings, difference, in_less_memory, telling_examples
 from ia3.fast.guard import NOT_ALONE, Guard, own_forward, unsupported_modules
-from ia3.fast.linear import Precision
+from ia3.fast.linear import Fp8Linear, Precision
 from ia3.fast.ops.launch import start_compiling
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.sites import Layout
@@ -107,6 +107,10 @@ class GraphedLoss:
         self.lock = threading.Lock()
         self.captures = self.device.type == "cuda"
         self.most_examples = 0
+        # Eight bits are multiplied where tokens are many; a window shows in what is longer.
+        config = model.config.get_text_config()
+        self._telling: dict[str, Any] = {"window": getattr(config, "sliding_window", None)}
+        self._telling |= {"tokens": 2 * Fp8Linear.many_rows} if self.fp8 else {}
         self.compared: set[tuple[bool, bool]] = set()
 
     # Batches
@@ -211,7 +215,7 @@ class GraphedLoss:
 
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()
-        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()})
+        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()}, **self._telling)
         packed = self.round_up(self.losses.pack(chosen), len(examples))
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)

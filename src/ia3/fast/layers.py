@@ -253,7 +253,7 @@ class Weights:
         down, ups = f"{path}.{names.down}", [self._whole(f"{path}.{name}") for name in names.up]
         place = self.place.get((down, "input"))
         vector = None if place is None else VectorPart(place)
-        if vector is None and names.gated:  # a gate's linear half commutes with the gate
+        if vector is None and len(ups) == 2:  # a gate's linear half commutes with the gate
             *ups, vector = *ups[:-1], None, ups[-1]
         return FeedLayer(
             norm=self._norm_of(path, names.norm),

@@ -23,7 +23,7 @@ from ia3.tasks.template import Template
 # Recipes that a name stands for; what is given beside the name overrides them.
 RECIPES: dict[str, dict[str, Any]] = {
     # A vector for queries, what attention returns and all of the feed-forward, too: docs/choosing.md.
-    "all-linear": {"learning_rate": 2e-2, "target_modules": "all-linear"},
+    "all-linear": {"learning_rate": 1e-2, "target_modules": "all-linear"},
     # The guide to IA3 in PEFT's documentation.
     "peft": {"batch_size": 8, "dropout": True, "epochs": 3, "learning_rate": 8e-3, "warmup_steps": 0},
     # Liu et al. 2022, sections 3.2 to 3.4.
@@ -105,6 +105,11 @@ class Recipe(TrainSettings):
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("There are both `epochs` and `steps`: leave one of them out.")
+        if self.towers is not None and self.target_modules is not None:
+            raise ValueError(
+                "`towers` says which part of the model the default is for, and there is `target_modules`, which the "
+                "recipe all-linear has: leave one of them out."
+            )
         if self.test_data is not None and self.test_size != 0.1:
             raise ValueError(f"There is `test_data`, so `test_size={self.test_size}` has no use: leave one out.")
         if self.template is not None and self.text_column != "text":
