@@ -155,7 +155,7 @@ def test_answers_stand_side_by_side(browser: Browser, served: Site, viewport: di
     expect(sight.page.get_by_role("status")).to_contain_text("2 answers in")
     busy = sight.page.locator("#busy li")
     expect(busy).to_have_text(["news1", "writer1"])
-    expect(sight.page.locator("#now")).to_have_text("2 texts wait, 3 running, 6 adapters on the device")
+    expect(sight.page.locator("#now")).to_have_text("2 texts wait, 3 running, 7 adapters on the device")
     heights = [each.bounding_box()["y"] for each in news.locator("td").all()]
     assert (len({*heights}) == 1) == (viewport is DESKTOP)  # a row, and a card on a phone
     for width in (viewport["width"], 1190, 1000, 800, 600, 320):

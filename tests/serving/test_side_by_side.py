@@ -243,7 +243,7 @@ def test_a_model_that_changes_under_an_answer(fleet: Path) -> None:
 @pytest.mark.parametrize("odd", [["q"], ["wi_1"]], ids=str)
 def test_an_adapter_that_slots_cannot_have_is_answered_in_batches(fleet: Path, tmp_path: Path, odd: list[str]) -> None:
     save(tmp_path / "usual", 2, task_of(**LONG))
-    save_at(tmp_path / "zodd", 3, target_modules=odd, feedforward_modules=[])
+    save_at(tmp_path / "zodd", 3, target_modules=odd, feedforward_modules=odd)
     with serving(tmp_path, batch_size=4) as engine:
         batches, answer = [], engine._answer.__call__
         engine._answer = lambda prompts, rows: batches.append(len(rows)) or answer(prompts, rows)  # type: ignore[assignment, func-returns-value]
