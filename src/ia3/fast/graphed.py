@@ -77,6 +77,7 @@ class GraphedLoss:
         guard: whether what is computed is still right.
         vectors: the adapter's, one a site.
         cuts: where they are in a flat `[D]`.
+        telling: how much of long texts a comparison needs, for `compare.beginnings`.
         lock: held while a graph, which has one place for its inputs, is filled, replayed and read.
     """
 
@@ -109,8 +110,8 @@ class GraphedLoss:
         self.most_examples = 0
         # Eight bits are multiplied where tokens are many; a window shows in what is longer.
         config = model.config.get_text_config()
-        self._telling: dict[str, Any] = {"window": getattr(config, "sliding_window", None)}
-        self._telling |= {"tokens": 2 * Fp8Linear.many_rows} if self.fp8 else {}
+        self.telling: dict[str, Any] = {"window": getattr(config, "sliding_window", None)}
+        self.telling |= {"tokens": 2 * Fp8Linear.many_rows} if self.fp8 else {}
         self.compared: set[tuple[bool, bool]] = set()
 
     # Batches
@@ -215,7 +216,7 @@ class GraphedLoss:
 
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()
-        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()}, **self._telling)
+        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()}, **self.telling)
         packed = self.round_up(self.losses.pack(chosen), len(examples))
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)

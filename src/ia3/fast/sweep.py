@@ -128,7 +128,6 @@ class FusedLosses(GroupLosses):
             vectors: the group's, `[1, D]`.
         """
         examples = telling_examples(batch["attention_mask"].sum(1), (batch["labels"] != IGNORE_INDEX).any(1))
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
 
         def numbers(losses: GroupLosses, chosen: Mapping[str, Tensor], moved: float = 0.0) -> Numbers:
             fixed, tensors = losses.prepare(chosen)
@@ -137,7 +136,7 @@ class FusedLosses(GroupLosses):
             return loss, torch.autograd.grad(loss, table)[0].flatten()
 
         def compare(some: Sequence[int]) -> str | None:
-            chosen = beginnings({name: tensor[list(some)] for name, tensor in batch.items()}, window=window)
+            chosen = beginnings({name: tensor[list(some)] for name, tensor in batch.items()}, **self.loss.telling)
             fused, own = partial(numbers, self, chosen), partial(numbers, self.mixed, chosen)
             with self.loss.without_dropout():
                 return difference(self.model, fused, own, dtype=self.model.dtype)
