@@ -10,7 +10,8 @@ import torch
 from test_t5 import FORMS, adapted, batch_of
 
 from ia3 import IA3Config
-from ia3.fast.scores import ChoiceScores, unsupported_reason
+from ia3.fast.compare import difference
+from ia3.fast.scores import ChoiceScores, _numbers, unsupported_reason
 from ia3.mixing import acting_flat, make_rows
 from ia3.rows import acting
 from ia3.sites import Layout
@@ -150,3 +151,16 @@ def test_it_stands_aside(tiny, randomise) -> None:
     model.add_adapter("other", IA3Config(task_type="SEQ_2_SEQ_LM", target_modules=["q"], feedforward_modules=["q"]))
     layout = attached(model).adapters["other"].layout
     assert "q is adapted, where the block has no vector" in (unsupported_reason(model, layout) or "")
+
+
+def test_a_label_of_which_a_model_is_sure_is_compared_as_a_probability(tiny, randomise) -> None:
+    """Its log-probability is no more exact than the logits are, of which it is a small difference."""
+    model = adapted(tiny, randomise, "t5", dtype=torch.float32)
+    own = torch.tensor([[-1.3e-3, -8e-6]])
+
+    def reason(apart: float) -> str | None:
+        near, far = _numbers(own), _numbers(own - apart)
+        return difference(model, lambda: far, lambda moved: near, dtype=torch.float32)
+
+    assert reason(3e-6) is None
+    assert reason(1e-3) is not None
