@@ -23,7 +23,7 @@ import ia3
 from builders import models_own
 from described import described
 from ia3.fast import compare
-from ia3.fast.compare import beginnings, in_less_memory, telling_examples
+from ia3.fast.compare import beginnings, in_less_memory, surprising, telling_examples
 from ia3.fast.graphed import GraphedLoss
 from ia3.fast.scores import ChoiceScores
 from ia3.fast.sweep import FusedLosses, MixedLosses, SweepStep
@@ -320,6 +320,29 @@ def test_of_long_texts_their_beginnings_are_compared(monkeypatch) -> None:
     assert beginnings(batch, window=6)["input_ids"].shape == (2, 3)  # which no text is longer than
     padded = (torch.arange(6) < torch.tensor([[6], [4]])).long()  # where cut there would be none
     assert torch.equal(beginnings({**batch, "attention_mask": padded})["attention_mask"], padded)
+
+
+def test_an_adapter_that_is_sure_of_its_labels_is_no_difference(monkeypatch) -> None:
+    """In bfloat16 loss and gradient of its own labels are mostly rounding."""
+    model = described("flan-t5", torch.bfloat16).eval()
+    with torch.no_grad():
+        model.decoder.final_layer_norm.weight *= 5
+    ids = torch.randint(2, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    written = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    batch["labels"] = written[:, 1:]
+    loss = GraphedLoss(model.train())
+    assert loss.difference(batch, loss.pack(batch)) is None
+    monkeypatch.setattr("ia3.fast.graphed.surprising", lambda labels, classes: labels)
+    loss.compared.clear()
+    assert "differs from the model's own forward" in (loss.difference(batch, loss.pack(batch)) or "")
+
+
+def test_other_labels_are_labels() -> None:
+    labels = torch.tensor([[3, -100], [0, 4]])
+    assert surprising(labels, 5).tolist() == [[4, -100], [1, 0]]
+    scores = torch.rand(2, 3)  # what a regression's labels are
+    assert surprising(scores, 3) is scores
 
 
 @pytest.mark.parametrize(("window", "left"), [(10, 12), (24, 4)])

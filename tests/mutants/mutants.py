@@ -622,6 +622,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
                "numbers of a batch on a GPU lose their fractions"),
         Mutant("telling_examples", Instead("by_length[-1]", "by_length[0]"), "the longest example is not compared"),
         Mutant("beginnings", Instead("learns and stays", "stays"), "of a long prompt no answer is compared"),
+        Mutant("surprising", Instead("(labels + 1) % classes", "labels"),
+               "a trained adapter's step is the ordinary one, since little is left of its loss"),
         Mutant("_without_dropout", Instead("setattr(module, name, rate)", "None"),
                "after a comparison nothing drops any more"),
         Mutant("difference", Instead("max(limit, min(_ROUNDINGS * one, _MOST))", "limit"),

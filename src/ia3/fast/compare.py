@@ -181,6 +181,21 @@ def _has_columns(tensor: Tensor, mask: Tensor) -> bool:
     return tensor.shape == mask.shape and not tensor.is_floating_point()
 
 
+def surprising(labels: Tensor, classes: int) -> Tensor:
+    """Others in the place of whole labels, so that what is compared is large, however sure a model is of its own.
+
+    Of a label of which it is sure, loss and gradient are small differences of large numbers: in bfloat16 those of a
+    trained adapter's own labels differ by half of themselves.
+
+    Args:
+        labels: `[examples, …]`; what is -100 stays.
+        classes: how many there are.
+    """
+    if labels.is_floating_point():
+        return labels
+    return torch.where(labels == IGNORE_INDEX, labels, (labels + 1) % classes)
+
+
 def in_less_memory(compare: Callable[[Sequence[int]], str | None], examples: Sequence[int]) -> str | None:
     """What a comparison of some examples says; of fewer, where memory doesn't suffice.
 

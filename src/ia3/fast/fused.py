@@ -163,6 +163,12 @@ class FusedLoss:
         if recompute and architecture.parallel and self.weights.rate(architecture.dropouts.residual):
             raise ValueError("Dropout of parallel layers can't be computed again: set it to 0, or not recompute.")
 
+    @property
+    def classes(self) -> int:
+        """What a label is one of: the words of a language head, or the classes of an encoder's own."""
+        head = self.model.get_output_embeddings()
+        return int(self.config.num_labels if self.architecture.mode == "encoder" else len(head.weight))
+
     # Batches
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Packed:

@@ -22,7 +22,7 @@ from ia3.adapter import vectors
 from ia3.fast import fused
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.compare import Numbers, beginnings, difference, in_less_memory, telling_examples
+from ia3.fast.compare import Numbers, beginnings, difference, in_less_memory, surprising, telling_examples
 from ia3.fast.guard import NOT_ALONE, Guard, own_forward, unsupported_modules
 from ia3.fast.linear import Fp8Linear, Precision
 from ia3.fast.ops.launch import start_compiling
@@ -214,9 +214,14 @@ class GraphedLoss:
         """What is compared once."""
         return bool(self.model.training), bool(packed.uniform)
 
+    def telling_part(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> dict[str, Tensor]:
+        """What of a batch is compared: the beginnings of some examples, under other labels."""
+        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()}, **self.telling)
+        return {**chosen, "labels": surprising(chosen["labels"], self.losses.classes)}
+
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
         model: Any = self.guard.root()
-        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()}, **self.telling)
+        chosen = self.telling_part(batch, examples)
         packed = self.round_up(self.losses.pack(chosen), len(examples))
         tensors = {name: tensor.to(self.device) for name, tensor in packed.tensors.items()}
         compute = partial(self.compute, False, *packed.fixed, **tensors)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ia3.fast.batch import Packed
 from ia3.fast.capture import GraphedCallable
-from ia3.fast.compare import Numbers, beginnings, difference, in_less_memory, telling_examples
+from ia3.fast.compare import Numbers, difference, in_less_memory, telling_examples
 from ia3.fast.graphed import GraphedLoss, moved_by, unsupported_at
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.hooks import SiteVectors
@@ -136,7 +136,7 @@ class FusedLosses(GroupLosses):
             return loss, torch.autograd.grad(loss, table)[0].flatten()
 
         def compare(some: Sequence[int]) -> str | None:
-            chosen = beginnings({name: tensor[list(some)] for name, tensor in batch.items()}, **self.loss.telling)
+            chosen = self.loss.telling_part(batch, some)
             fused, own = partial(numbers, self, chosen), partial(numbers, self.mixed, chosen)
             with self.loss.without_dropout():
                 return difference(self.model, fused, own, dtype=self.model.dtype)
