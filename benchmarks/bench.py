@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
         "card": torch.cuda.get_device_name() if cuda else None,
         "driver": _driver() if cuda else None,
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "transformers", "peft")},

@@ -182,11 +182,9 @@ class Trainer:
         self.model.eval()
         lengths = texts.lengths.to(self.device)
         correct, losses = torch.zeros(len(lengths), dtype=torch.bool), torch.zeros(len(lengths))
-        find, choices = self._written, 1
-        if not encoded.data.written:
-            find = self._likeliest
-            choices = 1 if is_classifier(self.base) else len(encoded.choices)
-        for rows in sorted_batches(texts.lengths, choices):
+        written = encoded.data.written
+        find = self._written if written else self._likeliest
+        for rows in sorted_batches(texts.lengths, 1 if written or is_classifier(self.base) else len(encoded.choices)):
             length = round_up(int(texts.lengths[rows].max()), 8)
             chosen = rows.to(self.device)
             ids, mask = self.base.take(texts, chosen, lengths, length)

@@ -23,6 +23,7 @@ from evidence.methods import CUSTOMARY, FROZEN, FULL, IA3, LORA, METHODS_OF, WOR
 from evidence.results import (
     RAFT_REACH,
     REACH,
+    SEEDS,
     Record,
     Results,
     accuracy_by_task,
@@ -35,7 +36,6 @@ from evidence.results import (
 )
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-SEEDS = 5
 NAMES = {
     "minilm": "all-MiniLM-L6-v2",
     "titler": "flan-t5-small-titler",
@@ -144,7 +144,7 @@ def is_complete(method: str, data: str, judged: Judged) -> bool:
     if method == FROZEN:
         return True
     reach = RAFT_REACH if data == RAFT else REACH
-    return judged.seeds == SEEDS and next_rate(judged.scores, CUSTOMARY[method], reach) is None
+    return judged.seeds == len(SEEDS) and next_rate(judged.scores, CUSTOMARY[method], reach) is None
 
 
 @dataclass

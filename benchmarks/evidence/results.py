@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 # Half decades: the same for every method, which walks over them from its customary one.
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 # Rates that the best one must have on either side; RAFT's walks are a task's folds long each.
 REACH, RAFT_REACH = 2, 1
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SEEDS = (0, 1, 2, 3, 4)
 KEY = ("kind", "base", "data", "digest", "method", "rate", "seed", "steps")
 
 Record = dict[str, Any]

@@ -26,6 +26,7 @@ from evidence.results import (
     RAFT_REACH,
     RATES,
     REACH,
+    SEEDS,
     Record,
     Results,
     accuracy,
@@ -38,7 +39,6 @@ from evidence.results import (
     walk,
 )
 
-SEEDS = (0, 1, 2, 3, 4)
 SWEPT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 

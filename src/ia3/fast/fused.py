@@ -166,8 +166,9 @@ class FusedLoss:
     @property
     def classes(self) -> int:
         """What a label is one of: the words of a language head, or the classes of an encoder's own."""
-        head = self.model.get_output_embeddings()
-        return int(self.config.num_labels if self.architecture.mode == "encoder" else len(head.weight))
+        if self.architecture.mode == "encoder":
+            return int(self.config.num_labels)
+        return len(self.model.get_output_embeddings().weight)
 
     # Batches
 

@@ -77,7 +77,6 @@ class GraphedLoss:
         guard: whether what is computed is still right.
         vectors: the adapter's, one a site.
         cuts: where they are in a flat `[D]`.
-        telling: how much of long texts a comparison needs, for `compare.beginnings`.
         lock: held while a graph, which has one place for its inputs, is filled, replayed and read.
     """
 
@@ -108,10 +107,6 @@ class GraphedLoss:
         self.lock = threading.Lock()
         self.captures = self.device.type == "cuda"
         self.most_examples = 0
-        # Eight bits are multiplied where tokens are many; a window shows in what is longer.
-        config = model.config.get_text_config()
-        self.telling: dict[str, Any] = {"window": getattr(config, "sliding_window", None)}
-        self.telling |= {"tokens": 2 * Fp8Linear.many_rows} if self.fp8 else {}
         self.compared: set[tuple[bool, bool]] = set()
 
     # Batches
@@ -216,7 +211,11 @@ class GraphedLoss:
 
     def telling_part(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> dict[str, Tensor]:
         """What of a batch is compared: the beginnings of some examples, under other labels."""
-        chosen = beginnings({name: tensor[list(examples)] for name, tensor in batch.items()}, **self.telling)
+        # Eight bits are multiplied where tokens are many; a window shows in what is longer.
+        tokens = 2 * Fp8Linear.many_rows if self.fp8 else None
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        few = {name: tensor[list(examples)] for name, tensor in batch.items()}
+        chosen = beginnings(few, tokens=tokens, window=window)
         return {**chosen, "labels": surprising(chosen["labels"], self.losses.classes)}
 
     def _difference_of(self, batch: Mapping[str, Tensor], examples: Sequence[int]) -> str | None:
