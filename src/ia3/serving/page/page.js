@@ -9,6 +9,7 @@ const FEW_BUSY = 8;
 const EVERY_MS = 5000;
 const LIST_EVERY_MS = 30000; // unless the number of adapters has changed
 const REST = 50; // a list that took its time is asked for again after so many times as much
+const LIST_LATEST_MS = 300000; // but no later, however long a sleeping machine or a slow network made it take
 const WRITING = new Set([null, "generation", "instructions", "language-modelling"]); // kinds of tasks without labels
 const KEY = "ia3-key";
 
@@ -141,7 +142,8 @@ async function refresh() {
       const began = Date.now();
       takeCards((await asJson(await call("v1/models"))).data);
       state.adapters = activity.adapters;
-      state.again = Date.now() + Math.max(LIST_EVERY_MS, REST * (Date.now() - began));
+      const rest = Math.max(LIST_EVERY_MS, REST * (Date.now() - began));
+      state.again = Date.now() + Math.min(LIST_LATEST_MS, rest);
     }
     at.notice.hidden = true;
   } catch (error) {
