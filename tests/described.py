@@ -121,14 +121,12 @@ def described(
 
 
 def _linear_layers(model: Any) -> list[str]:
-    """Those of the blocks, but for one that makes queries, keys and values."""
+    """Those of the blocks."""
     architecture = architecture_of(model)
     assert architecture is not None
-    blocks = [(stack.attention, path) for stack in architecture.stacks for path in block_paths(model, stack)]
-    inside = tuple(f"{path}." for _, path in blocks)
-    fused = {f"{path}.{attention.q}" for attention, path in blocks if attention.fused is not None}
+    inside = tuple(f"{path}." for stack in architecture.stacks for path in block_paths(model, stack))
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    return [name for name in linear if name.startswith(inside) and name not in fused]
+    return [name for name in linear if name.startswith(inside)]
 
 
 def batch_for(form: str, *, examples: int = 4, seed: int = 1, left: bool = False) -> dict[str, Tensor]:

@@ -505,7 +505,10 @@ class _Ready:
 
 
 def _narrowed(model: Any, layout: Layout, flat: Tensor) -> tuple[Layout, Tensor]:
-    """A mixture's vectors `[examples, D]` over keys and values alone, if none changes a fused layer's queries."""
+    """A mixture's vectors `[examples, D]` over keys and values alone, if none changes a fused layer's queries.
+
+    Which spares each token a product.
+    """
     architecture = architecture_of(model)
     if architecture is None or not layout.sites or all(not stack.attention.channels for stack in architecture.stacks):
         return layout, flat

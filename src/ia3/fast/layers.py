@@ -20,7 +20,7 @@ from ia3.storage import fuse_weights
 
 @dataclass(frozen=True)
 class VectorPart:
-    """A site's vector, or of a fused projection's the part for keys or for values.
+    """A site's vector, or of a fused projection's the part for queries, keys or values.
 
     Args:
         place: the site's in the layout.
@@ -152,6 +152,7 @@ class Weights:
         self.activation: str = getattr(model.config, architecture.activation)
         self.function = activation_function(self.activation)
         self.folded: list[Tensor] = []
+        self.sites = layout.sites
         self.place = {(site.path, site.side): index for index, site in enumerate(layout.sites)}
         self.stacks = [self._blocks(stack) for stack in architecture.stacks]
         across = [
@@ -205,8 +206,8 @@ class Weights:
             project = self._join([f"{path}.{part}" for part in (names.q, names.k, names.v)])
             q, k, v = (self._whole(f"{path}.{part}") for part in (names.q, names.k, names.v))
         else:
-            project, q = self._join([f"{path}.{names.q}"]), None
-            k, v = self._parts(f"{path}.{names.q}", names, heads, kv_heads, dim)
+            project = self._join([f"{path}.{names.q}"])
+            q, k, v = self._parts(f"{path}.{names.q}", names, heads, kv_heads, dim)
         own = dropouts.attention_residual
         softcap = getattr(module, "attn_logit_softcapping", None)
         return SelfLayer(
@@ -290,21 +291,21 @@ class Weights:
         place = self.place.get((path, "output"))
         return None if place is None else VectorPart(place)
 
-    def _parts(
-        self, path: str, names: Attention, heads: int, kv_heads: int, dim: int
-    ) -> tuple[VectorPart | None, VectorPart | None]:
-        """The keys' and the values' part of a vector over both of a fused projection."""
+    def _parts(self, path: str, names: Attention, heads: int, kv_heads: int, dim: int) -> tuple[VectorPart | None, ...]:
+        """What a vector of a fused projection has for queries, keys and values, of which the first may have none."""
         place = self.place.get((path, "output"))
         if place is None:
-            return None, None
-        if names.fused == "parts":
-            width = kv_heads * dim
-            return VectorPart(place, lambda x: x[..., :width]), VectorPart(place, lambda x: x[..., width:])
+            return None, None, None
+        own = (heads, kv_heads, kv_heads) if self.sites[place].intervals is None else (kv_heads, kv_heads)
 
-        def of_each_head(which: int) -> Callable[[Tensor], Tensor]:
-            return lambda x: x.reshape(*x.shape[:2], heads, 2, dim)[..., which, :].flatten(-2)
+        def part(which: int) -> Callable[[Tensor], Tensor]:
+            if names.fused == "heads":
+                return lambda x: x.reshape(*x.shape[:2], heads, len(own), dim)[..., which, :].flatten(-2)
+            start, width = sum(own[:which]) * dim, own[which] * dim
+            return lambda x: x[..., start : start + width]
 
-        return VectorPart(place, of_each_head(0)), VectorPart(place, of_each_head(1))
+        parts = [VectorPart(place, part(which)) for which in range(len(own))]
+        return (*[None] * (3 - len(own)), *parts)
 
     def _join(self, paths: Sequence[str]) -> FrozenLinear:
         """The product with the weights of layers that have the same input."""
@@ -354,12 +355,11 @@ def _window(config: Any, index: int) -> int | None:
 
 
 def expected_sites(model: Any, architecture: Architecture) -> dict[tuple[str, str], Any]:
-    """Where a vector may be, as (path, side), with the channels that it must have."""
+    """Where a vector may be, as (path, side), with the channels that it may have if not all."""
     expected: dict[tuple[str, str], Any] = {}
     for stack in architecture.stacks:
         own, across, feed = stack.attention, stack.cross, stack.feed_forward
-        # Of a fused projection there are no vectors of the queries.
-        names = [own.out, *feed.up, feed.down, *([own.q] if own.fused is None else [])]
+        names = [own.q, own.out, *feed.up, feed.down]
         names += [] if across is None else [across.q, across.k, across.v, across.out]
         for path in block_paths(model, stack):
             expected |= {(f"{path}.{name}", "output"): None for name in names}
@@ -397,6 +397,7 @@ def unexpected_site(model: Any, architecture: Architecture, sites: Sequence[Site
     """Why the block can't have these vectors; None where it can."""
     expected = expected_sites(model, architecture)
     for site in sites:
-        if (site.path, site.side) not in expected or site.intervals != expected[site.path, site.side]:
+        place = (site.path, site.side)
+        if place not in expected or site.intervals not in (None, expected[place]):
             return f"the {site.side} of {site.path} is adapted, where the block has no vector"
     return None
