@@ -86,7 +86,7 @@ class StandIn:
         self.lists[-1] = len(self.requests) - before
 
     def _wait(self, request: Request, served: Served, future: Future[Answer]) -> None:
-        self.released.wait(20)
+        self.released.wait(60)
         self._answer(request, served, future)
 
     def _answer(self, request: Request, served: Served, future: Future[Answer]) -> None:
@@ -221,7 +221,7 @@ def site(
         ws="none",
         lifespan="off",
         log_config=None,
-        timeout_graceful_shutdown=int(drain_s) + 1,
+        timeout_graceful_shutdown=int(drain_s) + 20,  # ours comes first
         root_path=root_path,
     )
     listener = Listener(config, engine, drain_s)
@@ -236,12 +236,12 @@ def site(
         if isinstance(engine, StandIn):
             engine.released.set()
         listener.should_exit = True
-        thread.join(20)
+        thread.join(60)
         engine.close()
         assert not thread.is_alive()
 
 
-def until(reached: Any, seconds: float = 10) -> None:
+def until(reached: Any, seconds: float = 60) -> None:
     """Wait until something is so."""
     end = time.monotonic() + seconds
     while not reached():

