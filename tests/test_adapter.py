@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import statistics
 import time
 
 import peft
@@ -695,22 +694,21 @@ def test_without_an_adapter_there_is_a_clear_error(tiny):
 
 
 def test_the_thousandth_adapter_is_as_quick_as_the_first(tiny):
-    model = get_peft_model(tiny("llama"), IA3Config())
+    many, few = (get_peft_model(tiny("llama"), IA3Config()) for _ in range(2))
     config = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    for n in range(1000):
+        many.add_adapter(f"a{n}", config)
 
-    def time_of(call):
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+    def time_of(call, name, *more):
+        begin = time.thread_time()
+        call(name, *more)
+        return time.thread_time() - begin
 
-    adding = [time_of(lambda n=n: model.add_adapter(f"a{n}", config)) for n in range(1000)]
-    assert statistics.median(adding[-50:]) < 3 * statistics.median(adding[:50])
-    switching = [time_of(lambda n=n: model.set_adapter(f"a{n}")) for n in range(1000)]
-    assert statistics.median(switching[-50:]) < 3 * statistics.median(switching[:50])
-    few = get_peft_model(tiny("llama"), IA3Config())
-    few.add_adapter("b", config)
-    alone = [time_of(lambda n=n: few.set_adapter(("default", "b")[n % 2])) for n in range(100)]
-    assert statistics.median(switching[-50:]) < 3 * statistics.median(alone)
+    # In turns, so that what else the machine does hits both.
+    for method, more in (("add_adapter", (config,)), ("set_adapter", ())):
+        times = [[time_of(getattr(each, method), f"b{n}", *more) for each in (many, few)] for n in range(50)]
+        of_many, of_few = map(min, zip(*times, strict=True))
+        assert of_many < 3 * of_few, method
 
 
 def test_an_argument_for_the_base_is_said_to_do_nothing(tiny, tmp_path, caplog):

@@ -320,6 +320,9 @@ def test_the_defaults_are_those_of_the_page_and_measured() -> None:
         for row in table_after("learning-rate.md", "What is taken where nothing is said")
     ]
     assert rules == [written(*kind) for kind in kinds]
+    rates = [default_settings(kind, 9, labels, 8, all_linear=True)["learning_rate"] for kind, labels in kinds]
+    assert [f"{rate:g}" for rate in rates[2:]] == [rule[0] for rule in rules[2:]]
+    assert f"the first two rates are half as high, {rates[0]:g} and {rates[1]:g}:" in text
     assert least_steps(TaskKind.LABEL_WORDS, 100) == 1300
 
     cells = re.findall(r"^\| (?:T5|MiniLM|SmolLM2), (.*?) \|$", text, re.MULTILINE)

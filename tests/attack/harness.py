@@ -35,13 +35,15 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 GENERATORS = ("weights", "bases", "files")
 """Modules of this folder with a function `attacks()`."""
-SECONDS = 5.0
+SECONDS = 20.0
+"""That a door may compute for."""
 MOST_BYTES = 2 << 30
 LONGEST_MESSAGE = 3000
 
 FINE, REFUSED = "fine", "refused"
 BAD = ("unnamed", "traceback", "hang", "memory", "ran", "outside")
 """What may not come of an attack: a message that names no file, a traceback, and so on."""
+_LOOKS = 500  # in a row, each 0.01 s after the last
 _USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
@@ -332,7 +334,7 @@ def _try(attack: Attack, name: str, sandbox: Path, ground: Ground) -> Outcome:
     child = os.fork()
     if not child:
         _be_child(DOORS[name], hostile, work, ground)
-    status, used = _wait(child, begun + SECONDS)
+    status, used = _wait(child)
     seconds = time.monotonic() - begun
     verdict, said = _judge(attack, sandbox, status)
     if used.ru_maxrss << 10 > MOST_BYTES:
@@ -399,19 +401,19 @@ def _virtual_memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _wait(child: int, end: float) -> tuple[int | None, resource.struct_rusage]:
-    """The child's end and what it used; None where it had to be ended.
+def _wait(child: int) -> tuple[int | None, resource.struct_rusage]:
+    """The child's end and what it used; None where it had to be ended, since it computed too long or nothing at all.
 
-    Beside others on a busy machine it may take longer by the clock, as long as it gets on and computes no longer.
+    On a busy machine it may take longer by the clock: what counts is at how many looks in a row it hadn't got on.
     """
-    used, since = 0.0, time.monotonic()
-    while time.monotonic() < end or (used < SECONDS and time.monotonic() < since + SECONDS / 2):
+    used, still = 0.0, 0
+    while used < SECONDS and still < _LOOKS:
+        time.sleep(0.01)
+        now = _computed(child)
+        used, still = now, 0 if now > used else still + 1
         ended, status, resources = os.wait4(child, os.WNOHANG)
         if ended:
             return status, resources
-        now = _computed(child)
-        used, since = (now, time.monotonic()) if now > used else (used, since)
-        time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     return None, os.wait4(child, 0)[2]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from itertools import cycle, islice
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from running import call, message, succeed
+from torch.distributed import TCPStore
 
 import tiny_seq2seq
 from ia3.inference.label_file import Labelled, label_file
@@ -185,9 +185,9 @@ def test_rows_are_printed_as_they_come(adapter: Path, rows: Path, monkeypatch: p
     ]
 
 
-@pytest.mark.timeout(180)
 def test_processes_share_the_rows(adapter: Path, rows: Path, expected: bytes, ended: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ia3", "predict"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "ia3", "predict"]
     flags = ["--file", str(rows), "--output", str(ended), "--batch-size", "1"]
     refused = subprocess.run([*command, str(adapter), *flags], capture_output=True, text=True, check=False)
     assert refused.returncode
@@ -210,14 +210,13 @@ label_file(*sys.argv[1:], batch_size=1)
 """
 
 
-@pytest.mark.timeout(180)
 def test_a_process_that_is_gone_is_said_and_its_rows_are_made_up_for(
     adapter: Path, rows: Path, expected: bytes, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    # As torchrun's, which listens before it starts them: a port that was free may be taken by then.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     output = tmp_path / "out.jsonl"
     started = [
         subprocess.Popen(

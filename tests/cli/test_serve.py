@@ -155,7 +155,7 @@ def test_from_the_folder_to_an_answer(adapter: Path, base: Path, data: Path, tmp
             cards = httpx2.get(f"{said['url']}/v1/models", **own).text
         finally:
             process.send_signal(signal.SIGTERM)
-        log = process.communicate(timeout=30)[1]
+        log = process.communicate(timeout=120)[1]
     assert process.returncode == 0, log
     predicted = json.loads(succeed("predict", adapter, "the share rises", "--json").stdout)["predictions"][0]
     for each in found:

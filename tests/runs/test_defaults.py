@@ -47,6 +47,14 @@ def test_the_rule(kind: TaskKind, rows: int, labels: int, expected: tuple[Any, .
 
 
 @pytest.mark.parametrize(
+    ("kind", "labels", "rate"),
+    [(WORDS, 3, 0.02), (WORDS, 77, 0.02), (HEAD, 3, 0.01), (HEAD, 77, 0.008), (CHAT, 0, 0.008)],
+)
+def test_vectors_at_every_linear_layer_have_lower_rates(kind: TaskKind, labels: int, rate: float) -> None:
+    assert resolved(kind, 10_000, labels, target_modules="all-linear") == (rate, 3, None, False)
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"epochs": 2}, (0.04, 2, None, False)),

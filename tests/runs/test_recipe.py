@@ -283,7 +283,7 @@ def test_the_recipe_of_tfew(base: str, tmp_path: Path) -> None:
 def test_the_recipe_of_all_linear_layers(base: str, tmp_path: Path) -> None:
     data = str(tiny_seq2seq.write_csv(tmp_path / "sentences.csv"))
     run = train(base, data, recipe="all-linear", steps=2, output=tmp_path / "run", console=quiet())
-    assert run.settings.learning_rate == 1e-2
+    assert run.settings.learning_rate == 2e-2
     config = json.loads((run.adapter_dir / "adapter_config.json").read_text())
     layers = {name.rpartition(".")[2] for name in config["target_modules"]}
     assert layers >= {"q", "k", "v", "o", "wo"}

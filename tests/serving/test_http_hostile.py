@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from stand_in import ADMIN_KEY, KEY, Site, site
+from stand_in import ADMIN_KEY, KEY, Site, site, until
 
 BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/completions"): {
@@ -20,7 +20,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": 0,
-        "timeout": 5,
+        "timeout": 60,
         "seed": 1,
     },
     ("POST", "/v1/chat/completions"): {
@@ -28,7 +28,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_completion_tokens": 3,
     },
-    ("POST", "/v1/classify"): {"models": ["news", "prod"], "input": ["hello", "there"], "timeout": 3},
+    ("POST", "/v1/classify"): {"models": ["news", "prod"], "input": ["hello", "there"], "timeout": 60},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "sport", "lora_path": "sport", "load_inplace": True},
     ("POST", "/v1/unload_lora_adapter"): {"lora_name": "nobody", "lora_int_id": 3},
     ("PUT", "/v1/aliases"): {"alias": "best", "model": "writer"},
@@ -89,7 +89,7 @@ JUNK: list[Any] = [
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Site]:
-    with site(body_s=5) as running:
+    with site(body_s=30) as running:
         yield running
 
 
@@ -193,19 +193,20 @@ def test_a_header_of_odd_bytes(served: Site) -> None:
 
 def test_slow_and_half_bodies_are_in_nobodys_way() -> None:
     """As many as a key may have hang half sent; others are answered meanwhile, and afterwards the key is again."""
-    with site(body_s=1.0, running=8) as served:
+    with site(body_s=1.0, running=60) as served:
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{"
         )
-        links = [served.connect() for _ in range(8)]
+        links = [served.connect() for _ in range(60)]
         for link in links:
             link.sendall(head.encode())
         links.pop().close()
         began = time.monotonic()
         assert served.get("/health").status_code == 200
         assert all(link.recv(65536).startswith(b"HTTP/1.1 408") for link in links)
-        assert time.monotonic() - began < 5
-        assert served.post("/v1/completions", model="writer", prompt="hello").status_code == 200
+        assert time.monotonic() - began < 30  # a minute if one waited for another
+        # Again and again, since its own body may be late.
+        until(lambda: served.post("/v1/completions", model="writer", prompt="hello").status_code == 200)
 
 
 def test_many_at_once(served: Site) -> None:
@@ -234,7 +235,7 @@ def test_many_at_once(served: Site) -> None:
     for each in threads:
         each.start()
     for each in threads:
-        each.join(30)
+        each.join(300)
         assert not each.is_alive()
     assert wrong == []
     assert served.get("/health").status_code == 200

@@ -44,7 +44,7 @@ from ia3.training.loop import Interrupted, Training
 from ia3.training.plan import RunPlan
 from ia3.training.sweep import Sweep
 from ia3.training.train import check_environment
-from two_processes import free_port, in_two_processes
+from two_processes import in_two_processes
 
 QUIET = Console(quiet=True)
 SETTINGS = TrainSettings(learning_rate=0.02, epochs=2, dropout=False, evaluation_batch_size=4, seed=1)
@@ -303,7 +303,7 @@ def test_a_process_that_is_killed_ends_the_others_with_a_message(tmp_path: Path)
     started = time.monotonic()
     with pytest.raises(Exception, match="SIGKILL"):
         in_two_processes(lose_one, tmp_path)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300  # gloo's own patience is half an hour
     assert "Another of the processes that share this work ended or did not answer" in (tmp_path / "said").read_text()
     run = go_on(tmp_path / "lost", STEADY, resume=True)
     whole = go_on(tmp_path / "whole", STEADY)
@@ -315,7 +315,7 @@ def test_a_process_that_is_killed_ends_the_others_with_a_message(tmp_path: Path)
 def test_torchrun_trains_one_adapter(tmp_path: Path) -> None:
     base, data = tiny_seq2seq.save_base(tmp_path / "base"), tiny_seq2seq.write_csv(tmp_path / "sentences.csv")
     asked = ["-m", "ia3", "train", str(base), str(data), "--epochs", "1", "--no-dropout", "--output"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     both = subprocess.run(
         [sys.executable, *launcher, *asked, "both"], cwd=tmp_path, capture_output=True, text=True, env=environment
