@@ -43,6 +43,7 @@ def main() -> None:
         arguments.dropout,
         arguments.prefixes,
         arguments.seeds,
+        arguments.target_modules,
     ):
         run_one(arguments.model, *combination, held_out=arguments.held_out)
 
@@ -57,6 +58,7 @@ def run_one(
     dropout: int,
     prefix: str,
     seed: int,
+    targets: str | None,
     *,
     held_out: bool,
 ) -> None:
@@ -78,8 +80,9 @@ def run_one(
             dropout=bool(dropout),
             answer_by="generation",
             seed=seed,
+            target_modules=targets,
         )
-    print(line(run, prefix), flush=True)
+    print(line(run, prefix), targets or "", flush=True)
 
 
 def with_prefix(examples: Examples, prefix: str) -> Examples:
@@ -109,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=int, nargs="+", default=[0], choices=[0, 1])
     parser.add_argument("--prefixes", nargs="+", default=[""])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--target-modules", nargs="+", default=[None], help="instead of the family's, as all-linear")
     parser.add_argument("--held-out", action="store_true", help="evaluate on the 300 held-out tweets")
     return parser.parse_args()
 

@@ -590,6 +590,37 @@ def test_the_methods_are_measured() -> None:
     assert "costs (IA)³ {} points, LoRA {}.".format(*ranges) in text
 
 
+def test_what_the_recipe_reaches_is_measured() -> None:
+    runs = [json.loads(line) for line in (RESULTS / "recipes.jsonl").read_text().splitlines()]
+    bases, sets = {"MiniLM": "minilm", "T5": "titler"}, {"PhraseBank": "phrasebank", "tweets": "tweets"}
+    rows = table_after("choosing.md", "The recipe")
+    for name, seeds, *means in rows:
+        base, data = (of[part] for of, part in zip((bases, sets), name.split(", "), strict=True))
+        for settings, told in zip(({}, {"recipe": "all-linear"}), means, strict=True):
+            wanted = {"base": base, "data": data, "settings": settings}
+            found = [run["accuracy"] for run in runs if wanted.items() <= run.items()]
+            assert (seeds, told) == (str(len(found)), f"{100 * sum(found) / len(found):.1f}")
+    assert len(rows) == len({(run["base"], run["data"]) for run in runs})
+    text = " ".join((DOCS / "choosing.md").read_text().split())
+    lines = [
+        line.split() for line in (RESULTS / "quickstart_search.txt").read_text().splitlines() if line[:1].isdigit()
+    ]
+    own = [line[-1] for line in lines if line[:7] == ["0.02", "8", "3000", "2", "grouped", "none", "0"]]
+    linear = [line[-2] for line in lines if line[-1] == "all-linear" and line[5] == "none"]
+    assert f"has {min(linear)} to {max(linear)} % of 600 at rates from 0.01 to 0.03" in text
+    assert f"(IA)³ {own[0]} and {own[1]} at 0.02" in text
+
+
+def test_what_a_sweep_chose_is_measured() -> None:
+    text = " ".join((DOCS / "choosing.md").read_text().split())
+    swept = {each["data"]: each for each in json.loads((RESULTS / "evidence.json").read_text())["sweeps"]}
+    assert (
+        "{:g} on PhraseBank and {:g} on tweets".format(*(swept[data]["grid_rate"] for data in ("phrasebank", "tweets")))
+        in text
+    )
+    assert all(each["sweep_rate"] == each["grid_rate"] for each in swept.values())
+
+
 def test_the_few_shot_table_is_measured() -> None:
     from ia3.runs.comparison import quartiles_of
 

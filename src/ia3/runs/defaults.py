@@ -1,6 +1,7 @@
 """What holds where a setting is left to the data: the one place of these numbers.
 
-Chosen by `benchmarks/defaults.py`; docs/learning-rate.md has the figures.
+Chosen by `benchmarks/defaults.py`, with vectors at every linear layer by `benchmarks/evidence_table.py`;
+docs/learning-rate.md has the figures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _LEAST_STEPS_OF_A_CAUSAL_MODEL = 200
 _MANY_LABELS = 20
 
 
-def default_settings(kind: TaskKind, rows: int, labels: int, rows_a_step: int) -> dict[str, Any]:
+def default_settings(
+    kind: TaskKind, rows: int, labels: int, rows_a_step: int, *, all_linear: bool = False
+) -> dict[str, Any]:
     """The settings of a training that names none.
 
     Args:
@@ -28,6 +31,7 @@ def default_settings(kind: TaskKind, rows: int, labels: int, rows_a_step: int) -
         rows: how many examples there are to train on.
         labels: how many different labels they have; 0 where answers are free text.
         rows_a_step: how many examples a step takes.
+        all_linear: whether every linear layer has a vector, which together move a model further a step.
 
     Returns:
         A value for each of `LEFT_TO_THE_DATA`; None of `epochs` or of `steps`.
@@ -35,7 +39,7 @@ def default_settings(kind: TaskKind, rows: int, labels: int, rows_a_step: int) -
     least = least_steps(kind, labels)
     few = _EPOCHS * math.ceil(rows / rows_a_step) < least
     return {
-        "learning_rate": _learning_rate(kind, labels),
+        "learning_rate": _learning_rate(kind, labels, all_linear=all_linear),
         "warmup_steps": 0,
         "dropout": False,
         "epochs": None if few else _EPOCHS,
@@ -43,10 +47,12 @@ def default_settings(kind: TaskKind, rows: int, labels: int, rows_a_step: int) -
     }
 
 
-def _learning_rate(kind: TaskKind, labels: int) -> float:
+def _learning_rate(kind: TaskKind, labels: int, *, all_linear: bool) -> float:
     if kind in (TaskKind.LABEL_WORDS, TaskKind.GENERATION):
-        return 4e-2
-    return 2e-2 if 0 < labels < _MANY_LABELS else 8e-3
+        return 2e-2 if all_linear else 4e-2
+    if 0 < labels < _MANY_LABELS:
+        return 1e-2 if all_linear else 2e-2
+    return 8e-3
 
 
 def least_steps(kind: TaskKind, labels: int) -> int:

@@ -23,7 +23,7 @@ from ia3.tasks.template import Template
 # Recipes that a name stands for; what is given beside the name overrides them.
 RECIPES: dict[str, dict[str, Any]] = {
     # A vector for queries, what attention returns and all of the feed-forward, too: docs/choosing.md.
-    "all-linear": {"learning_rate": 1e-2, "target_modules": "all-linear"},
+    "all-linear": {"target_modules": "all-linear"},
     # The guide to IA3 in PEFT's documentation.
     "peft": {"batch_size": 8, "dropout": True, "epochs": 3, "learning_rate": 8e-3, "warmup_steps": 0},
     # Liu et al. 2022, sections 3.2 to 3.4.
@@ -160,7 +160,8 @@ def resolve(recipe: Recipe, kind: TaskKind, rows: int, labels: int) -> Recipe:
     left = {name for name in LEFT_TO_THE_DATA if getattr(recipe, name) is None}
     if recipe.steps is not None or recipe.epochs is not None:
         left -= {"epochs", "steps"}
-    defaults = default_settings(kind, rows, labels, recipe.batch_size * recipe.gradient_accumulation)
+    rows_a_step, all_linear = recipe.batch_size * recipe.gradient_accumulation, recipe.target_modules == "all-linear"
+    defaults = default_settings(kind, rows, labels, rows_a_step, all_linear=all_linear)
     return dataclasses.replace(recipe, **{name: defaults[name] for name in left})
 
 
