@@ -217,7 +217,6 @@ def site(
     bound = bind("127.0.0.1", 0)
     config = uvicorn.Config(
         app,
-        http="h11",
         ws="none",
         lifespan="off",
         log_config=None,

@@ -14,11 +14,14 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ia3.serving.requests import Server
 
 # Heads larger than these are refused before anything reads them.
 _LARGEST_HEAD = 32 << 10
+# Bytes that are parsed before others have a turn: as chunks of a byte each they take some hundredths of a second.
+_PIECE = 8 << 10
 # Seconds that clients have to read what became of their requests at the end.
 _TO_TELL_S = 2
 # Seconds for which an idle connection is held, longer than proxies hold theirs: else they ask where nobody listens.
@@ -82,7 +85,6 @@ def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float
     """
     config = uvicorn.Config(
         app,
-        http="h11",
         ws="none",
         lifespan="off",
         log_config=None,
@@ -101,6 +103,15 @@ def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float
     return not listener.is_over
 
 
+class _Connection(H11Protocol):
+    """uvicorn's, which reads little at once."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if hasattr(transport, "max_size"):  # asyncio's own
+            transport.max_size = _PIECE
+        super().connection_made(transport)
+
+
 class Listener(uvicorn.Server):
     """uvicorn's, for an engine that is drained.
 
@@ -111,6 +122,7 @@ class Listener(uvicorn.Server):
     """
 
     def __init__(self, config: uvicorn.Config, engine: Server, drain_s: float) -> None:
+        config.http = _Connection
         super().__init__(config)
         self._engine, self._drain_s = engine, drain_s
         self._was_ready = time.monotonic()
