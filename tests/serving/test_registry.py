@@ -352,6 +352,7 @@ def test_the_folder_is_watched(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_after_reading_much_the_folder_is_looked_at_again_soon(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ia3.serving.registry._REST", 10_000)
     with registered(folder) as registry:
         refresh, looks = registry.refresh, threading.Semaphore(0)
 
@@ -362,9 +363,9 @@ def test_after_reading_much_the_folder_is_looked_at_again_soon(folder: Path, mon
 
         registry.refresh = lambda **_: look(reads=True)  # type: ignore[method-assign]
         registry.watch(every_s=0.01)
-        assert all(looks.acquire(timeout=20) for _ in range(3))
+        assert all(looks.acquire(timeout=60) for _ in range(3))
         registry.refresh = lambda **_: look(reads=False)  # type: ignore[method-assign]
-        while looks.acquire(timeout=1):  # a look that finds nothing is followed by a rest of twenty times as long
+        while looks.acquire(timeout=1):  # a look that finds nothing is followed by a rest of many times as long
             pass
         registry.refresh = refresh  # type: ignore[method-assign]
 
