@@ -80,7 +80,7 @@ def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(
         with pytest.raises(Dropped):
             engine.submit(Request(TEXTS[0], "news"))
         assert "The engine has failed" in caplog.text
-        assert {version.holders for version in engine.registry._versions.values()} == {1}
+        until(lambda: {version.holders for version in engine.registry._versions.values()} == {1})
 
 
 def test_an_engine_that_failed_is_seen_and_then_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,9 +151,10 @@ def test_pieces_come_before_the_end(fleet: Path) -> None:
 
 def test_who_goes_leaves_the_slot(fleet: Path) -> None:
     with never_ending(fleet, batch_size=2) as engine:
+        versions, going = engine.registry._versions.values(), list[Any]()
+        at_step(engine, 4, lambda: going[0].cancel())
         gone = engine.submit(Request(TEXTS[0], "long"))
-        versions = engine.registry._versions.values()
-        at_step(engine, 4, gone.cancel)
+        going.append(gone)
         stays = engine.submit(Request(TEXTS[1], "long"))
         answer = stays.result(60)
         with pytest.raises(CancelledError):
