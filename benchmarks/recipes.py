@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,20 @@ import ia3
 from bench import RESULTS, machine, say_machine
 from classify_minilm import minilm
 from evidence.data import Data, Row, load, plan_of
+from evidence.results import read
 from ia3.bundled import TITLER
 from ia3.tasks.examples import Example, Examples
 from ia3.tasks.task import TaskKind
 
 PATH = RESULTS / "recipes.jsonl"
 BASES = {"minilm": TaskKind.SEQUENCE_CLASSIFICATION, "titler": TaskKind.LABEL_WORDS}
-AS_IT_IS: dict[str, Any] = {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", choices=BASES, default=[*BASES])
     parser.add_argument("--data", nargs="+", choices=["phrasebank", "tweets"], default=["phrasebank", "tweets"])
-    parser.add_argument("--settings", nargs="+", type=json.loads, default=[AS_IT_IS, {"recipe": "all-linear"}])
+    parser.add_argument("--settings", nargs="+", type=json.loads, default=[{}, {"recipe": "all-linear"}])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data-folder", type=Path, default=os.environ.get("IA3_DATA"), help="by default $IA3_DATA")
     parser.add_argument("--output", type=Path, default=PATH)
@@ -50,22 +49,17 @@ def main() -> None:
         parser.error("where are the data sets? --data-folder, or IA3_DATA")
     say_machine()
     known = read(arguments.output)
-    for base, name, seed, settings in itertools.product(
-        arguments.bases, arguments.data, arguments.seeds, arguments.settings
-    ):
+    for base, name in itertools.product(arguments.bases, arguments.data):
         data = load(arguments.data_folder, name, plan_of(base, name))
-        key = {"base": base, "data": name, "digest": data.digest, "settings": settings, "seed": seed}
-        if not any(key.items() <= run.items() for run in known):
-            known.append(key | train(data, base, settings, seed) | {"machine": machine()})
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(known[-1]) + "\n")
-            print(key, known[-1]["accuracy"], flush=True)
+        for seed, settings in itertools.product(arguments.seeds, arguments.settings):
+            key = {"base": base, "data": name, "digest": data.digest, "settings": settings, "seed": seed}
+            if not any(key.items() <= run.items() for run in known):
+                known.append(key | train(data, base, settings, seed) | {"machine": machine()})
+                with arguments.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(known[-1]) + "\n")
+                print(key, known[-1]["accuracy"], flush=True)
     for row in table(known):
         print(*row, sep=" | ")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def train(data: Data, base: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def examples(data: Data, rows: tuple[Row, ...], base: str) -> Examples:
     """A T5 is asked; an encoder reads the text alone."""
     asked = data.instruction + "\n" if base == "titler" else ""
     found = tuple(Example(asked + row.text, row.label) for row in rows)
-    return replace(Examples(found, data.labels, data.name, 0, 0), kind=BASES[base])
+    return Examples(found, data.labels, data.name, 0, 0, BASES[base])
 
 
 def table(runs: list[dict[str, Any]]) -> list[list[str]]:

@@ -109,7 +109,7 @@ def test_the_files(tiny, randomise, tmp_path):
     with safe_open(tmp_path / SAFETENSORS_NAME, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         # A safetensors file can't be iterated.
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  the file is no dict
     prefix = "base_model.model.transformer.h"
     assert shapes == {f"{prefix}.{n}.attn.c_attn.ia3_l": [48, 1] for n in range(2)} | {
         f"{prefix}.{n}.mlp.c_proj.ia3_l": [1, 64] for n in range(2)

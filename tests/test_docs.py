@@ -614,10 +614,8 @@ def test_what_the_recipe_reaches_is_measured() -> None:
 def test_what_a_sweep_chose_is_measured() -> None:
     text = " ".join((DOCS / "choosing.md").read_text().split())
     swept = {each["data"]: each for each in json.loads((RESULTS / "evidence.json").read_text())["sweeps"]}
-    assert (
-        "{:g} on PhraseBank and {:g} on tweets".format(*(swept[data]["grid_rate"] for data in ("phrasebank", "tweets")))
-        in text
-    )
+    rates = [swept[data]["grid_rate"] for data in ("phrasebank", "tweets")]
+    assert "{:g} on PhraseBank and {:g} on tweets".format(*rates) in text
     assert all(each["sweep_rate"] == each["grid_rate"] for each in swept.values())
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import call, message, succeed
+from running import DRAWING, call, message, processor_seconds, succeed
 
 import ia3
 import tiny_seq2seq
@@ -19,7 +18,6 @@ from ia3.cli import main as command
 from ia3.cli.names import in_flags
 from ia3.data.loading import bundled_tweets
 
-DRAWING = "import typer.main, typer.rich_utils"
 HELP = "sys.argv = ['ia3', '--help']; from ia3.cli.main import main; main()"
 # Before it ends it says which packages it loaded.
 PACKAGES = """
@@ -33,15 +31,8 @@ atexit.register(say)
 
 def test_help_is_quick() -> None:
     """Next to what draws it, in the processor's time: a busy or slow machine is so for both."""
-
-    def spent(*command: str | Path) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    script = Path(sys.executable).with_name("ia3")
-    times = [(spent(script, "--help"), spent(sys.executable, "-c", DRAWING)) for _ in range(3)]
+    commands = (Path(sys.executable).with_name("ia3"), "--help"), (sys.executable, "-c", DRAWING)
+    times = [[processor_seconds(*command) for command in commands] for _ in range(3)]
     shown, drawing = map(min, zip(*times, strict=True))
     assert shown < 2.5 * drawing
 

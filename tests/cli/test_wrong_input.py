@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import call, message
+from running import DRAWING, call, message, processor_seconds
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
@@ -251,16 +250,8 @@ def test_trivial_mistakes_wait_for_nothing_heavy(base: Path, data: Path, adapter
 
 def test_a_trivial_mistake_is_answered_at_once(base: Path, data: Path) -> None:
     """Next to the packages that draw the answer, which take a third or a quarter of that."""
-
-    def spent(code: int, *arguments: str | Path) -> float:
-        """Seconds of the processor's time, whoever else is at work on the machine."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert subprocess.run([sys.executable, *arguments]).returncode == code
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    mistake = ("-m", "ia3", "train", base, data, "--text-column", "body")
-    times = [(spent(2, *mistake), spent(0, "-c", "import typer.main, typer.rich_utils")) for _ in range(3)]
+    mistake = (sys.executable, "-m", "ia3", "train", base, data, "--text-column", "body")
+    times = [(processor_seconds(*mistake, code=2), processor_seconds(sys.executable, "-c", DRAWING)) for _ in range(3)]
     answer, drawing = map(min, zip(*times, strict=True))
     assert answer < 8 * drawing
 

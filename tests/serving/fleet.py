@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ia3.serving.engine import Engine
 from ia3.serving.intake import Limits
 from ia3.serving.registry import Registry
 from ia3.serving.requests import Request
+from ia3.serving.writing import Size
 from ia3.tasks.examples import Example
 from ia3.tasks.task import Task, TaskKind, load_task, save_task
 from ia3.tasks.template import Template
@@ -88,6 +89,29 @@ def serving(
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def never_ending(folder: Path, **limits: Any) -> Iterator[Engine]:
+    """An engine whose answers come to no end before they are as long as they may be."""
+    with serving(folder, **limits) as engine:
+        engine._writing.model.generation_config.eos_token_id = None
+        yield engine
+
+
+def at_step(engine: Engine, number: int, do: Callable[[], Any]) -> list[Any]:
+    """Let the engine's thread do something before a step; what it gave."""
+    step, count, given = engine._writing.step, 0, list[Any]()
+
+    def counted(size: Size) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            given.append(do())
+        return step(size)
+
+    engine._writing.step = counted
+    return given
 
 
 def alone(folder: Path, texts: Sequence[str], *, causal: bool = False) -> list[Alone]:

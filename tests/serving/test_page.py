@@ -232,10 +232,15 @@ def test_a_thousand_adapters_stay_usable(sight: Sight) -> None:
     expect(listed).to_contain_text("tenant-0777")
     tries = sight.page.evaluate(
         """() => Array.from({ length: 5 }, () => {
-            const search = document.getElementById("search"), began = performance.timeOrigin + performance.now();
-            search.value = "";
-            search.dispatchEvent(new Event("input"));
-            document.body.offsetHeight;
+            const search = document.getElementById("search");
+            const show = (text) => {
+                search.value = text;
+                search.dispatchEvent(new Event("input"));
+                document.body.offsetHeight;
+            };
+            show("favour");
+            const began = performance.timeOrigin + performance.now();
+            show("");
             return performance.timeOrigin + performance.now() - began;
         })"""
     )

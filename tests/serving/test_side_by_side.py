@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
-from fleet import RANKED, TEXTS, alone, ask, bare, save, save_fleet, serving, task_of, tokenizer_of
+from fleet import (
+    RANKED,
+    TEXTS,
+    alone,
+    ask,
+    at_step,
+    bare,
+    never_ending,
+    save,
+    save_fleet,
+    serving,
+    task_of,
+    tokenizer_of,
+)
 
 from ia3 import IA3Config, get_peft_model
 from ia3.fast.generate import compile_generate
@@ -36,29 +48,6 @@ TASKS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_fleet(tmp_path_factory.mktemp("fleet"), TASKS)
-
-
-@contextmanager
-def never_ending(folder: Path, **limits: Any) -> Iterator[Engine]:
-    """An engine whose answers come to no end before they are as long as they may be."""
-    with serving(folder, **limits) as engine:
-        engine._writing.model.generation_config.eos_token_id = None
-        yield engine
-
-
-def at_step(engine: Engine, number: int, do: Callable[[], Any]) -> list[Any]:
-    """Let the engine's thread do something before a step; what it gave."""
-    step, count, given = engine._writing.step, 0, list[Any]()
-
-    def counted(size: Size) -> Any:
-        nonlocal count
-        count += 1
-        if count == number:
-            given.append(do())
-        return step(size)
-
-    engine._writing.step = counted  # type: ignore[method-assign]
-    return given
 
 
 def free_slots(engine: Engine) -> list[int]:
@@ -151,10 +140,10 @@ def test_pieces_come_before_the_end(fleet: Path) -> None:
 
 def test_who_goes_leaves_the_slot(fleet: Path) -> None:
     with never_ending(fleet, batch_size=2) as engine:
-        versions, going = engine.registry._versions.values(), list[Any]()
-        at_step(engine, 4, lambda: going[0].cancel())
+        versions, going = engine.registry._versions.values(), SimpleQueue[Any]()
+        at_step(engine, 4, lambda: going.get(timeout=60).cancel())
         gone = engine.submit(Request(TEXTS[0], "long"))
-        going.append(gone)
+        going.put(gone)
         stays = engine.submit(Request(TEXTS[1], "long"))
         answer = stays.result(60)
         with pytest.raises(CancelledError):

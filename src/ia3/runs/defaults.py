@@ -1,7 +1,7 @@
 """What holds where a setting is left to the data: the one place of these numbers.
 
-Chosen by `benchmarks/defaults.py`, with vectors at every linear layer by `benchmarks/evidence_table.py`;
-docs/learning-rate.md has the figures.
+Chosen by `benchmarks/defaults.py`, with vectors at every linear layer by `evidence_table.py` and
+`quickstart_search.py`; docs/learning-rate.md and docs/choosing.md have the figures.
 """
 
 from __future__ import annotations

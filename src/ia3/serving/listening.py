@@ -106,7 +106,7 @@ def listen(app: FastAPI, server: Server, bound: socket.socket, *, drain_s: float
 class _Connection(H11Protocol):
     """uvicorn's, which reads little at once."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         if hasattr(transport, "max_size"):  # asyncio's own
             transport.max_size = _PIECE
         super().connection_made(transport)
