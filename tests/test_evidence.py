@@ -22,6 +22,7 @@ import evidence_carry as carry
 from evidence import data, intervals, loop, methods, report, results, units
 from evidence.bases import Base, MeanClassifier, MiniLM, SmolLM2, Titler
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, Plan, Row
+from evidence.memory import Alive
 
 LABELS = ("no", "yes")
 ROWS = tuple(Row("ab" * (1 + n % 5), LABELS[n % 2]) for n in range(24))
@@ -195,7 +196,9 @@ def test_a_report_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     lines.append(record(**own, method="lora", rate=1e-3, validation_accuracy=0.5))  # with neither neighbours nor seeds
     lines.append(lines[1] | {"kind": "sweep", "chosen": 1e-2, "seconds": 3.0})
-    lines.append({"kind": "speed", "base": "titler", "method": "ia3", "eager_ms": 2.5, "machine": {}})
+    own_cost = {"base": "titler", "data": "phrasebank", "digest": "d", "method": "ia3", "machine": {}}
+    lines.append(own_cost | {"kind": "speed", "eager_ms": 2.5})
+    lines.append(own_cost | {"kind": "memory", "peak_bytes": 3_000_000_000})
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     report.write(tmp_path / "runs.jsonl", tmp_path / "out", tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "evidence.json").read_text())
@@ -203,6 +206,7 @@ def test_a_report_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert summary["runs"] == 14
     assert summary["sweeps"][0]["difference"] == [0.0, 0.0, 0.0]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".png"}
+    assert summary["rows"][0]["costs"] == {"eager_ms": 2.5, "peak_bytes": 3_000_000_000}
     assert "90.0%" in (printed := capsys.readouterr().out)
     assert "not complete: titler tweets lora" in printed
     assert "ia3.sweep chose 0.01 in 3 s, the runs 0.03" in printed
@@ -373,13 +377,40 @@ def test_every_unit_once_and_no_sweep_of_a_classifier() -> None:
     from evidence.bases import BASES
     from evidence.data import PLANS
 
-    found = units.units(["runs", "speed", "sweep"], [*BASES], [*PLANS], [*methods.WORDS])
+    found = units.units(["runs", "speed", "memory", "sweep"], [*BASES], [*PLANS], [*methods.WORDS])
     assert len(found) == len({*found})
     assert {(unit.base, unit.data) for unit in found if unit.part == "sweep"} == {
         *((base, name) for base in ("titler", "smollm2") for name in ("phrasebank", "tweets")),
         ("smollm2", "orders"),
     }
-    assert not [unit for unit in found if unit.part == "speed" and unit.method == methods.FROZEN]
+    assert not [unit for unit in found if unit.part in ("speed", "memory") and unit.method == methods.FROZEN]
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trained", "tensors"), [(False, 3), (True, 4)])
+def test_memory_is_what_is_alive_at_once(trained: bool, tensors: int) -> None:
+    given = torch.rand(1000, requires_grad=trained)
+    with Alive([given, given.view(10, 100)]) as alive:  # a view is no second tensor
+        given.exp().exp().exp()  # backward needs all of them, the next alone the last
+    assert (alive.peak, alive.now) == (4000 * tensors, 4000)
+
+
+def test_memory_of_a_unit_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = units.Settings(tmp_path, tmp_path / "runs.jsonl", "cpu", False, False, 0.0, 1)
+    monkeypatch.setattr(units, "_base", lambda name: tiny(MiniLM))
+    monkeypatch.setattr(units, "_encoded", lambda *given: loop.encode(tiny(MiniLM), TINY, PLAN, "cpu"))
+    monkeypatch.setattr(units, "load", lambda *given: TINY)
+
+    def peak(method: str) -> int:
+        asked = units.Unit("memory", "minilm", "tweets", method)
+        units.Worker(asked, settings).memory()
+        assert units.Worker(asked, settings).memory() == "known"
+        return int(results.read(settings.results)[-1]["peak_bytes"])
+
+    numbers = sum(each.numel() for each in tiny(MiniLM).model(2).parameters())
+    assert peak("full") > 4 * 4 * numbers > peak("head") > 4 * numbers  # weights, gradients, AdamW's two
 
 
 # Carrying ------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Row:
     against: dict[str, tuple[float, float, float]]
     by_rate: dict[float, float]
     complete: bool
-    speed: Record
+    costs: Record
 
 
 def write(results: Path, folder: Path, images: Path) -> None:
@@ -113,7 +113,11 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
         judged = raft(runs) if data == RAFT else ordinary([record for record in runs if record["data"] == data])
         if judged is not None:
             found[method] = judged
-    speeds = {each["method"]: each for each in records if each["kind"] == "speed" and each["base"] == base}
+    costs: dict[str, Record] = {}
+    for each in records:
+        if each["kind"] in ("speed", "memory") and each["base"] == base:
+            found_of = {name: value for name, value in each.items() if name.endswith(("_ms", "_bytes"))}
+            costs[each["method"]] = costs.get(each["method"], {}) | found_of
     complete = {method: is_complete(method, data, judged) for method, judged in found.items()}
     return [
         Row(
@@ -133,7 +137,7 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
             },
             by_rate=judged.by_rate,
             complete=complete[method],
-            speed={name: value for name, value in speeds.get(method, {}).items() if name.endswith(("_ms", "_bytes"))},
+            costs=costs.get(method, {}),
         )
         for method, judged in found.items()
     ]
@@ -252,9 +256,9 @@ def show(rows: list[Row], swept: list[dict[str, Any]]) -> None:
 
 def cells_of(row: Row) -> list[str]:
     rates = f"{min(row.rates):g}" if len({*row.rates}) == 1 else f"{min(row.rates):g} to {max(row.rates):g}"
-    speed = row.speed
-    stored, memory = (speed.get(name) for name in ("stored_bytes", "peak_bytes"))
-    step = speed.get("captured_ms", speed.get("eager_ms"))
+    costs = row.costs
+    stored, memory = (costs.get(name) for name in ("stored_bytes", "peak_bytes"))
+    step = costs.get("captured_ms", costs.get("eager_ms"))
     return [
         WORDS[row.method],
         "" if row.method == FROZEN else rates,

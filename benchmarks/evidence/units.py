@@ -21,6 +21,7 @@ import ia3
 from evidence.bases import BASES, DATA_OF, Base
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, Data, Plan, load, load_raft, plan_of
 from evidence.loop import Encoded, Outcome, Trainer, batches, encode, round_up
+from evidence.memory import Alive
 from evidence.methods import CUSTOMARY, FROZEN, IA3, METHODS_OF
 from evidence.results import (
     RAFT_REACH,
@@ -74,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Unit:
-    """One of the parts `runs`, `speed` and `sweep`, of a base, its data and a method."""
+    """One of the parts `runs`, `speed`, `memory` and `sweep`, of a base, its data and a method."""
 
     part: str
     base: str
@@ -89,7 +90,13 @@ def units(parts: list[str], bases: list[str], data: list[str], methods: list[str
     """All that are asked for, in the order of the bases; RAFT, whose runs are many, at the end."""
     asked = [
         *(Unit("runs", *each) for each in _cells(bases, data, methods) if "runs" in parts),
-        *(Unit("speed", base, DATA_OF[base][0], m) for base in bases for m in METHODS_OF[base] if "speed" in parts),
+        *(
+            Unit(part, base, DATA_OF[base][0], method)
+            for part in ("speed", "memory")
+            for base in bases
+            for method in METHODS_OF[base]
+            if part in parts
+        ),
         *(Unit("sweep", *each) for each in _cells(bases, data, [IA3]) if "sweep" in parts),
     ]
     asked = [unit for unit in asked if unit.method in methods]
@@ -111,7 +118,8 @@ def work(unit: Unit, settings: Settings) -> str:
     torch.set_float32_matmul_precision("high")  # TF32, on a GPU
     started, worker = time.perf_counter(), Worker(unit, settings)
     try:
-        found = {"runs": worker.runs, "speed": worker.speed, "sweep": worker.sweep}[unit.part]()
+        parts = {"runs": worker.runs, "speed": worker.speed, "memory": worker.memory, "sweep": worker.sweep}
+        found = parts[unit.part]()
     except OutOfTimeError:
         found = "stopped, out of time"
     worker.trainer = None
@@ -249,19 +257,10 @@ class Worker:
     # Speed -----------------------------------------------------------------------------------------------------------
 
     def speed(self) -> str:
-        """Milliseconds of a step, and the most memory of one that is not captured, by a process of its own."""
-        plan = replace(self.plan, batch_size=2 if self.settings.small else 16)
-        data = load(self.settings.folder, self.unit.data, self.plan)
-        key = {
-            "kind": "speed",
-            "base": self.unit.base,
-            "data": data.name,
-            "digest": data.digest,
-            "method": self.unit.method,
-        }
+        """Milliseconds of a step."""
+        data, encoded, key = self._sixteen()
         if self.results.find(**key) is not None:
             return "known"
-        encoded = self._encoded(data, plan)
         measured: Record = {}
         for captured in (False, True) if self.settings.device == "cuda" and self.settings.captured else (False,):
             self.trainer = None
@@ -278,20 +277,22 @@ class Worker:
         self.results.add(key | measured | {"machine": bench.machine(), "processes": self.settings.processes})
         return ", ".join(f"{name} {value}" for name, value in measured.items())
 
+    def _sixteen(self) -> tuple[Data, Encoded, Record]:
+        """Data in batches of sixteen, and what names this part's record."""
+        data = load(self.settings.folder, self.unit.data, self.plan)
+        encoded = self._encoded(data, replace(self.plan, batch_size=2 if self.settings.small else 16))
+        key: Record = {"kind": self.unit.part, "base": self.unit.base, "data": data.name, "digest": data.digest}
+        return data, encoded, key | {"method": self.unit.method}
+
     def _measure(self, trainer: Trainer, encoded: Encoded, way: str) -> Record:
         cuda = self.settings.device == "cuda"
-        rounds, steps = (2, 2) if self.settings.small or not cuda else (5, 40)
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        rounds, steps = (2, 2) if self.settings.small or not cuda else (3, 20)
         trainer.run(replace(encoded, validation=None, test=_few(encoded)), 1e-5, 0, steps)
-        peak = torch.cuda.max_memory_allocated() if cuda else None
         taken = [
             trainer.run(replace(encoded, validation=None, test=_few(encoded)), 1e-5, 0, steps).seconds / steps
             for _ in range(rounds)
         ]
-        found = {f"{way}_ms": round(1e3 * statistics.median(taken), 3)}
-        return found | ({"peak_bytes": peak} if way == "eager" else {})
+        return {f"{way}_ms": round(1e3 * statistics.median(taken), 3)}
 
     def _compiled(self, encoded: Encoded) -> float:
         """(IA)³ by this library's own step, over the same rows."""
@@ -324,6 +325,25 @@ class Worker:
             ids, mask = torch.cat([ids, labels.clamp(min=0)], 1), torch.cat([mask, (labels != -100).long()], 1)
             labels = torch.cat([torch.full_like(ids[:, :length], -100), labels], 1)
         return {"input_ids": ids.cpu(), "attention_mask": mask.cpu(), "labels": labels.cpu()}
+
+    # Memory ----------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> str:
+        """Bytes of tensors that are alive at once in two steps over the longest training texts."""
+        data, encoded, key = self._sixteen()
+        if self.results.find(**key) is not None:
+            return "known"
+        self.trainer = Trainer(self.base, self.unit.method, len(data.labels), self.settings.device, captured=False)
+        lengths = encoded.train.lengths
+        rows = lengths.argsort(descending=True)[: encoded.plan.batch_size].to(self.settings.device)
+        length = round_up(int(lengths.max()), 8)
+        ids, mask = self.base.take(encoded.train, rows, lengths.to(self.settings.device), length)
+        model = self.trainer.model.train()
+        with Alive([*model.parameters(), *model.buffers(), ids, mask]) as alive:
+            for _ in range(2):
+                self.trainer.compute(ids, mask, encoded.choices, encoded.train.correct[rows])
+        self.results.add(key | {"length": length, "peak_bytes": alive.peak, "machine": bench.machine()})
+        return f"{alive.peak:,} bytes"
 
     # Sweep -----------------------------------------------------------------------------------------------------------
 

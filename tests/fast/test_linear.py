@@ -134,10 +134,10 @@ def test_long_texts_are_compared_in_eight_bits(tiny, randomise, monkeypatch) -> 
     monkeypatch.setattr(Fp8Linear, "rounds", lambda self, rows: rounded.append(rows) or rounds(self, rows))
     model = model_of(tiny, randomise, "llama")
     loss = GraphedLoss(model, frozen="fp8")
-    ids = torch.randint(2, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 60, (2, 48), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     loss.difference(batch, loss.pack(batch))
-    assert 10 <= min(rounded) <= max(rounded) < 48
+    assert 10 <= min(rounded) <= max(rounded) < ids.numel()  # a GPU's twenty are laid in 64 places
 
 
 @pytest.mark.skipif(not RUNS, reason="no GPU with Triton, nor Triton with TRITON_INTERPRET=1")
