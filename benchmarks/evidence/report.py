@@ -208,7 +208,7 @@ def raft(runs: list[Record]) -> Judged | None:
 
 def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
     """What `ia3.sweep` chose, and how much is lost by that beside the rate that the runs' own validation chose."""
-    for swept in (record for record in records if record["kind"] == "sweep"):
+    for swept in (record for record in records if record["kind"] in ("sweep", "sweep-seeds")):
         same = ("base", "data", "digest", "method", "steps")
         runs = [
             record
@@ -223,6 +223,7 @@ def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
             "base": swept["base"],
             "data": swept["data"],
             "steps": swept["steps"],
+            "seeds": 3 if swept["kind"] == "sweep-seeds" else 1,
             "seconds": swept["seconds"],
             "sweep_rate": swept["chosen"],
             "grid_rate": grid.rates[0],
@@ -247,8 +248,9 @@ def show(rows: list[Row], swept: list[dict[str, Any]]) -> None:
     for each in swept:
         lost = each["difference"]
         console.print(
-            f"{each['base']}, {each['data']}: ia3.sweep chose {each['sweep_rate']:g} in {each['seconds']:.0f} s, the "
-            f"runs {each['grid_rate']:g}; test {each['sweep_accuracy']:.2%} and {each['grid_accuracy']:.2%}"
+            f"{each['base']}, {each['data']}: ia3.sweep chose {each['sweep_rate']:g} in {each['seconds']:.0f} s by "
+            f"{each['seeds']} seeds, the runs {each['grid_rate']:g}; "
+            f"test {each['sweep_accuracy']:.2%} and {each['grid_accuracy']:.2%}"
             + (f", difference {points(lost)}" if lost else ""),
             highlight=False,
         )

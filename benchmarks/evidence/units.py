@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Unit:
-    """One of the parts `runs`, `speed`, `memory` and `sweep`, of a base, its data and a method."""
+    """One of the parts `runs`, `speed`, `memory`, `sweep` and `sweep-seeds`, of a base, its data and a method."""
 
     part: str
     base: str
@@ -97,11 +97,16 @@ def units(parts: list[str], bases: list[str], data: list[str], methods: list[str
             for method in METHODS_OF[base]
             if part in parts
         ),
-        *(Unit("sweep", *each) for each in _cells(bases, data, [IA3]) if "sweep" in parts),
+        *(
+            Unit(part, *each)
+            for part in ("sweep", "sweep-seeds")
+            for each in _cells(bases, data, [IA3])
+            if part in parts
+        ),
     ]
     asked = [unit for unit in asked if unit.method in methods]
     asked = [unit for unit in asked if unit.part == "runs" or unit.method != FROZEN]
-    asked = [unit for unit in asked if unit.part != "sweep" or (unit.base != "minilm" and unit.data != RAFT)]
+    asked = [u for u in asked if not u.part.startswith("sweep") or (u.base != "minilm" and u.data != RAFT)]
     return sorted(asked, key=lambda unit: unit.data == RAFT)
 
 
@@ -118,8 +123,13 @@ def work(unit: Unit, settings: Settings) -> str:
     torch.set_float32_matmul_precision("high")  # TF32, on a GPU
     started, worker = time.perf_counter(), Worker(unit, settings)
     try:
-        parts = {"runs": worker.runs, "speed": worker.speed, "memory": worker.memory, "sweep": worker.sweep}
-        found = parts[unit.part]()
+        found = {
+            "runs": worker.runs,
+            "speed": worker.speed,
+            "memory": worker.memory,
+            "sweep": worker.sweep,
+            "sweep-seeds": worker.sweep,
+        }[unit.part]()
     except OutOfTimeError:
         found = "stopped, out of time"
     worker.trainer = None
@@ -348,9 +358,12 @@ class Worker:
     # Sweep -----------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> str:
-        """The rate that `ia3.sweep` finds best on the validation set, and the grid's runs at that rate."""
+        """The rate that `ia3.sweep` finds best on the validation set, and the grid's runs at that rate.
+
+        By one seed a rate, or by the mean of three.
+        """
         data = load(self.settings.folder, self.unit.data, self.plan)
-        key: Record = {"kind": "sweep", "base": self.unit.base, "data": data.name, "digest": data.digest}
+        key: Record = {"kind": self.unit.part, "base": self.unit.base, "data": data.name, "digest": data.digest}
         key |= {"method": IA3, "steps": self.plan.steps}
         record = self.results.find(**key)
         if record is None:
@@ -366,26 +379,40 @@ class Worker:
         from rich.console import Console
 
         rates = SWEPT_RATES[1:3] if self.settings.small else SWEPT_RATES
+        seeds = SEEDS[:3] if self.unit.part == "sweep-seeds" else SEEDS[:1]
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             found = ia3.sweep(
                 self.base.source,
                 self.base.examples(data, data.train),
                 test_data=self.base.examples(data, data.validation),
-                over={"learning_rate": list(rates)},
+                over={"learning_rate": list(rates), "seed": list(seeds)},
                 steps=self.plan.steps,
                 evaluate_every=self.plan.steps,
                 batch_size=self.plan.batch_size,
                 max_length=self.plan.max_length,
-                seed=0,
                 output=Path(folder) / "sweep",
                 console=Console(quiet=True),
             )
             ranking = [
-                {"rate": given["learning_rate"], "accuracy": run.best.accuracy, "loss": finite(run.best.loss)}
+                {
+                    "rate": given["learning_rate"],
+                    "seed": given["seed"],
+                    "accuracy": run.best.accuracy,
+                    "loss": finite(run.best.loss),
+                }
                 for given, run in zip(found.settings, found.runs, strict=True)
             ]
-        return {"chosen": ranking[0]["rate"], "ranking": ranking, "seconds": round(time.perf_counter() - started, 1)}
+        seconds = round(time.perf_counter() - started, 1)
+        return {"chosen": chosen_by(ranking, len(seeds)), "ranking": ranking, "seconds": seconds}
+
+
+def chosen_by(ranking: list[Record], seeds: int) -> float:
+    """The rate whose runs stand first, by the mean of their places where every seed came to an end."""
+    places: dict[float, list[int]] = {}
+    for place, run in enumerate(ranking):
+        places.setdefault(run["rate"], []).append(place)
+    return min((rate for rate in places if len(places[rate]) == seeds), key=lambda rate: mean(places[rate]))
 
 
 def finite(number: float | None) -> float | None:
