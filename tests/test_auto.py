@@ -21,6 +21,7 @@ from ia3 import (
     IA3Config,
     get_peft_model,
 )
+from ia3.inference.loading import load_adapter
 
 CLASSES = {
     "SEQ_2_SEQ_LM": (AutoPeftModelForSeq2SeqLM, "t5"),
@@ -116,6 +117,19 @@ def test_no_base_named(tiny, tmp_path):
     edit(tmp_path, base_model_name_or_path=None)
     with pytest.raises(ValueError, match=r"names no base model.*PeftModel\.from_pretrained"):
         AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("base", ["not/there", "empty"])
+def test_a_base_that_cannot_be_loaded_is_said_with_the_adapter_that_names_it(tiny, tmp_path, monkeypatch, base):
+    saved(tiny("t5"), tmp_path, task_type="SEQ_2_SEQ_LM")
+    edit(tmp_path, base_model_name_or_path=base)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((OSError, ValueError)) as caught:
+        AutoPeftModelForSeq2SeqLM.from_pretrained("adapter")
+    assert str(caught.value).startswith(f"adapter names the base model '{base}': ")
+    with pytest.raises(FileNotFoundError, match=f"^adapter names the base model '{base}': The tokenizer"):
+        load_adapter("adapter")
 
 
 def test_no_such_adapter(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
 from ia3.documents import read_json, wrong_field
-from ia3.errors import naming, shorten
+from ia3.errors import naming, naming_its_base, shorten
 from ia3.files import HUB_ARGUMENTS, fetch
 from ia3.gguf import from_gguf, is_gguf
 from ia3.peft_model import CLASS_FOR_TASK, PeftModel
@@ -80,10 +80,11 @@ class AutoPeftModel:
             )
         with naming(pretrained_model_name_or_path):
             base_class = cls._base_class(config, import_allowlist)
-        if config.task_type in _HEADLESS:
-            base = _load_base(base_class, config, {**hub, **for_base})
-        else:
-            base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
+        with naming_its_base(pretrained_model_name_or_path, config.base_model_name_or_path):
+            if config.task_type in _HEADLESS:
+                base = _load_base(base_class, config, {**hub, **for_base})
+            else:
+                base = _load_headed_base(base_class, config, pretrained_model_name_or_path, here, {**hub, **for_base})
         if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
             name_padding(base.config)
         _grow_vocabulary(base, pretrained_model_name_or_path, here, bool(for_base.get("trust_remote_code")))

@@ -38,6 +38,19 @@ def naming(source: object) -> Iterator[None]:
         raise kind(f"{source}: {error}") from error
 
 
+@contextmanager
+def naming_its_base(adapter: object, base: str) -> Iterator[None]:
+    """Say in an error about a base model which adapter it is that names this base."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if str(adapter) in str(error):
+            raise
+        known = (FileNotFoundError, OSError, ValueError)
+        kind = next(each for each in known if isinstance(error, each))
+        raise kind(f"{adapter} names the base model {shorten(base)}: {error}") from error
+
+
 def shorten(value: object, most: int = 100) -> str:
     """A value for a message: as Python writes it, so that control characters are escaped, and cut to `most` letters.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+
+import harness
 import pytest
 from harness import BAD, DOORS, Attack, Ground, every_attack, prepare, run
 
@@ -60,3 +64,11 @@ def test_attacks_are_told_apart_and_knock_at_doors_that_are_there() -> None:
     names = [(each.kind, each.name) for each in EVERY]
     assert len(names) == len(set(names))
     assert {door for each in EVERY for door in each.doors} <= set(DOORS)
+
+
+def test_the_command_is_the_module_that_generators_give_their_doors_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "main", lambda words: int(words == ["some", "words"]))
+    monkeypatch.setattr(sys, "argv", ["harness.py", "some", "words"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(harness.__file__, run_name="__main__")
+    assert ended.value.code == 1

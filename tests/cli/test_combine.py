@@ -102,7 +102,12 @@ def test_adapters_of_different_bases(pair: tuple[Path, Path], tmp_path: Path) ->
     shutil.copytree(pair[1], other)
     path = other / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "some/other"}))
-    assert "different base models" in message(call("combine", pair[0], other, "--output", tmp_path / "both"))
+    said = message(call("combine", pair[0], other, "--output", tmp_path / "both"))
+    base = json.loads((pair[0] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    together = "".join(said.split())
+    assert "differentbasemodels" in together
+    assert "".join(f"{pair[0]} to {base!r}".split()) in together
+    assert "".join(f"{other} to 'some/other'".split()) in together
 
 
 def test_compare(pair: tuple[Path, Path], tmp_path: Path) -> None:

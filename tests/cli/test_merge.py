@@ -62,3 +62,10 @@ def test_an_adapter_that_names_no_base(adapter: Path, tmp_path: Path) -> None:
     result = call("merge", tmp_path, tmp_path / "merged")
     assert result.exit_code == 2
     assert "names no base model" in message(result)
+
+
+def test_a_base_that_cannot_be_read_is_said_with_the_adapter(adapter: Path, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "not/there"}))
+    result = call("merge", tmp_path, tmp_path / "merged")
+    assert "".join(f"{tmp_path} names the base model 'not/there'".split()) in "".join(message(result).split())

@@ -53,6 +53,7 @@ def _load(adapter: str, trusted: bool) -> tuple[Any, Any]:
 
     from ia3 import auto
     from ia3.config import PeftConfig
+    from ia3.errors import naming_its_base
     from ia3.inference.loading import load_tokenizer, reading_weights
     from ia3.peft_model import CLASS_FOR_TASK
 
@@ -63,7 +64,8 @@ def _load(adapter: str, trusted: bool) -> tuple[Any, Any]:
         raise ValueError(
             f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
         )
-    tokenizer = load_tokenizer(base, revision=config.revision, trust_remote_code=trusted)
+    with naming_its_base(adapter, base):
+        tokenizer = load_tokenizer(base, revision=config.revision, trust_remote_code=trusted)
     loader: Any = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
     with reading_weights(base):
         return loader.from_pretrained(adapter, trust_remote_code=trusted), tokenizer

@@ -19,7 +19,7 @@ from ia3 import auto
 from ia3.bundled import load_model, resolve_model
 from ia3.config import PeftConfig, TaskType
 from ia3.documents import read_json
-from ia3.errors import shorten
+from ia3.errors import naming_its_base, shorten
 from ia3.gguf import from_gguf, is_gguf
 from ia3.inference.classify import load_classifier
 from ia3.peft_model import CLASS_FOR_TASK
@@ -271,7 +271,8 @@ def load_adapter(
     if config.task_type not in {kind.task_type for kind in TaskKind}:
         raise ValueError(f"The adapter in {adapter} is for the task {config.task_type}, which this can't answer.")
     trusted = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision, **trusted)
+    with naming_its_base(adapter, config.base_model_name_or_path):
+        tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision, **trusted)
     with reading_weights(config.base_model_name_or_path):
         loader = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
         more = {} if quantize is None else _quantised(quantize, dtype)

@@ -14,7 +14,7 @@ from ia3.adapter import plan_combination
 from ia3.arithmetic import CombinationType, Vectors, combine
 from ia3.card import write_card
 from ia3.config import PeftConfig
-from ia3.errors import listed, naming
+from ia3.errors import naming, shorten
 from ia3.runs.run import check_output
 from ia3.sites import VECTORS, Layout, Site, is_at_input, matching
 from ia3.state import Adapter
@@ -119,10 +119,12 @@ def combine_adapters(
         raise ValueError(f"{folder} exists already, and a combination replaces nothing: name a new folder.")
     check_output(folder)
     read = [read_adapter(each) for each in adapters]
-    bases = {each.config.base_model_name_or_path for each in read}
-    if len(bases) > 1:
+    bases = [each.config.base_model_name_or_path for each in read]
+    if len({*bases}) > 1:
+        other = next(place for place, base in enumerate(bases) if base != bases[0])
         raise ValueError(
-            f"The adapters belong to different base models, [{listed(sorted(map(str, bases)))}]: combine those of one."
+            f"The adapters belong to different base models, {adapters[0]} to {shorten(bases[0])} and "
+            f"{adapters[other]} to {shorten(bases[other])}: combine those of one."
         )
     weights = [1.0] * len(read) if weights is None else weights
     values = combine([each.vectors for each in read], weights, combination_type, density=density)
