@@ -51,6 +51,12 @@ def naming_its_base(adapter: object, base: str) -> Iterator[None]:
         raise kind(f"{adapter} names the base model {shorten(base)}: {error}") from error
 
 
+def tokenizer_named(tokenizer: Any) -> str:
+    """`tokenizer of 'some/model'`, for messages; `tokenizer` where it has no name."""
+    name = getattr(tokenizer, "name_or_path", "")
+    return f"tokenizer of {shorten(name)}" if name else "tokenizer"
+
+
 def shorten(value: object, most: int = 100) -> str:
     """A value for a message: as Python writes it, so that control characters are escaped, and cut to `most` letters.
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 
@@ -38,6 +39,10 @@ def test_a_label_longer_than_allowed_is_refused_not_cut() -> None:
 def test_a_label_that_could_never_be_generated_is_refused() -> None:
     with pytest.raises(ValueError, match=r"spells the label 'bullish' as ''"):
         tokenise([Example("the share rises", "bullish")], TOKENIZER, max_length=8)
+    named = copy.copy(TOKENIZER)
+    named.name_or_path = "some/model"
+    with pytest.raises(ValueError, match=r"^The tokenizer of 'some/model' spells the label"):
+        tokenise([Example("the share rises", "bullish")], named, max_length=8)
 
 
 def test_padding_goes_to_the_longest_row_of_the_batch() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from ia3.auto import name_padding, without_the_loading_report
 from ia3.bundled import resolve_model
-from ia3.errors import listed
+from ia3.errors import listed, tokenizer_named
 from ia3.heads import head_parts
 from ia3.inference.predict import Beat, most_positions, pad_rows, sorted_batches, tokenise_inputs
 from ia3.inference.rank import Ranking, likeliest, rankings
@@ -324,7 +324,7 @@ def _check_lengths(rows: Sequence[Sequence[int]], texts: Sequence[str], model: A
     limit = min(tokenizer.model_max_length, most_positions(model) or tokenizer.model_max_length)
     for row, text in zip(rows, texts, strict=True):
         if not row:
-            raise ValueError(f"The tokenizer makes no token of the text {text[:60]!r}: remove it.")
+            raise ValueError(f"The {tokenizer_named(tokenizer)} makes no token of the text {text[:60]!r}: remove it.")
         if len(row) > limit:
             raise ValueError(
                 f"A text has {len(row)} tokens ({text[:60]!r}), and the model has {limit} positions: cut at "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ia3.errors import listed, shorten
+from ia3.errors import listed, shorten, tokenizer_named
 from ia3.fast import scores as fused
 from ia3.fast.cache import additive_mask, fill_up
 from ia3.fast.capture import GraphedCallable
@@ -387,8 +387,9 @@ def tokenise_labels(labels: Sequence[str], tokenizer: Any) -> list[list[int]]:
     for label, ids in zip(labels, tokens, strict=True):
         if tuple(ids) in known:
             raise ValueError(
-                f"The labels {shorten(known[tuple(ids)])} and {shorten(label)} are the same to the tokenizer, so their "
-                "scores would be too: leave out repeated labels, or choose words that it knows."
+                f"The labels {shorten(known[tuple(ids)])} and {shorten(label)} are the same to the "
+                f"{tokenizer_named(tokenizer)}, so their scores would be too: leave out repeated labels, or choose "
+                "words that it knows."
             )
         known[tuple(ids)] = label
     return tokens

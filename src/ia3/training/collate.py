@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ia3.errors import shorten
+from ia3.errors import shorten, tokenizer_named
 from ia3.fast.ragged import IGNORE_INDEX
 from ia3.inference.predict import pad_rows, tokenise_inputs
 from ia3.inference.tokens import RowsOnDemand
@@ -76,8 +76,8 @@ def tokenise_label(word: str, tokenizer: Any, max_label_length: int | None, as_w
     spelt = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if spelt != word:
         raise ValueError(
-            f"The tokenizer spells the label {shorten(word)} as {shorten(spelt)}, so no answer could ever match "
-            "it. Choose a label word that the tokenizer gives back unchanged."
+            f"The {tokenizer_named(tokenizer)} spells the label {shorten(word)} as {shorten(spelt)}, so no answer "
+            "could ever match it. Choose a label word that the tokenizer gives back unchanged."
         )
     return ids
 

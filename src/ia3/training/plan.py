@@ -280,12 +280,19 @@ class RunPlan:
 
     def check_finite(self, loss: float, name: str, step: int) -> None:
         """Refuse a loss that is not finite by a FloatingPointError."""
-        if not math.isfinite(loss):
+        if math.isfinite(loss):
+            return
+        if step == 0:
             raise FloatingPointError(
-                f"The {name} is {loss} at step {step}, so training stopped and the adapter was not saved. Lower the "
-                f"learning rate (it is {self.settings.learning_rate:g}); T5 models overflow in float16: load them in "
-                "float32 or bfloat16."
+                f"The {name} is {loss} before the first step, so it is the base model, {self.learner.task.base_model}, "
+                "that gives it: its weights are damaged, or overflow, as T5's do in float16: load them in float32 or "
+                "bfloat16."
             )
+        raise FloatingPointError(
+            f"The {name} is {loss} at step {step}, so training stopped and the adapter was not saved. Lower the "
+            f"learning rate (it is {self.settings.learning_rate:g}); T5 models overflow in float16: load them in "
+            "float32 or bfloat16."
+        )
 
     def result(self, folder: Path, *, write: bool = True) -> Run:
         """The run, once it is finished and its adapters are in the folder; with `write` it writes `result.json`."""
