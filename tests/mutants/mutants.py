@@ -214,6 +214,8 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("AutoPeftModel._base_class", Never("package"), "an adapter may import any package"),
         Mutant("_load_base", Never("revision"), "another revision of the base is loaded than was trained"),
         Mutant("_grow_vocabulary", Never("tokenizer"), "tokens that were added have no embedding"),
+        Mutant("naming_its_base", Instead("str(adapter) in str(error)", "True"),
+               "a base that can't be loaded is said without the adapter that names it"),
     ],
     ("test_convert.py",): [
         Mutant("convert_tfew", Skip("_check_ones"), "T-Few's scaled inputs are dropped in silence"),
@@ -442,6 +444,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("make_optimizer", Instead("((vectors, 0.0), (full, settings.weight_decay))",
                                          "((vectors, settings.weight_decay), (full, settings.weight_decay))"),
                "the optimizer pulls vectors to zero"),
+        Mutant("tokenizer_named", Never("name"), "a label that can't be spelt is said without the tokenizer's model"),
         Mutant("_balanced", Instead("own * rounds + chance.sample(own, rest)", "own"), "balanced epochs are not"),
         Mutant("tfew_losses", Instead("present & ~right", "present"), "the right choice is made unlikely too"),
     ],
@@ -449,6 +452,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("Training._weights", Instead("own / self.processes.sum(own.sum(0)).clamp(min=1)",
                                             "torch.full_like(own, 1 / len(counts))"),
                "accumulated batches count equally, whatever they hold"),
+        Mutant("RunPlan.check_finite", Never("step"), "a damaged base is told to lower its learning rate"),
         Mutant("RunPlan.add", Instead("self.rank(evaluation) > self.rank(progress.evaluations[progress.best])",
                                      "self.rank(evaluation) < self.rank(progress.evaluations[progress.best])"),
                "the worst adapter is kept as the best"),
@@ -549,7 +553,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("cli/test_combine.py", "cli/test_targets.py", "cli/test_push.py", "cli/test_wrong_input.py"): [
         Mutant("combine_adapters", Never("exists"), "a combination writes over a folder"),
-        Mutant("combine_adapters", Never("bases"), "adapters of different bases are combined"),
+        Mutant("combine_adapters", Instead("len({*bases}) > 1", "False"), "adapters of different bases are combined"),
         Mutant("_common_task", Instead("len({*tasks}) == 1", "True"), "a combination answers one of two tasks"),
         Mutant("_copy", Instead("_FILES", "[each.name for each in adapter.iterdir()]"),
                "all that lies in the folder is published"),
