@@ -26,6 +26,14 @@ class SettingError(ValueError):
     """Settings that are wrong. Their names stand between backticks, which the command line makes flags of."""
 
 
+class MissingColumnError(SettingError):
+    """Data lack a column that is asked for, `column`."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 @contextmanager
 def naming(source: object) -> Iterator[None]:
     """Say in an error what the input was that is wrong, where its message doesn't."""
@@ -34,8 +42,8 @@ def naming(source: object) -> Iterator[None]:
     except ValueError as error:
         if str(source) in str(error):
             raise
-        kind = NoMatchingPeftModuleError if isinstance(error, NoMatchingPeftModuleError) else ValueError
-        raise kind(f"{source}: {error}") from error
+        known = (NoMatchingPeftModuleError, SettingError, ValueError)
+        raise next(each for each in known if isinstance(error, each))(f"{source}: {error}") from error
 
 
 @contextmanager

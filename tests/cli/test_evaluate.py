@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from running import succeed
+from running import call, message, succeed
 
 from ia3.cli.evaluate import print_figures
 from ia3.tasks.metrics import figures_of, wilson_interval
@@ -85,3 +86,35 @@ def test_other_columns_than_in_training(adapter: Path, data: Path, tmp_path: Pat
     found = json.loads(succeed("evaluate", adapter, "--data", renamed, *named, "--json").stdout)
     same = json.loads(succeed("evaluate", adapter, "--data", data, "--json").stdout)
     assert found == {**same, "data": str(renamed)}
+
+
+def test_the_adapter_is_said_to_read_a_column_that_data_lack(adapter: Path, data: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(data.read_text().replace("text,label", "review,tone"))
+    said = "".join(message(call("evaluate", adapter, "--data", renamed)).split())
+    assert "hasnocolumn'text'" in said
+    assert "--text-column" in said
+    assert f"{adapter}wastrainedwiththatcolumn." in said
+    own = "".join(message(call("evaluate", adapter, "--data", renamed, "--text-column", "words")).split())
+    assert "hasnocolumn'words'" in own
+    assert "wastrained" not in own
+
+
+def test_a_label_column_without_a_name_is_no_column(adapter: Path, data: Path) -> None:
+    refused = call("evaluate", adapter, "--data", data, "--label-column", "")
+    assert "has no column ''" in message(refused)
+
+
+def test_the_adapter_is_named_with_the_labels_that_it_knows(adapter: Path, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text(data.read_text().replace("negative", "awful"))
+    said = "".join(message(call("evaluate", adapter, "--data", other)).split())
+    assert f"hasthelabels['awful'],and{adapter}knows" in said
+
+
+def test_labels_that_cannot_be_told_apart_are_said_with_the_adapter(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "copy")
+    path = tmp_path / "copy" / "ia3_task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "labels": ["unknown", "unheard"]}))
+    said = "".join(message(call("predict", tmp_path / "copy", "the share rises")).split())
+    assert f"{tmp_path / 'copy'}:Thelabels'unknown'and'unheard'arethesametothetokenizerof" in said

@@ -112,6 +112,13 @@ def test_every_setting_is_a_key_and_has_its_default() -> None:
         assert make_recipe({"model": "m", "data": "d", field.name: value}) == recipe
 
 
+def test_a_template_that_shows_nothing_is_said_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\ndata: d\ntemplate: words\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: The template 'words' shows no column"):
+        make_recipe({"recipe": path})
+
+
 def test_values_as_yaml_gives_them(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("model: m\ndata: d\nlearning_rate: 3e-3\ndropout: no\noutput: here\ntarget_modules: [k, v]\n")

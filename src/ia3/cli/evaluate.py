@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ from rich.text import Text
 from ia3.cli.flags import Adapter, AnswerBy, AsJson, BatchSize, TextColumn, TrustRemoteCode, print_json
 from ia3.cli.labelling import answer, load_labeller
 from ia3.cli.names import FlagConsole
-from ia3.errors import listed, shorten
+from ia3.errors import MissingColumnError, listed, shorten
 from ia3.inference.labelling import Labeller, Overrides, answered_by
 from ia3.runs.screen import Screen
 from ia3.runs.tables import NONE, Column, facts, print_table
@@ -49,26 +51,29 @@ def evaluate(
     saved = load_task(adapter)
     wording = saved.template if saved is not None else Template.of_column("text")
     wording = wording if text_column is None else wording.with_column(text_column)
-    answers = label_column or (saved.label_column if saved is not None else "label")
+    own_answers = saved.label_column if saved is not None else "label"
+    answers = own_answers if label_column is None else label_column
     records = read_for(data, wording, answers if saved is None or saved.kind.has_answers else None)
     labeller = load_labeller(adapter, progress, Overrides(text_column=text_column), trusted=trust_remote_code)
     task = labeller.task
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind
-    examples = load_examples(
-        records,
-        template=task.template,
-        label_column=label_column or task.label_column,
-        kind=kind,
-        merge_labels=kind is not task.kind,
-    )
+    said = {*(task.template.fields if text_column is None else ()), *([own_answers] if label_column is None else ())}
+    with naming_who_asks(adapter, said):
+        examples = load_examples(
+            records,
+            template=task.template,
+            label_column=answers,
+            kind=kind,
+            merge_labels=kind is not task.kind,
+        )
     if kind is task.kind:
         examples = match_labels(examples, task.labels, "the adapter's")
     progress.print(examples.describe(), markup=False, highlight=False)
     if kind is not task.kind:
         task = replace(task, kind=kind, labels=examples.labels)
     elif kind.has_labels:
-        _expect_known(examples, task)
+        _expect_known(examples, task, adapter)
     task = answered_by(task, answer_by)
     labeller = replace(labeller, task=task)
     if kind.has_answers:
@@ -120,7 +125,18 @@ def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_si
     return {"method": task.method, **figures_of(flat[0], flat[1], task.labels), **scores}
 
 
-def _expect_known(examples: Examples, task: Task) -> None:
+@contextmanager
+def naming_who_asks(adapter: str, columns: set[str]) -> Iterator[None]:
+    """Say of a column that data lack that it is the adapter that reads it, where nobody else named it."""
+    try:
+        yield
+    except MissingColumnError as error:
+        if error.column not in columns:
+            raise
+        raise MissingColumnError(f"{error} {adapter} was trained with that column.", error.column) from error
+
+
+def _expect_known(examples: Examples, task: Task, adapter: str) -> None:
     from ia3.tasks.task import TaskKind
 
     words = task.kind is TaskKind.TOKEN_CLASSIFICATION
@@ -131,7 +147,7 @@ def _expect_known(examples: Examples, task: Task) -> None:
         near = [*alike] or difflib.get_close_matches(unknown[0], task.labels, n=1)
         hint = f" Did you mean {shorten(near[0])} for {shorten(unknown[0])}?" if near else ""
         raise ValueError(
-            f"{examples.source} has the labels [{listed(unknown)}], and the adapter knows [{listed(task.labels)}]."
+            f"{examples.source} has the labels [{listed(unknown)}], and {adapter} knows [{listed(task.labels)}]."
             f"{hint} Correct the labels, or name the right --label-column."
         )
 

@@ -50,7 +50,7 @@ class Format:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The columns that a record must have."""
-        return (*self.template.required, *([self.answer] if self.answer else []))
+        return (*self.template.required, *([] if self.answer is None else [self.answer]))
 
     def require(self, source: str, found: Iterable[str]) -> None:
         """Refuse a source, or a record, without a column that must be there."""
@@ -59,7 +59,7 @@ class Format:
     def columns(self, found: Iterable[str]) -> tuple[str, ...]:
         """What is read of the columns that there are."""
         system = [_SYSTEM] if self.reads_system and _SYSTEM in found else []
-        return (*self.template.fields, *([self.answer] if self.answer else []), *system)
+        return (*self.template.fields, *([] if self.answer is None else [self.answer]), *system)
 
     def describe(self, found: Iterable[str]) -> list[str]:
         """How records are read, and that their answers aren't in a column `label`, in a line each."""

@@ -99,7 +99,7 @@ def texts_as_records(texts: Iterable[str], task: Task) -> Records:
     fields = task.template.fields
     if len(task.template.required) > 1:
         raise ValueError(
-            f"This adapter reads the columns [{listed(fields)}], so a sentence is not enough: give a `file` with them."
+            f"The adapter reads the columns [{listed(fields)}], so a sentence is not enough: give a `file` with them."
         )
     rows = tuple((f"number {number}", {fields[0]: text}) for number, text in enumerate(texts, start=1))
     return Records("the sentences", fields, rows)

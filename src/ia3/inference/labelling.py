@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ia3.errors import naming
 from ia3.tasks.task import Task, TaskKind, load_task
 from ia3.tasks.template import Template
 
@@ -63,6 +64,7 @@ def load_labeller(adapter: str, overrides: Overrides, *, trust_remote_code: bool
 
     from ia3.inference.classify import class_labels
     from ia3.inference.loading import DTYPES, load_adapter
+    from ia3.inference.rank import tokenise_labels
 
     disable_progress_bar()
     saved = load_task(adapter)
@@ -74,6 +76,9 @@ def load_labeller(adapter: str, overrides: Overrides, *, trust_remote_code: bool
     if task is None:
         task_type = model.peft_config[model.active_adapter].task_type
         task = overrides.over(task_without_file(task_type, lambda: class_labels(model)))
+    if task.kind is TaskKind.LABEL_WORDS:
+        with naming(adapter):
+            tokenise_labels(task.labels, tokenizer)  # refuses what can't be told apart
     return Labeller(model=model, tokenizer=tokenizer, task=task)
 
 

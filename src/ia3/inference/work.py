@@ -15,7 +15,7 @@ from typing import Protocol
 from ia3.config import PeftConfig
 from ia3.data.questions import Questions, read_questions, texts_as_records
 from ia3.data.records import Records
-from ia3.errors import shorten
+from ia3.errors import naming, shorten
 from ia3.inference.answering import Answer, Answerer, cut_line
 from ia3.inference.labelling import Labeller, Overrides, load_labeller, task_without_file
 from ia3.inference.many import Company, companies_of, find_adapters
@@ -216,7 +216,8 @@ def _work_of_one(
         with tell.loading(adapter):
             labeller = load_labeller(adapter, overrides, trust_remote_code=trusted)
         task = labeller.task
-    records = read if isinstance(read, Records) else texts_as_records(read, task)
+    with naming(adapter):
+        records = read if isinstance(read, Records) else texts_as_records(read, task)
 
     def load() -> Answering:
         return _Alone(labeller or load_labeller(adapter, overrides, trust_remote_code=trusted), batch_size)

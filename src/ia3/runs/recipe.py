@@ -117,6 +117,8 @@ class Recipe(TrainSettings):
                 f"There is a `template` and the text column {shorten(self.text_column)}: a template names its "
                 f"columns itself, as in 'Review: {{{self.text_column:.50}}}', so leave `text_column` out."
             )
+        if self.template is not None:
+            Template(self.template)  # refuses one that shows nothing
 
     @property
     def settings(self) -> TrainSettings:

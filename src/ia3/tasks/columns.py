@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from ia3.errors import SettingError, listed, shorten
+from ia3.errors import MissingColumnError, listed, shorten
 
 # What the model usually has to read: parts of a text, what comes beside it, and what is one by itself.
 _TEXTS = ("instruction", "input", "context", "passage", "premise", "hypothesis", "question", "query", "prompt", "claim")
@@ -124,8 +124,9 @@ def require_columns(
                 f" Did you mean {shorten(plain[name])}?"
                 for name in get_close_matches(_plain(column[:_COMPARED]), plain, 1, 0.75)
             ]
-            raise SettingError(
+            raise MissingColumnError(
                 f"{source} has no column {shorten(column)}; its columns are {listed(found, _SHOWN)}."
                 f"{''.join(near)} Name the right {'ones' if labelled else 'one'} by `{how}`"
-                f"{' and `label_column`' if labelled else ''}{f', such as {likely}' if likely else ''}."
+                f"{' and `label_column`' if labelled else ''}{f', such as {likely}' if likely else ''}.",
+                column,
             )

@@ -243,7 +243,10 @@ def _task_of(content: dict[str, Any], source: str) -> Task:
         return checked(name, value, lambda found: type(found) is int and found > 0, "a positive whole number")
 
     template = checked("template", content.get("template"), _is_text, "a text such as '{text}'")
-    labels = checked("labels", content.get("labels"), _are_words, "a list of words") if kind.has_labels else ()
+    least = 1 if kind is TaskKind.TOKEN_CLASSIFICATION else 2
+    words = f"a list of {'words' if least == 1 else 'two words or more'}, none of them twice or blank"
+    labels = checked("labels", content.get("labels"), _are_words(least), words) if kind.has_labels else ()
+    checked("label_column", content.get("label_column", "label"), lambda found: bool(found.strip()), "a column's name")
     try:
         return Task(
             kind=kind,
@@ -279,5 +282,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _are_words(value: Any) -> bool:
-    return fits(value, list[str]) and bool(value)
+def _are_words(least: int) -> Callable[[Any], bool]:
+    return lambda value: (
+        fits(value, list[str]) and len({*value}) == len(value) >= least and all(word.strip() for word in value)
+    )
