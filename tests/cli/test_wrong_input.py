@@ -129,7 +129,7 @@ WRONG = {
     "sentence and file": ("predict {adapter} sentence --file good.csv", "give one of them"),
     "no input file": ("predict {adapter} --file nothing.csv", "There is no file nothing.csv"),
     "input without rows": ("predict {adapter} --file header.csv", "has no rows: expected at least one"),
-    "input without texts": ("predict {adapter} --file blank.csv", "None of the 1 rows has a text"),
+    "input without texts": ("predict {adapter} --file blank.csv", "None of the 1 rows of blank.csv has a text"),
     "input of another kind": (
         "predict {adapter} --file other.doc",
         "expected .csv, .tsv, .xlsx, .jsonl, .json, .parquet",

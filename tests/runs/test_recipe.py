@@ -18,6 +18,7 @@ from typer.main import get_command
 import tiny_seq2seq
 from ia3.bundled import TITLER
 from ia3.cli.main import app
+from ia3.errors import NoMatchingPeftModuleError
 from ia3.runs.grid import NOT_SWEPT
 from ia3.runs.recipe import RECIPES, Recipe, make_recipe, override, read_recipe, resolve
 from ia3.runs.settings import TrainSettings, fields_of
@@ -117,6 +118,17 @@ def test_a_template_that_shows_nothing_is_said_with_its_file(tmp_path: Path) -> 
     path.write_text("model: m\ndata: d\ntemplate: words\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml: The template 'words' shows no column"):
         make_recipe({"recipe": path})
+
+
+def test_target_modules_that_match_nothing_are_said_with_the_recipes_file(base: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("target_modules: [nothing]\n")
+    asked = {"data": tiny_seq2seq.examples(12), "console": quiet(), "output": tmp_path / "run"}
+    with pytest.raises(NoMatchingPeftModuleError, match=r"recipe\.yaml: .*nothing"):
+        train(base, recipe=path, **asked)
+    with pytest.raises(NoMatchingPeftModuleError) as caught:
+        train(base, recipe=path, target_modules=["none"], **asked)
+    assert "recipe.yaml" not in str(caught.value)
 
 
 def test_values_as_yaml_gives_them(tmp_path: Path) -> None:

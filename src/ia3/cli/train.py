@@ -54,13 +54,15 @@ def _train(resume: Path | None, seeds: str | None, given: dict[str, Any], *, as_
         run = _run(resume, {}, progress, trusted=trusted)
     else:
         from ia3.runs.look import look_before
+        from ia3.runs.recipe import naming_its_file
 
         recipes = _recipes(given, seeds)
         looked = look_before(*recipes)
-        if len(recipes) > 1:
-            _train_each(recipes, looked, progress, as_json=as_json, trusted=trusted)
-            return
-        run = _run(recipes[0], looked, progress, trusted=trusted)
+        with naming_its_file(given):
+            if len(recipes) > 1:
+                _train_each(recipes, looked, progress, as_json=as_json, trusted=trusted)
+                return
+            run = _run(recipes[0], looked, progress, trusted=trusted)
     print_result(run, as_json=as_json)
     if not as_json:
         typer.echo(f'\nUse it: ia3 predict {run.adapter_dir} "…"')

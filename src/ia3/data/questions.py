@@ -60,7 +60,9 @@ class Questions:
         count = sum(bool(self[place].text) for place in range(len(self)))
         if not count:
             fields = sorted({field for task in self.tasks for field in task.template.fields})
-            raise ValueError(f"None of the {len(self):,} rows has a text in [{listed(fields)}].")
+            raise ValueError(
+                f"None of the {len(self):,} rows of {self.records.source} has a text in [{listed(fields)}]."
+            )
         return count
 
     @cached_property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, Field, InstanceOf
 
 from ia3.data.records import decode_text
-from ia3.errors import SettingError, fit_screen, listed, shorten
+from ia3.errors import NoMatchingPeftModuleError, SettingError, fit_screen, listed, shorten
 from ia3.files import expect_path, read_file
 from ia3.runs.defaults import LEFT_TO_THE_DATA, default_settings
 from ia3.runs.settings import LARGEST, Flag, Positive, PositiveReal, Seed, TrainSettings, checked, field_names
@@ -248,6 +249,22 @@ class _RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]
             raise yaml.YAMLError(f"the keys [{listed(twice)}] stand there more than once; keep one of each.")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
+
+
+@contextmanager
+def naming_its_file(content: Mapping[str, Any]) -> Iterator[None]:
+    """Say which recipe's file it is whose `target_modules` match nothing of the model.
+
+    Args:
+        content: what `make_recipe` was given.
+    """
+    try:
+        yield
+    except NoMatchingPeftModuleError as error:
+        name = content.get("recipe")
+        if name is None or name in RECIPES or "target_modules" in content:
+            raise
+        raise NoMatchingPeftModuleError(f"{name}: {error}") from error
 
 
 def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) -> Recipe:

@@ -18,7 +18,7 @@ from ia3.inference.loading import Base
 from ia3.inference.processes import ALONE, Processes, join
 from ia3.runs.lock import locked
 from ia3.runs.look import Looked, look_before
-from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe, resolve
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, naming_its_file, read_recipe, resolve
 from ia3.runs.report import complete_cards, draw_report, write_report
 from ia3.runs.run import (
     ADAPTER_FILES,
@@ -87,7 +87,8 @@ def train(
         >>> run.final.accuracy
     """
     made = make_recipe({**recipe, "model": model, "data": data})
-    return run_recipe(made, console or Screen(stderr=True), trust_remote_code=trust_remote_code)
+    with naming_its_file(recipe):
+        return run_recipe(made, console or Screen(stderr=True), trust_remote_code=trust_remote_code)
 
 
 def resume_run(
