@@ -601,6 +601,7 @@ def test_the_differences_of_methods_are_measured() -> None:
     assert beside["minilm", "raft"] >= -0.01
     here, low, high = (100 * each for each in t_few["ia3"])
     assert f"minus off are **{here:+.1f} points** ({low:+.1f} to {high:+.1f})" in text
+    assert f"gain [{here:.1f} points](choosing.md" in " ".join((DOCS / "training.md").read_text().split())
     others = [found["titler", data, "t-few"]["against"]["ia3"] for data in ("phrasebank", "tweets")]
     assert "{:+.1f} on PhraseBank, {:+.1f} on tweets, both within".format(*(100 * each[0] for each in others)) in text
     assert all(low < 0 < high for _, low, high in others)
