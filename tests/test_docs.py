@@ -12,6 +12,7 @@ import io
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -666,6 +667,26 @@ def test_what_one_seed_has_on_orders_is_measured() -> None:
     percents = [100 * row[f"{part}_accuracy"] for row in (slow, fast) for part in ("validation", "test")]
     assert "with {:.1f} % there and {:.1f} on the test rows by the first seed".format(*percents[:2]) in text
     assert "at 0.01 that seed has {:.1f} and {:.1f}".format(*percents[2:]) in text
+
+
+def test_what_is_not_complete_is_measured_so_far() -> None:
+    found, text = evidence()
+    records = [json.loads(line) for line in (RESULTS / "evidence.jsonl").read_text().splitlines() if line]
+    of_raft = [
+        record
+        for record in records
+        if record["kind"] == "run" and record["base"] == "titler" and record["data"].startswith("raft/")
+    ]
+    for words, method in (("every linear layer had", "ia3-linear"), ("and all weights", "full")):
+        by_rate: dict[float, list[float]] = {}
+        for record in of_raft:
+            if record["method"] == method:
+                by_rate.setdefault(record["rate"], []).append(record["test_accuracy"])
+        means = {rate: statistics.mean(accuracies) for rate, accuracies in by_rate.items()}
+        highest = max(means)
+        assert f"{words} {100 * means[highest]:.1f} % at {highest:g}" in text
+        assert max(means, key=means.__getitem__) == highest
+        assert ("titler", "raft", method) not in found
 
 
 def test_what_a_step_of_each_method_costs_is_measured() -> None:
