@@ -50,8 +50,9 @@ def main() -> None:
         parser.error("where are the data sets? --data-folder, or IA3_DATA")
     say_machine()
     known = read(arguments.output)
-    for base, name, seed in itertools.product(arguments.bases, arguments.data, arguments.seeds):
-        for data, settings in itertools.product(sets(arguments.data_folder, base, name, seed), arguments.settings):
+    for base, name in itertools.product(arguments.bases, arguments.data):
+        drawn = sets(arguments.data_folder, base, name, arguments.seeds)
+        for (seed, data), settings in itertools.product(drawn, arguments.settings):
             key = {"base": base, "data": data.name, "digest": data.digest, "settings": settings, "seed": seed}
             if not any(key.items() <= run.items() for run in known):
                 known.append(key | train(data, base, settings, seed) | {"machine": machine()})
@@ -62,11 +63,12 @@ def main() -> None:
         print(*row, sep=" | ")
 
 
-def sets(folder: Path, base: str, name: str, seed: int) -> list[Data]:
-    """The data set; of RAFT each task, with this fold held out."""
+def sets(folder: Path, base: str, name: str, seeds: list[int]) -> list[tuple[int, Data]]:
+    """Each seed with the data set; of RAFT with each task, whose fold of that number is held out."""
     if name == RAFT:
-        return [load_raft(folder, task, seed) for task in RAFT_TASKS]
-    return [load(folder, name, plan_of(base, name))]
+        return [(seed, load_raft(folder, task, seed)) for seed in seeds for task in RAFT_TASKS]
+    data = load(folder, name, plan_of(base, name))
+    return [(seed, data) for seed in seeds]
 
 
 def train(data: Data, base: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:

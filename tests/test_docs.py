@@ -543,6 +543,11 @@ SETS = {
 }
 
 
+def records_of(name: str) -> list[dict]:
+    """The lines of a results' file."""
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
 def evidence() -> tuple[dict, str]:
     """By base, data and method what was measured, and the page's words."""
     rows = json.loads((RESULTS / "evidence.json").read_text())["rows"]
@@ -660,7 +665,7 @@ def test_the_rates_of_methods_are_measured() -> None:
 
 def test_what_one_seed_has_on_orders_is_measured() -> None:
     _, text = evidence()
-    records = [json.loads(line) for line in (RESULTS / "evidence.jsonl").read_text().splitlines() if line]
+    records = records_of("evidence.jsonl")
     of_orders = {"kind": "run", "base": "smollm2", "data": "orders", "method": "ia3", "seed": 0}
     by_rate = {record["rate"]: record for record in records if of_orders.items() <= record.items()}
     (slow, fast) = (by_rate[rate] for rate in (3e-3, 1e-2))
@@ -671,7 +676,7 @@ def test_what_one_seed_has_on_orders_is_measured() -> None:
 
 def test_what_is_not_complete_is_measured_so_far() -> None:
     found, text = evidence()
-    records = [json.loads(line) for line in (RESULTS / "evidence.jsonl").read_text().splitlines() if line]
+    records = records_of("evidence.jsonl")
     of_raft = [
         record
         for record in records
@@ -711,11 +716,10 @@ def test_what_a_step_of_each_method_costs_is_measured() -> None:
 
 
 def test_what_the_recipe_reaches_is_measured() -> None:
-    runs = [json.loads(line) for line in (RESULTS / "recipes.jsonl").read_text().splitlines()]
-    bases, sets = {"MiniLM": "minilm", "T5": "titler"}, {"PhraseBank": "phrasebank", "tweets": "tweets"}
+    runs = records_of("recipes.jsonl")
     rows = table_after("choosing.md", "The recipe")
     for name, seeds, *means in rows:
-        base, data = (of[part] for of, part in zip((bases, sets), name.split(", "), strict=True))
+        base, data = (of[part] for of, part in zip((BASES, SETS), name.split(", "), strict=True))
         for settings, told in zip(({}, {"recipe": "all-linear"}), means, strict=True):
             wanted = {"base": base, "data": data, "settings": settings}
             found = [run["accuracy"] for run in runs if wanted.items() <= run.items()]
@@ -747,7 +751,7 @@ def test_what_a_sweep_chose_is_measured() -> None:
     assert other == ("smollm2", "tweets")
     assert "it chose {:g} and the full runs {:g}".format(*chose) in text
     assert f"costs {-here:.1f} points ({low:+.1f} to {high:+.1f})" in text
-    records = [json.loads(line) for line in (RESULTS / "evidence.jsonl").read_text().splitlines() if line]
+    records = records_of("evidence.jsonl")
     of_seed = {"kind": "run", "base": "smollm2", "data": "tweets", "method": "ia3", "seed": 0}
     (both,) = {r["validation_accuracy"] for r in records if of_seed.items() <= r.items() and r["rate"] in chose}
     assert f"both rates had {100 * both:.1f} % of the validation rows" in text

@@ -116,8 +116,8 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
     costs: dict[str, Record] = {}
     for each in records:
         if each["kind"] in ("speed", "memory") and each["base"] == base:
-            found_of = {name: value for name, value in each.items() if name.endswith(("_ms", "_bytes"))}
-            costs[each["method"]] = costs.get(each["method"], {}) | found_of
+            own_costs = {name: value for name, value in each.items() if name.endswith(("_ms", "_bytes"))}
+            costs[each["method"]] = costs.get(each["method"], {}) | own_costs
     complete = {method: is_complete(method, data, judged) for method, judged in found.items()}
     return [
         Row(
@@ -223,7 +223,7 @@ def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
             "base": swept["base"],
             "data": swept["data"],
             "steps": swept["steps"],
-            "seeds": 3 if swept["kind"] == "sweep-seeds" else 1,
+            "seeds": swept.get("seeds", 1),
             "seconds": swept["seconds"],
             "sweep_rate": swept["chosen"],
             "grid_rate": grid.rates[0],

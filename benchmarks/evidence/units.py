@@ -291,8 +291,18 @@ class Worker:
         """Data in batches of sixteen, and what names this part's record."""
         data = load(self.settings.folder, self.unit.data, self.plan)
         encoded = self._encoded(data, replace(self.plan, batch_size=2 if self.settings.small else 16))
-        key: Record = {"kind": self.unit.part, "base": self.unit.base, "data": data.name, "digest": data.digest}
-        return data, encoded, key | {"method": self.unit.method}
+        return data, encoded, self._key(data)
+
+    def _key(self, data: Data) -> Record:
+        """What names a record of a part that is not of runs."""
+        unit = self.unit
+        return {
+            "kind": unit.part,
+            "base": unit.base,
+            "data": data.name,
+            "digest": data.digest,
+            "method": unit.method,
+        }
 
     def _measure(self, trainer: Trainer, encoded: Encoded, way: str) -> Record:
         cuda = self.settings.device == "cuda"
@@ -363,8 +373,7 @@ class Worker:
         By one seed a rate, or by the mean of three.
         """
         data = load(self.settings.folder, self.unit.data, self.plan)
-        key: Record = {"kind": self.unit.part, "base": self.unit.base, "data": data.name, "digest": data.digest}
-        key |= {"method": IA3, "steps": self.plan.steps}
+        key = self._key(data) | {"steps": self.plan.steps}
         record = self.results.find(**key)
         if record is None:
             if time.time() > self.settings.until:
@@ -404,7 +413,8 @@ class Worker:
                 for given, run in zip(found.settings, found.runs, strict=True)
             ]
         seconds = round(time.perf_counter() - started, 1)
-        return {"chosen": chosen_by(ranking, len(seeds)), "ranking": ranking, "seconds": seconds}
+        chosen = chosen_by(ranking, len(seeds))
+        return {"chosen": chosen, "ranking": ranking, "seconds": seconds, "seeds": len(seeds)}
 
 
 def chosen_by(ranking: list[Record], seeds: int) -> float:

@@ -42,8 +42,7 @@ def naming(source: object) -> Iterator[None]:
     except ValueError as error:
         if str(source) in str(error):
             raise
-        known = (NoMatchingPeftModuleError, SettingError, ValueError)
-        raise next(each for each in known if isinstance(error, each))(f"{source}: {error}") from error
+        raise _saying(f"{source}: {error}", error) from error
 
 
 @contextmanager
@@ -54,9 +53,13 @@ def naming_its_base(adapter: object, base: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if str(adapter) in str(error):
             raise
-        known = (FileNotFoundError, OSError, ValueError)
-        kind = next(each for each in known if isinstance(error, each))
-        raise kind(f"{adapter} names the base model {shorten(base)}: {error}") from error
+        raise _saying(f"{adapter} names the base model {shorten(base)}: {error}", error) from error
+
+
+def _saying(message: str, error: Exception) -> Exception:
+    """Another error of the kind that is caught by, with this message."""
+    kinds = (NoMatchingPeftModuleError, SettingError, FileNotFoundError, OSError, ValueError)
+    return next(kind for kind in kinds if isinstance(error, kind))(message)
 
 
 def tokenizer_named(tokenizer: Any) -> str:

@@ -34,6 +34,11 @@ def processor_seconds(*command: str | Path, code: int = 0) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def unwrapped(text: str) -> str:
+    """Without blanks: a panel breaks long paths anywhere."""
+    return "".join(text.split())
+
+
 def message(result: Result) -> str:
     """What an error's panel says, on one line."""
     return " ".join(result.stderr.replace("│", " ").split())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import call, message, succeed
+from running import call, message, succeed, unwrapped
 
 import tiny_seq2seq
 from ia3 import AutoPeftModelForSeq2SeqLM, PeftModel
@@ -104,10 +104,10 @@ def test_adapters_of_different_bases(pair: tuple[Path, Path], tmp_path: Path) ->
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "some/other"}))
     said = message(call("combine", pair[0], other, "--output", tmp_path / "both"))
     base = json.loads((pair[0] / "adapter_config.json").read_text())["base_model_name_or_path"]
-    together = "".join(said.split())
+    together = unwrapped(said)
     assert "differentbasemodels" in together
-    assert "".join(f"{pair[0]} to {base!r}".split()) in together
-    assert "".join(f"{other} to 'some/other'".split()) in together
+    assert unwrapped(f"{pair[0]} to {base!r}") in together
+    assert unwrapped(f"{other} to 'some/other'") in together
 
 
 def test_compare(pair: tuple[Path, Path], tmp_path: Path) -> None:

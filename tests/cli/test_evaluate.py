@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from running import call, message, succeed
+from running import call, message, succeed, unwrapped
 
 from ia3.cli.evaluate import print_figures
 from ia3.tasks.metrics import figures_of, wilson_interval
@@ -91,11 +91,11 @@ def test_other_columns_than_in_training(adapter: Path, data: Path, tmp_path: Pat
 def test_the_adapter_is_said_to_read_a_column_that_data_lack(adapter: Path, data: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "renamed.csv"
     renamed.write_text(data.read_text().replace("text,label", "review,tone"))
-    said = "".join(message(call("evaluate", adapter, "--data", renamed)).split())
+    said = unwrapped(message(call("evaluate", adapter, "--data", renamed)))
     assert "hasnocolumn'text'" in said
     assert "--text-column" in said
     assert f"{adapter}wastrainedwiththatcolumn." in said
-    own = "".join(message(call("evaluate", adapter, "--data", renamed, "--text-column", "words")).split())
+    own = unwrapped(message(call("evaluate", adapter, "--data", renamed, "--text-column", "words")))
     assert "hasnocolumn'words'" in own
     assert "wastrained" not in own
 
@@ -108,7 +108,7 @@ def test_a_label_column_without_a_name_is_no_column(adapter: Path, data: Path) -
 def test_the_adapter_is_named_with_the_labels_that_it_knows(adapter: Path, data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.csv"
     other.write_text(data.read_text().replace("negative", "awful"))
-    said = "".join(message(call("evaluate", adapter, "--data", other)).split())
+    said = unwrapped(message(call("evaluate", adapter, "--data", other)))
     assert f"hasthelabels['awful'],and{adapter}knows" in said
 
 
@@ -116,5 +116,5 @@ def test_labels_that_cannot_be_told_apart_are_said_with_the_adapter(adapter: Pat
     shutil.copytree(adapter, tmp_path / "copy")
     path = tmp_path / "copy" / "ia3_task.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "labels": ["unknown", "unheard"]}))
-    said = "".join(message(call("predict", tmp_path / "copy", "the share rises")).split())
+    said = unwrapped(message(call("predict", tmp_path / "copy", "the share rises")))
     assert f"{tmp_path / 'copy'}:Thelabels'unknown'and'unheard'arethesametothetokenizerof" in said

@@ -59,7 +59,7 @@ def evaluate(
     # Data alone tell the labels of an adapter that came without a task.
     kind = TaskKind.LABEL_WORDS if task.kind is TaskKind.GENERATION and not task.base_model else task.kind
     said = {*(task.template.fields if text_column is None else ()), *([own_answers] if label_column is None else ())}
-    with naming_who_asks(adapter, said):
+    with _naming_who_asks(adapter, said):
         examples = load_examples(
             records,
             template=task.template,
@@ -126,7 +126,7 @@ def _figures(labeller: Labeller, examples: Examples, progress: Console, batch_si
 
 
 @contextmanager
-def naming_who_asks(adapter: str, columns: set[str]) -> Iterator[None]:
+def _naming_who_asks(adapter: str, columns: set[str]) -> Iterator[None]:
     """Say of a column that data lack that it is the adapter that reads it, where nobody else named it."""
     try:
         yield

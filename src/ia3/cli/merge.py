@@ -53,21 +53,14 @@ def _load(adapter: str, trusted: bool) -> tuple[Any, Any]:
 
     from ia3 import auto
     from ia3.config import PeftConfig
-    from ia3.errors import naming_its_base
-    from ia3.inference.loading import load_tokenizer, reading_weights
+    from ia3.inference.loading import base_of, load_tokenizer_of, reading_weights
     from ia3.peft_model import CLASS_FOR_TASK
 
     disable_progress_bar()
     config = PeftConfig.from_pretrained(adapter)
-    base = config.base_model_name_or_path
-    if base is None:
-        raise ValueError(
-            f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
-        )
-    with naming_its_base(adapter, base):
-        tokenizer = load_tokenizer(base, revision=config.revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer_of(adapter, config, trust_remote_code=trusted)
     loader: Any = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
-    with reading_weights(base):
+    with reading_weights(base_of(adapter, config)):
         return loader.from_pretrained(adapter, trust_remote_code=trusted), tokenizer
 
 

@@ -215,6 +215,26 @@ def load_tokenizer(model_name: str, **how: Any) -> Any:
     return Base(model_name, **how).tokenizer
 
 
+def base_of(adapter: str | Path, config: PeftConfig) -> str:
+    """The base model that an adapter names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if config.base_model_name_or_path is None:
+        raise ValueError(
+            f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
+        )
+    return config.base_model_name_or_path
+
+
+def load_tokenizer_of(adapter: str | Path, config: PeftConfig, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the base model that an adapter names; errors are those of `load_tokenizer` and `base_of`."""
+    base = base_of(adapter, config)
+    with naming_its_base(adapter, base):
+        return load_tokenizer(base, revision=config.revision, trust_remote_code=trust_remote_code)
+
+
 @contextmanager
 def reading_weights(model_name: str) -> Iterator[None]:
     """Say which base model it is whose weights are missing or damaged.
@@ -264,17 +284,13 @@ def load_adapter(
     """
     expect_adapter_unchanged(adapter)
     config = PeftConfig.from_pretrained(adapter)
-    if config.base_model_name_or_path is None:
-        raise ValueError(
-            f"The adapter in {adapter} names no base model: set base_model_name_or_path in its configuration."
-        )
+    base = base_of(adapter, config)
     if config.task_type not in {kind.task_type for kind in TaskKind}:
         raise ValueError(f"The adapter in {adapter} is for the task {config.task_type}, which this can't answer.")
-    trusted = {"trust_remote_code": trust_remote_code}
-    with naming_its_base(adapter, config.base_model_name_or_path):
-        tokenizer = load_tokenizer(config.base_model_name_or_path, revision=config.revision, **trusted)
-    with reading_weights(config.base_model_name_or_path):
+    tokenizer = load_tokenizer_of(adapter, config, trust_remote_code=trust_remote_code)
+    with reading_weights(base):
         loader = getattr(auto, f"Auto{CLASS_FOR_TASK[config.task_type].__name__}")
         more = {} if quantize is None else _quantised(quantize, dtype)
-        model = loader.from_pretrained(adapter, **trusted, **({} if dtype is None else {"dtype": dtype}), **more)
+        dtypes = {} if dtype is None else {"dtype": dtype}
+        model = loader.from_pretrained(adapter, trust_remote_code=trust_remote_code, **dtypes, **more)
     return model.eval().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
