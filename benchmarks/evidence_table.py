@@ -1,7 +1,7 @@
 """(IA)³ beside LoRA, biases, a head alone and all weights, each at its own best rate, on three bases.
 
     IA3_DATA=… python benchmarks/evidence_table.py [--small] [--bases minilm] [--data banking77] [--methods ia3 lora]
-    IA3_DATA=… python benchmarks/evidence_table.py --parts speed memory sweep sweep-seeds
+    IA3_DATA=… python benchmarks/evidence_table.py --parts speed memory sweep sweep-own
     python benchmarks/evidence_table.py --report
 
 Bases are all-MiniLM-L6-v2 (22 million numbers, a new head on the mean of its tokens), `bundled:flan-t5-small-titler`
@@ -13,12 +13,12 @@ Intervals are bootstrap over seeds and test rows. What was sub-sampled stands in
 
 Each run is a line of the results' file, and what is there is not run again: stop it, or give it `--seconds`, and go on
 by the same command. `--processes` units run side by side on one GPU; `speed` wants one. `memory` counts tensors, on any
-device alike. `sweep` asks which rate `ia3.sweep` picks, `sweep-seeds` which by three seeds a rate. The data folder has
-the data sets as `evidence/data.py` reads them.
+device alike. `sweep` asks which rate `ia3.sweep` picks when it trains as the runs do, `sweep-own` which by the settings
+that it takes where nothing is said. The data folder has the data sets as `evidence/data.py` reads them.
 
 `evidence_carry.py` brings all of that to a machine that nothing can be downloaded to.
 
-Needs: one GPU, --small a CPU; peft, the three wheels, gguf, accelerate and five data sets; 20 minutes.
+Needs: one GPU, --small a CPU; peft, the three wheels, gguf, accelerate and five data sets; an hour and a half.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from evidence.methods import WORDS
 from evidence.units import Settings, Unit, units, work
 
 RESULTS = bench.RESULTS / "evidence.jsonl"
-PARTS = ("runs", "speed", "memory", "sweep", "sweep-seeds")
+PARTS = ("runs", "speed", "memory", "sweep", "sweep-own")
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ def test_a_report_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert summary["rows"][0]["costs"] == {"eager_ms": 2.5, "peak_bytes": 3_000_000_000}
     assert "90.0%" in (printed := capsys.readouterr().out)
     assert "not complete: titler tweets lora" in printed
-    assert "ia3.sweep chose 0.01 in 3 s by 1 seeds, the runs 0.03" in printed
+    assert "sweep chose 0.01 in 3 s, the runs 0.03" in printed
 
 
 # Intervals -----------------------------------------------------------------------------------------------------------
@@ -377,20 +377,13 @@ def test_every_unit_once_and_no_sweep_of_a_classifier() -> None:
     from evidence.bases import BASES
     from evidence.data import PLANS
 
-    found = units.units(["runs", "speed", "memory", "sweep", "sweep-seeds"], [*BASES], [*PLANS], [*methods.WORDS])
+    found = units.units(["runs", "speed", "memory", "sweep", "sweep-own"], [*BASES], [*PLANS], [*methods.WORDS])
     assert len(found) == len({*found})
-    assert {(unit.base, unit.data) for unit in found if unit.part == "sweep-seeds"} == {
+    assert {(unit.base, unit.data) for unit in found if unit.part == "sweep-own"} == {
         *((base, name) for base in ("titler", "smollm2") for name in ("phrasebank", "tweets")),
         ("smollm2", "orders"),
     }
     assert not [unit for unit in found if unit.part in ("speed", "memory") and unit.method == methods.FROZEN]
-
-
-def test_a_rate_of_several_seeds_is_chosen_by_all_of_them() -> None:
-    ranking = [{"rate": rate} for rate in (1e-3, 1e-2, 1e-2, 1e-1, 1e-3, 1e-1)]
-    assert units.chosen_by(ranking, 2) == 1e-2  # places 1 and 2 before 0 and 4
-    assert units.chosen_by([{"rate": 3e-3}, *ranking], 2) == 1e-2  # the other seed's run failed
-    assert units.chosen_by(ranking[:1], 1) == 1e-3
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

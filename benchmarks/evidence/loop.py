@@ -242,8 +242,12 @@ def batches(count: int, size: int, steps: int, seed: int) -> Tensor:
 
 def schedule(step: int, steps: int) -> float:
     """The rate of a step as a part of the highest."""
-    warmup = max(1, round(WARMUP * steps))
+    warmup = warmup_steps(steps)
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def warmup_steps(steps: int) -> int:
+    return max(1, round(WARMUP * steps))
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -19,7 +19,7 @@ from rich.table import Table
 from evidence.bases import DATA_OF
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, plan_of
 from evidence.intervals import Answered, interval
-from evidence.methods import CUSTOMARY, FROZEN, FULL, IA3, LORA, METHODS_OF, WORDS
+from evidence.methods import CUSTOMARY, FROZEN, FULL, IA3, IA3_LINEAR, LORA, METHODS_OF, WORDS
 from evidence.results import (
     RAFT_REACH,
     REACH,
@@ -132,7 +132,7 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
             trained=judged.trained,
             against={
                 other: judged.answers.beside(found[other].answers)
-                for other in (IA3, LORA, FULL)
+                for other in (IA3, IA3_LINEAR, LORA, FULL)
                 if complete.get(other) and other != method and found[other].answers.shapes == judged.answers.shapes
             },
             by_rate=judged.by_rate,
@@ -208,7 +208,7 @@ def raft(runs: list[Record]) -> Judged | None:
 
 def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
     """What `ia3.sweep` chose, and how much is lost by that beside the rate that the runs' own validation chose."""
-    for swept in (record for record in records if record["kind"] in ("sweep", "sweep-seeds")):
+    for swept in (record for record in records if record["kind"] in ("sweep", "sweep-own")):
         same = ("base", "data", "digest", "method", "steps")
         runs = [
             record
@@ -223,7 +223,7 @@ def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
             "base": swept["base"],
             "data": swept["data"],
             "steps": swept["steps"],
-            "seeds": swept.get("seeds", 1),
+            "part": swept["kind"],
             "seconds": swept["seconds"],
             "sweep_rate": swept["chosen"],
             "grid_rate": grid.rates[0],
@@ -248,8 +248,8 @@ def show(rows: list[Row], swept: list[dict[str, Any]]) -> None:
     for each in swept:
         lost = each["difference"]
         console.print(
-            f"{each['base']}, {each['data']}: ia3.sweep chose {each['sweep_rate']:g} in {each['seconds']:.0f} s by "
-            f"{each['seeds']} seeds, the runs {each['grid_rate']:g}; "
+            f"{each['base']}, {each['data']}: {each['part']} chose {each['sweep_rate']:g} in {each['seconds']:.0f} s, "
+            f"the runs {each['grid_rate']:g}; "
             f"test {each['sweep_accuracy']:.2%} and {each['grid_accuracy']:.2%}"
             + (f", difference {points(lost)}" if lost else ""),
             highlight=False,

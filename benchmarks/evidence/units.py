@@ -20,7 +20,7 @@ import bench
 import ia3
 from evidence.bases import BASES, DATA_OF, Base
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, Data, Plan, load, load_raft, plan_of
-from evidence.loop import Encoded, Outcome, Trainer, batches, encode, round_up
+from evidence.loop import LARGEST_NORM, Encoded, Outcome, Trainer, batches, encode, round_up, warmup_steps
 from evidence.memory import Alive
 from evidence.methods import CUSTOMARY, FROZEN, IA3, METHODS_OF
 from evidence.results import (
@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Unit:
-    """One of the parts `runs`, `speed`, `memory`, `sweep` and `sweep-seeds`, of a base, its data and a method."""
+    """One of the parts `runs`, `speed`, `memory`, `sweep` and `sweep-own`, of a base, its data and a method."""
 
     part: str
     base: str
@@ -99,7 +99,7 @@ def units(parts: list[str], bases: list[str], data: list[str], methods: list[str
         ),
         *(
             Unit(part, *each)
-            for part in ("sweep", "sweep-seeds")
+            for part in ("sweep", "sweep-own")
             for each in _cells(bases, data, [IA3])
             if part in parts
         ),
@@ -128,7 +128,7 @@ def work(unit: Unit, settings: Settings) -> str:
             "speed": worker.speed,
             "memory": worker.memory,
             "sweep": worker.sweep,
-            "sweep-seeds": worker.sweep,
+            "sweep-own": worker.sweep,
         }[unit.part]()
     except OutOfTimeError:
         found = "stopped, out of time"
@@ -368,10 +368,7 @@ class Worker:
     # Sweep -----------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> str:
-        """The rate that `ia3.sweep` finds best on the validation set, and the grid's runs at that rate.
-
-        By one seed a rate, or by the mean of three.
-        """
+        """The rate that `ia3.sweep` finds best on the validation set, and the grid's runs at that rate."""
         data = load(self.settings.folder, self.unit.data, self.plan)
         key = self._key(data) | {"steps": self.plan.steps}
         record = self.results.find(**key)
@@ -388,41 +385,39 @@ class Worker:
         from rich.console import Console
 
         rates = SWEPT_RATES[1:3] if self.settings.small else SWEPT_RATES
-        seeds = SEEDS[:3] if self.unit.part == "sweep-seeds" else SEEDS[:1]
+        settings = {} if self.unit.part == "sweep-own" else as_the_runs(self.plan)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             found = ia3.sweep(
                 self.base.source,
                 self.base.examples(data, data.train),
                 test_data=self.base.examples(data, data.validation),
-                over={"learning_rate": list(rates), "seed": list(seeds)},
+                over={"learning_rate": list(rates)},
                 steps=self.plan.steps,
                 evaluate_every=self.plan.steps,
                 batch_size=self.plan.batch_size,
                 max_length=self.plan.max_length,
+                **settings,
+                seed=SEEDS[0],
                 output=Path(folder) / "sweep",
                 console=Console(quiet=True),
             )
             ranking = [
-                {
-                    "rate": given["learning_rate"],
-                    "seed": given["seed"],
-                    "accuracy": run.best.accuracy,
-                    "loss": finite(run.best.loss),
-                }
+                {"rate": given["learning_rate"], "accuracy": run.best.accuracy, "loss": finite(run.best.loss)}
                 for given, run in zip(found.settings, found.runs, strict=True)
             ]
         seconds = round(time.perf_counter() - started, 1)
-        chosen = chosen_by(ranking, len(seeds))
-        return {"chosen": chosen, "ranking": ranking, "seconds": seconds, "seeds": len(seeds)}
+        return {"chosen": ranking[0]["rate"], "ranking": ranking, "seconds": seconds, "settings": settings}
 
 
-def chosen_by(ranking: list[Record], seeds: int) -> float:
-    """The rate whose runs stand first, by the mean of their places where every seed came to an end."""
-    places: dict[float, list[int]] = {}
-    for place, run in enumerate(ranking):
-        places.setdefault(run["rate"], []).append(place)
-    return min((rate for rate in places if len(places[rate]) == seeds), key=lambda rate: mean(places[rate]))
+def as_the_runs(plan: Plan) -> dict[str, Any]:
+    """What a sweep is told in order to train as `Trainer` does."""
+    return {
+        "warmup_steps": warmup_steps(plan.steps),
+        "max_gradient_norm": LARGEST_NORM,
+        "dropout": True,
+        "group_by_length": False,
+    }
 
 
 def finite(number: float | None) -> float | None:
