@@ -97,12 +97,7 @@ def units(parts: list[str], bases: list[str], data: list[str], methods: list[str
             for method in METHODS_OF[base]
             if part in parts
         ),
-        *(
-            Unit(part, *each)
-            for part in ("sweep", "sweep-own")
-            for each in _cells(bases, data, [IA3])
-            if part in parts
-        ),
+        *(Unit(part, *each) for part in ("sweep", "sweep-own") for each in _cells(bases, data, [IA3]) if part in parts),
     ]
     asked = [unit for unit in asked if unit.method in methods]
     asked = [unit for unit in asked if unit.part == "runs" or unit.method != FROZEN]
