@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
@@ -33,9 +34,18 @@ PART = 47 * 2**20
 
 
 def pack(folder: Path, data: Path, size: int = PART) -> None:
-    """Write each base's parts, and the data's, into a folder, with the digests of all of its parts."""
+    """Write each base's parts, and the data's, into a folder, with the digests of all of its parts.
+
+    Raises:
+        ValueError: a data set is missing.
+    """
+    missing = [name for name in SETS if not (data / name).is_dir()]
+    if missing:
+        raise ValueError(f"{data} lacks {', '.join(missing)}.")
     for base in PACKAGES:
         content = _tar(base, data)
+        for former in folder.glob(f"{base}-*"):
+            shutil.rmtree(former)  # a packing in more parts
         parts = [content[start : start + size] for start in range(0, len(content), size)]
         digests = [hashlib.sha256(part).hexdigest() for part in parts]
         for number, part in enumerate(parts):
@@ -60,7 +70,9 @@ def unpack(part: Path, folder: Path) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for digest in {path.name for path in kept.iterdir()} - {*told["digests"]}:
         (kept / digest).unlink()  # of another packing
-    (kept / told["digests"][told["number"]]).write_bytes(content)
+    partial = kept.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(kept / told["digests"][told["number"]])  # so that what is there is whole
     missing = [number for number, digest in enumerate(told["digests"]) if not (kept / digest).exists()]
     if missing:
         print(f"{told['base']}: parts {missing} are still missing")

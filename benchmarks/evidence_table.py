@@ -1,6 +1,6 @@
 """(IA)³ beside LoRA, biases, a head alone and all weights, each at its own best rate, on three bases.
 
-    IA3_DATA=… python benchmarks/evidence_table.py [--small] [--bases minilm] [--data banking77] [--methods ia3 lora]
+    IA3_DATA=… python benchmarks/evidence_table.py [--bases minilm] [--data banking77] [--methods ia3 lora]
     IA3_DATA=… python benchmarks/evidence_table.py --parts speed memory sweep sweep-own
     python benchmarks/evidence_table.py --report
 
@@ -29,6 +29,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -61,12 +62,18 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="table, pictures and summary of what there is")
     arguments = parser.parse_args()
     if arguments.report:
+        if not arguments.results.exists():
+            parser.error(f"no results at {arguments.results}")
         return report.write(arguments.results, bench.RESULTS, bench.RESULTS.parents[1] / "docs" / "images")
-    if arguments.data_folder is None:
-        parser.error("where are the data sets? --data-folder, or IA3_DATA")
     chosen = units(arguments.parts, arguments.bases, arguments.data, arguments.methods)
     if arguments.list:
         return print(*chosen, sep="\n")
+    if not chosen:
+        parser.error("none of these bases has such data, methods and parts: see --list without them")
+    if arguments.data_folder is None:
+        parser.error("where are the data sets? --data-folder, or IA3_DATA")
+    if arguments.small and arguments.results == RESULTS:
+        parser.error("--small is for trying things: name a file of its own, --results /tmp/small.jsonl")
     settings = Settings(
         folder=arguments.data_folder,
         results=arguments.results,
@@ -96,10 +103,9 @@ def finished(chosen: list[Unit], settings: Settings) -> Iterator[tuple[str, bool
     if settings.processes == 1:
         yield from map(one, chosen)
         return
-    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        yield from pool.imap_unordered(one, chosen)
-        pool.close()
-        pool.join()
+    with ProcessPoolExecutor(settings.processes, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(one, unit) for unit in chosen]):
+            yield done.result()
 
 
 def attempt(unit: Unit, settings: Settings) -> tuple[str, bool]:

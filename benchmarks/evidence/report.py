@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from evidence.results import (
     rate_of_task,
     unpack_bits,
     validation_scores,
+    walk,
 )
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
@@ -83,9 +85,11 @@ def write(results: Path, folder: Path, images: Path) -> None:
     """Print the table, write evidence.json into a folder and pictures into another; name what isn't complete."""
     records = [*Results(results).records.values()]  # of a run that two processes made, one
     rows = [row for base, names in DATA_OF.items() for data in names for row in cell(records, base, data)]
-    for row in rows:
-        if not row.complete:
-            print(f"not complete: {row.base} {row.data} {row.method}")
+    complete = {(row.base, row.data, row.method) for row in rows if row.complete}
+    for base, names in DATA_OF.items():
+        for place in product((base,), names, METHODS_OF[base]):
+            if place not in complete:
+                print("not complete:", *place)
     trained = {(row.base, row.data) for row in rows if row.complete and row.method != FROZEN}
     rows = [row for row in rows if row.complete and (row.base, row.data) in trained]
     swept = [*sweeps(records)]
@@ -105,17 +109,17 @@ def write(results: Path, folder: Path, images: Path) -> None:
 
 def cell(records: list[Record], base: str, data: str) -> list[Row]:
     """Every method that has been run on a base and a data set, beside the others."""
-    own = [record for record in records if record["kind"] == "run" and record["base"] == base]
-    own = [record for record in own if record["steps"] == plan_of(base, data).steps]
+    own = current(records, base, data)
     found = {}
     for method in METHODS_OF[base]:
         runs = [record for record in own if record["method"] == method]
-        judged = raft(runs) if data == RAFT else ordinary([record for record in runs if record["data"] == data])
+        judged = raft(runs, method) if data == RAFT else ordinary(runs)
         if judged is not None:
             found[method] = judged
     costs: dict[str, Record] = {}
+    digests = {record["digest"] for record in own}
     for each in records:
-        if each["kind"] in ("speed", "memory") and each["base"] == base:
+        if each["kind"] in ("speed", "memory") and each["base"] == base and each["digest"] in digests:
             own_costs = {name: value for name, value in each.items() if name.endswith(("_ms", "_bytes"))}
             costs[each["method"]] = costs.get(each["method"], {}) | own_costs
     complete = {method: is_complete(method, data, judged) for method, judged in found.items()}
@@ -143,6 +147,21 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
     ]
 
 
+def current(records: list[Record], base: str, data: str) -> list[Record]:
+    """The runs by today's plan; of several versions of the data, the last one's."""
+    plan = plan_of(base, data)
+    asked = {"kind": "run", "base": base, "steps": plan.steps, "batch_size": plan.batch_size}
+    runs = [
+        record for record in records if asked.items() <= record.items() and record["data"].partition("/")[0] == data
+    ]
+
+    def held_out(run: Record) -> tuple[str, int]:
+        return run["data"], run["seed"] if data == RAFT else 0
+
+    last = {held_out(run): run["digest"] for run in runs}
+    return [run for run in runs if run["digest"] == last[held_out(run)]]
+
+
 def is_complete(method: str, data: str, judged: Judged) -> bool:
     """Whether no rate is left to try, and every seed was run."""
     if method == FROZEN:
@@ -168,14 +187,14 @@ class Judged:
 
 
 def ordinary(runs: list[Record]) -> Judged | None:
-    """By the rate that validation chose; of several versions of the data, the last."""
-    runs = [record for record in runs if record["digest"] == runs[-1]["digest"]]
+    """By the rate that validation chose, of those that the search came to."""
     if not runs:
         return None
     if runs[0]["method"] == FROZEN:
         return at_rate(runs, 0.0, {})
     scores = validation_scores(record for record in runs if record["seed"] == 0)
-    return at_rate(runs, best_rate(scores), scores)
+    scores = walk(CUSTOMARY[runs[0]["method"]], REACH, scores.get)
+    return at_rate(runs, best_rate(scores), scores) if scores else None
 
 
 def at_rate(runs: list[Record], rate: float, scores: dict[float, float]) -> Judged:
@@ -185,7 +204,7 @@ def at_rate(runs: list[Record], rate: float, scores: dict[float, float]) -> Judg
     return Judged(Answered([bits]), [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())), scores)
 
 
-def raft(runs: list[Record]) -> Judged | None:
+def raft(runs: list[Record], method: str) -> Judged | None:
     """By each task's rate, of those that all folds of all tasks were run with; the mean over tasks."""
     names = [f"{RAFT}/{task}" for task in RAFT_TASKS]
     runs = [record for record in runs if record["data"] in names]
@@ -195,6 +214,11 @@ def raft(runs: list[Record]) -> Judged | None:
     if not complete:
         return None
     by_task = accuracy_by_task(complete)
+    if method != FROZEN:
+        means = {rate: mean([*tasks.values()]) for rate, tasks in by_task.items()}
+        by_task = {rate: by_task[rate] for rate in walk(CUSTOMARY[method], RAFT_REACH, means.get)}
+    if not by_task:
+        return None
     groups, rates = [], []
     for name in names:
         rate = rate_of_task(by_task, name)
@@ -209,11 +233,11 @@ def raft(runs: list[Record]) -> Judged | None:
 def sweeps(records: list[Record]) -> Iterable[dict[str, Any]]:
     """What `ia3.sweep` chose, and how much is lost by that beside the rate that the runs' own validation chose."""
     for swept in (record for record in records if record["kind"] in ("sweep", "sweep-own")):
-        same = ("base", "data", "digest", "method", "steps")
+        same = ("digest", "method", "steps")
         runs = [
             record
-            for record in records
-            if record["kind"] == "run" and all(record[name] == swept[name] for name in same)
+            for record in current(records, swept["base"], swept["data"])
+            if all(record[name] == swept[name] for name in same)
         ]
         if not any(record["rate"] == swept["chosen"] for record in runs):
             continue

@@ -1,7 +1,7 @@
 """Results: one line of JSON a run, which rates are tried next, and which one a method is judged by.
 
-A rate is chosen on the validation set. RAFT has none: there a task's rate is the best on the other tasks, so that no
-test answer of a task has a say in how it is trained.
+A rate is chosen on the validation set. RAFT has none: there a task's rate is the best on the other tasks, of those that
+the search tried, which goes by the mean over all tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 # Rates that the best one must have on either side; RAFT's walks are a task's folds long each.
 REACH, RAFT_REACH = 2, 1
 SEEDS = (0, 1, 2, 3, 4)
-KEY = ("kind", "base", "data", "digest", "method", "rate", "seed", "steps")
+KEY = ("kind", "base", "data", "digest", "method", "rate", "seed", "steps", "batch_size", "max_length")
 
 Record = dict[str, Any]
 
@@ -35,19 +35,23 @@ class Results:
         return self.records.get(key_of(key))
 
     def add(self, record: Record) -> None:
-        """Write a whole line at once, so that a kill leaves at most one torn line, which `read` passes over."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record, allow_nan=False, sort_keys=True) + "\n"
-        with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0, os.SEEK_END)
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else f"\n{line}"
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, record)
         self.records[key_of(record)] = record
+
+
+def append(path: Path, record: Record) -> None:
+    """Write a whole line at once, so that a kill leaves at most one torn line, which `read` passes over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, allow_nan=False, sort_keys=True) + "\n"
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, os.SEEK_END)
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[Record]:

@@ -40,6 +40,7 @@ from evidence.results import (
     walk,
 )
 
+WAYS = {False: "eager", True: "captured"}
 SWEPT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -207,6 +208,8 @@ class Worker:
             "rate": rate,
             "seed": seed,
             "steps": self.plan.steps,
+            "batch_size": self.plan.batch_size,
+            "max_length": self.plan.max_length,
         }
         if (known := self.results.find(**key)) is not None:
             return known
@@ -227,12 +230,10 @@ class Worker:
         assert self.trainer is not None
         validation = outcome.validation
         return {
-            "batch_size": self.plan.batch_size,
             "captured": self.trainer.captured,
             "labels": len(data.labels),
             "last_loss": finite(outcome.last_loss),
             "machine": bench.machine(),
-            "max_length": self.plan.max_length,
             "processes": self.settings.processes,
             "seconds": round(outcome.seconds, 3),
             "test_accuracy": accuracy(outcome.test.correct),
@@ -264,16 +265,18 @@ class Worker:
     def speed(self) -> str:
         """Milliseconds of a step."""
         data, encoded, key = self._sixteen()
-        if self.results.find(**key) is not None:
+        ways = (False, True) if self.settings.device == "cuda" and self.settings.captured else (False,)
+        known = self.results.find(**key)
+        if known is not None and all(f"{WAYS[captured]}_ms" in known for captured in ways):
             return "known"
         measured: Record = {}
-        for captured in (False, True) if self.settings.device == "cuda" and self.settings.captured else (False,):
+        for captured in ways:
             self.trainer = None
             gc.collect()
             self.trainer = Trainer(
                 self.base, self.unit.method, len(data.labels), self.settings.device, captured=captured
             )
-            measured |= self._measure(self.trainer, encoded, "captured" if captured else "eager")
+            measured |= self._measure(self.trainer, encoded, WAYS[captured])
         stored = {name: each.detach().cpu().contiguous() for name, each in self.trainer.trained.parameters.items()}
         measured |= {"trained": self.trainer.trained.count, "stored_bytes": len(save(stored))}
         if self.unit.method == IA3 and self.unit.base != "minilm":
