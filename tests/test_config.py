@@ -181,3 +181,10 @@ def test_positional_arguments_are_pefts():
     own = ["layers_to_transform", "layers_pattern", "towers"]
     assert [field.name for field in dataclasses.fields(IA3Config)] == [*names, *own]
     assert IA3Config("CAUSAL_LM").task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("written", ["all-linear", "All-Linear", "ALL-LINEAR"])
+def test_all_linear_stands_alone_and_in_any_case(written: str) -> None:
+    assert IA3Config(target_modules=written).target_modules == "all-linear"
+    with pytest.raises(ValueError, match="all-linear is no module's name and stands alone"):
+        IA3Config(target_modules=[written, "q"])

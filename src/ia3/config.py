@@ -253,6 +253,8 @@ class IA3Config(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+            elif isinstance(value, str) and value.lower() == "all-linear":  # PEFT takes any case
+                setattr(self, name, "all-linear")
             self._check_lengths(name, getattr(self, name))
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
@@ -263,6 +265,8 @@ class IA3Config(PeftConfig):
         self._check_layers()
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or leave it None.")
+        if isinstance(self.target_modules, set) and "all-linear" in {str(name).lower() for name in self.target_modules}:
+            raise ValueError("target_modules: all-linear is no module's name and stands alone: 'all-linear', no list.")
         if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
             # `wo` is among the full paths that "all-linear" stands for, and `mlp.wo` among what `wo` means.
             stray = sorted(_not_among(self.feedforward_modules, self.target_modules))

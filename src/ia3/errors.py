@@ -42,7 +42,7 @@ def naming(source: object) -> Iterator[None]:
     except ValueError as error:
         if str(source) in str(error):
             raise
-        raise _saying(f"{source}: {error}", error) from error
+        raise said_again(f"{source}: {error}", error) from error
 
 
 @contextmanager
@@ -53,10 +53,10 @@ def naming_its_base(adapter: object, base: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if str(adapter) in str(error):
             raise
-        raise _saying(f"{adapter} names the base model {shorten(base)}: {error}", error) from error
+        raise said_again(f"{adapter} names the base model {shorten(base)}: {error}", error) from error
 
 
-def _saying(message: str, error: Exception) -> Exception:
+def said_again(message: str, error: Exception) -> Exception:
     """Another error of the kind that is caught by, with this message."""
     kinds = (NoMatchingPeftModuleError, SettingError, FileNotFoundError, OSError, ValueError)
     return next(kind for kind in kinds if isinstance(error, kind))(message)

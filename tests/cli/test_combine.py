@@ -11,6 +11,7 @@ from running import call, message, succeed, unwrapped
 import tiny_seq2seq
 from ia3 import AutoPeftModelForSeq2SeqLM, PeftModel
 from ia3.runs.likeness import likeness
+from ia3.sites import Site
 from ia3.tasks.task import load_task
 from ia3.tensors import load_peft_weights
 
@@ -122,6 +123,12 @@ def test_compare(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "least alike block" in succeed("compare", *pair, "--output", picture).stdout
     assert "nothing to compare it with" in message(call("compare", pair[0]))
     assert "must end in .png" in message(call("compare", *pair, "--output", tmp_path / "x.svg"))
+
+
+def test_adapters_without_a_place_in_common_are_of_different_models() -> None:
+    here, there = (Site(path, "output", (2, 1)) for path in ("block.0.k", "layer.0.key"))
+    with pytest.raises(ValueError, match="no vector in the same place, so they belong to different models"):
+        likeness({here: torch.ones(2, 1)}, {there: torch.ones(2, 1)})
 
 
 def test_a_block_that_one_adapter_leaves_alone() -> None:

@@ -69,6 +69,11 @@ def test_templates_may_hold_commas() -> None:
         (("--over", "seed=one,2"), "--seed is 'one'"),
         (("--over", "precision=bf16"), "can't differ in precision"),
         (("--over", "lr=1e-3", "--lr", 1e-3), "learning_rate is given for all runs and in over"),
+        (
+            ("--lr", 1e-3),
+            "A sweep tries five learning rates itself: leave --learning-rate out, or name yours in --over",
+        ),
+        (("--recipe", "t-few", "--over", "seed=1,2"), "train without a sweep. The recipe t-few has"),
     ],
 )
 def test_what_cannot_work(base: Path, data: Path, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

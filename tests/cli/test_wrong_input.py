@@ -106,7 +106,26 @@ WRONG = {
     "misspelt flag": (f"{TRAIN} {{data}} --learning-rat 1", "No such option: --learning-rat"),
     "wrong choice": (f"{TRAIN} {{data}} --precision fp16", "--precision is 'fp16': input should be 'fp32' or 'bf16'"),
     "model twice": ("train a b --model c", "There are both a and --model c: give one of them"),
-    "recipe twice": ("train a b --recipe t-few --like-peft", "There are both t-few and --recipe peft"),
+    "recipe twice": (
+        "train a b --recipe t-few --like-peft",
+        "There are both --recipe t-few and --like-peft: give one of them",
+    ),
+    "recipe nearly": (
+        f"{TRAIN} {{data}} --recipe T_Few",
+        "There is no recipe T_Few, did you mean t-few? Expected a YAML file",
+    ),
+    "recipe without a name": (
+        f"{TRAIN} {{data}} --recipe=",
+        "--recipe is empty: expected a YAML file, or one of all-linear",
+    ),
+    "recipe's setting": (
+        f"{TRAIN} {{data}} --recipe t-few --steps 60",
+        "the training has 60 steps: expected fewer. The recipe t-few has --warmup-steps: give others beside it",
+    ),
+    "recipe and its one setting": (
+        f"{TRAIN} {{data}} --recipe all-linear --target-modules k",
+        "There are both --target-modules and the recipe all-linear, which is nothing but those",
+    ),
     "both lengths": (f"{TRAIN} {{data}} --epochs 1 --steps 2", "There are both --epochs and --steps: leave one"),
     "misspelt setting to try": ("sweep {base} {data} --over learning_rat=1", "Did you mean learning_rate?"),
     "column of a sweep": ("sweep {base} {data} --text-column body", "no column 'body'; its columns are 'text'"),

@@ -542,9 +542,13 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
         Mutant("_stratified", Instead("label in one_more", "False"), "what is held out is too little by a row a label"),
         Mutant("_stratified", Instead("len(texts) > 1", "True"), "many rare labels take the others' part"),
     ],
+    ("runs/test_recipe.py",): [
+        Mutant("naming_its_recipe", Instead("not owned", "True"), "a recipe's setting is blamed on who gave none"),
+    ],
     ("runs/test_advice.py",): [
         Mutant("advise", Instead("high - low > 2 * _WIDE", "False"), "three rows are enough to tell"),
         Mutant("_loss_before", Never("stopped_early"), "a run that stopped early is said to fall still"),
+        Mutant("advise", Instead("edge is not None and not few", "edge is not None"), "ten answers tell the best rate"),
     ],
     ("runs/test_comparison.py", "runs/test_report.py"): [
         Mutant("group_repeats", Instead("len(group) > 1", "True"), "a single run has quartiles"),
@@ -553,6 +557,7 @@ MUTANTS: dict[tuple[str, ...], list[Mutant]] = {
     ],
     ("cli/test_combine.py", "cli/test_targets.py", "cli/test_push.py", "cli/test_wrong_input.py"): [
         Mutant("combine_adapters", Never("exists"), "a combination writes over a folder"),
+        Mutant("likeness", Instead("one.keys() & other.keys()", "True"), "adapters of different models are compared"),
         Mutant("combine_adapters", Instead("len({*bases}) > 1", "False"), "adapters of different bases are combined"),
         Mutant("_common_task", Instead("len({*tasks}) == 1", "True"), "a combination answers one of two tasks"),
         Mutant("_copy", Instead("_FILES", "[each.name for each in adapter.iterdir()]"),

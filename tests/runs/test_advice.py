@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ia3.runs.report import result_table, write_report
-from ia3.runs.run import Run, TrainerState, compute_metrics
+from ia3.runs.run import Run, TrainerState, advise, compute_metrics
 from ia3.runs.settings import TrainSettings
 from ia3.tasks.task import Task, TaskKind
 from ia3.tasks.template import Template
@@ -51,8 +51,8 @@ FALLING = [1.0, 0.5, 0.5, 0.4]
     ("run", "says"),
     [
         (finished(100, 200, FLAT), r"No better than the most frequent label for all \(50\.0%\): "),
-        (finished(110, 200, FLAT), "No better than the most"),  # whose interval reaches down to it
-        (finished(110, 200, FALLING), "No better than the most"),  # which comes first
+        (finished(110, 200, FLAT), "Not clearly better than the most"),  # whose interval reaches down to it
+        (finished(110, 200, FALLING), "Not clearly better than the most"),  # which comes first
         (finished(4, 10, FLAT), "No better than the most"),
         (finished(150, 200, FALLING), r"still falls \(0\.5 after two thirds, 0\.4 at the end\): train for more epochs"),
         (finished(9, 10, FALLING), "still falls"),
@@ -80,6 +80,11 @@ def test_the_most_important_thing_is_said(run: Run, says: str) -> None:
 )
 def test_a_result_without_a_flaw_is_left_alone(run: Run) -> None:
     assert run.advice is None
+
+
+def test_few_answers_tell_no_best_rate() -> None:
+    assert advise(finished(9, 10, FLAT), "try 0.01, too") == finished(9, 10, FLAT).advice
+    assert advise(finished(150, 200, FLAT), "try 0.01, too") == "try 0.01, too"
 
 
 def test_what_was_stopped_falls_no_more() -> None:

@@ -151,6 +151,13 @@ def test_what_differs(tmp_path: Path) -> None:
     assert found["template"] == ["{text}", "Review: {text}", "{text}"]
 
 
+def test_what_tells_recipes_apart_comes_first(tmp_path: Path) -> None:
+    finish(tmp_path / "a", 0, 40, objective="t-few", learning_rate=0.003, dropout=False)
+    finish(tmp_path / "b", 0, 30, target_modules="all-linear", answer_by="rank", seed=2)
+    found = [*differences(read_runs([tmp_path]))]
+    assert found == ["learning_rate", "target_modules", "objective", "answer_by", "dropout", "seed"]
+
+
 def test_repeats_differ_in_template_and_seed_alone(tmp_path: Path) -> None:
     for seed, right in enumerate((30, 45, 35, 40)):
         finish(tmp_path / f"slow-{seed}", 0, right, seed=seed, learning_rate=0.001)

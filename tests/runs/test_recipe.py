@@ -18,9 +18,9 @@ from typer.main import get_command
 import tiny_seq2seq
 from ia3.bundled import TITLER
 from ia3.cli.main import app
-from ia3.errors import NoMatchingPeftModuleError
+from ia3.errors import NoMatchingPeftModuleError, SettingError
 from ia3.runs.grid import NOT_SWEPT
-from ia3.runs.recipe import RECIPES, Recipe, make_recipe, override, read_recipe, resolve
+from ia3.runs.recipe import RECIPES, Recipe, make_recipe, naming_its_recipe, override, read_recipe, resolve
 from ia3.runs.settings import TrainSettings, fields_of
 from ia3.tasks.examples import Example, Examples
 from ia3.tasks.task import TaskKind, load_task
@@ -124,7 +124,7 @@ def test_target_modules_that_match_nothing_are_said_with_the_recipes_file(base: 
     path = tmp_path / "recipe.yaml"
     path.write_text("target_modules: [nothing]\n")
     asked = {"data": tiny_seq2seq.examples(12), "console": quiet(), "output": tmp_path / "run"}
-    with pytest.raises(NoMatchingPeftModuleError, match=r"recipe\.yaml: .*nothing"):
+    with pytest.raises(NoMatchingPeftModuleError, match=r"nothing.*recipe\.yaml has `target_modules`: give"):
         train(base, recipe=path, **asked)
     with pytest.raises(NoMatchingPeftModuleError) as caught:
         train(base, recipe=path, target_modules=["none"], **asked)
@@ -311,6 +311,40 @@ def test_the_recipe_of_all_linear_layers(base: str, tmp_path: Path) -> None:
     assert (slower.settings.learning_rate, slower.target_modules) == (3e-3, "all-linear")
     with pytest.raises(ValueError, match="which the recipe all-linear has: leave one of them out"):
         make_recipe({"recipe": "all-linear", "model": "m", "data": "d", "towers": "decoder"})
+    with pytest.raises(ValueError, match="`target_modules` and the recipe all-linear, which is nothing but those"):
+        make_recipe({"recipe": "all-linear", "model": "m", "data": "d", "target_modules": ["k"]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 60}, r"`warmup_steps` is 60 .* fewer\. The recipe t-few has `warmup_steps`: give others beside it"),
+        ({"steps": 60, "warmup_steps": 70}, r"`warmup_steps` is 70 and the training has 60 steps: expected fewer\.$"),
+        ({"epochs": 0}, r"`epochs` is 0: expected a positive number\.$"),  # which no recipe has
+    ],
+)
+def test_a_setting_that_nobody_gave_is_the_recipes(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_recipe({"recipe": "t-few", "model": "m", "data": "d", **given})
+
+
+def test_a_recipe_for_another_kind_of_task_is_named() -> None:
+    content = {"recipe": "t-few"}
+    with (
+        pytest.raises(SettingError, match=r"objective='t-few'.*\. The recipe t-few has `objective`: give others"),
+        naming_its_recipe(content),
+    ):
+        raise SettingError(
+            "The setting `objective='t-few'` is for label-words, and this task is another: leave it out."
+        )
+
+
+@pytest.mark.parametrize("name", ["T-Few", "t_few", "tfew"])
+def test_a_recipe_that_was_nearly_named_is_asked_for(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"There is no recipe {name}, did you mean t-few?"):
+        read_recipe(name)
+    with pytest.raises(FileNotFoundError, match=r"There is no recipe other: Expected a YAML file .*all-linear, peft"):
+        read_recipe("other")
 
 
 def test_the_cards_tell_data_and_figures(base: str, tmp_path: Path) -> None:

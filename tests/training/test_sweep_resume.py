@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 import tiny_seq2seq
-from ia3.runs.run import SWEEP_NAME, SWEEP_RECIPES_NAME
+from ia3.runs.run import RESULT_NAME, SWEEP_NAME, SWEEP_RECIPES_NAME
 from ia3.runs.sums import changed_files
 from ia3.training.learners.words import Words
 from ia3.training.loop import Interrupted
@@ -131,6 +131,12 @@ def test_it_goes_on_bit_for_bit(
     for folder in (found.output_dir, *(run.output_dir for run in found.runs)):
         assert changed_files(folder) == []
     assert not (found.output_dir / "state.pt").exists()
+    one = found.runs[0].output_dir
+    (one / RESULT_NAME).unlink()  # as in an interrupted sweep
+    with pytest.raises(
+        ValueError, match=f"one run of a sweep. Go on with all of them by `ia3 sweep --resume {one.parent}`"
+    ):
+        resume(one)
     with pytest.raises(ValueError, match=r"nothing in .* to go on from: the sweep is complete"):
         resume(tmp_path / "parts", console=QUIET)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ia3.cli.flags import Adapters, AsJson, print_json
+from ia3.errors import naming
 from ia3.runs.screen import Screen
 from ia3.runs.tables import Column, print_table, say
 
@@ -29,7 +30,10 @@ def compare(
 
         names = _short(adapters)
         vectors = dict(zip(names, (read_adapter(adapter).vectors for adapter in adapters), strict=True))
-        pairs = {(one, other): likeness(vectors[one], vectors[other]) for one, other in combinations(names, 2)}
+        pairs = {}
+        for one, other in combinations(names, 2):
+            with naming(f"{one}, {other}"):
+                pairs[one, other] = likeness(vectors[one], vectors[other])
         draw_likeness(names, pairs, output)
     if as_json:
         listed = [{"adapters": pair, **found.summary()} for pair, found in pairs.items()]

@@ -61,7 +61,7 @@ def module_names(value: str | None) -> list[str] | str | None:
     Raises:
         ValueError: nothing between two commas.
     """
-    if value is None or value == "all-linear" or _OF_PATTERNS & set(value):
+    if value is None or value.lower() == "all-linear" or _OF_PATTERNS & set(value):
         return value
     return parts(value)
 
@@ -140,7 +140,7 @@ def _named(
 ) -> dict[str, str]:
     """What is named before the settings, as settings."""
     if recipe is not None and like_peft:
-        raise ValueError(f"There are both {recipe} and `recipe='peft'`: give one of them.")
+        raise ValueError(f"There are both `recipe={recipe}` and --like-peft: give one of them.")
     named = {"model": base, "data": source, "recipe": "peft" if like_peft else recipe}
     return {name: value for name, value in named.items() if value is not None}
 

@@ -72,9 +72,8 @@ def _begin(over: Sequence[str] | None, given: dict[str, Any], *, trusted: bool) 
     grid = parse_grid(over) if over else None
     from ia3.runs.grid import make_recipes
     from ia3.runs.look import look_before
+    from ia3.runs.recipe import naming_its_recipe
 
-    recipes, keys = make_recipes(given, grid)
-    looked = look_before(*recipes)
     progress = FlagConsole()
 
     def run() -> Sweep:
@@ -82,7 +81,10 @@ def _begin(over: Sequence[str] | None, given: dict[str, Any], *, trusted: bool) 
 
         return run_sweep(recipes, keys, progress, looked, trust_remote_code=trusted)
 
-    return run_visibly(run, progress)
+    with naming_its_recipe(given):
+        recipes, keys = make_recipes(given, grid)
+        looked = look_before(*recipes)
+        return run_visibly(run, progress)
 
 
 def _go_on(folder: Path, beside: Sequence[str], *, trusted: bool) -> Sweep:

@@ -54,11 +54,11 @@ def _train(resume: Path | None, seeds: str | None, given: dict[str, Any], *, as_
         run = _run(resume, {}, progress, trusted=trusted)
     else:
         from ia3.runs.look import look_before
-        from ia3.runs.recipe import naming_its_file
+        from ia3.runs.recipe import naming_its_recipe
 
         recipes = _recipes(given, seeds)
         looked = look_before(*recipes)
-        with naming_its_file(given):
+        with naming_its_recipe(given):
             if len(recipes) > 1:
                 _train_each(recipes, looked, progress, as_json=as_json, trusted=trusted)
                 return

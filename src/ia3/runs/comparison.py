@@ -246,10 +246,10 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
         records: the runs.
 
     Returns:
-        Key to one value a run, None where its recipe leaves the key out; model, data and task first, what repeated
-        runs may differ in last.
+        Key to one value a run, None where its recipe leaves the key out; model, data and task first, then what the
+        recipes by name are told apart by, what repeated runs may differ in last.
     """
-    first, last = ("model", "data", "task"), REPEATED
+    first, last = ("model", "data", "task", "learning_rate", "target_modules", "objective", "steps"), REPEATED
     between = sorted({key for record in records for key in record.recipe} - {*first, *last})
     columns = {key: [record.recipe.get(key) for record in records] for key in (*first, *between, *last)}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}

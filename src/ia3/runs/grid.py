@@ -56,6 +56,10 @@ def make_recipes(given: Mapping[str, Any], over: Over | None) -> tuple[list[Reci
     choices = combinations({"learning_rate": LEARNING_RATES} if over is None else over)
     keys = list(dict.fromkeys(key for choice in choices for key in choice))
     twice = sorted({*keys} & {*given})
+    if twice and over is None:
+        raise SettingError(
+            "A sweep tries five learning rates itself: leave `learning_rate` out, or name yours in `over`."
+        )
     if twice:
         raise ValueError(f"{', '.join(twice)} is given for all runs and in over: give it once.")
     recipes: list[Recipe] = []
@@ -70,7 +74,7 @@ def make_recipes(given: Mapping[str, Any], over: Over | None) -> tuple[list[Reci
         value = getattr(recipes[0], name)
         if value not in ("adamw", "lm", False, None, ()):
             raise SettingError(
-                f"A sweep takes no `{name}={shorten(value)}`, since {reason}: leave it out, or train by ia3.train."
+                f"A sweep takes no `{name}={shorten(value)}`, since {reason}: leave it out, or train without a sweep."
             )
     return recipes, keys
 

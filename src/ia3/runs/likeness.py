@@ -36,7 +36,16 @@ class Likeness:
 
 
 def likeness(one: Vectors, other: Vectors) -> Likeness:
-    """Compare two adapters, an absent vector being one."""
+    """Compare two adapters, an absent vector being one.
+
+    Raises:
+        ValueError: they have no vector in the same place.
+    """
+    if not one.keys() & other.keys():
+        raise ValueError(
+            "they have no vector in the same place, so they belong to different models, or to different "
+            "layers of one: compare adapters of one model."
+        )
     blocks: dict[tuple[str, str], tuple[dict[Site, Tensor], dict[Site, Tensor]]] = {}
     for side, vectors in enumerate((one, other)):
         for site, vector in vectors.items():

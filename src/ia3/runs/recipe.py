@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, Field, InstanceOf
 
 from ia3.data.records import decode_text
-from ia3.errors import NoMatchingPeftModuleError, SettingError, fit_screen, listed, shorten
+from ia3.errors import NoMatchingPeftModuleError, SettingError, fit_screen, listed, said_again, shorten
 from ia3.files import expect_path, read_file
 from ia3.runs.defaults import LEFT_TO_THE_DATA, default_settings
 from ia3.runs.settings import LARGEST, Flag, Positive, PositiveReal, Seed, TrainSettings, checked, field_names
@@ -38,6 +40,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_steps": 60,
     },
 }
+# A setting's name in a message.
+_NAMED = re.compile(r"`(\w+)")
 # The most bytes of a recipe's file.
 _LIMIT = 1 << 17
 _DEEPEST = 16
@@ -106,6 +110,10 @@ class Recipe(TrainSettings):
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("There are both `epochs` and `steps`: leave one of them out.")
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"`warmup_steps` is {self.warmup_steps} and the training has {self.steps} steps: expected fewer."
+            )
         if self.towers is not None and self.target_modules is not None:
             raise ValueError(
                 "`towers` says which part of the model the default is for, and there is `target_modules`, which the "
@@ -163,7 +171,10 @@ def resolve(recipe: Recipe, kind: TaskKind, rows: int, labels: int) -> Recipe:
     left = {name for name in LEFT_TO_THE_DATA if getattr(recipe, name) is None}
     if recipe.steps is not None or recipe.epochs is not None:
         left -= {"epochs", "steps"}
-    rows_a_step, all_linear = recipe.batch_size * recipe.gradient_accumulation, recipe.target_modules == "all-linear"
+    rows_a_step, all_linear = (
+        recipe.batch_size * recipe.gradient_accumulation,
+        str(recipe.target_modules).lower() == "all-linear",
+    )
     defaults = default_settings(kind, rows, labels, rows_a_step, all_linear=all_linear)
     return dataclasses.replace(recipe, **{name: defaults[name] for name in left})
 
@@ -203,12 +214,15 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     if str(path) in RECIPES:
         return dict(RECIPES[str(path)])
+    if path == "":
+        raise SettingError(f"`recipe` is empty: expected a YAML file, or one of {', '.join(RECIPES)}.")
     expect_path(path, "recipe")
     path = Path(path)
     if not path.exists():
+        near = difflib.get_close_matches(str(path).lower().replace("_", "-"), RECIPES, n=1)
         raise FileNotFoundError(
-            f"There is no recipe {path}: expected a YAML file with lines such as `epochs: 3`, or one of the names "
-            f"{list(RECIPES)}."
+            f"There is no recipe {path}{f', did you mean {near[0]}?' if near else ':'} Expected a YAML file with lines "
+            f"such as `epochs: 3`, or one of {', '.join(RECIPES)}."
         )
     text = decode_text(read_file(path, _LIMIT), str(path))
     try:
@@ -252,19 +266,29 @@ class _RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 @contextmanager
-def naming_its_file(content: Mapping[str, Any]) -> Iterator[None]:
-    """Say which recipe's file it is whose `target_modules` match nothing of the model.
+def naming_its_recipe(content: Mapping[str, Any]) -> Iterator[None]:
+    """Say which recipe it is that has the settings that an error is about, where nobody gave them beside it.
 
     Args:
         content: what `make_recipe` was given.
     """
     try:
         yield
-    except NoMatchingPeftModuleError as error:
-        name = content.get("recipe")
-        if name is None or name in RECIPES or "target_modules" in content:
+    except ValueError as error:
+        name, message = content.get("recipe"), str(error)
+        said = f"recipe {name}" in message or (str(name) not in RECIPES and str(name) in message)
+        below = {} if said or not isinstance(name, str | Path) else read_recipe(name)
+        named = [
+            *_NAMED.findall(message),
+            *(["target_modules"] if isinstance(error, NoMatchingPeftModuleError) else []),
+        ]
+        owned = [each for each in dict.fromkeys(named) if each in below and each not in content]
+        if not owned:
             raise
-        raise NoMatchingPeftModuleError(f"{name}: {error}") from error
+        has = ", ".join(f"`{each}`" for each in owned)
+        raise said_again(
+            f"{message} The recipe {name} has {has}: give others beside it, or leave the recipe out.", error
+        ) from error
 
 
 def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) -> Recipe:
@@ -282,7 +306,12 @@ def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) ->
     own = {name: value for name, value in content.items() if name != "recipe"}
     name = content.get("recipe")
     if not isinstance(name, str | Path | None):
-        raise SettingError(f"`recipe` is {shorten(name)}: expected a YAML file, or one of {list(RECIPES)}.")
+        raise SettingError(f"`recipe` is {shorten(name)}: expected a YAML file, or one of {', '.join(RECIPES)}.")
+    if name == "all-linear" and "target_modules" in own:
+        raise SettingError(
+            "There are both `target_modules` and the recipe all-linear, which is nothing but those: leave one of them "
+            "out."
+        )
     try:
         if name is None:
             return Recipe(**own)
@@ -292,4 +321,5 @@ def make_recipe(content: Mapping[str, Any], source: str | Path | None = None) ->
         if source is None:
             raise
         raise ValueError(f"{source}: {str(error).replace('`', '')}") from error
-    return Recipe(**override(below, own))
+    with naming_its_recipe(content):
+        return Recipe(**override(below, own))

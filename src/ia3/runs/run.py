@@ -252,12 +252,13 @@ def advise(run: Run, edge: str | None = None) -> str | None:
     low, high = final.interval
     few = majority is not None and high - low > 2 * _WIDE
     if majority is not None and low <= majority and not (few and final.accuracy > majority):
+        better = "Not clearly" if final.accuracy > majority else "No"
         return (
-            f"No better than the most frequent label for all ({majority:.1%}): try a higher learning rate, as by a "
-            "sweep, and more epochs, and look at the labels."
+            f"{better} better than the most frequent label for all ({majority:.1%}): try a higher learning rate and "
+            "more epochs, and look at the labels."
         )
     if final.correct < final.total:
-        if edge is not None:
+        if edge is not None and not few:  # which rate is best is not told by so few answers
             return edge
         if (before := _loss_before(run)) is not None and final.loss < (1 - _STILL_FALLING) * before:
             return (
@@ -267,7 +268,7 @@ def advise(run: Run, edge: str | None = None) -> str | None:
     if few:
         return (
             f"{final.total:,} held-out answers are too few to tell: 95 % intervals are {low:.0%} to {high:.0%} here. "
-            "Give test_data, or a larger test_size."
+            "Hold out more of the data, or give held-out data of their own."
         )
     return None
 

@@ -20,7 +20,7 @@ from ia3.inference.processes import Processes, join
 from ia3.runs.grid import Over, make_recipes
 from ia3.runs.look import Looked, look_before
 from ia3.runs.picture import draw_curves
-from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, read_recipe
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, naming_its_recipe, read_recipe
 from ia3.runs.report import complete_cards
 from ia3.runs.run import (
     BEST_FOLDER,
@@ -166,9 +166,10 @@ def sweep(
         >>> found.settings[0], found.best.best.accuracy
     """
     given = {**recipe, "model": model, **({} if data is None else {"data": data})}
-    recipes, keys = make_recipes(given, over)
-    console, looked = console or Screen(stderr=True), look_before(*recipes)
-    return run_sweep(recipes, keys, console, looked, trust_remote_code=trust_remote_code)
+    with naming_its_recipe(given):
+        recipes, keys = make_recipes(given, over)
+        console, looked = console or Screen(stderr=True), look_before(*recipes)
+        return run_sweep(recipes, keys, console, looked, trust_remote_code=trust_remote_code)
 
 
 def resume_sweep(
@@ -294,7 +295,7 @@ def _prepare(base: Base, recipes: Sequence[Recipe], console: Console, looked: Lo
     if not kind.writes:
         raise ValueError(
             f"A sweep trains a row of vectors a run, and a task of {kind} trains a head in full, too: train these runs "
-            "one after the other, by ia3.train."
+            "one after the other, each without a sweep."
         )
     return prepare(base, kind, recipes, console, looked)
 

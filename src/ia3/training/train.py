@@ -18,7 +18,7 @@ from ia3.inference.loading import Base
 from ia3.inference.processes import ALONE, Processes, join
 from ia3.runs.lock import locked
 from ia3.runs.look import Looked, look_before
-from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, naming_its_file, read_recipe, resolve
+from ia3.runs.recipe import IN_MEMORY, Recipe, make_recipe, naming_its_recipe, read_recipe, resolve
 from ia3.runs.report import complete_cards, draw_report, write_report
 from ia3.runs.run import (
     ADAPTER_FILES,
@@ -87,7 +87,7 @@ def train(
         >>> run.final.accuracy
     """
     made = make_recipe({**recipe, "model": model, "data": data})
-    with naming_its_file(recipe):
+    with naming_its_recipe(recipe):
         return run_recipe(made, console or Screen(stderr=True), trust_remote_code=trust_remote_code)
 
 
@@ -127,6 +127,8 @@ def _expect_not_begun(folder: Path) -> None:
     why = None
     if (folder / RESULT_NAME).is_file():
         why = "its training is complete"
+    elif (folder.parent / SWEEP_RECIPES_NAME).is_file():
+        why = f"it is one run of a sweep. Go on with all of them by `ia3 sweep --resume {folder.parent}`"
     elif (folder / METRICS_NAME).is_file():
         why = (
             f"{STATE_NAME} is missing. Put it back, or, as after a loss that was not finite, begin anew by `ia3 train`"
