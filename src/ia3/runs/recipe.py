@@ -18,7 +18,17 @@ from ia3.data.records import decode_text
 from ia3.errors import NoMatchingPeftModuleError, SettingError, fit_screen, listed, said_again, shorten
 from ia3.files import expect_path, read_file
 from ia3.runs.defaults import LEFT_TO_THE_DATA, default_settings
-from ia3.runs.settings import LARGEST, Flag, Positive, PositiveReal, Seed, TrainSettings, checked, field_names
+from ia3.runs.settings import (
+    LARGEST,
+    Flag,
+    Positive,
+    PositiveReal,
+    Seed,
+    TrainSettings,
+    checked,
+    field_names,
+    say_long_warmup,
+)
 from ia3.tasks.examples import Examples
 from ia3.tasks.task import TaskKind
 from ia3.tasks.template import Template
@@ -111,9 +121,7 @@ class Recipe(TrainSettings):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("There are both `epochs` and `steps`: leave one of them out.")
         if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"`warmup_steps` is {self.warmup_steps} and the training has {self.steps} steps: expected fewer."
-            )
+            raise ValueError(say_long_warmup(self.warmup_steps, self.steps))
         if self.towers is not None and self.target_modules is not None:
             raise ValueError(
                 "`towers` says which part of the model the default is for, and there is `target_modules`, which the "
@@ -171,10 +179,8 @@ def resolve(recipe: Recipe, kind: TaskKind, rows: int, labels: int) -> Recipe:
     left = {name for name in LEFT_TO_THE_DATA if getattr(recipe, name) is None}
     if recipe.steps is not None or recipe.epochs is not None:
         left -= {"epochs", "steps"}
-    rows_a_step, all_linear = (
-        recipe.batch_size * recipe.gradient_accumulation,
-        str(recipe.target_modules).lower() == "all-linear",
-    )
+    rows_a_step = recipe.batch_size * recipe.gradient_accumulation
+    all_linear = str(recipe.target_modules).lower() == "all-linear"
     defaults = default_settings(kind, rows, labels, rows_a_step, all_linear=all_linear)
     return dataclasses.replace(recipe, **{name: defaults[name] for name in left})
 

@@ -95,6 +95,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Did you mean `{found[0]}`?" if found else f"The settings are {', '.join(known)}."
 
 
+def say_long_warmup(warmup: int, steps: int) -> str:
+    """What is wrong with a warm-up that is as long as the training."""
+    return f"`warmup_steps` is {warmup} and the training has {steps} steps: expected fewer."
+
+
 def _explain(problem: Any, known: tuple[str, ...]) -> str:
     """One of pydantic's errors as a sentence."""
     kind, name, value = problem["type"], str(problem["loc"][0]) if problem["loc"] else "", problem["input"]

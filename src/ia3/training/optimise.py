@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
-from ia3.runs.settings import TrainSettings
+from ia3.runs.settings import TrainSettings, say_long_warmup
 
 
 def trainable_parameters(model: Any) -> dict[str, Parameter]:
@@ -56,7 +56,7 @@ def linear_schedule(settings: TrainSettings, total_steps: int) -> Callable[[int]
     """
     warmup = settings.warmup_steps
     if warmup >= total_steps:
-        raise ValueError(f"`warmup_steps` is {warmup} and the training has {total_steps} steps: expected fewer.")
+        raise ValueError(say_long_warmup(warmup, total_steps))
     return lambda step: step / warmup if step < warmup else max(0.0, (total_steps - step) / (total_steps - warmup))
 
 
