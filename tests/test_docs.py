@@ -772,7 +772,7 @@ def test_what_the_recipe_reaches_is_measured() -> None:
             else:
                 assert (count, told) == (str(len(found)), f"{100 * sum(found) / len(found):.1f}")
     assert len(rows) == len({(run["base"], run["data"].partition("/")[0]) for run in runs})
-    text = " ".join((DOCS / "choosing.md").read_text().split())
+    measured, text = evidence()
     of_raft = {
         objective: {
             run["digest"]: run["accuracy"]
@@ -787,8 +787,7 @@ def test_what_the_recipe_reaches_is_measured() -> None:
     assert gain < 2 * error  # "less than its folds can tell"
     steps = {run["steps"] for run in runs if run["data"].startswith("raft/")}
     assert steps == {500}
-    full = json.loads((RESULTS / "evidence.json").read_text())["rows"]
-    (full,) = [row for row in full if (row["base"], row["data"], row["method"]) == ("titler", "tweets", "full")]
+    full = measured["titler", "tweets", "full"]
     own = {"base": "titler", "data": "tweets", "settings": {}}
     own = [run for run in runs if own.items() <= run.items()]
     # "has what all weights have with 500 larger ones"

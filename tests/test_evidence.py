@@ -75,7 +75,8 @@ def record(**given: Any) -> dict[str, Any]:
     made = {"kind": "run", "base": "minilm", "data": "tweets", "digest": "d", "method": "ia3", "rate": 1e-2}
     made |= {"seed": 0, "steps": 500, "trained": 7, "machine": {}, "validation_rows": 4, "validation_loss": 0.5}
     made |= given
-    made |= {"batch_size": data.PLANS[made["data"].partition("/")[0]].batch_size}
+    plan = data.PLANS[made["data"].partition("/")[0]]
+    made |= {"batch_size": plan.batch_size, "max_length": plan.max_length}
     correct = made.pop("correct", [True, False])
     return made | {
         "test_accuracy": sum(correct) / len(correct),

@@ -113,7 +113,7 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
     found = {}
     for method in METHODS_OF[base]:
         runs = [record for record in own if record["method"] == method]
-        judged = raft(runs, method) if data == RAFT else ordinary(runs)
+        judged = raft(runs) if data == RAFT else ordinary(runs)
         if judged is not None:
             found[method] = judged
     costs: dict[str, Record] = {}
@@ -150,7 +150,8 @@ def cell(records: list[Record], base: str, data: str) -> list[Row]:
 def current(records: list[Record], base: str, data: str) -> list[Record]:
     """The runs by today's plan; of several versions of the data, the last one's."""
     plan = plan_of(base, data)
-    asked = {"kind": "run", "base": base, "steps": plan.steps, "batch_size": plan.batch_size}
+    asked = {"kind": "run", "base": base}
+    asked |= {name: getattr(plan, name) for name in ("steps", "batch_size", "max_length")}
     runs = [
         record for record in records if asked.items() <= record.items() and record["data"].partition("/")[0] == data
     ]
@@ -204,7 +205,7 @@ def at_rate(runs: list[Record], rate: float, scores: dict[float, float]) -> Judg
     return Judged(Answered([bits]), [rate], len(final), final[0]["trained"], dict(sorted(by_rate.items())), scores)
 
 
-def raft(runs: list[Record], method: str) -> Judged | None:
+def raft(runs: list[Record]) -> Judged | None:
     """By each task's rate, of those that all folds of all tasks were run with; the mean over tasks."""
     names = [f"{RAFT}/{task}" for task in RAFT_TASKS]
     runs = [record for record in runs if record["data"] in names]
@@ -213,7 +214,7 @@ def raft(runs: list[Record], method: str) -> Judged | None:
     ]
     if not complete:
         return None
-    by_task = accuracy_by_task(complete)
+    by_task, method = accuracy_by_task(complete), complete[0]["method"]
     if method != FROZEN:
         means = {rate: mean([*tasks.values()]) for rate, tasks in by_task.items()}
         by_task = {rate: by_task[rate] for rate in walk(CUSTOMARY[method], RAFT_REACH, means.get)}
